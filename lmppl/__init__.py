@@ -1,0 +1,8 @@
+"""Probabilistic programming with language models."""
+
+from lmppl import text
+from lmppl.language_model import LanguageModel
+
+__version__ = "0.1.0"
+
+__all__ = ["LanguageModel", "text"]

@@ -1,0 +1,212 @@
+"""One network shared by many views: the base weights, and any number of adapters that never disturb one another.
+
+PEFT's own switches (`set_adapter`, `disable_adapters`) change `requires_grad` of weights that belong to others. Here a
+view is switched on by setting the state of the tuner layers alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+# These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+
+
+class CheckpointError(OSError, ValueError):
+    """A path or name from which nothing can be loaded."""
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter: its PEFT configuration, its own parameters and the layers that hold them."""
+
+    name: str
+    config: peft.PeftConfig
+    parameters: list[nn.Parameter]
+    layers: set[nn.Module]
+
+
+@dataclass(eq=False)
+class Network:
+    """The Hugging Face model that all views share, with the tokens it has scored and facts verified about it."""
+
+    model: Any
+    tokens_scored: int = 0
+    facts: dict[str, object] = field(default_factory=dict)
+    encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(isinstance(m, WRAPPERS) for m in self.model.modules()):
+            raise ValueError(
+                "model already holds PEFT layers; pass the base model and load adapters with .with_adapter(path)"
+            )
+        self.model.eval()
+        self.active: Adapter | None = None
+        self.base_keys = frozenset(self.model.state_dict())
+        self.base_parameters: list[nn.Parameter] = list(self.model.parameters())
+        self.layers: list[Any] = []
+        self.checkpointing = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
+        head = self.model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        self.vocab_size = int(self.model.config.vocab_size if weight is None else weight.shape[0])
+
+    def activate(self, adapter: Adapter | None) -> None:
+        """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
+        if adapter is self.active:
+            return
+        for layer in self.layers:
+            on = adapter is not None and layer in adapter.layers
+            layer._disable_adapters = not on
+            if on:
+                layer._active_adapter = [adapter.name]  # type: ignore[union-attr]
+        self.active = adapter
+
+    @contextmanager
+    def base_frozen(self) -> Iterator[None]:
+        """No graph is built for the base weights inside; their `requires_grad` is as before afterwards."""
+        frozen = [p for p in self.base_parameters if p.requires_grad]
+        for p in frozen:
+            p.requires_grad = False
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad = True
+
+    def refuse_checkpointing(self) -> None:
+        """Recomputation in the backward pass would run with whichever adapter is active by then."""
+        if self.adapters and any(m.gradient_checkpointing for m in self.checkpointing):
+            raise RuntimeError(
+                "gradient checkpointing recomputes with whichever adapter is active in the backward pass; "
+                "call model.gradient_checkpointing_disable() where a base model has adapters"
+            )
+
+    def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
+        """Inject a new adapter; whatever was there keeps its weights, its gradients and its `requires_grad`."""
+        name = self._name(name)
+        config = copy.deepcopy(config)  # PEFT writes into it
+        config.inference_mode = False
+        config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
+        config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
+        _refuse(config)
+        before = {p: p.requires_grad for p in self.model.parameters()}
+        try:
+            peft.inject_adapter_in_model(config, self.model, adapter_name=name)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {error}") from error
+        finally:
+            # With the attribute in place, PEFT would take the next adapter for one more of this tuner's.
+            self.model.__dict__.pop("peft_config", None)
+            for p, requires_grad in before.items():
+                p.requires_grad = requires_grad
+            self.layers = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
+            self.model.eval()
+        own = [p for p in self.model.parameters() if p not in before]
+        layers = {m for m in self.layers if name in _names(m)}
+        adapter = self.adapters[name] = Adapter(name, config, [p for p in own if p.requires_grad], layers)
+        self.activate(adapter)
+        self.activate(None)  # twice, so that layers fresh from PEFT are set whatever was active
+        return adapter
+
+    def load(self, path: str | Path, name: str | None) -> Adapter:
+        """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit."""
+        path = str(path)
+        try:
+            config = peft.PeftConfig.from_pretrained(path)
+            weights = peft.utils.load_peft_weights(path, device=str(self.base_parameters[0].device))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: no saved adapter here ({first_line(error)})") from error
+        adapter = self.add(config, name)
+        own = {p for p in adapter.parameters}
+        keys = {_plain(k) for k, p in self.model.named_parameters() if p in own}
+        with self._peft_config():
+            result: Any = peft.set_peft_model_state_dict(
+                self.model, {k.removeprefix("base_model.model."): w for k, w in weights.items()}, adapter.name
+            )
+        missing = [k for k in result.missing_keys if _plain(k) in keys]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(f"{path}: the adapter does not fit: {(missing + result.unexpected_keys)[0]}")
+        return adapter
+
+    def save_base(self, directory: Path) -> None:
+        """Write the base weights as a Hugging Face checkpoint in which no adapter shows."""
+        state = {_plain(k): w for k, w in self.model.state_dict().items() if _plain(k) in self.base_keys}
+        self.model.save_pretrained(directory, state_dict=state, safe_serialization=True)
+
+    def save_adapter(self, adapter: Adapter, directory: Path) -> None:
+        """Write one adapter in the layout of PEFT."""
+        with self._peft_config():
+            state = peft.get_peft_model_state_dict(self.model, adapter_name=adapter.name, save_embedding_layers=False)
+        save_file(
+            {f"base_model.model.{_plain(k)}": _alone(w) for k, w in state.items()},
+            directory / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        config = copy.deepcopy(adapter.config)
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
+
+    @contextmanager
+    def _peft_config(self) -> Iterator[None]:
+        self.model.peft_config = {name: adapter.config for name, adapter in self.adapters.items()}
+        try:
+            yield
+        finally:
+            del self.model.peft_config
+
+    def _name(self, name: str | None) -> str:
+        taken = {part for key, _ in self.model.named_parameters() for part in key.split(".")}
+        if name is None:
+            number = next(n for n in range(len(taken)) if f"adapter_{n}" not in self.adapters)
+            return f"adapter_{number}"
+        if name in self.adapters:
+            raise ValueError(f"name={name!r} is taken; the adapters are {sorted(self.adapters)}")
+        if not name or "." in name or name in taken:
+            raise ValueError(f"name={name!r} must be a word without dots that is no module's name")
+        return name
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _plain(key: str) -> str:
+    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _names(layer: Any) -> set[str]:
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return set(layer._adapters)
+    return set(layer._all_available_adapter_names())
+
+
+def _alone(weight: Tensor) -> Tensor:
+    return weight.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+
+
+def _refuse(config: peft.PeftConfig) -> None:
+    kind = config.peft_type
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a like method")
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")  # type: ignore[attr-defined]
+    start = getattr(config, "init_lora_weights", True)
+    if start not in INITIALISATIONS:
+        raise ValueError(f"peft_config.init_lora_weights={start!r} changes the base weights; use True or 'gaussian'")
+
+
+__all__ = ["Adapter", "CheckpointError", "Network", "first_line"]

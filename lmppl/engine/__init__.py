@@ -1,0 +1,1 @@
+"""How language models run: cached decoding and scoring with shared prefixes computed once."""

@@ -1,0 +1,308 @@
+"""A Hugging Face causal language model with its tokenizer, seen from one set of weights."""
+
+from __future__ import annotations
+
+import os
+import string as strings
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lmppl import text as texts
+from lmppl.adapters import Adapter, CheckpointError, Network, first_line
+from lmppl.text import PAD
+
+Stop = str | int | Sequence[str | int] | Tensor | None
+CACHED_STRINGS = 4096
+
+
+class LanguageModel(nn.Module):
+    """A causal language model and its tokenizer.
+
+    Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
+    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the
+    view, not `.model`, which all views share.
+
+    :param model: any causal language model of transformers, without PEFT layers.
+    :param tokenizer: its tokenizer.
+
+    >>> lm = LanguageModel.from_pretrained("gpt2")
+    >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None) -> None:
+        super().__init__()
+        network = model.__dict__.get("_lmppl_network")
+        if network is None:
+            # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
+            network = model.__dict__["_lmppl_network"] = Network(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.network: Network = network
+        self.vocab_size: int = network.vocab_size
+        self.eos_id: int | None = _first(tokenizer.eos_token_id, model.config.eos_token_id)
+        self.bos_id: int | None = _first(tokenizer.bos_token_id, model.config.bos_token_id, self.eos_id)
+        plain, special = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
+        self.adds_bos: bool = len(special) > len(plain) and special[0] == tokenizer.bos_token_id
+        config = model.config
+        self.max_length: int | None = _first(
+            getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)
+        )
+        self._adapter = _adapter
+        super().train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike[str], *, device: Any = None, dtype: Any = None, **hf_kwargs: Any
+    ) -> LanguageModel:
+        """The language model saved under a path, or under a name on the Hugging Face hub.
+
+        Code that a checkpoint brings along runs only with ``trust_remote_code=True``. Raises CheckpointError (an
+        OSError and a ValueError) if there is no whole language model there.
+        """
+        name = os.fspath(name_or_path)
+        if _is_path(name) and not (Path(name) / "config.json").is_file():
+            hint = "; it is an adapter: load its base, then .with_adapter(path)" if _is_adapter(Path(name)) else ""
+            raise CheckpointError(f"{name}: no language model here (no config.json){hint}")
+        trust = hf_kwargs.pop("trust_remote_code", False)
+        tokenizer_kwargs = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir") if k in hf_kwargs}
+        if dtype is not None:
+            hf_kwargs["dtype"] = dtype
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CheckpointError(f"{name}: no language model can be loaded ({first_line(error)})") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            raise CheckpointError(f"{name}: weights are missing: {sorted(info['missing_keys'])[0]}")
+        return cls(model if device is None else model.to(device), tokenizer)
+
+    @classmethod
+    def embedded(cls, name: str, **kwargs: Any) -> LanguageModel:
+        """One of the small language models that ship with the package; keywords as in `from_pretrained`."""
+        from lmppl import embedded
+
+        return cls.from_pretrained(embedded.path(name), **kwargs)
+
+    # Running the network ---------------------------------------------------------------------------------------------
+
+    def forward(self, input_ids: Tensor, *, tokens: int | None = None, **kwargs: Any) -> Any:
+        """The Hugging Face model's output under this view's weights; gradients reach this view's parameters only.
+
+        :param tokens: what to add to `tokens_scored` (default: every element of `input_ids`).
+        """
+        network = self.network
+        network.tokens_scored += input_ids.numel() if tokens is None else tokens
+        if network.model.training:
+            network.model.eval()
+        network.activate(self._adapter)
+        if not torch.is_grad_enabled():
+            return network.model(input_ids, **kwargs)
+        network.refuse_checkpointing()
+        if self._adapter is None:
+            return network.model(input_ids, **kwargs)
+        with network.base_frozen():
+            return network.model(input_ids, **kwargs)
+
+    def train(self, mode: bool = True) -> LanguageModel:
+        """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""
+        self.training = mode
+        return self
+
+    @property
+    def tokens_scored(self) -> int:
+        """How many tokens have gone through the network, all views together."""
+        return self.network.tokens_scored
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.base_parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.base_parameters[0].dtype
+
+    # Views and their weights -----------------------------------------------------------------------------------------
+
+    def with_adapter(
+        self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None
+    ) -> LanguageModel:
+        """The same base weights with a new adapter, or one loaded from a path; only the adapter trains.
+
+        Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.
+        Raises ValueError naming `peft_config` or `name`, and CheckpointError where a path holds no fitting adapter.
+        """
+        if isinstance(peft_config, peft.PeftConfig):
+            adapter = self.network.add(peft_config, name)
+        elif isinstance(peft_config, str | os.PathLike):
+            adapter = self.network.load(os.fspath(peft_config), name)
+        else:
+            raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
+        return LanguageModel(self.model, self.tokenizer, _adapter=adapter)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser should get: the adapter's parameters, or the base model's where this is the base."""
+        own = self.network.base_parameters if self._adapter is None else self._adapter.parameters
+        return [p for p in own if p.requires_grad]
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the base model and tokenizer for transformers, or the adapter for peft; whole or not at all."""
+        target = Path(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh = Path(scratch) / "fresh"
+            fresh.mkdir()
+            if self._adapter is None:
+                self.network.save_base(fresh)
+                self.tokenizer.save_pretrained(fresh)
+            else:
+                self.network.save_adapter(self._adapter, fresh)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            fresh.rename(target)
+
+    # Text ------------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: Any, stop: str | int | None = None) -> Tensor:
+        """The tokens of a string, or of a nested list of strings: ``LongTensor[..., L]``, no special tokens added.
+
+        :param stop: "eos", a one-token string or an id, appended to every text: an observed whole text needs it.
+
+        >>> lm.encode(["The end.", "Once"], stop="eos").shape
+        """
+        shape, flat = _flatten(text)
+        end = () if stop is None else (self.token_id(stop),)
+        rows = [ids + end for ids in self._ids(flat)]
+        width = max((len(ids) for ids in rows), default=0)
+        padded = [ids + (PAD,) * (width - len(ids)) for ids in rows]
+        return torch.tensor(padded, dtype=torch.long, device=self.device).reshape(*shape, width)
+
+    def decode(self, text: Tensor) -> Any:
+        """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped."""
+        texts.validate(text, "text", self.vocab_size)
+        rows = [[i for i in ids if i != PAD] for ids in text.reshape(-1, text.shape[-1]).tolist()]
+        flat = [self.tokenizer.decode(r, skip_special_tokens=True, clean_up_tokenization_spaces=False) for r in rows]
+        return _nest(flat, text.shape[:-1])
+
+    def join(self, *parts: Tensor | str) -> Tensor:
+        """One text after another, batched and broadcasting: ``[..., L1], [..., L2], ... -> [..., L]``.
+
+        An eos inside is dropped, because the text goes on; any other stop is part of the text and stays.
+        """
+        if not parts:
+            raise ValueError("join needs at least one text")
+        return texts.cat(*(self._open(part, "texts") for part in parts))
+
+    def fill(self, template: str, **fields: Tensor | str) -> Tensor:
+        """A template whose fields ``{x}`` are texts, batched and broadcasting; an eos inside a field is dropped.
+
+        >>> lm.fill("Beginning: {x}\\nEnding: {y}\\nMiddle:", x=x, y=y)
+        """
+        parts: list[Tensor] = []
+        used = set()
+        for fixed, name, spec, conversion in strings.Formatter().parse(template):
+            if fixed:
+                parts.append(self.encode(fixed))
+            if name is None:
+                continue
+            if name not in fields or spec or conversion:
+                raise ValueError(f"template has the field {name!r}; the fields given are {sorted(fields)}")
+            used.add(name)
+            parts.append(self._open(fields[name], name))
+        if unknown := sorted(set(fields) - used):
+            raise ValueError(f"{unknown[0]} is no field of the template {template!r}")
+        return texts.cat(*parts) if parts else self.encode("")
+
+    def token_id(self, stop: str | int) -> int:
+        """The id of one stop: "eos", a string that is one token, or an id. Raises ValueError naming `stop`."""
+        if stop == "eos":
+            if self.eos_id is None:
+                raise ValueError("stop='eos', but the tokenizer has no eos token")
+            return self.eos_id
+        if isinstance(stop, str):
+            found = self.tokenizer.convert_tokens_to_ids(stop)
+            # As written in the vocabulary, where it stands for itself: some tokenizers encode "." alone as " .".
+            whole = isinstance(found, int) and self.tokenizer.decode([found]) == stop
+            ids = (found,) if whole else self._ids([stop])[0]
+            if len(ids) != 1:
+                raise ValueError(f"stop={stop!r} is {len(ids)} tokens; a stop is one token")
+            return ids[0]
+        if isinstance(stop, bool) or not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
+            raise ValueError(f"stop={stop!r} is neither 'eos', a string nor an id below {self.vocab_size}")
+        return stop
+
+    def stop_ids(self, stop: Stop) -> Tensor:
+        """The ids of all stops, each once: ``LongTensor[S]``, empty for None."""
+        if isinstance(stop, Tensor):
+            stop = stop.reshape(-1).tolist()
+        several: Iterable[str | int] = () if stop is None else (stop,) if isinstance(stop, str | int) else stop  # type: ignore[assignment]
+        ids = list(dict.fromkeys(self.token_id(s) for s in several))
+        if stop is not None and not ids:
+            raise ValueError("stop is empty; for texts without a stop, pass stop=None")
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def _open(self, part: Tensor | str, name: str) -> Tensor:
+        """A text that goes on: its eos dropped."""
+        tokens = self.encode(part) if isinstance(part, str) else part
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"{name} must be texts or strings, not {type(part).__name__}")
+        return tokens if self.eos_id is None else tokens.masked_fill(tokens == self.eos_id, PAD)
+
+    def _ids(self, flat: list[str]) -> list[tuple[int, ...]]:
+        cache = self.network.encoded
+        if fresh := [s for s in dict.fromkeys(flat) if s not in cache]:
+            if len(cache) + len(fresh) > CACHED_STRINGS:
+                cache.clear()
+            for s, ids in zip(fresh, self.tokenizer(fresh, add_special_tokens=False)["input_ids"], strict=True):
+                if ids and max(ids) >= self.vocab_size:
+                    raise ValueError(f"text {s!r} has the token id {max(ids)}, outside the vocabulary of the model")
+                cache[s] = tuple(ids)
+        return [cache[s] for s in flat]
+
+
+def _first(*candidates: Any) -> int | None:
+    """The first candidate that is there; of several ids, the first."""
+    for c in candidates:
+        if isinstance(c, list | tuple) and c:
+            c = c[0]
+        if isinstance(c, int):
+            return c
+    return None
+
+
+def _flatten(nested: Any) -> tuple[tuple[int, ...], list[str]]:
+    if isinstance(nested, str):
+        return (), [nested]
+    if not isinstance(nested, list | tuple):
+        raise ValueError(f"text must be a string or a nested list of strings, not {type(nested).__name__}")
+    inner = [_flatten(n) for n in nested]
+    if len({shape for shape, _ in inner}) > 1:
+        raise ValueError("text must be nested evenly: lists on one level have different lengths")
+    return (len(nested), *(inner[0][0] if inner else ())), [s for _, flat in inner for s in flat]
+
+
+def _nest(flat: list[str], shape: Sequence[int]) -> Any:
+    if not shape:
+        return flat[0]
+    size = len(flat) // shape[0] if shape[0] else 0
+    return [_nest(flat[i * size : (i + 1) * size], shape[1:]) for i in range(shape[0])]
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
