@@ -1,0 +1,95 @@
+"""Tiny randomly initialised language models, small enough to enumerate."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lmppl import LanguageModel
+
+ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "neox")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def tiny_tokenizer(vocab: int = 8, pad_is_eos: bool = True, add_bos: bool = False) -> PreTrainedTokenizerFast:
+    """One token a character: eos (0), then pad (1) and bos where asked for, ".", and letters up to `vocab` tokens."""
+    special = ["<eos>"] + ([] if pad_is_eos else ["<pad>"]) + (["<bos>"] if add_bos else [])
+    words = special + ["."] + list(LETTERS)
+    if len(special) + 2 > vocab or vocab > len(words):
+        raise ValueError(f"vocab={vocab} must lie between {len(special) + 2} and {len(words)}")
+    ids = {word: i for i, word in enumerate(words[:vocab])}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    from tokenizers import decoders, processors
+
+    backend.decoder = decoders.Fuse()
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<eos>",
+        bos_token="<bos>" if add_bos else None,
+        pad_token="<eos>" if pad_is_eos else "<pad>",
+    )
+
+
+def tiny_config(arch: str, vocab: int, max_length: int = 64) -> transformers.PreTrainedConfig:
+    """Two layers of width 16 with 2 heads; dropout is on, so that a test notices a network left in train mode."""
+    common = {
+        "vocab_size": vocab,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": max_length,
+        "eos_token_id": 0,
+        "bos_token_id": 0,
+        "pad_token_id": None,
+    }
+    grouped = {**common, "num_key_value_heads": 1, "attention_dropout": 0.1}
+    if arch == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=max_length, bos_token_id=0, eos_token_id=0
+        )
+    if arch == "llama":
+        return LlamaConfig(**grouped, tie_word_embeddings=False)
+    if arch == "qwen2":
+        return Qwen2Config(**grouped, tie_word_embeddings=True)
+    if arch == "qwen3":
+        return Qwen3Config(**grouped, head_dim=8, tie_word_embeddings=True)
+    if arch == "neox":
+        return GPTNeoXConfig(**common, hidden_dropout=0.1, attention_dropout=0.1)
+    raise ValueError(f"arch={arch!r} is none of {ARCHITECTURES}")
+
+
+def tiny_lm(
+    arch: str = "gpt2",
+    vocab: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    pad_is_eos: bool = True,
+    add_bos: bool = False,
+    max_length: int = 64,
+) -> LanguageModel:
+    """A language model whose next-token distributions are far from uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(arch, vocab, max_length), dtype=dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.4)
+                elif name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return LanguageModel(model, tiny_tokenizer(vocab, pad_is_eos, add_bos))
