@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmppl import text as texts
 from lmppl.adapters import Adapter, CheckpointError, Network, first_line
 from lmppl.text import PAD
+from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
 Stop = str | int | Sequence[str | int] | Tensor | None
-CACHED_STRINGS = 4096
+TOKEN_BUDGET = 16_384
 
 
 class LanguageModel(nn.Module):
@@ -33,30 +34,30 @@ class LanguageModel(nn.Module):
     :param model: any causal language model of transformers, without PEFT layers.
     :param tokenizer: its tokenizer.
 
+    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass without
+    gradient; larger work is split, so that memory stays bounded however many particles are asked for.
+
     >>> lm = LanguageModel.from_pretrained("gpt2")
     >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
+    ) -> None:
         super().__init__()
         network = model.__dict__.get("_lmppl_network")
         if network is None:
             # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
             network = model.__dict__["_lmppl_network"] = Network(model)
+        config = model.config.get_text_config()
         self.model = model
         self.tokenizer = tokenizer
         self.network: Network = network
-        self.vocab_size: int = network.vocab_size
-        self.eos_id: int | None = _first(tokenizer.eos_token_id, model.config.eos_token_id)
-        self.bos_id: int | None = _first(tokenizer.bos_token_id, model.config.bos_token_id, self.eos_id)
-        plain, special = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
-        self.adds_bos: bool = len(special) > len(plain) and special[0] == tokenizer.bos_token_id
-        config = model.config
-        self.max_length: int | None = _first(
+        self.vocabulary = _vocabulary or Vocabulary(tokenizer, config, network.vocab_size)
+        self.max_length: int | None = first_int(
             getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)
         )
         self._adapter = _adapter
-        super().train(False)
 
     @classmethod
     def from_pretrained(
@@ -96,6 +97,40 @@ class LanguageModel(nn.Module):
 
         return cls.from_pretrained(embedded.path(name), **kwargs)
 
+    # Facts -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the network gives a logit."""
+        return self.network.vocab_size
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.vocabulary.eos_id
+
+    @property
+    def bos_id(self) -> int | None:
+        """What an empty text starts from: the model's bos, else its eos."""
+        return self.vocabulary.bos_id
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts a bos before any text unless told otherwise."""
+        return self.vocabulary.adds_bos
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.base_parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.base_parameters[0].dtype
+
+    @property
+    def tokens_scored(self) -> int:
+        """How many tokens have gone through the network, all views together."""
+        return self.network.tokens_scored
+
     # Running the network ---------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *, tokens: int | None = None, **kwargs: Any) -> Any:
@@ -121,19 +156,6 @@ class LanguageModel(nn.Module):
         self.training = mode
         return self
 
-    @property
-    def tokens_scored(self) -> int:
-        """How many tokens have gone through the network, all views together."""
-        return self.network.tokens_scored
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.base_parameters[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.base_parameters[0].dtype
-
     # Views and their weights -----------------------------------------------------------------------------------------
 
     def with_adapter(
@@ -150,7 +172,7 @@ class LanguageModel(nn.Module):
             adapter = self.network.load(os.fspath(peft_config), name)
         else:
             raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
-        return LanguageModel(self.model, self.tokenizer, _adapter=adapter)
+        return LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser should get: the adapter's parameters, or the base model's where this is the base."""
@@ -182,9 +204,9 @@ class LanguageModel(nn.Module):
 
         >>> lm.encode(["The end.", "Once"], stop="eos").shape
         """
-        shape, flat = _flatten(text)
+        shape, flat = flatten(text)
         end = () if stop is None else (self.token_id(stop),)
-        rows = [ids + end for ids in self._ids(flat)]
+        rows = [ids + end for ids in self.vocabulary.encode(flat)]
         width = max((len(ids) for ids in rows), default=0)
         padded = [ids + (PAD,) * (width - len(ids)) for ids in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.device).reshape(*shape, width)
@@ -193,8 +215,7 @@ class LanguageModel(nn.Module):
         """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped."""
         texts.validate(text, "text", self.vocab_size)
         rows = [[i for i in ids if i != PAD] for ids in text.reshape(-1, text.shape[-1]).tolist()]
-        flat = [self.tokenizer.decode(r, skip_special_tokens=True, clean_up_tokenization_spaces=False) for r in rows]
-        return _nest(flat, text.shape[:-1])
+        return nest([self.vocabulary.decode(ids) for ids in rows], text.shape[:-1])
 
     def join(self, *parts: Tensor | str) -> Tensor:
         """One text after another, batched and broadcasting: ``[..., L1], [..., L2], ... -> [..., L]``.
@@ -227,21 +248,7 @@ class LanguageModel(nn.Module):
 
     def token_id(self, stop: str | int) -> int:
         """The id of one stop: "eos", a string that is one token, or an id. Raises ValueError naming `stop`."""
-        if stop == "eos":
-            if self.eos_id is None:
-                raise ValueError("stop='eos', but the tokenizer has no eos token")
-            return self.eos_id
-        if isinstance(stop, str):
-            found = self.tokenizer.convert_tokens_to_ids(stop)
-            # As written in the vocabulary, where it stands for itself: some tokenizers encode "." alone as " .".
-            whole = isinstance(found, int) and self.tokenizer.decode([found]) == stop
-            ids = (found,) if whole else self._ids([stop])[0]
-            if len(ids) != 1:
-                raise ValueError(f"stop={stop!r} is {len(ids)} tokens; a stop is one token")
-            return ids[0]
-        if isinstance(stop, bool) or not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
-            raise ValueError(f"stop={stop!r} is neither 'eos', a string nor an id below {self.vocab_size}")
-        return stop
+        return self.vocabulary.token_id(stop)
 
     def stop_ids(self, stop: Stop) -> Tensor:
         """The ids of all stops, each once: ``LongTensor[S]``, empty for None."""
@@ -259,45 +266,6 @@ class LanguageModel(nn.Module):
         if not isinstance(tokens, Tensor):
             raise ValueError(f"{name} must be texts or strings, not {type(part).__name__}")
         return tokens if self.eos_id is None else tokens.masked_fill(tokens == self.eos_id, PAD)
-
-    def _ids(self, flat: list[str]) -> list[tuple[int, ...]]:
-        cache = self.network.encoded
-        if fresh := [s for s in dict.fromkeys(flat) if s not in cache]:
-            if len(cache) + len(fresh) > CACHED_STRINGS:
-                cache.clear()
-            for s, ids in zip(fresh, self.tokenizer(fresh, add_special_tokens=False)["input_ids"], strict=True):
-                if ids and max(ids) >= self.vocab_size:
-                    raise ValueError(f"text {s!r} has the token id {max(ids)}, outside the vocabulary of the model")
-                cache[s] = tuple(ids)
-        return [cache[s] for s in flat]
-
-
-def _first(*candidates: Any) -> int | None:
-    """The first candidate that is there; of several ids, the first."""
-    for c in candidates:
-        if isinstance(c, list | tuple) and c:
-            c = c[0]
-        if isinstance(c, int):
-            return c
-    return None
-
-
-def _flatten(nested: Any) -> tuple[tuple[int, ...], list[str]]:
-    if isinstance(nested, str):
-        return (), [nested]
-    if not isinstance(nested, list | tuple):
-        raise ValueError(f"text must be a string or a nested list of strings, not {type(nested).__name__}")
-    inner = [_flatten(n) for n in nested]
-    if len({shape for shape, _ in inner}) > 1:
-        raise ValueError("text must be nested evenly: lists on one level have different lengths")
-    return (len(nested), *(inner[0][0] if inner else ())), [s for _, flat in inner for s in flat]
-
-
-def _nest(flat: list[str], shape: Sequence[int]) -> Any:
-    if not shape:
-        return flat[0]
-    size = len(flat) // shape[0] if shape[0] else 0
-    return [_nest(flat[i * size : (i + 1) * size], shape[1:]) for i in range(shape[0])]
 
 
 def _is_path(name: str) -> bool:

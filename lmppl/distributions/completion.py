@@ -1,0 +1,355 @@
+"""`Completion`: the distribution of the text that follows a prompt under a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints as torch_constraints
+
+from .. import text
+from ..constraints import Constraint, checked
+from ..engine.scoring import chunk_rows, score
+from ..language_model import LanguageModel
+from .rules import Rules
+from .token_steps import TokenSteps, draw
+
+_ENUMERABLE = 1_000_000
+
+
+class Texts(torch_constraints.Constraint):
+    """The support of a distribution over texts: ids of a vocabulary, right-padded with PAD."""
+
+    is_discrete = True
+    event_dim = 1
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def check(self, value: Tensor) -> Tensor:
+        inside = (value == text.PAD) | ((value >= 0) & (value < self.vocab_size))
+        gap = (value[..., :-1] == text.PAD) & (value[..., 1:] != text.PAD)
+        return inside.all(-1) & ~gap.any(-1)
+
+
+class PrefixScores(NamedTuple):
+    """What one pass over a value says of all its prefixes; both (..., max_tokens + 1)."""
+
+    log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where it cannot stop
+    stop_log_probs: Tensor  # column t: log p(stop | z_1..z_t)
+
+
+class Completion(TorchDistribution):
+    r"""The text that follows ``prompt``: at most ``max_tokens`` tokens, then a stop token, then PAD.
+
+    .. math:: \log p(z) = \sum_{t=1}^{n} \log p(z_t \mid prompt, z_{<t}) + \log p(stop \mid prompt, z_{1..n})
+
+    It normalises: a stop is impossible before ``min_tokens`` and certain after ``max_tokens``, by masking and
+    renormalising.  ``temperature`` divides the logits of every token; to temper the *sequence*, scale the site
+    (``poutine.scale(scale=1 / T)``): a different distribution.
+
+    :param lm: the language model.
+    :param prompt: text (*batch, Lp), or a string; an empty prompt starts from bos.
+    :param max_tokens: the most tokens before the stop, an int or LongTensor broadcasting to the batch.
+    :param min_tokens: the fewest, likewise.
+    :param stop: "eos", a string of one token, a token id, or several of these (any of them ends the text); None:
+        exactly ``max_tokens`` tokens and no stop, so that the value says "the text begins with these tokens".
+    :param allowed: a constraint on the next token, see `lmppl.constraints`.
+    :param temperature: per token; a number, or a tensor broadcasting to the batch.
+
+    Shapes: ``batch_shape = prompt.shape[:-1]`` (broadcast with tensor parameters); ``event_shape = (max_tokens + 1,)``,
+    ``(max_tokens,)`` without a stop.
+
+    Gradients flow to the language model's trainable parameters through `log_prob`; sampling runs without gradient.
+
+    :raises ValueError: naming the argument, for a stop that is not one token, shapes that do not broadcast, or a text
+        longer than the model's context.
+
+    Example::
+
+        lm = LanguageModel.embedded("stories")
+        z = pyro.sample("z", Completion(lm, lm.encode("Tom went to the kitchen."), max_tokens=9, stop="."))
+    """
+
+    arg_constraints: dict[str, torch_constraints.Constraint] = {}
+    has_enumerate_support = True
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt: Tensor | str,
+        *,
+        max_tokens: int | Tensor,
+        min_tokens: int | Tensor = 0,
+        stop: str | int | Iterable[str | int] | Tensor | None = "eos",
+        allowed: Constraint | Iterable[int] | None = None,
+        temperature: float | Tensor = 1.0,
+        tools: tuple[()] = (),
+        validate_args: bool | None = None,
+    ):
+        if tools:
+            raise NotImplementedError("tools: tools that insert tokens are not part of this version")
+        self.lm = lm
+        self.prompt = lm.encode(prompt) if isinstance(prompt, str) else prompt.to(lm.device)
+        text.validate(self.prompt, "prompt", lm.vocab_size)
+        device = self.prompt.device
+        self.stop = lm.stop_ids(stop).to(device)
+        self.max_tokens = _count(max_tokens, "max_tokens", device)
+        self.min_tokens = _count(min_tokens, "min_tokens", device)
+        self.temperature = torch.as_tensor(temperature, device=device)
+        if not bool((self.temperature > 0).all()):
+            raise ValueError(f"temperature: must be positive, got {temperature}")
+        if bool((self.min_tokens > self.max_tokens).any()):
+            raise ValueError(f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}")
+        if bool((self.stop >= lm.vocab_size).any()):
+            raise ValueError(f"stop: {stop!r} lies outside the vocabulary of {lm.vocab_size} tokens")
+        self.allowed = checked(allowed, lm.vocab_size, device)
+        self._limit = int(self.max_tokens.max())
+        parts = (self.prompt.shape[:-1], self.max_tokens.shape, self.min_tokens.shape, self.temperature.shape)
+        try:
+            self._native = torch.broadcast_shapes(*parts)
+        except RuntimeError as error:
+            raise ValueError(
+                "prompt, max_tokens, min_tokens, temperature: shapes do not broadcast: "
+                + ", ".join(str(tuple(p)) for p in parts)
+            ) from error
+        if lm.max_length is not None:
+            longest = int((text.length(self.prompt) + self.max_tokens.amax()).max()) if self.prompt.numel() else 0
+            if longest > lm.max_length:
+                raise ValueError(
+                    f"prompt: prompt and max_tokens need {longest} tokens, but this model's context holds "
+                    f"{lm.max_length}; shorten the prompt or max_tokens"
+                )
+        event_shape = torch.Size([self._limit + (1 if self.stop.numel() else 0)])
+        super().__init__(self._native, event_shape, validate_args=validate_args)
+
+    # -- the distribution's shape --------------------------------------------------------------------------------
+
+    @property
+    def support(self) -> Texts:
+        return Texts(self.lm.vocab_size)
+
+    def expand(self, batch_shape: torch.Size, _instance: Completion | None = None) -> Completion:
+        """The same distribution on a larger batch; the prompt is not copied, so nothing is computed twice."""
+        new = self._get_checked_instance(Completion, _instance)
+        new.__dict__.update(self.__dict__)
+        shape = torch.broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
+        super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def tempered(self, temperature: float | Tensor) -> Completion:
+        """The same distribution with every token's temperature multiplied by ``temperature`` (broadcasting)."""
+        new = Completion.__new__(Completion)
+        new.__dict__.update(self.__dict__)
+        new.temperature = self.temperature * torch.as_tensor(temperature, device=self.prompt.device)
+        new._native = torch.broadcast_shapes(self._native, new.temperature.shape)
+        shape = torch.broadcast_shapes(self.batch_shape, new._native)
+        super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
+        return new
+
+    def _rules(self, batch: torch.Size) -> Rules:
+        per_row = [x.expand(batch).flatten() if x.dim() else x for x in self._parameters_by_row]
+        return Rules(self.stop, *per_row, self.allowed, self.lm.vocab_size)
+
+    @property
+    def _parameters_by_row(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.max_tokens, self.min_tokens, self.temperature
+
+    # -- sampling ------------------------------------------------------------------------------------------------
+
+    def token_steps(self, shape: torch.Size | None = None, share: TokenSteps | None = None) -> TokenSteps:
+        """Grow texts of shape ``shape`` (default: the batch) token by token; rows are the flattened ``shape``."""
+        shape = self.batch_shape if shape is None else shape
+        index = self._prompt_index(shape)
+        if share is not None:
+            prompt = self.prompt.flatten(0, -2)[index] if self.prompt.dim() > 1 else self.prompt.expand(len(index), -1)
+            same = share.lm is self.lm and len(share.prompt) == len(prompt)
+            share = share if same and bool(text.equal(share.prompt, prompt).all()) else None
+        return self._steps(self._rules(shape), index, share)
+
+    def _prompt_index(self, shape: torch.Size) -> Tensor:
+        """Which prompt each row of the flattened ``shape`` continues."""
+        batch = self.prompt.shape[:-1]
+        return torch.arange(batch.numel(), device=self.prompt.device).view(batch).expand(shape).flatten()
+
+    def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
+        prompts = self.prompt.reshape(-1, self.prompt.shape[-1])
+        used, index = torch.unique(index, return_inverse=True)
+        distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
+        return TokenSteps(self.lm, distinct, merged[index], rules, share)
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """A sample and its log-probability, both from the same KV-cached pass."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        rows, width = shape.numel(), self.event_shape[0]
+        # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
+        uniform = torch.rand(rows, width, device=self.prompt.device)
+        index, rules = self._prompt_index(shape), self._rules(shape)
+        value = torch.full((rows, width), text.PAD, device=self.prompt.device)
+        log_prob = torch.zeros(rows, device=self.prompt.device, dtype=_score_dtype(self.lm))
+        for chunk in torch.arange(rows, device=index.device).split(
+            chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
+        ):
+            steps = self._steps(rules.select(chunk), index[chunk])
+            for t in range(width):
+                log_probs = steps.log_probs()
+                token = draw(log_probs, uniform[chunk, t])
+                gain = log_probs.gather(1, token[:, None])[:, 0]
+                log_prob[chunk] += gain.masked_fill(steps.ended, 0.0).to(log_prob.dtype)
+                token = token.masked_fill(steps.ended, text.PAD)
+                value[chunk, t] = token
+                steps.append(token)
+                left = (~steps.ended).nonzero()[:, 0]
+                if not len(left):
+                    break
+                if len(left) < 0.5 * len(chunk):  # rows that have ended need no more steps
+                    steps.select(left)
+                    chunk = chunk[left]
+        _refuse_nan(log_prob)
+        return value.view(*shape, width), log_prob.view(shape)
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient."""
+        return self.sample_and_log_prob(sample_shape)[0]
+
+    # -- scoring -------------------------------------------------------------------------------------------------
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), (*batch); -inf for a text that cannot be drawn; ValueError for a malformed one."""
+        scores = self._scores(value)
+        return self._expanded(scores.token.sum(-1).masked_fill(~scores.possible, -torch.inf))
+
+    def token_log_probs(self, value: Tensor) -> Tensor:
+        """log p(z_t | prompt, z_<t) at every token of ``value``, 0 at padding; (*batch, L)."""
+        scores = self._scores(value)
+        width = value.shape[-1]
+        token = torch.nn.functional.pad(scores.token, (0, max(0, width - scores.token.shape[-1])))[..., :width]
+        beyond = (value[..., self.event_shape[0] :] != text.PAD).any(-1)
+        return self._expanded(token.masked_fill(beyond[..., None], -torch.inf), 1)
+
+    def prefix_log_probs(self, value: Tensor) -> Tensor:
+        """log p(z_1..z_t stop) for t = 0..max_tokens, (*batch, max_tokens + 1), from one pass over the value.
+
+        -inf where the text cannot stop and past the value's end; the stop is the value's own.
+        """
+        return self.prefix_scores(value).log_probs
+
+    def prefix_scores(self, value: Tensor) -> PrefixScores:
+        """`prefix_log_probs` together with the log-probability of stopping at each prefix, from the same pass."""
+        scores = self._scores(value)
+        before = torch.nn.functional.pad(scores.token, (1, 0)).cumsum(-1)  # (..., E + 1): log p(z_1..z_t)
+        if not self.stop.numel():
+            never = torch.full_like(before, -torch.inf)  # (..., max_tokens + 1)
+            return PrefixScores(self._expanded(never, 1), self._expanded(never, 1))
+        stop = scores.stop
+        log_probs = (before[..., :-1].masked_fill(stop == -torch.inf, 0.0) + stop).masked_fill(
+            stop == -torch.inf, -torch.inf
+        )
+        return PrefixScores(self._expanded(log_probs, 1), self._expanded(stop, 1))
+
+    def _scores(self, value: Tensor) -> _Scores:
+        value = value.to(self.prompt.device)
+        if self._validate_args:
+            text.validate(value, "value", self.lm.vocab_size)
+            try:
+                torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"value: leading axes {tuple(value.shape[:-1])} do not broadcast with the batch "
+                    f"{tuple(self.batch_shape)}"
+                ) from error
+        width = self.event_shape[0]
+        too_long = (value[..., width:] != text.PAD).any(-1)
+        value = torch.nn.functional.pad(value[..., :width], (0, max(0, width - value.shape[-1])), value=text.PAD)
+        batch = torch.broadcast_shapes(self._native, value.shape[:-1])
+        length = text.length(value)
+        rules = self._rules(batch)
+        at = torch.arange(width, device=value.device)
+        if self.stop.numel():
+            stops = rules.is_stop(value)
+            ended = stops.any(-1)
+            end = torch.where(ended, stops.long().argmax(-1), length)  # tokens before the stop
+            own = torch.where(ended, value.gather(-1, end.clamp(max=width - 1)[..., None])[..., 0], self.stop[0])
+            possible = ended & (length == end + 1) & ~too_long
+        else:
+            end, own = length, torch.zeros_like(length)
+            possible = (length == self.max_tokens) & ~too_long
+        # The network reads no further than the longest value.
+        reach = max(1, int((end + (1 if self.stop.numel() else 0)).max())) if value.numel() else 0
+        reach = min(reach, width)
+        flat = value.expand(*batch, width)[..., :reach].reshape(-1, reach)
+        flat_own = own.expand(batch).flatten()
+
+        def head(logits: Tensor, rows: Tensor) -> Tensor:
+            log_probs = rules.select(rows).log_probs(logits, flat[rows])  # (r, T, V)
+            token = log_probs.gather(-1, flat[rows].clamp(min=0)[..., None])
+            stop = log_probs.gather(-1, flat_own[rows][:, None, None].expand(-1, reach, 1))
+            return torch.cat([token, stop], -1)  # (r, T, 2)
+
+        if reach:
+            both = score(self.lm, self.prompt, value[..., :reach], head).expand(*batch, reach, 2)
+            token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
+        else:
+            token = stop = torch.zeros(*batch, width, device=value.device)
+        _refuse_nan(token)
+        token = token.masked_fill(at >= length[..., None], 0.0)
+        token = token.masked_fill((at > end[..., None]) & (at < length[..., None]), -torch.inf)
+        stop = stop.masked_fill(at > end[..., None], -torch.inf)
+        return _Scores(token, stop, possible.expand(batch))
+
+    def _expanded(self, x: Tensor, event_dim: int = 0) -> Tensor:
+        batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
+        return x.expand(torch.broadcast_shapes(batch, self.batch_shape) + event)
+
+    # -- enumeration ---------------------------------------------------------------------------------------------
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Every text that can be drawn, (K, *batch, *event) (``expand=False``: batch axes of size 1).
+
+        :raises ValueError: where there are more than a million.
+        """
+        ids = torch.arange(self.lm.vocab_size, device=self.prompt.device)
+        if isinstance(self.allowed, Tensor):
+            ids = ids[self.allowed]
+        content = ids[~torch.isin(ids, self.stop)]
+        shortest = int(self.min_tokens.min()) if self.stop.numel() else int(self.max_tokens.min())
+        stops = max(1, self.stop.numel())
+        count = sum(len(content) ** n * stops for n in range(shortest, self._limit + 1))
+        if count > _ENUMERABLE:
+            raise ValueError(f"enumerate_support: {count:,} texts; use inference.Enumeration(mass=...) instead")
+        blocks = []
+        for n in range(shortest, self._limit + 1):
+            body = torch.cartesian_prod(*[content] * n).view(-1, n) if n else content.new_empty(1, 0)
+            if self.stop.numel():
+                tail = self.stop.repeat_interleave(len(body))[:, None]
+                body = torch.cat([body.repeat(len(self.stop), 1), tail], 1)
+            blocks.append(text.pad(body, self.event_shape[0]))
+        support = torch.cat(blocks).view(-1, *[1] * len(self.batch_shape), self.event_shape[0])
+        return support.expand(-1, *self.batch_shape, -1) if expand else support
+
+
+class _Scores(NamedTuple):
+    token: Tensor  # (*batch, E): log p(z_t | z_<t), 0 at padding, -inf past a stop
+    stop: Tensor  # (*batch, E): log p(own stop | z_1..z_t), -inf past the end
+    possible: Tensor  # (*batch): the value is a complete text of this distribution's form
+
+
+def _count(value: int | Tensor, name: str, device: torch.device) -> Tensor:
+    count = torch.as_tensor(value, device=device)
+    if count.is_floating_point() or count.dtype == torch.bool or bool((count < 0).any()) or not count.numel():
+        raise ValueError(f"{name}: expected a non-negative integer or a LongTensor of them, got {value!r}")
+    return count
+
+
+def _score_dtype(lm: LanguageModel) -> torch.dtype:
+    return lm.dtype if lm.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _refuse_nan(log_probs: Tensor) -> None:
+    if bool(log_probs.isnan().any()):
+        raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")

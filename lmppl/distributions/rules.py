@@ -1,0 +1,91 @@
+"""The rules of a completion: which token may come next, and the renormalised log-probabilities under them.
+
+    log p(v | prefix) = log softmax over permitted v of logits[v] / temperature
+
+A stop token is forbidden before ``min_tokens``; after ``max_tokens`` stop tokens are all that is permitted and keep
+their relative probabilities.  Forbidden tokens get -inf exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..constraints import Constraint, allowed_at
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules for R rows; every per-row tensor is 0-d (shared by all rows) or (R,)."""
+
+    stop: Tensor  # (k,) stop token ids; empty: the text has exactly max_tokens tokens
+    max_tokens: Tensor
+    min_tokens: Tensor
+    temperature: Tensor
+    allowed: Constraint | None
+    vocab_size: int
+
+    def select(self, rows: Tensor) -> Rules:
+        """The rules of these rows."""
+        pick = [x[rows] if x.dim() else x for x in (self.max_tokens, self.min_tokens, self.temperature)]
+        return Rules(self.stop, *pick, self.allowed, self.vocab_size)
+
+    def is_stop(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, self.stop)
+
+    def must_stop(self, t: Tensor | int) -> Tensor:
+        """Whether only a stop is left after ``t`` tokens; broadcasts (R,) against ``t``'s trailing axis (T,)."""
+        return torch.as_tensor(t) >= (self.max_tokens[:, None] if self.max_tokens.dim() else self.max_tokens)
+
+    def forced(self, t: int) -> bool:
+        """Whether the token after ``t`` others is certain in every row, so that no logits are needed."""
+        return self.stop.numel() == 1 and bool((self.max_tokens <= t).all())
+
+    def log_probs(self, logits: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
+        """Normalised log-probabilities (R, T, V) of tokens ``first .. first+T-1``.
+
+        ``logits`` (R, T, V); ``prefix`` (R, >= first+T-1) holds the tokens drawn so far, read by constraints only.
+        """
+        T = logits.shape[1]
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        if self.temperature.dim():
+            logits = logits / self.temperature[:, None, None]
+        elif self.temperature != 1:
+            logits = logits / self.temperature
+        forbidden = self._forbidden(T, prefix, first)
+        if forbidden is None:
+            return logits.log_softmax(-1)
+        result = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
+        dead = forbidden.all(-1, keepdim=True)  # a constraint that permits nothing: no token is possible
+        return result.masked_fill(dead, -torch.inf) if bool(dead.any()) else result
+
+    def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
+        """BoolTensor broadcasting to (R, T, V), or None where every token is permitted."""
+        forbidden = None
+        if isinstance(self.allowed, Tensor):
+            forbidden = ~self.allowed
+        elif self.allowed is not None:
+            masks = [allowed_at(self.allowed, prefix[:, :t], self.vocab_size) for t in range(first, first + T)]
+            forbidden = ~torch.stack(torch.broadcast_tensors(*masks), -2)  # (R, T, V)
+        if not self.stop.numel():
+            return forbidden
+        t = torch.arange(first, first + T, device=self.stop.device)
+        per_row = [x[:, None] if x.dim() else x for x in (self.min_tokens, self.max_tokens)]
+        too_early, too_late = t < per_row[0], t >= per_row[1]  # (T,) or (R, T)
+        if bool(too_early.any()):
+            early = self._stops & too_early[..., None]
+            forbidden = early if forbidden is None else forbidden | early
+        if bool(too_late.any()):
+            others = ~self._stops
+            forbidden = torch.zeros_like(others) if forbidden is None else forbidden
+            forbidden = torch.where(too_late[..., None], others, forbidden)
+        return forbidden
+
+    @property
+    def _stops(self) -> Tensor:
+        mask = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.stop.device)
+        mask[self.stop] = True
+        return mask

@@ -1,0 +1,87 @@
+"""Token steps: many texts of one distribution, grown token by token; what sampling and SMC share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..engine.decoding import Decoder
+from ..language_model import LanguageModel
+from .rules import Rules
+
+
+class DeadEnd(ValueError):
+    """A constraint leaves no token to continue with."""
+
+
+class TokenSteps:
+    """R unfinished texts: `log_probs` of the next token, `append` one to each, `select` (reorder) the rows.
+
+    ``contexts`` (U, Lc) are distinct prompts, ``index`` (R,) each row's prompt.  With ``share``, another `TokenSteps`
+    over the same network and prompts, the logits are taken from it: one pass serves proposal and target.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, contexts: Tensor, index: Tensor, rules: Rules, share: TokenSteps | None = None
+    ):
+        self.lm, self.rules = lm, rules
+        self.prefix = index.new_empty(len(index), 0)  # (R, t): the tokens drawn so far
+        self.ended = torch.zeros_like(index, dtype=torch.bool)
+        if not rules.stop.numel():
+            self.ended = self.ended | (rules.max_tokens == 0)
+        self.prompt = contexts[index] if share is None else share.prompt  # (R, Lc)
+        self._share = share
+        self._pending: Tensor | None = None  # tokens appended but not yet sent through the network
+        self._decoder = Decoder(lm, contexts, index) if share is None else None
+
+    def _logits(self) -> Tensor:
+        if self._share is not None:
+            return self._share._logits()
+        assert self._decoder is not None
+        if self._pending is not None:
+            alive = int((self._pending != text.PAD).sum())
+            self._decoder.step(self._pending.clamp(min=0), alive)
+            self._pending = None
+        return self._decoder.logits
+
+    def log_probs(self) -> Tensor:
+        """(R, V) log-probabilities of the next token; rows that have ended hold unspecified numbers."""
+        t = self.prefix.shape[1]
+        if self.rules.forced(t):
+            result = torch.full((len(self.ended), self.rules.vocab_size), -torch.inf, device=self.ended.device)
+            result[:, self.rules.stop] = 0.0
+            return result
+        result = self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
+        if self.rules.allowed is not None and bool((result.amax(-1) == -torch.inf)[~self.ended].any()):
+            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+        return result
+
+    def append(self, tokens: Tensor) -> None:
+        """Append ``tokens`` (R,), PAD in rows that have ended."""
+        self.prefix = torch.cat([self.prefix, tokens[:, None]], 1)
+        if self.rules.stop.numel():
+            self.ended = self.ended | self.rules.is_stop(tokens)
+        else:
+            self.ended = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
+        self._pending = tokens
+
+    def select(self, index: Tensor) -> None:
+        """Row r becomes row ``index[r]``."""
+        self.prefix, self.ended, self.prompt = self.prefix[index], self.ended[index], self.prompt[index]
+        self.rules = self.rules.select(index)
+        if self._pending is not None:
+            self._pending = self._pending[index]
+        if self._decoder is not None:
+            self._decoder.select(index)
+
+
+def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draws (R,) from rows of log-probabilities (R, V): one uniform number (R,) a draw.
+
+    Tokens of probability zero are never drawn, and a row's draw depends on its own numbers only.
+    """
+    cdf = log_probs.exp().cumsum(-1)
+    # u < 1 - 2^-23 keeps u * total below total after rounding, so that the index never falls off the end.
+    at = uniform.clamp(max=1 - 2**-23).to(cdf.dtype)[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=log_probs.shape[-1] - 1)

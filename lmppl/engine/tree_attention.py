@@ -1,0 +1,119 @@
+"""Attention over a packed token tree: a root, its trunks, and the branches of each trunk, in one sequence.
+
+One row of the batch holds, one after another,
+
+    root (A tokens) | N trunks of S tokens | N x P branches of L tokens
+
+A trunk continues the root; branch p of trunk n continues the first ``visible[n, p]`` tokens of trunk n.  A query
+attends to the visible part of each of its ancestors and, causally, to its own segment.  Keys are never copied: the
+queries of all descendants are folded into one matrix product with their ancestor's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "lmppl_tree"
+
+
+class UnsupportedAttention(RuntimeError):
+    """The model's attention has a feature (window, soft cap, sinks) that tree attention does not implement."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the tree: ``fanout`` segments below each of the ``B`` roots, each ``width`` tokens long.
+
+    ``visible[j]``, shape (B, *fanout): how many tokens of the ancestor at level j a segment of this level sees.
+    """
+
+    fanout: tuple[int, ...]
+    width: int
+    visible: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        n = self.width
+        for k in self.fanout:
+            n *= k
+        return n
+
+
+_TREE: ContextVar[tuple[Level, ...]] = ContextVar("tree")
+
+
+@contextmanager
+def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
+    """Run ``model``'s forward passes with tree attention over ``levels``."""
+    token, before = _TREE.set(levels), model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        _TREE.reset(token)
+
+
+def _attend(level: Level, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Attention of one level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``."""
+    scores, folded = [], []
+    for j, key in enumerate(keys):
+        depth = key.dim() - 4  # the ancestor's number of fanout axes
+        q = query.flatten(2 + depth, -2)  # (B, H, *fanout_j, descendants' tokens, D)
+        score = (q @ key.transpose(-1, -2)).unflatten(-2, query.shape[2 + depth : -1])
+        folded.append(depth)
+        position = torch.arange(key.shape[-2], device=key.device)
+        if j < len(level.visible):
+            hidden = position >= level.visible[j][:, None, ..., None, None]  # (B, 1, *fanout, 1, L_j)
+        else:
+            hidden = position[None, :] > position[:, None]  # causal
+        scores.append(score.masked_fill(hidden, -torch.inf))  # (B, H, *fanout, L, L_j)
+    weights = torch.cat(scores, -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    out: Tensor | float = 0.0
+    for depth, weight, value in zip(folded, weights.split([k.shape[-2] for k in keys], -1), values, strict=True):
+        out = out + (weight.flatten(2 + depth, -2) @ value).view_as(query)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; query (B, H, T, D), result (B, T, H, D)."""
+    for feature in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise UnsupportedAttention(feature)
+    if attention_mask is not None:
+        raise UnsupportedAttention("an additive mask")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key.shape[1] != query.shape[1]:  # grouped-query attention
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    levels = _TREE.get()
+    sizes = [level.tokens for level in levels]
+    query = query * scaling
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    outputs = []
+    for level, q, k, v in zip(levels, *(x.split(sizes, 2) for x in (query, key, value)), strict=True):
+        shape = (*level.fanout, level.width)
+        keys.append(k.unflatten(2, shape))
+        values.append(v.unflatten(2, shape))
+        outputs.append(_attend(level, q.unflatten(2, shape), keys, values).flatten(2, -2))
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, tree_attention)
