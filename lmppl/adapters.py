@@ -7,6 +7,7 @@ view is switched on by setting the state of the tuner layers alone.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +46,6 @@ class Network:
     model: Any
     tokens_scored: int = 0
     facts: dict[str, object] = field(default_factory=dict)
-    encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Network:
         self.checkpointing = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
         head = self.model.get_output_embeddings()
         weight = getattr(head, "weight", None)
-        self.vocab_size = int(self.model.config.vocab_size if weight is None else weight.shape[0])
+        self.vocab_size = int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
     def activate(self, adapter: Adapter | None) -> None:
         """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
@@ -104,7 +104,11 @@ class Network:
         _refuse(config)
         before = {p: p.requires_grad for p in self.model.parameters()}
         try:
-            peft.inject_adapter_in_model(config, self.model, adapter_name=name)
+            with warnings.catch_warnings():
+                # Set for GPT-2 alone, whose linear layers are transposed: PEFT mends it and says so each time.
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                peft.inject_adapter_in_model(config, self.model, adapter_name=name)
         except (ValueError, TypeError) as error:
             raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {error}") from error
         finally:

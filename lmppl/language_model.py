@@ -31,11 +31,11 @@ class LanguageModel(nn.Module):
     in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the
     view, not `.model`, which all views share.
 
-    :param model: any causal language model of transformers, without PEFT layers.
-    :param tokenizer: its tokenizer.
-
     `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass without
     gradient; larger work is split, so that memory stays bounded however many particles are asked for.
+
+    :param model: any causal language model of transformers, without PEFT layers.
+    :param tokenizer: its tokenizer.
 
     >>> lm = LanguageModel.from_pretrained("gpt2")
     >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
@@ -57,6 +57,7 @@ class LanguageModel(nn.Module):
         self.max_length: int | None = first_int(
             getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)
         )
+        self.token_budget = TOKEN_BUDGET
         self._adapter = _adapter
 
     @classmethod
@@ -172,7 +173,9 @@ class LanguageModel(nn.Module):
             adapter = self.network.load(os.fspath(peft_config), name)
         else:
             raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
-        return LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
+        view = LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
+        view.token_budget = self.token_budget
+        return view
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser should get: the adapter's parameters, or the base model's where this is the base."""
