@@ -1,0 +1,39 @@
+"""The small language models that ship with the package, and the data that go with them.
+
+On each the exact posterior is known, so every algorithm can be held against the truth within minutes.
+"""
+
+from pathlib import Path
+
+from . import stories as _stories
+from .stories import Story
+
+__all__ = ["Story", "data", "path"]
+
+_WEIGHTS = Path(__file__).parent / "weights"
+_DATA = {"stories": _stories.stories}
+
+
+def path(name: str) -> Path:
+    """The directory of an embedded checkpoint, in Hugging Face layout.
+
+    Raises ValueError where `name` is not one of them.
+    """
+    shipped = {config.parent.name for config in _WEIGHTS.glob("*/config.json")}
+    if name not in shipped:
+        raise ValueError(f"name={name!r}: expected one of {_listed(shipped)}")
+    return _WEIGHTS / name
+
+
+def data(name: str, split: str) -> list[Story]:
+    """The stories of a split ("train", "validation" or "test"), the same on every call.
+
+    No (place, verb) pair of one split appears in another. Raises ValueError for an unknown name or split.
+    """
+    if name not in _DATA:
+        raise ValueError(f"name={name!r}: expected one of {_listed(_DATA)}")
+    return _DATA[name](split)
+
+
+def _listed(names) -> str:
+    return ", ".join(map(repr, sorted(names)))

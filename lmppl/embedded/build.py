@@ -1,0 +1,131 @@
+"""Train an embedded language model from scratch: `python -m lmppl.embedded.build stories --seed 0 --out DIR`."""
+
+import argparse
+import math
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from . import corpus, tokenizer
+
+
+class Recipe(NamedTuple):
+    """Everything that decides the weights besides the seed."""
+
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    context: int = 128  # tokens in a row, and the longest text that the model reads
+    rows: int = 32
+    steps: int = 2500
+    learning_rate: float = 4e-3
+    warmup: int = 100
+
+
+RECIPES = {"stories": Recipe()}
+
+
+def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """An untrained GPT-2 of the recipe's size, without dropout."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(words),
+            n_positions=recipe.context,
+            n_embd=recipe.width,
+            n_layer=recipe.layers,
+            n_head=recipe.heads,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
+def train(recipe: Recipe, seed: int, log=print) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+    """Next-token training on an endless corpus: AdamW, warm-up, cosine decay to zero, clipping at 1.
+
+    One thread, and a random state of its own: the same seed gives the same weights.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            words = tokenizer.build(corpus.WORDS, recipe.context)
+            model = fresh(recipe, words).train()
+            stream = corpus.rows(Random(seed), words.encode, recipe.context)
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            )
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer,
+                lambda step: min((step + 1) / recipe.warmup, 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)),
+            )
+            started, mean = time.monotonic(), None
+            for step in range(1, recipe.steps + 1):
+                batch = torch.tensor([next(stream) for _ in range(recipe.rows)])  # (row, token)
+                logits = model(batch).logits[:, :-1]
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+                if step % 50 == 0 or step == recipe.steps:
+                    log(f"step {step}/{recipe.steps}  loss {mean:.4f}  {time.monotonic() - started:.0f} s")
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval(), words
+
+
+def save(model: GPT2LMHeadModel, words: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write a Hugging Face checkpoint, whole or not at all; what was at `out` before is replaced."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        scratch.chmod(0o755)
+        model.save_pretrained(scratch)
+        words.save_pretrained(scratch)
+        for file in scratch.iterdir():
+            file.chmod(0o644)
+        if out.exists():
+            shutil.rmtree(out)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lmppl.embedded.build", description=__doc__)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    options = parser.parse_args(argv)
+    recipe = RECIPES[options.name]
+    if options.steps is not None:
+        recipe = recipe._replace(steps=options.steps)
+
+    def progress(line: str) -> None:
+        print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
+
+    model, words = train(recipe, options.seed, progress)
+    print(file=sys.stderr)
+    save(model, words, options.out)
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
