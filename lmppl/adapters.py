@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -65,13 +67,14 @@ class Network:
 
     def activate(self, adapter: Adapter | None) -> None:
         """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
-        if adapter is self.active:
-            return
+        if adapter is not self.active:
+            self._switch(adapter)
+
+    def _switch(self, adapter: Adapter | None) -> None:
         for layer in self.layers:
-            on = adapter is not None and layer in adapter.layers
-            layer._disable_adapters = not on
-            if on:
-                layer._active_adapter = [adapter.name]  # type: ignore[union-attr]
+            layer._disable_adapters = adapter is None or layer not in adapter.layers
+            if adapter is not None and layer in adapter.layers:
+                layer._active_adapter = [adapter.name]
         self.active = adapter
 
     @contextmanager
@@ -118,31 +121,32 @@ class Network:
                 p.requires_grad = requires_grad
             self.layers = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
             self.model.eval()
+            self._switch(None)  # PEFT leaves new layers on, half an adapter too where it failed midway
         own = [p for p in self.model.parameters() if p not in before]
         layers = {m for m in self.layers if name in _names(m)}
         adapter = self.adapters[name] = Adapter(name, config, [p for p in own if p.requires_grad], layers)
-        self.activate(adapter)
-        self.activate(None)  # twice, so that layers fresh from PEFT are set whatever was active
         return adapter
 
-    def load(self, path: str | Path, name: str | None) -> Adapter:
+    def load(self, path: str, name: str | None) -> Adapter:
         """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit."""
-        path = str(path)
         try:
             config = peft.PeftConfig.from_pretrained(path)
             weights = peft.utils.load_peft_weights(path, device=str(self.base_parameters[0].device))
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: no saved adapter here ({first_line(error)})") from error
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
         adapter = self.add(config, name)
-        own = {p for p in adapter.parameters}
-        keys = {_plain(k) for k, p in self.model.named_parameters() if p in own}
-        with self._peft_config():
-            result: Any = peft.set_peft_model_state_dict(
-                self.model, {k.removeprefix("base_model.model."): w for k, w in weights.items()}, adapter.name
-            )
-        missing = [k for k in result.missing_keys if _plain(k) in keys]
-        if missing or result.unexpected_keys:
-            raise CheckpointError(f"{path}: the adapter does not fit: {(missing + result.unexpected_keys)[0]}")
+        own = set(adapter.parameters)
+        keys = {k for k, p in self.model.named_parameters() if p in own}
+        try:
+            with self._peft_config(), torch.no_grad():
+                plain = {k.removeprefix("base_model.model."): w for k, w in weights.items()}
+                result: Any = peft.set_peft_model_state_dict(self.model, plain, adapter.name)
+            wrong = [k for k in result.missing_keys if k in keys] + result.unexpected_keys
+            if wrong:
+                raise KeyError(wrong[0])
+        except (KeyError, RuntimeError) as error:
+            del self.adapters[adapter.name]
+            raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
         return adapter
 
     def save_base(self, directory: Path) -> None:
@@ -207,10 +211,7 @@ def _refuse(config: peft.PeftConfig) -> None:
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a like method")
     if getattr(config, "bias", "none") != "none":
-        raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")  # type: ignore[attr-defined]
+        raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")
     start = getattr(config, "init_lora_weights", True)
     if start not in INITIALISATIONS:
         raise ValueError(f"peft_config.init_lora_weights={start!r} changes the base weights; use True or 'gaussian'")
-
-
-__all__ = ["Adapter", "CheckpointError", "Network", "first_line"]

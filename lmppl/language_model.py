@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import string as strings
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lmppl.adapters import Adapter, CheckpointError, Network, first_line
 from lmppl.text import PAD
 from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
-Stop = str | int | Sequence[str | int] | Tensor | None
+Stop = str | int | Iterable[str | int] | Tensor | None
 TOKEN_BUDGET = 16_384
 
 
@@ -170,7 +170,10 @@ class LanguageModel(nn.Module):
         if isinstance(peft_config, peft.PeftConfig):
             adapter = self.network.add(peft_config, name)
         elif isinstance(peft_config, str | os.PathLike):
-            adapter = self.network.load(os.fspath(peft_config), name)
+            path = os.fspath(peft_config)
+            if _is_path(path) and not _is_adapter(Path(path)):
+                raise CheckpointError(f"{path}: no saved adapter here (no adapter_config.json)")
+            adapter = self.network.load(path, name)
         else:
             raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
         view = LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
@@ -194,9 +197,11 @@ class LanguageModel(nn.Module):
                 self.tokenizer.save_pretrained(fresh)
             else:
                 self.network.save_adapter(self._adapter, fresh)
-            if target.exists():
-                target.rename(Path(scratch) / "old")
-            fresh.rename(target)
+            if not target.exists():
+                fresh.rename(target)
+                return
+            for file in sorted(fresh.iterdir()):  # one by one: whatever else lies there is not ours to remove
+                file.replace(target / file.name)
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -217,7 +222,8 @@ class LanguageModel(nn.Module):
     def decode(self, text: Tensor) -> Any:
         """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped."""
         texts.validate(text, "text", self.vocab_size)
-        rows = [[i for i in ids if i != PAD] for ids in text.reshape(-1, text.shape[-1]).tolist()]
+        flat = text.reshape(text.shape[:-1].numel(), text.shape[-1]).tolist()
+        rows = [[i for i in ids if i != PAD] for ids in flat]
         return nest([self.vocabulary.decode(ids) for ids in rows], text.shape[:-1])
 
     def join(self, *parts: Tensor | str) -> Tensor:
@@ -257,7 +263,7 @@ class LanguageModel(nn.Module):
         """The ids of all stops, each once: ``LongTensor[S]``, empty for None."""
         if isinstance(stop, Tensor):
             stop = stop.reshape(-1).tolist()
-        several: Iterable[str | int] = () if stop is None else (stop,) if isinstance(stop, str | int) else stop  # type: ignore[assignment]
+        several: Iterable[str | int] = () if stop is None else (stop,) if isinstance(stop, str | int) else stop
         ids = list(dict.fromkeys(self.token_id(s) for s in several))
         if stop is not None and not ids:
             raise ValueError("stop is empty; for texts without a stop, pass stop=None")

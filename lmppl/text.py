@@ -108,9 +108,10 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
     >>> pyro.factor("rhyme", text.map(lambda s: 0.0 if s.endswith("day") else -5.0, z, lm))
     """
     batch = text.shape[:-1]
-    rows, inverse = torch.unique(text.reshape(batch.numel(), -1), dim=0, return_inverse=True)
-    if not len(rows):
+    if not batch.numel():
         return torch.zeros(batch, device=text.device)
+    text = pad(text, max(text.shape[-1], 1))
+    rows, inverse = torch.unique(text.reshape(batch.numel(), -1), dim=0, return_inverse=True)
     strings = lm.decode(rows)
     distinct = {s: i for i, s in enumerate(dict.fromkeys(strings))}
     values = [f(s) for s in distinct]

@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out/infilling
+# On two shared cores one thread a process is steadier than two.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint format bench build clean
+
+.venv: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch .venv
+
+demo: .venv
+	$(BIN)/lmppl compare infilling --out $(OUT)
+
+test: .venv
+	$(BIN)/pytest -n 2 -q
+
+test-slow: .venv
+	$(BIN)/pytest -n 2 -q -m slow
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv
+	$(BIN)/python benchmarks/sampling.py
+
+build: .venv
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,43 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from hypothesis import settings
+
+from lmppl import LanguageModel
+
+# Compilation of a first kernel on a busy core takes longer than any default deadline.
+settings.register_profile("lmppl", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("lmppl")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_slate() -> Iterator[None]:
+    """Every test starts from the same seed and an empty parameter store, with validation on."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    with pyro.validation_enabled(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """A trained checkpoint from outside the package: $LMPPL_TEST_CHECKPOINT, else ../shared/lms/stories."""
+    beside = Path(__file__).parents[2] / "shared" / "lms" / "stories"
+    path = Path(os.environ.get("LMPPL_TEST_CHECKPOINT", beside))
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no checkpoint at {path}; set LMPPL_TEST_CHECKPOINT")
+    return path
+
+
+@pytest.fixture
+def stories(checkpoint: Path) -> LanguageModel:
+    return LanguageModel.from_pretrained(checkpoint)

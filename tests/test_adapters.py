@@ -1,0 +1,279 @@
+"""Adapters on one base: each its own weights, gradients and requires_grad."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from tiny import ARCHITECTURES, tiny_lm
+
+from lmppl import LanguageModel
+from lmppl.adapters import CheckpointError
+
+IDS = torch.tensor([[2, 3, 4, 5], [5, 2, 0, 6]])
+LORA = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def lm(request) -> LanguageModel:
+    return tiny_lm(request.param)
+
+
+def logits(lm: LanguageModel) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(IDS).logits
+
+
+def adapted(lm: LanguageModel, seed: int, config: peft.PeftConfig = LORA) -> LanguageModel:
+    """A view whose adapter is far from zero."""
+    view = lm.with_adapter(config)
+    generator = torch.Generator().manual_seed(seed)
+    for p in view.trainable_parameters():
+        p.data.normal_(std=0.3, generator=generator)
+    return view
+
+
+def alone(arch: str, seed: int) -> LanguageModel:
+    """The same base with this adapter and no other."""
+    return adapted(tiny_lm(arch), seed)
+
+
+def test_a_new_adapter_starts_at_the_base(lm):
+    base = logits(lm)
+    assert torch.equal(logits(lm.with_adapter(LORA)), base)
+
+
+def test_each_view_computes_as_if_it_were_alone(lm):
+    arch = ARCHITECTURES[[type(tiny_lm(a).model) for a in ARCHITECTURES].index(type(lm.model))]
+    base, views = logits(lm), [adapted(lm, seed) for seed in (1, 2)]
+    assert not torch.equal(logits(views[0]), base)
+    for _ in range(2):
+        for seed, view in zip((1, 2), views, strict=True):
+            torch.testing.assert_close(logits(view), logits(alone(arch, seed)), rtol=0, atol=0)
+            assert torch.equal(logits(lm), base)
+
+
+def test_views_own_disjoint_parameters_and_the_base_keeps_its_own(lm):
+    before = {name: p.requires_grad for name, p in lm.model.named_parameters()}
+    base = lm.trainable_parameters()
+    assert len(base) == len(before)
+    views = [lm.with_adapter(LORA), lm.with_adapter(LORA, name="second")]
+    owners = [{id(p) for p in v.trainable_parameters()} for v in (lm, *views)]
+    assert all(owners) and sum(map(len, owners)) == len(set.union(*owners)) == len(list(lm.model.parameters()))
+    assert {id(p) for p in base} == owners[0]
+    for view in (*views, lm, views[0]):
+        view(IDS).logits.sum().backward()
+        assert all(p.requires_grad for p in lm.model.parameters())
+
+
+def test_frozen_base_parameters_stay_frozen(lm):
+    lm.model.requires_grad_(False)
+    view = lm.with_adapter(LORA)
+    view(IDS).logits.sum().backward()
+    assert lm.trainable_parameters() == [] and not any(p.requires_grad for p in lm.network.base_parameters)
+    assert all(p.grad is not None for p in view.trainable_parameters())
+
+
+def test_a_views_backward_reaches_that_view_alone(lm):
+    views = [lm, adapted(lm, 1), adapted(lm, 2)]
+    for view in views:
+        view(IDS).logits.square().sum().backward()
+        for other in views:
+            reached = [p.grad is not None for p in other.trainable_parameters()]
+            assert all(reached) if other is view else not any(reached)
+        lm.model.zero_grad()
+
+
+def loss(*views: LanguageModel) -> torch.Tensor:
+    outputs = [view(IDS).logits.log_softmax(-1) for view in views]
+    return torch.stack([o * (i + 1) for i, o in enumerate(outputs)]).sum(0).square().mean()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_joint_backward_through_two_adapters_and_the_base_is_right(arch):
+    """Against the same three networks without anything shared between them."""
+    lm = tiny_lm(arch, dtype=torch.float64)
+    shared = [adapted(lm, 1), adapted(lm, 2), lm]
+    separate = [copy.deepcopy(view) for view in shared]
+    loss(*shared).backward()
+    loss(*separate).backward()
+    for one, other in zip(shared, separate, strict=True):
+        for p, q in zip(one.trainable_parameters(), other.trainable_parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_the_gradient_is_the_derivative():
+    """Central differences along a random direction in the weights of one adapter, another having run since."""
+    lm = tiny_lm(dtype=torch.float64)
+    a, b = adapted(lm, 1), adapted(lm, 2)
+    value = loss(a, b)
+    logits(lm)
+    value.backward()
+    weights = a.trainable_parameters()
+    direction = [torch.randn_like(p) for p in weights]
+    slope = sum((p.grad * d).sum() for p, d in zip(weights, direction, strict=True))
+    ends = []
+    for step in (1e-5, -2e-5):
+        for p, d in zip(weights, direction, strict=True):
+            p.data.add_(d, alpha=step)
+        ends.append(loss(a, b).item())
+    assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_training_one_adapter_leaves_all_else_bitwise_alone(lm):
+    a, b = adapted(lm, 1), adapted(lm, 2)
+    before = [logits(v) for v in (lm, b)]
+    start = logits(a)
+    optimizer = torch.optim.AdamW(a.trainable_parameters(), lr=0.1)
+    for _ in range(3):
+        loss(b, a, lm).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(logits(a), start)
+    assert all(torch.equal(logits(v), old) for v, old in zip((lm, b), before, strict=True))
+
+
+def test_training_the_base_moves_every_view():
+    lm = tiny_lm()
+    view = adapted(lm, 1)
+    start = logits(view)
+    lm.trainable_parameters()[0].data.add_(1.0)
+    assert not torch.equal(logits(view), start)
+
+
+def test_dropout_of_an_adapter_is_off(lm):
+    view = adapted(lm, 1)
+    view.train()
+    assert torch.equal(logits(view), logits(view))
+    assert torch.equal(view(IDS).logits, logits(view))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_adapters_of_different_kinds_live_together(order, tmp_path):
+    lm = tiny_lm("llama")
+    configs = [LORA, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])]
+    views = [adapted(lm, k, configs[k]) for k in order]
+    single = [adapted(tiny_lm("llama"), k, configs[k]) for k in order]
+    for view, one in zip(views, single, strict=True):
+        torch.testing.assert_close(logits(view), logits(one))
+        view.save_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(logits(lm.with_adapter(tmp_path / "adapter")), logits(one))
+        plain = peft.PeftModel.from_pretrained(tiny_lm("llama").model, tmp_path / "adapter").eval()
+        torch.testing.assert_close(plain(IDS).logits, logits(one))
+
+
+def test_an_adapter_is_saved_for_peft_and_loads_back(lm, tmp_path):
+    adapted(lm, 1)
+    view = adapted(lm, 2)
+    lm.save_pretrained(tmp_path / "lm")
+    view.save_pretrained(tmp_path / "adapter")
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    again = view.with_adapter(tmp_path / "adapter", name="again")  # from a view: a sibling, not an adapter on it
+    assert torch.equal(logits(again), logits(view))
+    assert len(again.trainable_parameters()) == len(view.trainable_parameters())
+    base = LanguageModel.from_pretrained(tmp_path / "lm").model
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(plain(IDS).logits, logits(view))
+
+
+def test_modules_to_save_belong_to_the_adapter(tmp_path):
+    lm = tiny_lm("llama")
+    base = logits(lm)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    a, b = adapted(lm, 1, config), adapted(lm, 2, config)
+    assert torch.equal(logits(lm), base) and not torch.equal(logits(a), logits(b))
+    a.save_pretrained(tmp_path / "a")
+    assert torch.equal(logits(lm.with_adapter(tmp_path / "a")), logits(a))
+    assert len(lm.trainable_parameters()) == len(tiny_lm("llama").trainable_parameters())
+
+
+def test_a_copy_is_independent_and_whole():
+    lm = tiny_lm()
+    a, b = adapted(lm, 1), adapted(lm, 2)
+    logits(b)
+    twin = copy.deepcopy(a)
+    before = logits(a)
+    assert torch.equal(logits(twin), before)
+    for p in twin.trainable_parameters():
+        p.data.add_(1.0)
+    assert torch.equal(logits(a), before) and not torch.equal(logits(twin), before)
+    assert twin.network is not a.network
+
+
+def test_gradient_checkpointing_with_adapters_is_refused():
+    lm = tiny_lm("llama")
+    view = lm.with_adapter(LORA)
+    lm.model.gradient_checkpointing_enable()
+    for either in (lm, view):
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            either(IDS)
+    logits(view)
+    lm.model.gradient_checkpointing_disable()
+    view(IDS)
+
+
+def test_names_are_unique():
+    lm = tiny_lm()
+    lm.with_adapter(LORA, name="guide")
+    lm.with_adapter(LORA).with_adapter(LORA)
+    assert len(lm.network.adapters) == 3
+    for bad in ("guide", "", "a.b", "transformer"):
+        with pytest.raises(ValueError, match="name="):
+            lm.with_adapter(LORA, name=bad)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["nowhere"]),
+        LoraConfig(target_modules=["ln_1"]),
+        LoraConfig(target_modules=["c_attn", "ln_1"]),
+        LoraConfig(target_modules="all-linear", bias="all"),
+        LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),
+        {"r": 2},
+    ],
+)
+def test_a_config_that_does_not_fit_changes_nothing(config):
+    lm = tiny_lm()
+    view = adapted(lm, 1)
+    before = logits(lm), logits(view)
+    with pytest.raises(ValueError, match="peft_config"):
+        lm.with_adapter(config)
+    assert torch.equal(logits(lm), before[0]) and torch.equal(logits(view), before[1])
+    assert all(p.requires_grad for v in (lm, view) for p in v.network.base_parameters)
+    assert all(p.requires_grad for p in view.adapter_parameters()) if hasattr(view, "adapter_parameters") else True
+    assert view.trainable_parameters()
+
+
+def test_the_config_given_is_not_written_to():
+    config = LoraConfig(r=2, target_modules="all-linear")
+    tiny_lm().with_adapter(config)
+    assert config.target_modules == "all-linear"
+
+
+def test_a_path_without_a_fitting_adapter(tmp_path):
+    lm = tiny_lm("gpt2")
+    (tmp_path / "empty").mkdir()
+    tiny_lm("llama").with_adapter(LORA).save_pretrained(tmp_path / "llama")
+    tiny_lm("gpt2").with_adapter(LORA).save_pretrained(tmp_path / "torn")
+    (tmp_path / "torn" / "adapter_model.safetensors").write_bytes(b"torn")
+    adapted(tiny_lm("gpt2", vocab=12), 0, LoraConfig(r=2, target_modules=["c_attn", "wte"])).save_pretrained(
+        tmp_path / "wide"
+    )
+    base = logits(lm)
+    for name in ("missing", "empty", "llama", "torn", "wide"):
+        with pytest.raises(ValueError, match="" if name == "llama" else name) as caught:
+            lm.with_adapter(tmp_path / name)
+        assert "\n" not in str(caught.value) and (name == "llama" or isinstance(caught.value, CheckpointError))
+    assert torch.equal(logits(lm), base) and not lm.network.adapters
+
+
+def test_a_model_with_peft_layers_is_refused():
+    model = peft.get_peft_model(tiny_lm().model, LoraConfig(target_modules="all-linear", fan_in_fan_out=True))
+    model.base_model.model.__dict__.pop("_lmppl_network")
+    with pytest.raises(ValueError, match="model already holds PEFT layers"):
+        LanguageModel(model.base_model.model, tiny_lm().tokenizer)
