@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import peft
@@ -94,7 +95,7 @@ class Network:
         if self.adapters and any(m.gradient_checkpointing for m in self.checkpointing):
             raise RuntimeError(
                 "gradient checkpointing recomputes with whichever adapter is active in the backward pass; "
-                "call model.gradient_checkpointing_disable() where a base model has adapters"
+                "switch it off on a model that has adapters: lm.model.activation_checkpointing_disable()"
             )
 
     def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
@@ -113,7 +114,8 @@ class Network:
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {error}") from error
+            reason = first_line(error)
+            raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {reason}") from error
         finally:
             # With the attribute in place, PEFT would take the next adapter for one more of this tuner's.
             self.model.__dict__.pop("peft_config", None)
@@ -134,7 +136,11 @@ class Network:
             weights = peft.utils.load_peft_weights(path, device=str(self.base_parameters[0].device))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
-        adapter = self.add(config, name)
+        name = self._name(name)
+        try:
+            adapter = self.add(config, name)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
         own = set(adapter.parameters)
         keys = {k for k, p in self.model.named_parameters() if p in own}
         try:
@@ -188,8 +194,8 @@ class Network:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, on one line of bounded length."""
+    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
 
 
 def _plain(key: str) -> str:

@@ -263,7 +263,12 @@ class LanguageModel(nn.Module):
         """The ids of all stops, each once: ``LongTensor[S]``, empty for None."""
         if isinstance(stop, Tensor):
             stop = stop.reshape(-1).tolist()
-        several: Iterable[str | int] = () if stop is None else (stop,) if isinstance(stop, str | int) else stop
+        if stop is None:
+            several: Iterable[str | int] = ()
+        elif isinstance(stop, str) or not isinstance(stop, Iterable):
+            several = (stop,)
+        else:
+            several = stop
         ids = list(dict.fromkeys(self.token_id(s) for s in several))
         if stop is not None and not ids:
             raise ValueError("stop is empty; for texts without a stop, pass stop=None")

@@ -166,6 +166,7 @@ def test_adapters_of_different_kinds_live_together(order, tmp_path):
         torch.testing.assert_close(plain(IDS).logits, logits(one))
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft alone, on GPT-2
 def test_an_adapter_is_saved_for_peft_and_loads_back(lm, tmp_path):
     adapted(lm, 1)
     view = adapted(lm, 2)
@@ -207,12 +208,12 @@ def test_a_copy_is_independent_and_whole():
 def test_gradient_checkpointing_with_adapters_is_refused():
     lm = tiny_lm("llama")
     view = lm.with_adapter(LORA)
-    lm.model.gradient_checkpointing_enable()
+    lm.model.activation_checkpointing_enable()
     for either in (lm, view):
         with pytest.raises(RuntimeError, match="gradient checkpointing"):
             either(IDS)
     logits(view)
-    lm.model.gradient_checkpointing_disable()
+    lm.model.activation_checkpointing_disable()
     view(IDS)
 
 
@@ -240,13 +241,12 @@ def test_names_are_unique():
 def test_a_config_that_does_not_fit_changes_nothing(config):
     lm = tiny_lm()
     view = adapted(lm, 1)
-    before = logits(lm), logits(view)
+    before, mine = (logits(lm), logits(view)), view.trainable_parameters()
     with pytest.raises(ValueError, match="peft_config"):
         lm.with_adapter(config)
     assert torch.equal(logits(lm), before[0]) and torch.equal(logits(view), before[1])
     assert all(p.requires_grad for v in (lm, view) for p in v.network.base_parameters)
-    assert all(p.requires_grad for p in view.adapter_parameters()) if hasattr(view, "adapter_parameters") else True
-    assert view.trainable_parameters()
+    assert view.trainable_parameters() == mine
 
 
 def test_the_config_given_is_not_written_to():
@@ -266,9 +266,9 @@ def test_a_path_without_a_fitting_adapter(tmp_path):
     )
     base = logits(lm)
     for name in ("missing", "empty", "llama", "torn", "wide"):
-        with pytest.raises(ValueError, match="" if name == "llama" else name) as caught:
+        with pytest.raises(CheckpointError, match=name) as caught:
             lm.with_adapter(tmp_path / name)
-        assert "\n" not in str(caught.value) and (name == "llama" or isinstance(caught.value, CheckpointError))
+        assert "\n" not in str(caught.value)
     assert torch.equal(logits(lm), base) and not lm.network.adapters
 
 

@@ -180,6 +180,7 @@ def test_double_precision_holds_in_adapters_too():
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")  # peft's, about merging: we never do
 def test_a_base_model_with_adapters_is_saved_clean_for_transformers(lm, tmp_path):
     view = lm.with_adapter(LoraConfig(r=2, target_modules="all-linear", modules_to_save=[head(lm)]))
     for p in view.trainable_parameters():

@@ -1,0 +1,58 @@
+"""The shape of the repository: links that cannot be imported, and arrows that run downward only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Lower may not import higher. `embedded` ships models; only `LanguageModel.embedded` reaches for it, when called.
+LAYERS = {
+    "text": 0,
+    "vocabulary": 1,
+    "adapters": 1,
+    "language_model": 2,
+    "embedded": 3,
+    "engine": 3,
+    "constraints": 4,
+    "tools": 4,
+    "distributions": 4,
+    "inference": 5,
+    "models": 6,
+    "cli": 7,
+}
+
+
+@pytest.mark.parametrize("name", ["models", "inference"])
+def test_the_links_show_the_packages_and_cannot_be_imported(name):
+    link = ROOT / name
+    assert link.is_symlink() and link.resolve() == ROOT / "lmppl" / name
+    run = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and f"ImportError: import lmppl.{name}, not {name}" in run.stderr
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The parts of lmppl that a module imports."""
+    parts = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            parts |= {name.name.split(".")[1] for name in node.names if name.name.startswith("lmppl.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "lmppl":
+            parts |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lmppl."):
+            parts.add(str(node.module).split(".")[1])
+    return parts & set(LAYERS)
+
+
+def test_arrows_run_downward_only():
+    for path in sorted((ROOT / "lmppl").rglob("*.py")):
+        part = path.relative_to(ROOT / "lmppl").parts[0].removesuffix(".py")
+        if part not in LAYERS:
+            continue
+        for other in imported(ast.parse(path.read_text())) - {part}:
+            lazy = (part, other) == ("language_model", "embedded")
+            assert LAYERS[other] <= LAYERS[part] or lazy, f"{path.relative_to(ROOT)} imports lmppl.{other}"
