@@ -217,6 +217,17 @@ class Completion(TorchDistribution):
         """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient."""
         return self.sample_and_log_prob(sample_shape)[0]
 
+    def placeholder(self) -> Tensor:
+        """Some text of the right shape (*batch, *event), got without asking the network."""
+        filler = next(i for i in range(self.lm.vocab_size) if i not in self.stop)
+        column = torch.arange(self.event_shape[0], device=self.prompt.device)
+        if not self.stop.numel():
+            return torch.where(column < self.max_tokens[..., None], filler, text.PAD).expand(self.shape())
+        short = self.min_tokens[..., None]
+        return torch.where(column < short, filler, torch.where(column == short, self.stop[0], text.PAD)).expand(
+            self.shape()
+        )
+
     # -- scoring -------------------------------------------------------------------------------------------------
 
     def log_prob(self, value: Tensor) -> Tensor:

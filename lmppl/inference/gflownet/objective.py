@@ -1,0 +1,122 @@
+"""What every GFlowNet objective shares: draw from the guide, compute u, reduce it to a variance."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor
+
+from .. import programs
+from ..programs import Program
+from ..weights import Balance, balance
+from .exploration import Exploration
+
+log = logging.getLogger("lmppl")
+
+
+class Objective(pyro.infer.ELBO):
+    r"""A loss that is zero, for every set of samples, if and only if the guide is the posterior.
+
+    With :math:`u(z) = \log p(z, observed) - \log q(z)`, each objective is a variance of u over a group of complete
+    traces of *one* observation: q is the posterior exactly where u is the same number, log Z, for every z.
+
+    Use it as the ``loss`` of `pyro.infer.SVI`, as a module ``objective(model, guide)`` whose call gives a
+    differentiable loss, or in `GFlowNet`.
+
+    :param num_particles: samples per observation.
+    :param prefixes: "all", or how many prefixes of each text to use; the first possible and the whole text always are.
+    :param exploration: what to draw from instead of the guide (off-policy is free); None: the guide.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`.
+    :param floor: a reward of zero counts as this many nats below the group's largest.
+    :param max_plate_nesting: guessed where infinite, as in Pyro.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_particles: int = 16,
+        prefixes: int | str = "all",
+        exploration: Exploration | None = None,
+        reward_temperature: float = 1.0,
+        floor: float = 50.0,
+        max_plate_nesting: int | float = float("inf"),
+    ):
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        if num_particles < 1:
+            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        if prefixes != "all" and (not isinstance(prefixes, int) or prefixes < 2):
+            raise ValueError(f"prefixes: expected 'all' or an integer >= 2, got {prefixes!r}")
+        if reward_temperature <= 0:
+            raise ValueError(f"reward_temperature: must be positive, got {reward_temperature}")
+        self.prefixes = None if prefixes == "all" else int(prefixes)
+        self.exploration = exploration
+        self.reward_temperature = reward_temperature
+        self.floor = floor
+        self._told: set[str] = set()
+
+    uses_prefixes = True
+
+    @abstractmethod
+    def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
+        """The loss of one site, (*kept), from u (prefix, particle, *kept).
+
+        ``identified`` says whether pairs within one sample suffice: every latent is a text whose empty prefix is kept.
+        """
+
+    def balances(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Balance]:
+        """u for one draw of ``num_particles`` samples: a `Balance` for each text site, one site cut at a time."""
+        if self.max_plate_nesting == float("inf"):
+            self.max_plate_nesting = programs.plate_nesting([guide, model], args, kwargs)
+        nesting = int(self.max_plate_nesting)
+        draw = programs.Draw(None if self.exploration is None else self.exploration.proposal(self.num_particles, nesting))
+        with torch.no_grad():
+            drawn = programs.trace(guide, args, kwargs, draw, nesting=nesting, particles=self.num_particles)
+        sites: list[str | None] = [n for n, node in programs.latents(drawn).items() if programs.is_terminable(node)]
+        if not self.uses_prefixes or not sites:
+            sites = [None]
+        n = self.num_particles
+        return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
+
+    def residual(self, b: Balance) -> Tensor:
+        """u of the tempered target, floored; gradients through log q only."""
+        log_p = b.log_p / self.reward_temperature
+        best = log_p.masked_fill(~b.valid, -torch.inf).amax((0, 1), keepdim=True)
+        best = best.masked_fill(best == -torch.inf, 0.0)
+        return torch.maximum(log_p, best - self.floor) - b.log_q
+
+    def loss_and_balances(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, list[Balance]]:
+        """The differentiable loss, averaged over samples, plates and sites, and the u it came from."""
+        found = self.balances(model, guide, args, kwargs)
+        identified = all(b.identifies for b in found)
+        losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
+        return torch.stack(losses).mean(), found
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a tensor; call ``.backward()`` on it."""
+        return self.loss_and_balances(model, guide, *args, **kwargs)[0]
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, its gradient added to the parameters (what `pyro.infer.SVI` calls)."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("GFlowNet objectives run vectorised; see balances()")
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s: %s", type(self).__name__, message)

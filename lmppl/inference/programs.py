@@ -1,0 +1,165 @@
+"""Running a Pyro program with axes on its left: particles, and left of them the prefixes of one text.
+
+A vectorised run gives every site the shape (prefix, particle, *plates): the program's own plates keep their places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .. import text
+
+PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
+Program = Callable[..., Any]
+Node = dict[str, Any]
+Temper = Callable[[TorchDistribution], TorchDistribution]
+
+
+class SiteMismatch(ValueError):
+    """Model and guide do not fit together: a site is missing, observed, or met in another order."""
+
+
+class Replay(Messenger):
+    """Gives latent sites (and subsamples) the values of a dict, with nothing else of their messages changed."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+class Draw(Messenger):
+    """Draws latent sites and keeps, in ``log_probs``, the log-probability that comes for free with a drawn text.
+
+    ``explore`` may replace a text site's distribution by a broader one to draw from; then nothing comes for free.
+    """
+
+    def __init__(self, explore: Temper | None = None):
+        super().__init__()
+        self.explore = explore
+        self.log_probs: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if msg["done"] or msg["is_observed"] or not hasattr(fn, "sample_and_log_prob"):
+            return
+        if self.explore is None:
+            msg["value"], self.log_probs[msg["name"]] = fn.sample_and_log_prob()
+        else:
+            msg["value"] = self.explore(fn).sample()
+        msg["done"] = True
+
+
+class Sketch(Messenger):
+    """Gives every text site some text of the right shape, so that a program's shape is learned without the network."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["done"] and not msg["is_observed"] and hasattr(msg["fn"], "placeholder"):
+            msg["value"], msg["done"] = msg["fn"].placeholder(), True
+
+
+def trace(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *handlers: Messenger,
+    nesting: int,
+    particles: int,
+    prefixes: int | None = None,
+) -> Trace:
+    """One run of ``program`` with ``particles`` (and ``prefixes``) on the left of its ``nesting`` plate axes.
+
+    Nothing outside (another program's plates or traces) sees its sites; parameters are seen.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample"))
+        for handler in handlers:
+            stack.enter_context(handler)
+        if prefixes is not None:
+            stack.enter_context(pyro.plate(PREFIXES, prefixes, dim=-2 - nesting))
+        stack.enter_context(pyro.plate(PARTICLES, particles, dim=-1 - nesting))
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def latents(trace: Trace) -> dict[str, Node]:
+    """The unobserved sample sites, in program order; subsamples not among them."""
+    return {n: s for n, s in _samples(trace) if not s["is_observed"] and not site_is_subsample(s)}
+
+
+def scored(trace: Trace) -> dict[str, Node]:
+    """Every site with a density: latents, observations and factors, but no subsamples or deterministic values."""
+    return {
+        n: s for n, s in _samples(trace) if not site_is_subsample(s) and not s["infer"].get("_deterministic", False)
+    }
+
+
+def values(trace: Trace) -> dict[str, Tensor]:
+    """The values a replay needs: latents and subsamples."""
+    return {n: s["value"] for n, s in _samples(trace) if not s["is_observed"]}
+
+
+def is_terminable(node: Node) -> bool:
+    """Whether a site is a text with a stop, which can score all stopped prefixes of its value in one pass."""
+    return hasattr(node["fn"], "prefix_scores") and node["fn"].stop.numel() > 0
+
+
+def _samples(trace: Trace) -> list[tuple[str, Node]]:
+    own = (PARTICLES, PREFIXES)
+    return [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n not in own]
+
+
+def match(model: Trace, guide: Trace) -> None:
+    """Raise SiteMismatch unless model and guide have the same latent sites (auxiliary guide sites aside)."""
+    in_model, in_guide = latents(model), latents(guide)
+    for name, node in in_guide.items():
+        if node["infer"].get("is_auxiliary") or name in in_model:
+            continue
+        observed = name in model.nodes and model.nodes[name]["is_observed"]
+        why = "observes that site" if observed else f"has no such site; its latent sites are {list(in_model)}"
+        raise SiteMismatch(f"guide: it samples {name!r}, but the model {why}")
+    for name in in_model:
+        if name not in in_guide:
+            raise SiteMismatch(f"guide: it does not sample {name!r}, a latent site of the model")
+
+
+def plate_nesting(
+    programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any], given: int | float | None = None
+) -> int:
+    """How many axes the programs' own plates take: ``given``, or guessed from one run that never asks the network."""
+    if given is not None and given != float("inf"):
+        return int(given)
+    deepest = 0
+    known: dict[str, Tensor] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for program in programs:
+            with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
+                sketch = poutine.trace(program).get_trace(*args, **kwargs)
+            known |= values(sketch)
+            for _, node in _samples(sketch):
+                deepest = max([deepest, *(-f.dim for f in node["cond_indep_stack"] if f.vectorized)])
+    return deepest
+
+
+def cut(value: Tensor, end: Tensor, at: Tensor) -> Tensor:
+    """The texts stopped after ``at`` tokens with their own stop, which stands at ``end``; at >= end: the whole text.
+
+    ``value`` (..., L), ``end`` (...), ``at`` (P, ...) -> (P, ..., L).
+    """
+    at = torch.minimum(at, end)[..., None]
+    own = value.gather(-1, end.clamp(max=value.shape[-1] - 1)[..., None])
+    column = torch.arange(value.shape[-1], device=value.device)
+    return torch.where(column < at, value, torch.where(column == at, own, text.PAD))

@@ -1,0 +1,295 @@
+r"""The heart: the log importance weight of complete latent values, for any model and guide.
+
+.. math:: u(z) = \log p(z, observed) - \log q(z)
+
+log p is Pyro's log_prob of the model's sites, with scale and mask, factors and observations included.  log q is the
+*unscaled* density that produced the values, mask kept.  Shapes: particles lead, then the *kept plates*, those that
+enclose every latent, observation and factor; along them weights stay separate and subsampling is divided out.
+Everything else is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+
+from . import programs
+from .programs import Node, Program, Replay
+
+
+@dataclass(frozen=True)
+class Plates:
+    """The kept plates, left to right: their names, sizes and axes; ``nesting`` axes in all belong to plates."""
+
+    names: tuple[str, ...]
+    dims: tuple[int, ...]
+    sizes: tuple[int, ...]
+    nesting: int
+
+    def reduce(self, log_prob: Tensor) -> Tensor:
+        """Sum over every plate axis that is not kept: (..., *plate axes) -> (prefix, particle, *kept)."""
+        lead = 2 + self.nesting - log_prob.dim()
+        log_prob = log_prob[(None,) * lead] if lead > 0 else log_prob
+        others = [d for d in range(-self.nesting, 0) if d not in self.dims]
+        log_prob = log_prob.sum(others) if others else log_prob
+        return log_prob.expand(log_prob.shape[:2] + self.sizes)
+
+
+def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = True) -> Plates:
+    """The plates that enclose every scored site of these traces.
+
+    :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling`` (an objective may be estimated
+        from a subsample, evidence may not).
+    """
+    every = [
+        {f.name: f for f in node["cond_indep_stack"] if f.vectorized and f.name not in _OWN}
+        for trace in traces
+        for node in programs.scored(trace).values()
+    ]
+    frames = [f for name, f in every[0].items() if all(name in e for e in every)] if every else []
+    frames.sort(key=lambda f: f.dim)
+    if not subsampling:
+        for node_frames in every:
+            for f in node_frames.values():
+                if f.full_size not in (None, f.size) and f.name not in {k.name for k in frames}:
+                    raise ValueError(
+                        f"model: the plate {f.name!r} is subsampled ({f.size} of {f.full_size}) but does not enclose "
+                        "every latent, observation and factor, so that no evidence is defined; run it in full"
+                    )
+    return Plates(
+        tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting
+    )
+
+
+_OWN = (programs.PARTICLES, programs.PREFIXES)
+
+
+def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
+    """One site's term, (prefix, particle, *kept): scale and mask applied, kept plates' subsampling divided out."""
+    scale: Any = 1.0
+    if scaled:
+        scale = node["scale"]
+        for f in node["cond_indep_stack"]:
+            if f.name in plates.names and f.full_size not in (None, f.size):
+                scale = scale * f.size / f.full_size
+    log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
+    if log_prob.isnan().any():
+        raise ValueError(f"site {node['name']!r}: its log-probability is NaN")
+    return plates.reduce(scale_and_mask(log_prob, scale, node["mask"]))
+
+
+def log_density(
+    trace: Trace, plates: Plates, *, scaled: bool = True, known: dict[str, Tensor] | None = None
+) -> Tensor:
+    """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
+    known = known or {}
+    total = torch.zeros(1, 1, *plates.sizes)
+    for name, node in programs.scored(trace).items():
+        total = total + site_log_prob(node, plates, known.get(name), scaled=scaled)
+    return total
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Particles and their log weights ``u`` (particle, *kept), with the traces and plates they came from."""
+
+    u: Tensor
+    values: dict[str, Tensor]
+    model: Trace
+    guide: Trace
+    plates: Plates
+
+
+@torch.no_grad()
+def weigh(
+    model: Program,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    max_plate_nesting: int | float | None = None,
+) -> Weighted:
+    """Draw particles from the guide (or the model's own latent sites) and weigh them."""
+    both = [model] if guide is None else [guide, model]
+    nesting = programs.plate_nesting(both, args, kwargs, max_plate_nesting)
+    draw = programs.Draw()
+    proposal = programs.trace(guide or model, args, kwargs, draw, nesting=nesting, particles=num_particles)
+    values = programs.values(proposal)
+    if guide is None:
+        target = proposal
+    else:
+        target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=num_particles)
+        programs.match(target, proposal)
+    plates = kept_plates([target] if guide is None else [target, proposal], nesting, subsampling=False)
+    if guide is None:
+        log_weight = _prior_weight(target, plates, draw.log_probs)
+    else:
+        log_q = log_density_of_latents(proposal, plates, draw.log_probs)
+        log_weight = _minus(log_density(target, plates), log_q)
+    u = log_weight.expand(1, num_particles, *plates.sizes)[0]
+    return Weighted(u, values, target, proposal, plates)
+
+
+def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
+    """log q: the unscaled density of the guide's latent sites."""
+    known = known or {}
+    total = torch.zeros(1, 1, *plates.sizes)
+    for name, node in programs.latents(guide).items():
+        total = total + site_log_prob(node, plates, known.get(name), scaled=False)
+    return total
+
+
+def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Tensor:
+    """u where the model proposes its own latents: an unscaled latent site cancels and is never scored."""
+    total = torch.zeros(1, 1, *plates.sizes)
+    latents = programs.latents(trace)
+    for name, node in programs.scored(trace).items():
+        if name not in latents:
+            total = total + site_log_prob(node, plates)
+            continue
+        ratio = 1.0
+        for f in node["cond_indep_stack"]:
+            ratio = ratio * f.full_size / f.size if f.name in plates.names and f.full_size else ratio
+        scale = node["scale"] / ratio
+        if isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-12:
+            log_p = known.get(name)
+            log_p = node["fn"].log_prob(node["value"]) if log_p is None else log_p
+            total = total + _minus(
+                site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False)
+            )
+    return total
+
+
+def _minus(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p - log q, where p = 0 wins over q = 0 (a value that the guide, too, says is impossible)."""
+    return (log_p - log_q).masked_fill((log_p == -torch.inf).expand(torch.broadcast_shapes(log_p.shape, log_q.shape)), -torch.inf)
+
+
+# -- the prefix axis -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Balance:
+    """u over the stopped prefixes of one text site, the other sites held: what every objective is a variance of.
+
+    All are (prefix, particle, *kept).  ``log_p`` is detached; gradients flow through ``log_q``.
+    """
+
+    site: str | None
+    log_p: Tensor
+    log_q: Tensor
+    valid: Tensor  # the prefix exists and the guide can stop there
+    stop: Tensor  # the guide's own probability of stopping there, detached
+    at: Tensor  # how many tokens the prefix has
+    last: Tensor  # the prefix is the whole sample
+    identifies: bool  # every latent is a text, and each sample keeps a terminable empty prefix
+
+    @property
+    def u(self) -> Tensor:
+        return self.log_p - self.log_q
+
+
+def _end(value: Tensor, fn: Any) -> tuple[Tensor, Tensor]:
+    """Where each text's stop stands (...), and whether it has one."""
+    stops = torch.isin(value, fn.stop)
+    return stops.long().argmax(-1), stops.any(-1)
+
+
+def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -> Tensor:
+    """Prefix lengths (P, ...): all of 0..width-1, or ``count`` of them per text, the first possible and the last kept.
+
+    ``end`` and ``first`` (...): the length of the text, and of its shortest terminable prefix.
+    """
+    if count is None or count >= width:
+        return torch.arange(width, device=end.device).view(-1, *[1] * end.dim()).expand(-1, *end.shape)
+    between = torch.rand(max(0, count - 2), *end.shape, device=end.device)
+    span = (end - first - 1).clamp(min=0)  # the lengths strictly between, drawn in strata so that few coincide
+    strata = torch.arange(len(between), device=end.device).view(-1, *[1] * end.dim())
+    inner = first + 1 + ((strata + between) / max(1, len(between)) * span).long()
+    at = torch.cat([first[None], inner, end[None]]) if count > 1 else end[None]
+    # A length that occurs twice counts once: the repeats are moved past the end, where they are not valid.
+    at, _ = at.sort(0)
+    repeated = torch.cat([torch.zeros_like(at[:1], dtype=torch.bool), at[1:] == at[:-1]])
+    return at.masked_fill(repeated, width)
+
+
+def balance(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    drawn: Trace,
+    nesting: int,
+    num_particles: int,
+    site: str | None,
+    num_prefixes: int | None = None,
+) -> Balance:
+    """u at the stopped prefixes of ``site``'s texts: one pass of the guide with gradient, one of the model without.
+
+    ``drawn`` is a vectorised trace of the guide; ``site=None`` keeps whole samples only (P = 1).
+    """
+    held = programs.values(drawn)
+    if site is None:
+        P, where, extra = 1, None, {}
+    else:
+        fn, value = drawn.nodes[site]["fn"], held[site]
+        width = fn.event_shape[0]
+        stops = torch.isin(value, fn.stop)
+        end, stopped = stops.long().argmax(-1), stops.any(-1)  # (particle, *plate axes)
+        first = torch.minimum(fn.min_tokens.expand(end.shape), end)
+        at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes)
+        P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
+        held[site] = programs.cut(value, end, at)
+    shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
+
+    guide_trace = programs.trace(guide, args, kwargs, Replay(held), **shape)
+    with torch.no_grad():
+        model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
+    programs.match(model_trace, guide_trace)
+    plates = kept_plates([model_trace, guide_trace], nesting)
+    if where is not None:
+        scores = guide_trace.nodes[site]["fn"].prefix_scores(value)  # (P, particle, *plate axes, width), alike for all P
+        log_q_site, stop_site = (_at(x, where) for x in scores)
+        extra = {site: log_q_site}
+    log_q = log_density_of_latents(guide_trace, plates, extra)
+    with torch.no_grad():
+        if where is not None:
+            extra = {site: _at(model_trace.nodes[site]["fn"].prefix_log_probs(value), where)}
+        log_p = log_density(model_trace, plates, known=extra)
+        full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
+        if where is None:
+            last, stop, tokens = torch.ones(full, dtype=torch.bool), torch.ones(full), torch.zeros(full)
+            valid = log_q != -torch.inf
+        else:
+            # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
+            valid = (plates.reduce(((at <= end) & stopped).double()) > 0) & (log_q != -torch.inf)
+            last = plates.reduce((at < end).double()) == 0
+            stop, tokens = plates.reduce(stop_site.detach()).exp(), plates.reduce(where.double())
+    valid = valid.expand(full)
+    return Balance(
+        site=site,
+        log_p=log_p.expand(full),
+        log_q=log_q.expand(full).masked_fill(~valid, 0.0),
+        valid=valid,
+        stop=stop.expand(full),
+        at=tokens.expand(full),
+        last=last.expand(full) & valid,
+        identifies=all(programs.is_terminable(n) for n in programs.latents(drawn).values())
+        and where is not None
+        and bool(((at == 0) & (log_q_site != -torch.inf)).any(0).all()),
+    )
+
+
+def _at(prefix_scores: Tensor, where: Tensor) -> Tensor:
+    """Column ``where`` (P, particle, ...) of scores (P, particle, ..., W) that are the same for every P."""
+    by_prefix = prefix_scores[0].movedim(-1, 0)  # (W, particle, ...)
+    missing = int(where.max()) + 1 - by_prefix.shape[0]
+    if missing > 0:  # a model that allows fewer tokens than the guide: impossible there
+        by_prefix = torch.cat([by_prefix, by_prefix.new_full((missing, *by_prefix.shape[1:]), -torch.inf)])
+    return by_prefix.gather(0, where.expand(-1, *by_prefix.shape[1:]))
