@@ -40,6 +40,33 @@ class Plates:
         log_prob = log_prob.sum(others) if others else log_prob
         return log_prob.expand(log_prob.shape[:2] + self.sizes)
 
+    def lead(self, value: Tensor, event_dim: int) -> Tensor:
+        """A site's value (particle, *plate axes, *event) as (particle, *kept, *others larger than 1, *event)."""
+        axes = [value.dim() - event_dim + d for d in range(-self.nesting, 0)]
+        kept = [axes[d] for d in self.dims]
+        others = [a for a in axes if a not in kept]
+        value = value.permute(0, *kept, *others, *range(value.dim() - event_dim, value.dim()))
+        first = 1 + len(kept)
+        return value.reshape(
+            *value.shape[:first],
+            *(n for n in value.shape[first : first + len(others)] if n > 1),
+            *value.shape[first + len(others) :],
+        )
+
+    def spread(self, kept: Tensor) -> Tensor:
+        """(particle, *kept) as (particle, *plate axes), size 1 along plates that are not kept."""
+        shape = [1] * self.nesting
+        for d, n in zip(self.dims, self.sizes, strict=True):
+            shape[d] = n
+        return kept.reshape(kept.shape[0], *shape)
+
+    def take(self, value: Tensor, chosen: Tensor) -> Tensor:
+        """Particles ``chosen`` (n, *kept) of a value (N, *plate axes, *event)."""
+        index = self.spread(chosen)
+        index = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
+        value = value.expand(value.shape[0], *(max(a, b) for a, b in zip(value.shape[1:], index.shape[1:], strict=True)))
+        return value.gather(0, index.expand(index.shape[0], *value.shape[1:]))
+
 
 def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = True) -> Plates:
     """The plates that enclose every scored site of these traces.

@@ -1,0 +1,89 @@
+"""`NextToken`: the categorical distribution over the token that comes next."""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints as torch_constraints
+
+from .. import text
+from ..engine.scoring import score
+from ..language_model import LanguageModel
+from .token_steps import draw
+
+
+class NextToken(TorchDistribution):
+    r"""The next token after ``context``, for programs that write token by token.
+
+    .. math:: p(v \mid context) = \mathrm{softmax}(logits)_v
+
+    :param context: text (*batch, L), or a string; an empty one starts from bos.
+
+    Shapes: ``batch_shape = context.shape[:-1]``, ``event_shape = ()``; values are token ids.
+
+    Example::
+
+        token = pyro.sample("t", NextToken(lm, context))
+        context = text.cat(context, token[..., None])
+    """
+
+    arg_constraints: dict[str, torch_constraints.Constraint] = {}
+    has_enumerate_support = True
+
+    def __init__(self, lm: LanguageModel, context: Tensor | str, *, validate_args: bool | None = None):
+        self.lm = lm
+        self.prompt = lm.encode(context) if isinstance(context, str) else context.to(lm.device)
+        text.validate(self.prompt, "context", lm.vocab_size)
+        super().__init__(self.prompt.shape[:-1], torch.Size(), validate_args=validate_args)
+
+    @property
+    def support(self) -> torch_constraints.Constraint:
+        return torch_constraints.integer_interval(0, self.lm.vocab_size - 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: NextToken | None = None) -> NextToken:
+        new = self._get_checked_instance(NextToken, _instance)
+        new.__dict__.update(self.__dict__)
+        super(NextToken, new).__init__(
+            torch.broadcast_shapes(self.batch_shape, torch.Size(batch_shape)), torch.Size(), validate_args=False
+        )
+        new._validate_args = self._validate_args
+        return new
+
+    @property
+    def logits(self) -> Tensor:
+        """Normalised log-probabilities, (*context batch, V); computed once with gradient, once without."""
+        cache = self.__dict__.setdefault("_logits", {})
+        if torch.is_grad_enabled() not in cache:
+            cache[torch.is_grad_enabled()] = self._compute()
+        return cache[torch.is_grad_enabled()]
+
+    def _compute(self) -> Tensor:
+        start = self.prompt.new_zeros(1)  # stands for the token to come; its value does not matter
+
+        def head(logits: Tensor, rows: Tensor) -> Tensor:
+            return logits[:, 0].log_softmax(-1)
+
+        log_probs = score(self.lm, self.prompt, start, head)
+        if bool(log_probs.isnan().any()):
+            raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")
+        return log_probs
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            log_probs = self.logits.expand(*shape, -1).reshape(-1, self.lm.vocab_size)
+            return draw(log_probs, torch.rand(len(log_probs), device=log_probs.device)).view(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p(value), (*batch); ValueError for an id outside the vocabulary."""
+        if self._validate_args and bool(((value < 0) | (value >= self.lm.vocab_size)).any()):
+            raise ValueError(f"value: token ids must lie in 0..{self.lm.vocab_size - 1}")
+        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        logits = self.logits.expand(*torch.broadcast_shapes(value.shape, self.logits.shape[:-1]), -1)
+        return logits.gather(-1, value.expand(logits.shape[:-1])[..., None])[..., 0].expand(shape)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        values = torch.arange(self.lm.vocab_size, device=self.prompt.device)
+        values = values.view(-1, *[1] * len(self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values

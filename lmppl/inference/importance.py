@@ -1,0 +1,46 @@
+"""Importance sampling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .posterior import Posterior
+from .programs import Program
+from .validation import check_axes
+from .weights import weigh
+
+
+class Importance:
+    r"""Importance sampling, all particles in one vectorised run.
+
+    .. math:: z_n \sim q, \qquad \log w_n = u(z_n) - \log N, \qquad \log \hat Z = \log \sum_n w_n
+
+    :param model: a Pyro program.
+    :param guide: another, with the model's latent sites; None: the model proposes its own latents.
+    :param num_particles: N.
+    :param max_plate_nesting: guessed where not given.
+
+    ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
+    not enclose every site.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None = None,
+        num_particles: int = 64,
+        *,
+        max_plate_nesting: int | None = None,
+    ):
+        if num_particles < 1:
+            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        self.model, self.guide, self.num_particles = model, guide, num_particles
+        self.max_plate_nesting = max_plate_nesting
+
+    def run(self, *args: Any, **kwargs: Any) -> Posterior:
+        """The weighted particles for these arguments."""
+        weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)
+        check_axes(self.model, args, kwargs, weighted)
+        log_weights = weighted.u - math.log(self.num_particles)
+        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide)
