@@ -164,8 +164,11 @@ class Network:
         """Write one adapter in the layout of PEFT."""
         with self._peft_config():
             state = peft.get_peft_model_state_dict(self.model, adapter_name=adapter.name, save_embedding_layers=False)
+        plain = {_plain(k): w for k, w in state.items()}
+        if len(plain) == len(state):  # else PEFT itself wrapped one layer several times, as it does for experts
+            state = plain
         save_file(
-            {f"base_model.model.{_plain(k)}": _alone(w) for k, w in state.items()},
+            {f"base_model.model.{k}": _alone(w) for k, w in state.items()},
             directory / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
@@ -199,7 +202,8 @@ def first_line(error: BaseException) -> str:
 
 
 def _plain(key: str) -> str:
-    return key.replace(".base_layer.", ".").replace(".original_module.", ".")
+    """The key as it would be had no adapter wrapped the layer."""
+    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
 
 
 def _names(layer: Any) -> set[str]:

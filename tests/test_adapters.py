@@ -164,6 +164,8 @@ def test_adapters_of_different_kinds_live_together(order, tmp_path):
         torch.testing.assert_close(logits(lm.with_adapter(tmp_path / "adapter")), logits(one))
         plain = peft.PeftModel.from_pretrained(tiny_lm("llama").model, tmp_path / "adapter").eval()
         torch.testing.assert_close(plain(IDS).logits, logits(one))
+    lm.save_pretrained(tmp_path / "lm")
+    assert torch.equal(logits(LanguageModel.from_pretrained(tmp_path / "lm")), logits(lm))
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft alone, on GPT-2
