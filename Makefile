@@ -4,36 +4,41 @@ OUT ?= out/infilling
 # On two shared cores one thread a process is steadier than two.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format bench build clean
+INSTALLED := .venv/.installed
 
-.venv: pyproject.toml constraints.txt
+.PHONY: .venv demo test test-slow lint format bench build clean
+
+.venv: $(INSTALLED)
+
+# A file of its own, written last: an installation that was cut off is done again.
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
-	touch .venv
+	touch $@
 
-demo: .venv
+demo: $(INSTALLED)
 	$(BIN)/lmppl compare infilling --out $(OUT)
 
-test: .venv
+test: $(INSTALLED)
 	$(BIN)/pytest -n 2 -q
 
-test-slow: .venv
+test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 -q -m slow
 
-lint: .venv
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: .venv
+format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv
+bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py
 
-build: .venv
+build: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
