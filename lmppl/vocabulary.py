@@ -21,8 +21,8 @@ class Vocabulary:
         self.size = size
         self.eos_id = first_int(tokenizer.eos_token_id, getattr(config, "eos_token_id", None))
         self.bos_id = first_int(tokenizer.bos_token_id, getattr(config, "bos_token_id", None), self.eos_id)
-        plain, special = (tokenizer("a", add_special_tokens=s)["input_ids"] for s in (False, True))
-        self.adds_bos = len(special) > len(plain) and special[0] == tokenizer.bos_token_id
+        special = tokenizer("", add_special_tokens=True)["input_ids"]
+        self.adds_bos = len(special) > 0 and special[0] == tokenizer.bos_token_id
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def encode(self, strings: list[str]) -> list[tuple[int, ...]]:
@@ -33,7 +33,11 @@ class Vocabulary:
             if len(cache) + len(fresh) > CACHED_STRINGS:
                 cache.clear()
                 fresh = list(dict.fromkeys(strings))
-            for s, ids in zip(fresh, self.tokenizer(fresh, add_special_tokens=False)["input_ids"], strict=True):
+            try:
+                encoded = self.tokenizer(fresh, add_special_tokens=False)["input_ids"]
+            except Exception as error:  # tokenizers raises plain Exception for a word that a closed vocabulary lacks
+                raise ValueError(f"text {fresh[0]!r} cannot be encoded: {error}") from error
+            for s, ids in zip(fresh, encoded, strict=True):
                 if ids and max(ids) >= self.size:
                     raise ValueError(f"text {s!r} has the token id {max(ids)}, outside the model's {self.size} ids")
                 cache[s] = tuple(ids)

@@ -4,7 +4,7 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
-from .gflownet import Exploration, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
+from .gflownet import Exploration, GFlowNet, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from .importance import Importance
 from .posterior import Posterior, Predictive, ZeroEvidence
 from .programs import SiteMismatch
@@ -13,6 +13,7 @@ from .validation import AxesError
 __all__ = [
     "AxesError",
     "Exploration",
+    "GFlowNet",
     "Importance",
     "Objective",
     "PooledVarGrad",

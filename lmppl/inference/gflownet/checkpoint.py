@@ -1,0 +1,64 @@
+"""Training checkpoints: parameters and optimiser state in safetensors, the rest in JSON; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+TENSORS, STATE = "training.safetensors", "training.json"
+
+
+def save(directory: Path, optimizer: Optimizer, step: int, extra: dict[str, Any]) -> None:
+    """Write the optimiser, its parameters and ``step`` under ``directory``, replacing what was there."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = {f"parameter.{i}": p.detach().clone().contiguous() for i, p in enumerate(parameters)}
+    numbers: dict[str, Any] = {}
+    for i, p in enumerate(parameters):
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"state.{i}.{key}"] = value.detach().clone().contiguous()
+            else:
+                numbers[f"{i}.{key}"] = value
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
+        fresh = Path(scratch) / "fresh"
+        fresh.mkdir()
+        save_file(tensors, fresh / TENSORS)
+        (fresh / STATE).write_text(json.dumps({"step": step, "numbers": numbers, **extra}))
+        if directory.exists():
+            directory.rename(Path(scratch) / "old")
+        fresh.rename(directory)
+
+
+def load(directory: Path, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore the optimiser and its parameters in place; returns what was saved beside them.
+
+    :raises ValueError: where the checkpoint's parameters are not this optimiser's.
+    """
+    tensors = load_file(directory / TENSORS)
+    state: dict[str, Any] = json.loads((directory / STATE).read_text())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [tuple(t.shape) for name, t in sorted(tensors.items(), key=_index) if name.startswith("parameter.")]
+    if shapes != [tuple(p.shape) for p in parameters]:
+        raise ValueError(f"checkpoint: {directory} was written by another optimizer: its parameters differ in shape")
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.copy_(tensors[f"parameter.{i}"])
+            prefix = f"state.{i}."
+            restored: dict[str, Any] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            restored |= {n.split(".", 1)[1]: v for n, v in state["numbers"].items() if n.split(".", 1)[0] == str(i)}
+            if restored:
+                optimizer.state[p] = restored
+    return state
+
+
+def _index(item: tuple[str, Tensor]) -> int:
+    name = item[0].split(".")
+    return int(name[1])

@@ -1,0 +1,189 @@
+"""`GFlowNet`: amortised inference by training the guide until u is constant."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.optim import Optimizer
+
+from ..importance import Importance
+from ..posterior import Posterior
+from ..programs import Program
+from ..weights import Balance, weigh
+from . import checkpoint as checkpoints
+from .exploration import Exploration, Tempered
+from .objective import Objective
+from .var_grad import PooledVarGrad
+
+Batches = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
+DEFAULT_EXPLORATION = Tempered(temperature=1.5, fraction=0.25)
+
+
+class GFlowNet:
+    r"""Fine-tunes a guide into a sampler of the posterior (Hu et al. 2024), and samples from it.
+
+    :param model: a Pyro program; its parameters are left alone.
+    :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
+    :param objective: a variance of u, see `Objective`; default `PooledVarGrad`.
+    :param optimizer: a torch optimiser over the guide's parameters, e.g.
+        ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
+    :param num_particles: samples per observation; default the objective's.
+    :param exploration: what to draw training samples from; default a quarter of the particles at temperature 1.5,
+        unless the objective brings its own. None: the guide itself.
+    :param reward_temperature: T in the target p(z, observed)^(1/T); default the objective's.
+    :param clip: the largest gradient norm.
+
+    Example::
+
+        gflownet = GFlowNet(model, guide, optimizer=torch.optim.AdamW(q.trainable_parameters(), lr=1e-3))
+        gflownet.fit(batches, steps=500)
+        posterior = gflownet.run(x, y, num_particles=64)
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        objective: Objective | None = None,
+        *,
+        optimizer: Optimizer,
+        num_particles: int | None = None,
+        exploration: Exploration | str | None = "default",
+        reward_temperature: float | None = None,
+        clip: float = 1.0,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+        self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
+        self.objective = copy.copy(objective) if objective is not None else PooledVarGrad()
+        if num_particles is not None:
+            self.objective.num_particles = num_particles
+        if reward_temperature is not None:
+            self.objective.reward_temperature = reward_temperature
+        if exploration != "default":
+            self.objective.exploration = exploration  # type: ignore[assignment]
+        elif self.objective.exploration is None:
+            self.objective.exploration = DEFAULT_EXPLORATION
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """One update on the observations ``args``; returns the loss and what there is to know of u.
+
+        :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, balances = self.objective.loss_and_balances(self.model, self.guide, *args, **kwargs)
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f"the loss is {loss.item()}; nothing was updated")
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        return {"loss": loss.item(), "grad_norm": norm.item(), **_summary(balances)}
+
+    def fit(
+        self,
+        batches: Batches,
+        steps: int,
+        *,
+        seed: int = 0,
+        warmup: int = 20,
+        held_out: tuple[Any, ...] | None = None,
+        evaluate_every: int = 50,
+        log: str | Path | None = None,
+        checkpoint: str | Path | None = None,
+        checkpoint_every: int = 100,
+        progress: bool = True,
+        callback: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> list[dict[str, float]]:
+        """``steps`` updates: ``warmup`` steps of rising learning rate, then linear decay to zero.
+
+        :param batches: tuples of arguments, taken in turn, or a function of the step.
+        :param seed: each step draws from a generator seeded by (seed, step), so that a resumed run repeats an
+            uninterrupted one; the caller's generator is left as it was.
+        :param held_out: arguments on which on-policy sd(u), zero at the posterior, and ESS/N are measured.
+        :param log: a file that gets a JSON line every step.
+        :param checkpoint: a directory, written every ``checkpoint_every`` steps and resumed from where it exists.
+        :returns: the metrics of every step run by this call.
+        """
+        if steps < 1:
+            raise ValueError(f"steps: must be at least 1, got {steps}")
+        if not callable(batches) and not len(batches):
+            raise ValueError("batches: there is no batch to train on")
+        take = batches if callable(batches) else lambda step: batches[step % len(batches)]
+        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        start, history = 0, []
+        where = Path(checkpoint) if checkpoint is not None else None
+        if where is not None and (where / checkpoints.STATE).exists():
+            start = checkpoints.load(where, self.optimizer)["step"]
+        log_file = Path(log) if log is not None else None
+        if log_file is not None:
+            log_file.parent.mkdir(parents=True, exist_ok=True)
+        bar = Progress(
+            TextColumn("GFlowNet"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), disable=not progress,
+        )  # fmt: skip
+        with bar, torch.random.fork_rng(devices=[]):
+            task = bar.add_task("", total=steps, completed=start)
+            for step in range(start, steps):
+                torch.manual_seed(seed * 1_000_003 + step)
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * _schedule(step, steps, warmup)
+                metrics = self.step(*take(step))
+                if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
+                    metrics |= self.evaluate(*held_out)
+                history.append(metrics)
+                if callback is not None:
+                    callback(step, metrics)
+                if log_file is not None:
+                    with log_file.open("a") as file:
+                        file.write(json.dumps({"step": step, **metrics}) + "\n")
+                if where is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                    for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate
+                    checkpoints.save(where, self.optimizer, step + 1, {"seed": seed, "steps": steps})
+                bar.update(task, advance=1, description=f"loss {metrics['loss']:.3f}  sd(u) {metrics['sd_u']:.3f}")
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return history
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
+        """On-policy sd(u) and ESS/N of the guide on these observations, averaged over them."""
+        u = weigh(self.model, self.guide, args, kwargs, num_particles, self.objective.max_plate_nesting).u
+        normal = u.softmax(0)
+        ess = 1 / (normal**2).sum(0) / len(u)
+        return {"held_out_sd_u": _sd(u).mean().item(), "held_out_ess": ess.nan_to_num(0.0).mean().item()}
+
+    def run(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> Posterior:
+        """The posterior given ``args``, by importance sampling from the guide as it now is."""
+        return Importance(self.model, self.guide, num_particles).run(*args, **kwargs)
+
+
+def _schedule(step: int, steps: int, warmup: int) -> float:
+    return min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
+
+
+def _sd(u: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over axis 0, of the finite entries."""
+    keep = u.isfinite()
+    n = keep.sum(0).clamp(min=1)
+    mean = u.where(keep, torch.zeros_like(u)).sum(0) / n
+    return (((u - mean) ** 2).where(keep, torch.zeros_like(u)).sum(0) / n).sqrt()
+
+
+def _summary(balances: list[Balance]) -> dict[str, float]:
+    """sd(u) over whole samples, their mean length, and the guide's probability of stopping where they stopped."""
+    sd, length, stop = [], [], []
+    for b in balances:
+        u = b.u.detach().masked_fill(~b.last, -torch.inf).amax(0)  # (particle, *kept): one whole sample each
+        sd.append(_sd(u).mean().item())
+        length.append((b.at * b.last).amax(0).mean().item())
+        stop.append((b.stop * b.last).amax(0).mean().item())
+    n = len(balances)
+    return {"sd_u": sum(sd) / n, "length": sum(length) / n, "stop": sum(stop) / n}
