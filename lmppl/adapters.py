@@ -57,6 +57,11 @@ class Network:
                 "model already holds PEFT layers; pass the base model and load adapters with .with_adapter(path)"
             )
         self.model.eval()
+        for module in self.model.modules():
+            # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
+            # look for in the tokens of every pass.
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
         self.active: Adapter | None = None
         self.base_keys = frozenset(self.model.state_dict())
         self.base_parameters: list[nn.Parameter] = list(self.model.parameters())
@@ -225,3 +230,7 @@ def _refuse(config: peft.PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start not in INITIALISATIONS:
         raise ValueError(f"peft_config.init_lora_weights={start!r} changes the base weights; use True or 'gaussian'")
+
+
+def _no_warning(*args: Any) -> None:
+    """In place of a warning about padding without a mask."""
