@@ -39,10 +39,10 @@ def checked(allowed: Constraint | Iterable[int] | None, vocab_size: int, device:
     """``allowed`` as a mask (V,) or a callable; a list of ids becomes a mask."""
     if allowed is None or (callable(allowed) and not isinstance(allowed, Tensor)):
         return allowed
-    given = torch.as_tensor(allowed if isinstance(allowed, Tensor) else list(allowed), device=device)  # type: ignore[arg-type]
+    given = torch.as_tensor(allowed if isinstance(allowed, Tensor) else list(allowed), device=device)
     if given.dtype == torch.bool:
         if given.shape != (vocab_size,):
-            raise ValueError(f"allowed: a mask must have shape ({vocab_size},), the vocabulary; got {tuple(given.shape)}")
+            raise ValueError(f"allowed: a mask must have shape ({vocab_size},), got {tuple(given.shape)}")
         mask = given
     else:
         if given.dim() != 1 or given.is_floating_point():
@@ -61,6 +61,8 @@ def allowed_at(constraint: Constraint, prefix: Tensor, vocab_size: int) -> Tenso
     if isinstance(constraint, Tensor):
         return constraint
     mask = constraint(prefix)
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"allowed: the function must return a BoolTensor, not {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.shape[-1:] != (vocab_size,):
         raise ValueError(
             f"allowed: the function must return a BoolTensor (..., {vocab_size}); got {mask.dtype} {tuple(mask.shape)}"

@@ -12,7 +12,7 @@ from torch.distributions import constraints as torch_constraints
 
 from .. import text
 from ..constraints import Constraint, checked
-from ..engine.scoring import chunk_rows, score
+from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
 from .rules import Rules
 from .token_steps import TokenSteps, draw
@@ -116,8 +116,8 @@ class Completion(TorchDistribution):
                 "prompt, max_tokens, min_tokens, temperature: shapes do not broadcast: "
                 + ", ".join(str(tuple(p)) for p in parts)
             ) from error
-        if lm.max_length is not None:
-            longest = int((text.length(self.prompt) + self.max_tokens.amax()).max()) if self.prompt.numel() else 0
+        if lm.max_length is not None and self._native.numel():
+            longest = int((text.length(with_bos(lm, self.prompt)) + self.max_tokens).max())
             if longest > lm.max_length:
                 raise ValueError(
                     f"prompt: prompt and max_tokens need {longest} tokens, but this model's context holds "
@@ -152,12 +152,18 @@ class Completion(TorchDistribution):
         return new
 
     def _rules(self, batch: torch.Size) -> Rules:
-        per_row = [x.expand(batch).flatten() if x.dim() else x for x in self._parameters_by_row]
-        return Rules(self.stop, *per_row, self.allowed, self.lm.vocab_size)
 
-    @property
-    def _parameters_by_row(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.max_tokens, self.min_tokens, self.temperature
+        def per_row(x: Tensor) -> Tensor:
+            return x.expand(batch).flatten() if x.dim() else x
+
+        return Rules(
+            self.stop,
+            per_row(self.max_tokens),
+            per_row(self.min_tokens),
+            per_row(self.temperature),
+            self.allowed,
+            self.lm.vocab_size,
+        )
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
@@ -335,7 +341,8 @@ class Completion(TorchDistribution):
             raise ValueError(f"enumerate_support: {count:,} texts; use inference.Enumeration(mass=...) instead")
         blocks = []
         for n in range(shortest, self._limit + 1):
-            body = torch.cartesian_prod(*[content] * n).view(-1, n) if n else content.new_empty(1, 0)
+            body = torch.cartesian_prod(*[content] * n) if n else content.new_empty(1, 0)
+            body = body.reshape(len(content) ** n, n)
             if self.stop.numel():
                 tail = self.stop.repeat_interleave(len(body))[:, None]
                 body = torch.cat([body.repeat(len(self.stop), 1), tail], 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 
 from .. import text
-from ..engine.scoring import score
+from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
 from .token_steps import draw
 
@@ -35,6 +35,10 @@ class NextToken(TorchDistribution):
         self.lm = lm
         self.prompt = lm.encode(context) if isinstance(context, str) else context.to(lm.device)
         text.validate(self.prompt, "context", lm.vocab_size)
+        if lm.max_length is not None and self.prompt.shape[:-1].numel():
+            longest = int(text.length(with_bos(lm, self.prompt)).max())
+            if longest > lm.max_length:
+                raise ValueError(f"context: it has {longest} tokens, but this model's context holds {lm.max_length}")
         super().__init__(self.prompt.shape[:-1], torch.Size(), validate_args=validate_args)
 
     @property
@@ -77,9 +81,18 @@ class NextToken(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), (*batch); ValueError for an id outside the vocabulary."""
-        if self._validate_args and bool(((value < 0) | (value >= self.lm.vocab_size)).any()):
-            raise ValueError(f"value: token ids must lie in 0..{self.lm.vocab_size - 1}")
-        shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        value = value.to(self.prompt.device)
+        if self._validate_args:
+            if value.dtype != torch.long:
+                raise ValueError(f"value: expected a LongTensor of token ids, got {value.dtype}")
+            if bool(((value < 0) | (value >= self.lm.vocab_size)).any()):
+                raise ValueError(f"value: token ids must lie in 0..{self.lm.vocab_size - 1}")
+        try:
+            shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"value: shape {tuple(value.shape)} does not broadcast with the batch {tuple(self.batch_shape)}"
+            ) from error
         logits = self.logits.expand(*torch.broadcast_shapes(value.shape, self.logits.shape[:-1]), -1)
         return logits.gather(-1, value.expand(logits.shape[:-1])[..., None])[..., 0].expand(shape)
 

@@ -8,11 +8,12 @@ their relative probabilities.  Forbidden tokens get -inf exactly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import text
 from ..constraints import Constraint, allowed_at
 
 
@@ -29,8 +30,16 @@ class Rules:
 
     def select(self, rows: Tensor) -> Rules:
         """The rules of these rows."""
-        pick = [x[rows] if x.dim() else x for x in (self.max_tokens, self.min_tokens, self.temperature)]
-        return Rules(self.stop, *pick, self.allowed, self.vocab_size)
+
+        def pick(x: Tensor) -> Tensor:
+            return x[rows] if x.dim() else x
+
+        return replace(
+            self,
+            max_tokens=pick(self.max_tokens),
+            min_tokens=pick(self.min_tokens),
+            temperature=pick(self.temperature),
+        )
 
     def is_stop(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.stop)
@@ -53,14 +62,16 @@ class Rules:
             logits = logits.float()
         if self.temperature.dim():
             logits = logits / self.temperature[:, None, None]
-        elif self.temperature != 1:
+        elif self.temperature.requires_grad or self.temperature != 1:
             logits = logits / self.temperature
         forbidden = self._forbidden(T, prefix, first)
         if forbidden is None:
             return logits.log_softmax(-1)
-        result = logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
-        dead = forbidden.all(-1, keepdim=True)  # a constraint that permits nothing: no token is possible
-        return result.masked_fill(dead, -torch.inf) if bool(dead.any()) else result
+        # Where a constraint permits nothing, no token is possible; a softmax there, and its gradient, would be NaN.
+        dead = forbidden.all(-1, keepdim=True)
+        if not bool(dead.any()):
+            return logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
+        return logits.masked_fill(forbidden & ~dead, -torch.inf).log_softmax(-1).masked_fill(dead, -torch.inf)
 
     def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
         """BoolTensor broadcasting to (R, T, V), or None where every token is permitted."""
@@ -68,21 +79,38 @@ class Rules:
         if isinstance(self.allowed, Tensor):
             forbidden = ~self.allowed
         elif self.allowed is not None:
-            masks = [allowed_at(self.allowed, prefix[:, :t], self.vocab_size) for t in range(first, first + T)]
-            forbidden = ~torch.stack(torch.broadcast_tensors(*masks), -2)  # (R, T, V)
+            forbidden = ~torch.stack([self._allowed_after(prefix[:, :t]) for t in range(first, first + T)], -2)
         if not self.stop.numel():
             return forbidden
         t = torch.arange(first, first + T, device=self.stop.device)
         per_row = [x[:, None] if x.dim() else x for x in (self.min_tokens, self.max_tokens)]
         too_early, too_late = t < per_row[0], t >= per_row[1]  # (T,) or (R, T)
+        stops = self._stops
         if bool(too_early.any()):
-            early = self._stops & too_early[..., None]
+            early = stops & too_early[..., None]
             forbidden = early if forbidden is None else forbidden | early
         if bool(too_late.any()):
-            others = ~self._stops
-            forbidden = torch.zeros_like(others) if forbidden is None else forbidden
-            forbidden = torch.where(too_late[..., None], others, forbidden)
+            if forbidden is None:
+                return ~stops & too_late[..., None]
+            # Of several stops the constraint may forbid some, but never all: a stop is certain here.
+            barred = ~stops | forbidden
+            barred = torch.where(barred.all(-1, keepdim=True), ~stops, barred)
+            forbidden = torch.where(too_late[..., None], barred, forbidden)
         return forbidden
+
+    def _allowed_after(self, prefix: Tensor) -> Tensor:
+        """The constraint's mask (R, V) after ``prefix`` (R, t); it is asked about unfinished texts only."""
+        t = prefix.shape[1]
+        asked = ~(self.is_stop(prefix) | (prefix == text.PAD)).any(-1)
+        if self.stop.numel() < 2:  # at the limit, the only stop is certain
+            asked = asked & (t < self.max_tokens)
+        assert self.allowed is not None
+        if bool(asked.all()):
+            return allowed_at(self.allowed, prefix, self.vocab_size).expand(len(prefix), -1)
+        mask = torch.ones(len(prefix), self.vocab_size, dtype=torch.bool, device=prefix.device)
+        if bool(asked.any()):
+            mask[asked] = allowed_at(self.allowed, prefix[asked], self.vocab_size)
+        return mask
 
     @property
     def _stops(self) -> Tensor:

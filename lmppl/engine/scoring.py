@@ -82,8 +82,8 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
     if cost > most and rows.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
-        parts = zip(*(x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows)), strict=True)
-        return torch.cat([_score(lm, *part, width, head) for part in parts], axis)
+        split = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
+        return torch.cat([_score(lm, t, s, r, width, head) for t, s, r in zip(*split, strict=True)], axis)
     run = plan.logits if packed and plan is not None else _plain_logits
     # position of the logits that predict each token of the value
     wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
@@ -105,7 +105,7 @@ def _plain_logits(lm: LanguageModel, tokens: Tensor, wanted: Tensor) -> Tensor:
 
 
 class _Tree:
-    """A packing of rows (P, N, B, W): per b a shared root, per (n, b) the longest row as trunk, the rest as branches."""
+    """A packing of rows (P, N, B, W): per b a shared root, per (n, b) its longest row as trunk, the rest branches."""
 
     def __init__(self, tokens: Tensor):
         self.tokens = tokens
@@ -143,14 +143,14 @@ class _Tree:
             places.append((p * inside).flatten(1))
             count += int(inside.sum())
         visible_root = root[:, None].expand(B, N)
-        levels = (
+        every = (
             Level((), A, ()),
             Level((N,), S, (visible_root,)),
             Level((N, P), L, (visible_root[..., None].expand(B, N, P), shared.permute(2, 1, 0) - root[:, None, None])),
         )
-        kept = [i for i, level in enumerate(levels) if level.tokens > 0]
+        kept = [i for i, level in enumerate(every) if level.tokens > 0]
         levels = tuple(
-            Level(levels[i].fanout, levels[i].width, tuple(v for j, v in enumerate(levels[i].visible) if j in kept))
+            Level(every[i].fanout, every[i].width, tuple(v for j, v in enumerate(every[i].visible) if j in kept))
             for i in kept
         )
         with tree(lm.model, levels):
@@ -176,21 +176,33 @@ def supports_trees(lm: LanguageModel) -> bool:
     """Whether tree attention gives this network's own logits: tried once per network on a small tree, then known."""
     facts = lm.network.facts
     if "tree_attention" not in facts:
-        facts["tree_attention"] = False
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(lm.vocab_size, (3, 2, 2, 9), generator=generator).to(lm.device)
-        ids[:, :, :, :2] = ids[0, 0, 0, :2]
-        ids[1, :, :, :5], ids[2, :, :, :4] = ids[0, :, :, :5], ids[0, :, :, :4]
-        ids[2, :, :, 7:] = text.PAD
-        wanted = torch.arange(1, 7, device=lm.device).expand(3, 2, 2, 6)
-        before = lm.network.tokens_scored
-        try:
-            with torch.no_grad():
-                plain = _plain_logits(lm, ids, wanted).float()
-                packed = _Tree(ids).logits(lm, ids, wanted).float()
-            tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 5e-2
-            facts["tree_attention"] = bool((plain - packed).abs().max() <= tolerance * (1 + plain.abs().max()))
-        except (UnsupportedAttention, TypeError, ValueError, KeyError):
-            pass  # the plain path serves
-        lm.network.tokens_scored = before
+        facts["tree_attention"] = _attends_to_everything(lm) and _tree_agrees(lm)
     return bool(facts["tree_attention"])
+
+
+def _attends_to_everything(lm: LanguageModel) -> bool:
+    """Whether the configuration promises attention to all that came before, which no small trial could show."""
+    config = lm.model.config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    layers = getattr(config, "layer_types", None) or ()
+    return all(limit is None for limit in limits) and all(kind == "full_attention" for kind in layers)
+
+
+def _tree_agrees(lm: LanguageModel) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lm.vocab_size, (3, 2, 2, 9), generator=generator).to(lm.device)
+    ids[:, :, :, :2] = ids[0, 0, 0, :2]
+    ids[1, :, :, :5], ids[2, :, :, :4] = ids[0, :, :, :5], ids[0, :, :, :4]
+    ids[2, :, :, 7:] = text.PAD
+    wanted = torch.arange(1, 7, device=lm.device).expand(3, 2, 2, 6)
+    before = lm.network.tokens_scored
+    try:
+        with torch.no_grad():
+            plain = _plain_logits(lm, ids, wanted).float()
+            packed = _Tree(ids).logits(lm, ids, wanted).float()
+    except (UnsupportedAttention, TypeError, ValueError, KeyError, IndexError, RuntimeError):
+        return False  # the plain path serves
+    finally:
+        lm.network.tokens_scored = before
+    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((plain - packed).abs().max() <= tolerance * (1 + plain.abs().max()))

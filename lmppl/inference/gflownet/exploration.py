@@ -37,6 +37,6 @@ class Tempered(Exploration):
         heat = heat.view(-1, *[1] * nesting)  # (particle, *plate axes)
 
         def temper(fn: TorchDistribution) -> TorchDistribution:
-            return fn.tempered(heat)  # type: ignore[attr-defined,no-any-return]
+            return fn.tempered(heat) if hasattr(fn, "tempered") else fn
 
         return temper

@@ -57,8 +57,10 @@ class Objective(pyro.infer.ELBO):
         self.reward_temperature = reward_temperature
         self.floor = floor
         self._told: set[str] = set()
+        self._guessed: tuple[Program, Program, int] | None = None
 
     uses_prefixes = True
+    max_plate_nesting: int | float
 
     @abstractmethod
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
@@ -69,10 +71,10 @@ class Objective(pyro.infer.ELBO):
 
     def balances(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Balance]:
         """u for one draw of ``num_particles`` samples: a `Balance` for each text site, one site cut at a time."""
-        if self.max_plate_nesting == float("inf"):
-            self.max_plate_nesting = programs.plate_nesting([guide, model], args, kwargs)
-        nesting = int(self.max_plate_nesting)
-        draw = programs.Draw(None if self.exploration is None else self.exploration.proposal(self.num_particles, nesting))
+        nesting = self._nesting(model, guide, args, kwargs)
+        draw = programs.Draw(
+            None if self.exploration is None else self.exploration.proposal(self.num_particles, nesting)
+        )
         with torch.no_grad():
             drawn = programs.trace(guide, args, kwargs, draw, nesting=nesting, particles=self.num_particles)
         sites: list[str | None] = [n for n, node in programs.latents(drawn).items() if programs.is_terminable(node)]
@@ -81,19 +83,33 @@ class Objective(pyro.infer.ELBO):
         n = self.num_particles
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
 
+    def _nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many axes the plates take: as given, or guessed once for each pair of programs."""
+        if self.max_plate_nesting != float("inf"):
+            return int(self.max_plate_nesting)
+        if self._guessed is None or self._guessed[0] is not model or self._guessed[1] is not guide:
+            self._guessed = (model, guide, programs.plate_nesting([guide, model], args, kwargs))
+        return self._guessed[2]
+
     def residual(self, b: Balance) -> Tensor:
-        """u of the tempered target, floored; gradients through log q only."""
-        log_p = b.log_p / self.reward_temperature
-        best = log_p.masked_fill(~b.valid, -torch.inf).amax((0, 1), keepdim=True)
-        best = best.masked_fill(best == -torch.inf, 0.0)
-        return torch.maximum(log_p, best - self.floor) - b.log_q
+        """u of the tempered target; gradients through log q only. Where there is no balance term, it is 0.
+
+        A reward of zero counts as ``floor`` nats below the group's largest (or as its smallest positive one, if that is
+        less); positive rewards count as they are, however small, so that the posterior is where the loss vanishes.
+        """
+        log_p = (b.log_p / self.reward_temperature).masked_fill(~b.valid, -torch.inf)
+        zero = log_p == -torch.inf
+        largest = log_p.amax((0, 1), keepdim=True)
+        least = torch.minimum(largest - self.floor, log_p.masked_fill(zero, torch.inf).amin((0, 1), keepdim=True))
+        least = least.masked_fill(largest == -torch.inf, -self.floor)
+        return (torch.where(zero, least, log_p) - b.log_q).masked_fill(~b.valid, 0.0)
 
     def loss_and_balances(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, list[Balance]]:
         """The differentiable loss, averaged over samples, plates and sites, and the u it came from."""
         found = self.balances(model, guide, args, kwargs)
-        identified = all(b.identifies for b in found)
+        identified = all(b.identifies and _empty_is_possible(b) for b in found)
         losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
         return torch.stack(losses).mean(), found
 
@@ -120,3 +136,8 @@ class Objective(pyro.infer.ELBO):
         if message not in self._told:
             self._told.add(message)
             log.warning("%s: %s", type(self).__name__, message)
+
+
+def _empty_is_possible(b: Balance) -> bool:
+    """Whether the model, too, gives every sample's empty prefix a positive reward."""
+    return not bool((b.valid & (b.at == 0) & (b.log_p == -torch.inf)).any())

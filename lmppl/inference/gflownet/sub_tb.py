@@ -34,11 +34,11 @@ class SubTB(Objective):
         self.lam = lam
 
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
-        group = (u, balance.valid, balance.at)
+        valid, at = balance.valid, balance.at
         if identified:
-            return pairwise(*group, self.lam).mean(0)  # over samples
+            return pairwise(u, valid, at, self.lam).mean(0)  # over samples
         self._say_once("pairs within one sample do not identify this posterior; pairing prefixes across samples too")
-        return pairwise(*(x.flatten(0, 1) for x in group), self.lam)
+        return pairwise(u.flatten(0, 1), valid.flatten(0, 1), at.flatten(0, 1), self.lam)
 
 
 def pairwise(u: Tensor, valid: Tensor, at: Tensor, lam: float) -> Tensor:
