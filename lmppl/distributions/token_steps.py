@@ -30,7 +30,7 @@ class TokenSteps:
         self.ended = torch.zeros_like(index, dtype=torch.bool)
         if not rules.stop.numel():
             self.ended = self.ended | (rules.max_tokens == 0)
-        self.prompt = contexts[index] if share is None else share.prompt  # (R, Lc)
+        self.prompt: Tensor = contexts[index] if share is None else share.prompt  # (R, Lc)
         self._share = share
         self._pending: Tensor | None = None  # tokens appended but not yet sent through the network
         self._decoder = Decoder(lm, contexts, index) if share is None else None
@@ -47,15 +47,23 @@ class TokenSteps:
 
     def log_probs(self) -> Tensor:
         """(R, V) log-probabilities of the next token; rows that have ended hold unspecified numbers."""
+        result = self._log_probs()
+        if self.rules.allowed is not None and bool((result.amax(-1) == -torch.inf)[~self.ended].any()):
+            t = self.prefix.shape[1]
+            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+        return result
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """(R,) log-probability that ``tokens`` come next, -inf for what cannot; unspecified in rows that have ended."""
+        return self._log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+
+    def _log_probs(self) -> Tensor:
         t = self.prefix.shape[1]
         if self.rules.forced(t):
             result = torch.full((len(self.ended), self.rules.vocab_size), -torch.inf, device=self.ended.device)
             result[:, self.rules.stop] = 0.0
             return result
-        result = self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
-        if self.rules.allowed is not None and bool((result.amax(-1) == -torch.inf)[~self.ended].any()):
-            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
-        return result
+        return self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
 
     def append(self, tokens: Tensor) -> None:
         """Append ``tokens`` (R,), PAD in rows that have ended."""

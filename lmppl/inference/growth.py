@@ -1,0 +1,112 @@
+"""One text site of all particles, grown token by token under the guide and weighed by the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..distributions.token_steps import draw
+from .programs import Node, SiteMismatch
+from .weights import Plates, site_log_prob
+
+
+class Growth:
+    r"""Unfinished texts of one site, (particle, *plate axes), drawn from the guide's site and scored by the model's.
+
+    A token's log increment is :math:`scale \cdot \log p(token) - \log q(token)`, summed over the rows of a particle.  A
+    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf.
+    """
+
+    def __init__(self, model: Node, guide: Node, plates: Plates):
+        self.name: str = guide["name"]
+        self.model, self.guide, self.plates = dict(model), dict(guide), plates
+        self.shape: torch.Size = guide["fn"].batch_shape  # (particle, *plate axes)
+        if model["fn"].batch_shape != self.shape:
+            raise SiteMismatch(
+                f"guide: site {self.name!r} has the batch shape {tuple(self.shape)}, the model's "
+                f"{tuple(model['fn'].batch_shape)}"
+            )
+        self.width: int = guide["fn"].event_shape[0]
+        self.q = guide["fn"].token_steps(self.shape)
+        # One and the same site proposes and is weighed: its steps serve as both.
+        self.p = self.q if model is guide else model["fn"].token_steps(self.shape, share=self.q)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.q.ended.all()) or self.q.prefix.shape[1] >= self.width
+
+    @property
+    def prefix(self) -> Tensor:
+        """The texts so far, (particle, *plate axes, t)."""
+        return self.q.prefix.view(*self.shape, -1)
+
+    @property
+    def value(self) -> Tensor:
+        """The texts, padded to the guide's event: (particle, *plate axes, width)."""
+        return text.pad(self.prefix, self.width)
+
+    def step(self) -> Tensor:
+        """Draw a token for every text; the particles' log increments, (particle, *kept)."""
+        p, q = self.p, self.q
+        ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
+        log_probs = q.log_probs()  # (row, V)
+        token = draw(log_probs, torch.rand(len(ended), device=ended.device))
+        log_q = log_probs.gather(1, token[:, None])[:, 0].masked_fill(ended, 0.0)
+        log_p = log_q if p is q else p.score(token).masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
+        token = token.masked_fill(ended, text.PAD)
+        q.append(token)
+        if p is not q:
+            p.append(token)
+            log_p = log_p.masked_fill(q.ended & ~p.ended, -torch.inf)  # it has ended, but not for the model
+        return self._ratio(log_p, log_q)
+
+    def stop(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The texts ended here by the model's likeliest stop (particle, *plate axes, width), with the logarithms of
+        p(stop)^scale and q(stop), (particle, *kept): -inf where they cannot end, 0 where they have ended.
+        """
+        ended, stops = self.q.ended, self.p.rules.stop
+        if stops.numel():
+            of_each = torch.stack([self.p.score(s.expand(len(ended))) for s in stops], 1)  # (row, stop)
+            log_p, best = of_each.max(1)
+            token = stops[best]
+            log_q = log_p if self.p is self.q else self.q.score(token)
+        else:
+            token = torch.full_like(self.q.ended, text.PAD, dtype=torch.long)
+            log_p = log_q = torch.full(token.shape, -torch.inf)
+        value = torch.cat([self.q.prefix, token.masked_fill(ended, text.PAD)[:, None]], 1)
+        value = value[:, : self.width]  # without a stop, a column of padding too many
+        log_p, log_q = log_p.masked_fill(ended, 0.0), log_q.masked_fill(ended, 0.0)
+        return (
+            text.pad(value, self.width).view(*self.shape, -1),
+            site_log_prob(self.model, self.plates, log_p.view(self.shape))[0],
+            site_log_prob(self.guide, self.plates, log_q.view(self.shape), scaled=False)[0],
+        )
+
+    def select(self, chosen: Tensor) -> None:
+        """Particle n becomes particle ``chosen[n]``, (particle, *kept)."""
+        rows = torch.arange(self.shape.numel(), device=chosen.device).view(self.shape)
+        index = self.plates.take(rows, chosen).flatten()
+        self.q.select(index)
+        if self.p is not self.q:
+            self.p.select(index)
+        for node in (self.model, self.guide):
+            for key in ("scale", "mask"):
+                node[key] = self._take(node[key], chosen)
+
+    def _take(self, x: Any, chosen: Tensor) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < len(self.shape):  # the same for all particles
+            return x
+        return self.plates.take(x.expand(self.shape), chosen)
+
+    def _ratio(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        log_p = site_log_prob(self.model, self.plates, log_p.view(self.shape))[0]
+        log_q = site_log_prob(self.guide, self.plates, log_q.view(self.shape), scaled=False)[0]
+        return log_ratio(log_p, log_q)
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p - log q, where p = 0 wins over q = 0."""
+    return torch.where(log_p == -torch.inf, -torch.inf, log_p - log_q)

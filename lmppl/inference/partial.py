@@ -1,0 +1,72 @@
+"""Running a program up to its next unknown latent site: what SMC knows of a program while it is half done."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from . import programs
+from .programs import Node, Program, Replay
+
+
+class _Reached(BaseException):
+    """Leaves a program at the site that it has reached; no Exception, so that the program does not catch it."""
+
+
+class _Halt(Messenger):
+    """Records sites and leaves the program at the first latent site without a value, or the first such text."""
+
+    def __init__(self, *, texts_only: bool):
+        super().__init__()
+        self.texts_only = texts_only
+        self.trace, self.site = Trace(), None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
+            return
+        if not self.texts_only or is_grown(msg):
+            self.site = msg.copy()
+            raise _Reached
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        self.trace.add_node(msg["name"], **msg.copy())
+
+
+def is_grown(node: Node) -> bool:
+    """Whether a site's value can be drawn token by token."""
+    return hasattr(node["fn"], "token_steps") and not node["infer"].get("is_auxiliary")
+
+
+def advance(
+    program: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: dict[str, Tensor],
+    *,
+    nesting: int,
+    particles: int,
+    texts_only: bool,
+) -> tuple[Trace, Node | None]:
+    """The sites that a program meets under ``values``, and the latent site without a value where it was left.
+
+    With ``texts_only`` it goes on past latent sites that are no texts, and draws them.  None: it ran to its end.  The
+    node's ``fn`` has the shape (particle, *plate axes).
+    """
+    halt = _Halt(texts_only=texts_only)
+    with suppress(_Reached):
+        programs.trace(program, args, kwargs, halt, Replay(values), nesting=nesting, particles=particles)
+    return halt.trace, halt.site
+
+
+def only(trace: Trace, names: set[str]) -> Trace:
+    """The nodes of these names."""
+    part = Trace()
+    for name, node in trace.nodes.items():
+        if name in names:
+            part.add_node(name, **node)
+    return part

@@ -1,0 +1,57 @@
+r"""Twists: scores psi of a prefix by which SMC resamples, looking ahead; the weights never contain them.
+
+* ``"stop"``: p(stop | prefix)^scale, times the factors and observations up to the next latent site, evaluated with the
+  prefix stopped.
+* ``"flow"``: that over the guide's q(stop | prefix).  A trained guide's flow is
+  F(z_1..z_t) = R(z_1..z_t stop) / q(stop | z_1..z_t) (Hu et al. 2024); relative to the prefix's own p(z_1..z_t)^scale
+  it is this number.
+* a function: prefix (particle, *plates, t) -> log psi (particle, *plates), of the text site that is being grown.
+
+For a text that has ended, "stop" and "flow" are the factors and observations that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .growth import Growth
+
+Twist: TypeAlias = Literal["stop", "flow"] | Callable[[Tensor], Tensor] | None
+
+
+def checked(twist: Twist) -> Twist:
+    if twist is None or twist in ("stop", "flow") or callable(twist):
+        return twist
+    raise ValueError(f"twist: expected None, 'stop', 'flow' or a function of the prefix, got {twist!r}")
+
+
+def log_twist(twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor]) -> Tensor:
+    """log psi of every particle, (particle, *kept), finite everywhere.
+
+    ``log_following(value)``: the factors and observations up to the next latent site, where the site being grown has
+    ``value`` (particle, *plate axes, width).
+    """
+    kept = (growth.shape[0], *growth.plates.sizes)
+    if twist is None:
+        return torch.zeros(kept)
+    if callable(twist):
+        log_psi = twist(growth.plates.lead(growth.prefix, 1))  # (particle, *kept, *others)
+        if log_psi.shape[: len(kept)] != kept:
+            raise ValueError(f"twist: it returned the shape {tuple(log_psi.shape)}; expected {kept}")
+        return positive(log_psi.reshape(*kept, -1).sum(-1))
+    value, log_p, log_q = growth.stop()
+    if not bool(log_p.isfinite().any()):  # none can stop here
+        return torch.zeros(kept)
+    log_psi = log_p + log_following(value)
+    return positive((log_psi - log_q if twist == "flow" else log_psi).expand(kept))
+
+
+def positive(log_psi: Tensor) -> Tensor:
+    """A zero or undefined psi takes the smallest positive psi of its group (axis 0), 1 where there is none."""
+    known = log_psi.isfinite()
+    least = log_psi.masked_fill(~known, torch.inf).amin(0)
+    return torch.where(known, log_psi, least.masked_fill(least == torch.inf, 0.0))
