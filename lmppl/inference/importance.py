@@ -38,6 +38,11 @@ class Importance:
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.max_plate_nesting = max_plate_nesting
 
+    @property
+    def density(self) -> Program:
+        """The program that proposes."""
+        return self.guide or self.model
+
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """The weighted particles for these arguments."""
         weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import programs
 from .programs import Program, Replay
-from .resampling import systematic
+from .resampling import SCHEMES
 from .weights import Plates, kept_plates, site_log_prob
 
 Index = int | tuple[int, ...] | None
@@ -90,10 +90,12 @@ class Posterior:
         flat = self.log_weights.reshape(self.num_particles, -1)
         return torch.tensor([pareto_khat(w) for w in flat.T]).reshape(self.log_weights.shape[1:])
 
-    def resample(self, n: int | None = None) -> Posterior:
-        """``n`` equally weighted particles drawn by systematic resampling, each plate element its own."""
+    def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
+        """``n`` equally weighted particles, each plate element resampled by itself; ``scheme`` as in `resampling`."""
         n = self.num_particles if n is None else n
-        chosen = systematic(self.probabilities, n)  # (n, *plates)
+        if n < 1 or scheme not in SCHEMES:
+            raise ValueError(f"n, scheme: expected n >= 1 and one of {sorted(SCHEMES)}, got {n} and {scheme!r}")
+        chosen = SCHEMES[scheme](self.probabilities, n)  # (n, *plates)
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
         log_weights = (self.log_evidence - math.log(n)).expand(n, *self.log_evidence.shape)
         return replace(self, values=values, log_weights=log_weights)

@@ -12,6 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
+from .. import programs
 from ..importance import Importance
 from ..posterior import Posterior
 from ..programs import Program
@@ -38,6 +39,8 @@ class GFlowNet:
         unless the objective brings its own. None: the guide itself.
     :param reward_temperature: T in the target p(z, observed)^(1/T); default the objective's.
     :param clip: the largest gradient norm.
+
+    ``training_tokens`` counts the tokens that its steps have sent through the network.
 
     Example::
 
@@ -70,6 +73,8 @@ class GFlowNet:
             self.objective.exploration = exploration  # type: ignore[assignment]
         elif self.objective.exploration is None:
             self.objective.exploration = DEFAULT_EXPLORATION
+        self.training_tokens = 0
+        self._networks: list[Any] | None = None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -77,6 +82,9 @@ class GFlowNet:
 
         :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
         """
+        if self._networks is None:
+            self._networks = programs.networks(self.model, args, kwargs)
+        before = self._tokens()
         self.optimizer.zero_grad(set_to_none=True)
         loss, balances = self.objective.loss_and_balances(self.model, self.guide, *args, **kwargs)
         if not bool(loss.isfinite()):
@@ -84,7 +92,16 @@ class GFlowNet:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+        self.training_tokens += self._tokens() - before
         return {"loss": loss.item(), "grad_norm": norm.item(), **_summary(balances)}
+
+    def _tokens(self) -> int:
+        return sum(network.tokens_scored for network in self._networks or ())
+
+    @property
+    def density(self) -> Program:
+        """The program whose density approximates the posterior."""
+        return self.guide
 
     def fit(
         self,
@@ -120,7 +137,8 @@ class GFlowNet:
         start, history = 0, []
         where = Path(checkpoint) if checkpoint is not None else None
         if where is not None and (where / checkpoints.STATE).exists():
-            start = checkpoints.load(where, self.optimizer)["step"]
+            saved = checkpoints.load(where, self.optimizer)
+            start, self.training_tokens = saved["step"], saved["training_tokens"]
         log_file = Path(log) if log is not None else None
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +164,7 @@ class GFlowNet:
                 if where is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                     for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate
-                    checkpoints.save(where, self.optimizer, step + 1, {"seed": seed, "steps": steps})
+                    checkpoints.save(where, self.optimizer, step + 1, {"seed": seed, "training_tokens": self.training_tokens})
                 bar.update(task, advance=1, description=f"loss {metrics['loss']:.3f}  sd(u) {metrics['sd_u']:.3f}")
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
