@@ -4,6 +4,7 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
+from .enumeration import Enumerated, Enumeration
 from .gflownet import Exploration, GFlowNet, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from .importance import Importance
 from .posterior import Posterior, Predictive, ZeroEvidence
@@ -12,6 +13,8 @@ from .validation import AxesError
 
 __all__ = [
     "AxesError",
+    "Enumerated",
+    "Enumeration",
     "Exploration",
     "GFlowNet",
     "Importance",

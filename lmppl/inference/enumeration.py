@@ -1,0 +1,303 @@
+"""Enumeration: the exact posterior, or as much of it as is asked for, with a certified interval for the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution, Unit
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .. import text
+from . import programs
+from .posterior import Posterior
+from .programs import Node, Program, Replay, Sketch
+from .token_tree import Texts, explore, most_probable
+from .validation import check_axes
+from .weights import Plates, Weighted, kept_plates, log_density, site_log_prob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Enumerated(Posterior):
+    """The posterior's support with its exact weights: `log_weights` are log p(z, observed), -inf at padding.
+
+    Plate elements with fewer values than the largest repeat their first value, at weight zero.
+    """
+
+    unexplored: Tensor  # (*plates) prior mass of what is not in the support; 0 where the enumeration is complete
+    log_evidence_bounds: tuple[Tensor, Tensor]  # (*plates) each: the log evidence lies in between
+    log_prior: Tensor = field(repr=False)  # (K, *plates), -inf at padding
+
+    @property
+    def khat(self) -> Tensor:
+        """NaN: these are no draws."""
+        return torch.full_like(self.log_evidence, torch.nan)
+
+    def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
+        """``n`` draws of the exact posterior, as equally weighted particles."""
+        plain = Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide)
+        return plain.resample(n, scheme)
+
+    def log_prob(self, values: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """The log posterior of given values of every latent site (of the only one, as a tensor).
+
+        Values are shaped as in `samples`, (n, *plates, ...) -> (n, *plates), or without the leading axis.  A value
+        outside the support has -inf where the enumeration is complete and NaN where it is not: it was not looked at.
+        """
+        names = list(self.samples)
+        if isinstance(values, Tensor):
+            if len(names) != 1:
+                raise ValueError(f"values: the posterior has the sites {names}; give a dict")
+            values = {names[0]: values}
+        if set(values) != set(names):
+            raise ValueError(f"values: expected the sites {names}, got {list(values)}")
+        single = values[names[0]].dim() < self.samples[names[0]].dim()
+        known, asked = [], []
+        for name in names:
+            support, value = self.samples[name], values[name][None] if single else values[name]
+            if self.sites.event_dims[name] == 1 and name in self.sites.decoders:
+                width = max(int(text.length(x).max()) if x.numel() else 0 for x in (support, value))
+                support, value = text.pad(support, width), text.pad(value, width)
+            value = value.expand(len(value), *support.shape[1:])
+            right = self.log_evidence.dim() + 1
+            known.append(support.flatten(right) if support.dim() > right else support[..., None])
+            asked.append(value.flatten(right) if value.dim() > right else value[..., None])
+        shape = (len(asked[0]), *self.log_evidence.shape)
+        cells = self.log_evidence.numel()
+        rows, queries = (torch.cat(x, -1).reshape(len(x[0]), cells, -1) for x in (known, asked))  # (K or n, cells, D)
+        log_p = (self.log_weights - self.log_evidence).reshape(self.num_particles, -1)
+        outside = torch.where(self.unexplored > 0, torch.nan, -torch.inf).flatten()
+        result = log_p.new_empty(len(queries), cells)
+        for c in range(cells):
+            real = self.log_prior.reshape(self.num_particles, -1)[:, c] > -torch.inf
+            both = torch.cat([rows[real, c], queries[:, c]])
+            _, kind = torch.unique(both, dim=0, return_inverse=True)
+            table = log_p.new_full((len(both),), float(outside[c]))
+            table[kind[: int(real.sum())]] = log_p[real, c]
+            result[:, c] = table[kind[int(real.sum()) :]]
+        result = result.view(shape)
+        return result[0] if single else result
+
+
+class Enumeration:
+    r"""The exact posterior, by best-first search of the prior's joint token tree.
+
+    .. math:: \log w(z) = \log p(z, observed), \qquad \log Z = \log \sum_z w(z)
+
+    Latent sites are taken in program order: a text site is searched token by token, the most probable prefix first; an
+    ordinary site with a finite support multiplies the values found so far.  Plate elements are searched separately.
+
+    :param model: a Pyro program, all of whose latent sites are discrete and lie in the kept plates only.
+    :param max_support: the most values kept for one plate element.
+    :param mass: how much of the prior to explore; 1: all of it.
+    :param factor_bound: an upper bound of the log of the product of the model's factors and continuous observations,
+        a number or (*plates); without it they may be anything, and the evidence has no upper bound.
+    :param max_plate_nesting: guessed where not given.
+
+    The result's ``unexplored`` is the prior mass left out, ``log_evidence_bounds`` a certified interval: with scales
+    :math:`s \ge 1` on the latent sites what was left out adds at most :math:`e^{bound}\,unexplored^{\min s}`, since
+    :math:`\sum p^s \le (\sum p)^s`; with s < 1 it may add anything.
+
+    ``run(*args)`` raises ValueError for a latent site that is continuous or has an infinite support, a latent site in
+    a plate that does not enclose every site, and a subsampled plate of that kind.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        *,
+        max_support: int = 100_000,
+        mass: float = 1.0,
+        factor_bound: float | Tensor | None = None,
+        max_plate_nesting: int | None = None,
+    ):
+        if max_support < 1:
+            raise ValueError(f"max_support: must be at least 1, got {max_support}")
+        if not 0 < mass <= 1:
+            raise ValueError(f"mass: must lie in (0, 1], got {mass}")
+        self.model, self.max_support, self.mass = model, max_support, mass
+        self.factor_bound, self.max_plate_nesting = factor_bound, max_plate_nesting
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Enumerated:
+        """The exact posterior for these arguments."""
+        nesting = programs.plate_nesting([self.model], args, kwargs, self.max_plate_nesting)
+        sketch = programs.trace(self.model, args, kwargs, Sketch(), nesting=nesting, particles=1)
+        plates = kept_plates([sketch], nesting, subsampling=False)
+        _refuse_other_plates(sketch, plates)
+        subsamples = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
+        support = Support(plates)
+        count = len(programs.latents(sketch))
+        while True:
+            replay = Replay(subsamples | support.values)
+            try:
+                trace = programs.trace(
+                    self.model, args, kwargs, _Halt(), replay, nesting=nesting, particles=len(support)
+                )
+            except _Reached as reached:
+                name, fn = reached.args
+            else:
+                break
+            share = ((1 - self.mass) - support.unexplored).clamp(min=0) / max(1, count - len(support.values))
+            support.extend(name, fn, share, self.max_support)
+        return self._weigh(support, trace, args, kwargs)
+
+    def _weigh(self, support: Support, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Enumerated:
+        plates = support.plates
+        latents = programs.latents(trace)
+        known = {
+            n: support.log_probs[n] for n, node in latents.items() if not isinstance(node["fn"], MaskedDistribution)
+        }
+        log_weights = log_density(trace, plates, known=known)
+        for name, node in latents.items():
+            if node["mask"] is not None or name not in known:
+                # Masked: the site's density does not count, its values still come from the prior.
+                log_prior = plates.reduce(support.log_probs[name])
+                log_weights = log_weights + log_prior - site_log_prob(node, plates, known.get(name), scaled=False)
+        real = support.log_joint > -torch.inf  # (K, *plates)
+        log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
+        check_axes(self.model, args, kwargs, Weighted(log_weights, programs.values(trace), trace, trace, plates))
+        posterior = Posterior.of(trace, plates, log_weights)
+        unexplored = support.unexplored.to(log_weights.dtype)
+        s = _smallest_scale(latents, plates)
+        left_out = s * unexplored.log() + self._rest(trace) if s >= 1 else torch.full_like(unexplored, torch.inf)
+        left_out = left_out.masked_fill(unexplored == 0, -torch.inf)
+        return Enumerated(
+            values=posterior.values,
+            log_weights=log_weights,
+            log_evidence=posterior.log_evidence,
+            sites=posterior.sites,
+            unexplored=unexplored,
+            log_evidence_bounds=(posterior.log_evidence, torch.logaddexp(posterior.log_evidence, left_out)),
+            log_prior=support.log_joint.to(log_weights.dtype),
+        )
+
+    def _rest(self, trace: Trace) -> Tensor | float:
+        """A bound of the log of everything but the latent sites: probabilities are at most 1."""
+        if all(_is_probability(n) for n in programs.scored(trace).values() if n["is_observed"]):
+            return 0.0
+        return torch.inf if self.factor_bound is None else torch.as_tensor(self.factor_bound)
+
+
+class Support:
+    """Joint values of the latent sites met so far, for every plate element (*cell*), with their prior."""
+
+    def __init__(self, plates: Plates):
+        self.plates = plates
+        self.axes = [1] * plates.nesting
+        for d, n in zip(plates.dims, plates.sizes, strict=True):
+            self.axes[d] = n
+        self.values: dict[str, Tensor] = {}  # (K, *plate axes, *event)
+        self.log_probs: dict[str, Tensor] = {}  # (K, *plate axes)
+        self.log_joint = torch.zeros(1, *plates.sizes, dtype=torch.float64)
+        self.unexplored = torch.zeros(plates.sizes, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.log_joint)
+
+    def extend(self, name: str, fn: Any, allowance: Tensor, max_support: int) -> None:
+        """Add a site: every value found so far goes on with each of its own."""
+        if isinstance(fn, MaskedDistribution):
+            fn = fn.base_dist
+        log_root = self.log_joint.reshape(len(self), -1)  # (K, cells)
+        if hasattr(fn, "prefix_scores"):
+            found = explore(fn, log_root, allowance.flatten(), max_support)
+            event_dim, dtype = 1, fn.lm.dtype
+        else:
+            found = _multiply(name, fn, log_root, allowance.flatten(), max_support)
+            event_dim, dtype = fn.event_dim, torch.get_default_dtype()
+        sizes = torch.tensor([len(f.root) for f in found], device=log_root.device)
+        size, cells = max(int(sizes.max()), 1), len(found)
+        row = torch.arange(size, device=log_root.device)[:, None]  # cells with fewer values repeat their first one
+        real = row < sizes  # (size, cells)
+        filler = torch.where(real, row, 0).unbind(1)
+        root, value, log_p, joint = (
+            torch.stack([_first_or(x, i) for x, i in zip(column, filler, strict=True)], 1)
+            for column in list(zip(*found, strict=True))[:4]
+        )  # (size, cells, ...)
+        cell = torch.arange(cells, device=root.device)
+        for known in (self.values, self.log_probs):
+            for other, old in known.items():
+                flat = old.reshape(len(old), cells, *old.shape[1 + len(self.axes) :])
+                known[other] = flat[root, cell].view(size, *self.axes, *flat.shape[2:])
+        self.values[name] = value.view(size, *self.axes, *value.shape[value.dim() - event_dim :])
+        self.log_probs[name] = log_p.to(dtype).view(size, *self.axes)
+        self.log_joint = joint.masked_fill(~real, -torch.inf).view(size, *self.plates.sizes)
+        left_out = torch.tensor([f.left_out for f in found], dtype=torch.float64, device=root.device)
+        self.unexplored = self.unexplored + left_out.view(self.plates.sizes)
+
+
+def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
+    """Every root with every value of an ordinary site's finite support."""
+    try:
+        if not fn.has_enumerate_support:
+            raise NotImplementedError
+        support = fn.enumerate_support(expand=False)  # (S, 1, ..., *event)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: {type(fn).__name__} has no finite support, so that it cannot be enumerated; observe it, "
+            "or use Importance or SMC"
+        ) from None
+    count, cells = len(support), log_root.shape[1]
+    event = support.shape[support.dim() - fn.event_dim :]
+    log_p = fn.log_prob(support).expand(count, *fn.batch_shape).reshape(count, -1, cells).double()  # (S, K, cells)
+    value = support.expand(count, *fn.batch_shape, *event).reshape(count, -1, cells, *event)
+    found = []
+    for c in range(cells):
+        joint = (log_root[:, c] + log_p[:, :, c]).flatten()  # (S * K)
+        possible = (joint > -torch.inf).nonzero()[:, 0]
+        kept, left_out = most_probable(joint[possible], float(allowance[c]), max_support)
+        which, root = possible[kept] // len(log_root), possible[kept] % len(log_root)
+        found.append(Texts(root, value[which, root, c], log_p[which, root, c], joint[possible[kept]], left_out))
+    return found
+
+
+def _first_or(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``; zeros where there is nothing at all."""
+    return x[index] if len(x) else x.new_zeros(len(index), *x.shape[1:])
+
+
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
+    """The program has come to a latent site without a value: its name and distribution."""
+
+
+class _Halt(Messenger):
+    """Stops a program at the first latent site that nothing gave a value."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
+            raise _Reached(msg["name"], msg["fn"])
+
+
+def _refuse_other_plates(trace: Trace, plates: Plates) -> None:
+    for name, node in programs.latents(trace).items():
+        for f in node["cond_indep_stack"]:
+            if f.vectorized and f.name not in (*plates.names, programs.PARTICLES):
+                raise ValueError(
+                    f"site {name!r}: it lies in the plate {f.name!r}, which does not enclose every latent, observation "
+                    "and factor, so that its values are joint over the plate and too many to enumerate; put every site "
+                    "into the plate, or use Importance or SMC"
+                )
+
+
+def _smallest_scale(latents: dict[str, Node], plates: Plates) -> float:
+    """min(s) over the latent sites; a masked site keeps its prior, s = 1."""
+    smallest = torch.inf
+    for node in latents.values():
+        scale = torch.as_tensor(node["scale"], dtype=torch.float64)
+        for f in node["cond_indep_stack"]:
+            if f.name in plates.names and f.full_size not in (None, f.size):
+                scale = scale * f.size / f.full_size
+        s = float(scale.min())
+        smallest = min(smallest, s if node["mask"] is None else min(s, 1.0))
+    return smallest
+
+
+def _is_probability(node: Node) -> bool:
+    """Whether a site's density is a probability, at most 1."""
+    return not isinstance(node["fn"], Unit) and bool(node["fn"].support.is_discrete)
