@@ -4,15 +4,19 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
+from .compare import Comparison, compare
 from .enumeration import Enumerated, Enumeration
 from .gflownet import Exploration, GFlowNet, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from .importance import Importance
 from .posterior import Posterior, Predictive, ZeroEvidence
 from .programs import SiteMismatch
+from .smc import SMC
 from .validation import AxesError
 
 __all__ = [
+    "SMC",
     "AxesError",
+    "Comparison",
     "Enumerated",
     "Enumeration",
     "Exploration",
@@ -27,4 +31,5 @@ __all__ = [
     "Tempered",
     "VarGrad",
     "ZeroEvidence",
+    "compare",
 ]

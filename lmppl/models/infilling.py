@@ -1,20 +1,29 @@
 """Infilling: the missing middle of a story, given its beginning and its end.
 
-    z ~ LM(x),   y ~ LM(x z)   observed;   the posterior of z given x and y
+    z ~ LM(x),    y ~ LM(x z) observed;    wanted: p(z | x, y)
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pyro
+import torch
 from torch import Tensor
 
+from .. import embedded
 from ..distributions import Completion
+from ..embedded import Story
+from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
+from .experiment import Experiment, Recipe
 
 TEMPLATE = "{y}|{x}"
+TEST_STORIES, HELD_OUT_STORIES = 16, 16
+LONGEST_MIDDLE = 24
 
 
 class Infilling:
@@ -26,7 +35,7 @@ class Infilling:
     :param stop: the middle's stop, a sentence end.
     :param template: the guide's prompt, with fields x and y.
 
-    `model(x, y)` and `guide(x, y)` are Pyro programs over texts x (B, Lx) and y (B, Ly), one plate of stories.
+    `model(x, y)` and `guide(x, y)` are Pyro programs over texts x (B, Lx) and y (B, Ly), with one plate of stories.
     """
 
     def __init__(
@@ -42,20 +51,103 @@ class Infilling:
         self.max_tokens, self.stop, self.template = max_tokens, stop, template
 
     def model(self, x: Tensor, y: Tensor) -> Tensor:
-        """z ~ LM(x); the ending, observed: the text after x z begins with y."""
+        """z ~ LM(x); the text after x z begins with y."""
         with pyro.plate("stories", len(x)):
             z = pyro.sample("z", Completion(self.lm, x, max_tokens=self.max_tokens, stop=self.stop))
             pyro.sample("y", Completion(self.lm, self.lm.join(x, z), max_tokens=length(y), stop=None), obs=y)
             return z
 
     def guide(self, x: Tensor, y: Tensor) -> Tensor:
-        """z ~ q(z | x, y): the guide's language model reads both ends."""
+        """z ~ q(z | x, y), a language model that reads both ends."""
         if self.guide_lm is None:
             raise ValueError("guide_lm: this Infilling was made without a guide")
         prompt = self.guide_lm.fill(self.template, x=x, y=y)
         with pyro.plate("stories", len(x)):
             return pyro.sample("z", Completion(self.guide_lm, prompt, max_tokens=self.max_tokens, stop=self.stop))
 
-    def encode(self, stories: Sequence[tuple[str, str, str]]) -> tuple[Tensor, Tensor]:
-        """The arguments (x, y) of model and guide for these stories (x, z, y)."""
-        return self.lm.encode([s[0] for s in stories]), self.lm.encode([s[2] for s in stories])
+    def encode(self, stories: Sequence[Story]) -> tuple[Tensor, Tensor]:
+        """The arguments (x, y) of model and guide for these stories."""
+        return self.lm.encode([s.x for s in stories]), self.lm.encode([s.y for s in stories])
+
+
+def read_stories(path: str | Path) -> list[Story]:
+    """Stories from a text file, a story of three sentences a line; empty lines are passed over.
+
+    :raises ValueError: naming the file and line, where a line has not three sentences or the file has no story.
+    """
+    stories = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        sentences = re.split(r"(?<=[.!?])\s+", line.strip())
+        if len(sentences) != 3:
+            raise ValueError(f"data: {path}, line {number} has {len(sentences)} sentences; a story has three")
+        x, z, y = sentences
+        stories.append(Story(x, " " + z, " " + y))
+    if not stories:
+        raise ValueError(f"data: {path} has no story in it")
+    return stories
+
+
+def experiment(
+    lm: LanguageModel | None = None,
+    data: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    template: str = TEMPLATE,
+) -> Experiment:
+    """The missing middle sentence of a story, given its beginning and its end.
+
+    On the embedded story LM, where the posterior is known, or on ``lm`` with the stories of the file ``data``;
+    ``checkpoint`` is a trained adapter to start from.
+
+    :raises ValueError: for another language model without ``data``: the embedded stories are written in its vocabulary.
+    """
+    recipe = recipe or Recipe()
+    if lm is not None and data is None:
+        raise ValueError("data: another language model needs stories of its own, a file with a story a line")
+    lm = lm or LanguageModel.embedded("stories")
+    guide_lm = recipe.guide_lm(lm, seed) if checkpoint is None else lm.with_adapter(checkpoint)
+    if data is None:
+        train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
+        held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]
+        task = Infilling(lm, guide_lm, template=template)
+        exact = Enumeration(Infilling(lm).model, mass=0.998)
+    else:
+        train, held_out, test = split(read_stories(data))
+        longest = int(length(lm.encode([s.z for s in train])).max())
+        task = Infilling(lm, guide_lm, max_tokens=min(LONGEST_MIDDLE, longest), template=template)
+        exact = None
+    encoded = task.encode(train)
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        """A pass over the stories in an order of its own, then another."""
+        size = min(recipe.observations, len(train))
+        epoch, at = divmod(step, max(1, len(train) // size))
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+        chosen = order[at * size : (at + 1) * size]
+        return encoded[0][chosen], encoded[1][chosen]
+
+    return Experiment(
+        name="infilling",
+        lm=lm,
+        guide_lm=guide_lm,
+        model=task.model,
+        guide=task.guide,
+        batches=batches,
+        held_out=task.encode(held_out),
+        test=task.encode(test),
+        describe=lambda i: f"{test[i].x} [...]{test[i].y}    (told: {test[i].z.strip()})",
+        exact=exact,
+        recipe=recipe,
+    )
+
+
+def split(stories: list[Story]) -> tuple[list[Story], list[Story], list[Story]]:
+    """The last eighth to validate on and the eighth before it to test on; one story serves all three."""
+    n = max(1, min(TEST_STORIES, len(stories) // 8))
+    if len(stories) < 3:
+        return stories, stories[-1:], stories[-1:]
+    return stories[: -2 * n], stories[-n:], stories[-2 * n : -n]
