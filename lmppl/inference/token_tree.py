@@ -228,7 +228,9 @@ class Network:
 
     def _log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
         """log p(v | prompt, prefix) for each node and token v, (n, V) in double precision."""
-        width = int(depth.max()) + 1
+        depth, order = depth.sort(stable=True)  # so that passes hold texts of one length
+        row, prefix = row[order], prefix[order]
+        width = int(depth[-1]) + 1
         prefix = text.pad(prefix, max(width, prefix.shape[1]))[:, :width]
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
@@ -245,7 +247,7 @@ class Network:
             log_probs = score(self.lm, self.prompts[self.prompt[row]], prefix, head)
         if bool(log_probs.isnan().any()):
             raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")
-        return log_probs
+        return torch.empty_like(log_probs).index_copy_(0, order, log_probs)
 
 
 def most_probable(log_p: Tensor, allowance: float, max_support: int, left: float = 0.0) -> tuple[Tensor, float]:
