@@ -183,7 +183,7 @@ class Completion(TorchDistribution):
         return torch.arange(batch.numel(), device=self.prompt.device).view(batch).expand(shape).flatten()
 
     def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
-        prompts = self.prompt.reshape(-1, self.prompt.shape[-1])
+        prompts = self.prompt.reshape(self.prompt.shape[:-1].numel(), self.prompt.shape[-1])
         used, index = torch.unique(index, return_inverse=True)
         distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
         return TokenSteps(self.lm, distinct, merged[index], rules, share)
