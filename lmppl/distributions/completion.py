@@ -198,9 +198,8 @@ class Completion(TorchDistribution):
         index, rules = self._prompt_index(shape), self._rules(shape)
         value = torch.full((rows, width), text.PAD, device=self.prompt.device)
         log_prob = torch.zeros(rows, device=self.prompt.device, dtype=_score_dtype(self.lm))
-        for chunk in torch.arange(rows, device=index.device).split(
-            chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
-        ):
+        at_once = chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
+        for chunk in torch.arange(rows, device=index.device).split(at_once) if rows else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             for t in range(width):
                 log_probs = steps.log_probs()
@@ -299,7 +298,7 @@ class Completion(TorchDistribution):
         # The network reads no further than the longest value.
         reach = max(1, int((end + (1 if self.stop.numel() else 0)).max())) if value.numel() else 0
         reach = min(reach, width)
-        flat = value.expand(*batch, width)[..., :reach].reshape(-1, reach)
+        flat = value.expand(*batch, width)[..., :reach].reshape(batch.numel(), reach)
         flat_own = own.expand(batch).flatten()
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
@@ -309,7 +308,9 @@ class Completion(TorchDistribution):
             return torch.cat([token, stop], -1)  # (r, T, 2)
 
         if reach:
-            both = score(self.lm, self.prompt, value[..., :reach], head).expand(*batch, reach, 2)
+            # A stop predicts nothing (nor does the last token where there is no stop): the network need not read it.
+            read = value.masked_fill(at >= (end if self.stop.numel() else end - 1)[..., None], text.PAD)
+            both = score(self.lm, self.prompt, read[..., :reach], head).expand(*batch, reach, 2)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device)
@@ -347,7 +348,8 @@ class Completion(TorchDistribution):
                 tail = self.stop.repeat_interleave(len(body))[:, None]
                 body = torch.cat([body.repeat(len(self.stop), 1), tail], 1)
             blocks.append(text.pad(body, self.event_shape[0]))
-        support = torch.cat(blocks).view(-1, *[1] * len(self.batch_shape), self.event_shape[0])
+        support = torch.cat(blocks)
+        support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])
         return support.expand(-1, *self.batch_shape, -1) if expand else support
 
 

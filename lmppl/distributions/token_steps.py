@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..engine.decoding import Decoder
+from ..engine.recomputing import decoder
 from ..language_model import LanguageModel
 from .rules import Rules
 
@@ -33,7 +33,7 @@ class TokenSteps:
         self.prompt: Tensor = contexts[index] if share is None else share.prompt  # (R, Lc)
         self._share = share
         self._pending: Tensor | None = None  # tokens appended but not yet sent through the network
-        self._decoder = Decoder(lm, contexts, index) if share is None else None
+        self._decoder = decoder(lm, contexts, index) if share is None else None
 
     def _logits(self) -> Tensor:
         if self._share is not None:

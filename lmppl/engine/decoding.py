@@ -52,7 +52,8 @@ class Decoder:
             position_ids=self.position[:, None],
         )
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-        self.position = self.position + 1
+        # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
+        self.position = (self.position + 1).clamp(max=self.lm.max_length and self.lm.max_length - 1)
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:

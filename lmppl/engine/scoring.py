@@ -176,16 +176,16 @@ def supports_trees(lm: LanguageModel) -> bool:
     """Whether tree attention gives this network's own logits: tried once per network on a small tree, then known."""
     facts = lm.network.facts
     if "tree_attention" not in facts:
-        facts["tree_attention"] = _attends_to_everything(lm) and _tree_agrees(lm)
+        facts["tree_attention"] = attends_to_everything(lm) and _tree_agrees(lm)
     return bool(facts["tree_attention"])
 
 
-def _attends_to_everything(lm: LanguageModel) -> bool:
+def attends_to_everything(lm: LanguageModel) -> bool:
     """Whether the configuration promises attention to all that came before, which no small trial could show."""
     config = lm.model.config.get_text_config()
     limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    layers = getattr(config, "layer_types", None) or ()
-    return all(limit is None for limit in limits) and all(kind == "full_attention" for kind in layers)
+    kinds = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())]
+    return all(limit is None for limit in limits) and all(kind in ("full_attention", "global") for kind in kinds)
 
 
 def _tree_agrees(lm: LanguageModel) -> bool:

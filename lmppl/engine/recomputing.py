@@ -1,0 +1,98 @@
+"""Decoding without a cache, for networks whose cache cannot serve rows of unequal length or be reordered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..language_model import LanguageModel
+from .decoding import Decoder
+from .scoring import attends_to_everything, chunk_rows, with_bos
+
+
+class Recomputing:
+    """What `Decoder` does, with a pass over every whole sequence at each step.
+
+    Recurrent networks have no KV cache, and a sliding window counts the padding of a shorter prompt as if it were text.
+    """
+
+    def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
+        self.lm = lm
+        self.tokens = with_bos(lm, contexts)[index]  # (R, W), right-padded
+        self.alive = len(index)
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """(R, V): what predicts each row's next token."""
+        if self._logits is None:
+            self._logits = self._read()
+        return self._logits
+
+    @torch.no_grad()
+    def _read(self) -> Tensor:
+        rows, inverse = torch.unique(self.tokens, dim=0, return_inverse=True)
+        last = text.length(rows) - 1
+        found = []
+        for chunk in torch.arange(len(rows), device=rows.device).split(chunk_rows(self.lm, rows.shape[1])):
+            length = int(last[chunk].max()) + 1
+            out = self.lm.forward(
+                rows[chunk, :length].clamp(min=0), tokens=int((last[chunk] + 1).sum()), use_cache=False
+            )
+            found.append(out.logits[torch.arange(len(chunk), device=rows.device), last[chunk]])
+        return torch.cat(found)[inverse]
+
+    def step(self, tokens: Tensor, alive: int | None = None) -> None:
+        """Append ``tokens`` (R,)."""
+        self.tokens, self._logits = text.cat(self.tokens, tokens[:, None]), None
+
+    def select(self, index: Tensor) -> None:
+        """Row r becomes row ``index[r]``."""
+        self.tokens = self.tokens[index]
+        self._logits = None if self._logits is None else self._logits[index]
+
+
+def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Recomputing:
+    """A cached decoder wherever that is right for this network and these prompts, else one without a cache."""
+    length = text.length(contexts)
+    unequal = bool((length != length[0]).any())
+    if (unequal and not attends_to_everything(lm)) or not _cache_agrees(lm):
+        return Recomputing(lm, contexts, index)
+    return Decoder(lm, contexts, index)
+
+
+def _cache_agrees(lm: LanguageModel) -> bool:
+    """Whether cached steps give this network's own logits: tried once per network on two short texts, then known."""
+    facts = lm.network.facts
+    if "cached_decoding" not in facts:
+        before = lm.tokens_scored
+        facts["cached_decoding"] = False
+        try:
+            facts["cached_decoding"] = _trial(lm)
+        except (AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError):
+            pass
+        finally:
+            lm.network.tokens_scored = before
+    return bool(facts["cached_decoding"])
+
+
+def _trial(lm: LanguageModel) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(lm.vocab_size, (2, 6), generator=generator).to(lm.device)
+    contexts, swapped = ids[:, :3].clone(), torch.tensor([1, 0], device=lm.device)
+    if attends_to_everything(lm):
+        contexts[0, 1:] = text.PAD
+    index = torch.tensor([0, 1], device=lm.device)
+    cached, whole = Decoder(lm, contexts, index), Recomputing(lm, contexts, index)
+    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2
+    for t in range(3, 6):
+        for each in (cached, whole):
+            each.step(ids[:, t])
+            each.select(swapped)
+        expected = whole.logits.float()
+        if bool((cached.logits.float() - expected).abs().max() > tolerance * (1 + expected.abs().max())):
+            return False
+        if bool(expected.isnan().any()):  # damaged weights say nothing about the cache
+            return True
+    return True
