@@ -75,7 +75,8 @@ def _attend(level: Level, query: Tensor, keys: list[Tensor], values: list[Tensor
         else:
             hidden = position[None, :] > position[:, None]  # causal
         scores.append(score.masked_fill(hidden, -torch.inf))  # (B, H, *fanout, L, L_j)
-    weights = torch.cat(scores, -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.cat(scores, -1).softmax(-1, dtype=precision).to(query.dtype)
     out: Tensor | float = 0.0
     for depth, weight, value in zip(folded, weights.split([k.shape[-2] for k in keys], -1), values, strict=True):
         out = out + (weight.flatten(2 + depth, -2) @ value).view_as(query)
