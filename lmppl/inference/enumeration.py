@@ -94,7 +94,8 @@ class Enumeration:
     ordinary site with a finite support multiplies the values found so far.  Plate elements are searched separately.
 
     :param model: a Pyro program, all of whose latent sites are discrete and lie in the kept plates only.
-    :param max_support: the most values kept for one plate element.
+    :param max_support: the most values kept for one plate element; the search of a text site gives up after expanding
+        8 times as many prefixes (10,000 at least), and says what it left out.
     :param mass: how much of the prior to explore; 1: all of it.
     :param factor_bound: an upper bound of the log of the product of the model's factors and continuous observations,
         a number or (*plates); without it they may be anything, and the evidence has no upper bound.
@@ -208,10 +209,10 @@ class Support:
         log_root = self.log_joint.reshape(len(self), -1)  # (K, cells)
         if hasattr(fn, "prefix_scores"):
             found = explore(fn, log_root, allowance.flatten(), max_support)
-            event_dim, dtype = 1, fn.lm.dtype
+            event_dim, dtype = 1, torch.promote_types(fn.lm.dtype, torch.float32)
         else:
             found = _multiply(name, fn, log_root, allowance.flatten(), max_support)
-            event_dim, dtype = fn.event_dim, torch.get_default_dtype()
+            event_dim, dtype = fn.event_dim, found[0].log_p.dtype
         sizes = torch.tensor([len(f.root) for f in found], device=log_root.device)
         size, cells = max(int(sizes.max()), 1), len(found)
         row = torch.arange(size, device=log_root.device)[:, None]  # cells with fewer values repeat their first one
@@ -246,11 +247,11 @@ def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_suppo
         ) from None
     count, cells = len(support), log_root.shape[1]
     event = support.shape[support.dim() - fn.event_dim :]
-    log_p = fn.log_prob(support).expand(count, *fn.batch_shape).reshape(count, -1, cells).double()  # (S, K, cells)
+    log_p = fn.log_prob(support).expand(count, *fn.batch_shape).reshape(count, -1, cells)  # (S, K, cells)
     value = support.expand(count, *fn.batch_shape, *event).reshape(count, -1, cells, *event)
     found = []
     for c in range(cells):
-        joint = (log_root[:, c] + log_p[:, :, c]).flatten()  # (S * K)
+        joint = (log_root[:, c] + log_p[:, :, c].double()).flatten()  # (S * K)
         possible = (joint > -torch.inf).nonzero()[:, 0]
         kept, left_out = most_probable(joint[possible], float(allowance[c]), max_support)
         which, root = possible[kept] // len(log_root), possible[kept] % len(log_root)

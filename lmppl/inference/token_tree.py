@@ -17,6 +17,7 @@ from .. import text
 from ..engine.scoring import score
 
 BATCH = 4096  # nodes expanded at once in one tree
+EXPANSIONS = 10_000  # nodes that a tree may expand, or 8 times the support asked for where that is more
 CAPACITY = 2**22  # nodes waiting at once, all trees together
 CHILDREN = 2**23  # children looked at at once
 POOLED = 256  # trees with fewer nodes than this between them share one pass
@@ -107,7 +108,7 @@ class Tree:
             beyond = log_p.exp().flip(0).cumsum(0).flip(0) + self.pruned  # mass that this node and all below it hold
             needed = max(int((beyond > 0.5 * self.allowance).sum()), 64)
         else:
-            needed = len(order)
+            needed = max(self.max_support // 4, 64)
         n = min(needed, BATCH, len(order))
         nodes = Growth(*(x[order[:n]] for x in self.waiting))
         self.waiting = Growth(*(x[order[n:]] for x in self.waiting))
@@ -131,7 +132,7 @@ class Tree:
         over = self.network.is_over(self.row[growth.parent], growth.token, depth)
         self.done.append(Growth(*(x[over] for x in growth)))
         self.waiting = Growth(*(torch.cat([a, b[~over]]) for a, b in zip(self.waiting, growth, strict=True)))
-        self.full = self.expanded > 8 * self.max_support
+        self.full = self.expanded > max(8 * self.max_support, EXPANSIONS)
         if len(self.waiting.log_p) > self.capacity:
             self._forget()
         elif self.pruned > 0.25 * self.allowance > 0 and not self.capped:
@@ -170,7 +171,7 @@ class Network:
         shape = fn.batch_shape
         self.rules = fn._rules(shape)
         batch = fn.prompt.shape[:-1]
-        self.prompts = fn.prompt.reshape(-1, fn.prompt.shape[-1])
+        self.prompts = fn.prompt.reshape(fn.prompt.shape[:-1].numel(), fn.prompt.shape[-1])
         # Which prompt each row of the flattened batch continues.
         self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(shape).flatten()
         self.max_tokens = self.rules.max_tokens.expand(shape.numel())
