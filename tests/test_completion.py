@@ -1,4 +1,4 @@
-"""`Completion` and `NextToken`: the contract of a distribution over text, stated once and inherited by every variant."""
+"""`Completion` and `NextToken`: the contract of a distribution over text, stated once, inherited by each variant."""
 
 from __future__ import annotations
 

@@ -1,0 +1,400 @@
+"""The engine: packed scoring is plain scoring, cached decoding is plain decoding, and memory stays bounded."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from reference import Plain, tokens
+from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
+
+from lmppl import LanguageModel, text
+from lmppl.distributions import Completion, NextToken
+from lmppl.engine import scoring
+from lmppl.engine.decoding import Decoder
+from lmppl.engine.recomputing import Recomputing, decoder
+from lmppl.engine.scoring import score, supports_trees
+from lmppl.text import PAD
+
+V = 6
+
+
+def gather(value: torch.Tensor):
+    """A head that keeps log p of each token of ``value`` (*batch, T)."""
+
+    def head(logits, rows):
+        flat = value.reshape(-1, value.shape[-1])[rows]
+        log_probs = logits.log_softmax(-1).gather(-1, flat.clamp(min=0)[..., None])[..., 0]
+        return log_probs.masked_fill(flat == PAD, 0.0)
+
+    return head
+
+
+def scored(lm: LanguageModel, context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(*batch, T): log p of every token of ``value`` after ``context``."""
+    batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
+    return score(lm, context, value, gather(value.expand(*batch, -1)))
+
+
+@contextmanager
+def packing(always: bool):
+    """Pack whenever a tree is there at all, or never."""
+    before = scoring._WORTHWHILE
+    scoring._WORTHWHILE = 1e9 if always else -1.0
+    try:
+        yield
+    finally:
+        scoring._WORTHWHILE = before
+
+
+@contextmanager
+def spied(lm: LanguageModel):
+    """The number of tokens of every forward call."""
+    sizes: list[int] = []
+    forward = type(lm).forward
+
+    def spy(self, input_ids, **kwargs):
+        sizes.append(input_ids.numel())
+        return forward(self, input_ids, **kwargs)
+
+    type(lm).forward = spy
+    try:
+        yield sizes
+    finally:
+        type(lm).forward = forward
+
+
+def stopped_prefixes(prompt: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """(P, *batch, L): the prompt, then every prefix of z."""
+    return text.cat(prompt, text.prefixes(z, stop=0))
+
+
+# Packed is plain ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_is_plain_in_log_prob_and_gradient(arch, dtype):
+    """Every prefix of 3 texts in 2 plate elements, an observation after each: the shape of a GFlowNet's reward."""
+    lm = tiny_lm(arch, vocab=V, dtype=dtype)
+    assert supports_trees(lm)
+    g = torch.Generator().manual_seed(0)
+    z = torch.randint(1, V, (3, 2, 5), generator=g)  # (particle, plate, L)
+    z[1, 0, 3:] = PAD
+    prompt = torch.tensor([[2, 3, PAD, PAD], [4, 5, 2, 3]])
+    context = stopped_prefixes(prompt, z)  # (P, particle, plate, L)
+    y = torch.randint(1, V, (2, 4), generator=g)
+    y[0, 2:] = PAD
+    results = {}
+    for packed in (True, False):
+        with packing(packed), spied(lm) as sizes:
+            log_probs = scored(lm, context, y)
+            grads = torch.autograd.grad(log_probs.sum(), lm.trainable_parameters(), allow_unused=True)
+        results[packed] = log_probs, [g for g in grads if g is not None], sum(sizes)
+    assert results[True][0].shape == (6, 3, 2, 4)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    assert (results[True][0] - results[False][0]).abs().max() < tolerance
+    for a, b in zip(results[True][1], results[False][1], strict=True):
+        assert (a - b).abs().max() < tolerance * (1 + b.abs().max())
+    assert results[True][2] < 0.75 * results[False][2]  # tokens
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_packed_gradient_of_an_adapter(arch):
+    lm = tiny_lm(arch, vocab=V).with_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    context = stopped_prefixes(torch.tensor([2, 3]), torch.tensor([[2, 4, 3], [5, 4, 2]]))
+    y = torch.tensor([3, 2, 0])
+    grads = []
+    for packed in (True, False):
+        with packing(packed):
+            grads.append(torch.autograd.grad(scored(lm, context, y).sum(), lm.trainable_parameters()))
+    assert all((a - b).abs().max() < 1e-4 * (1 + b.abs().max()) for a, b in zip(*grads, strict=True))
+
+
+@st.composite
+def problems(draw):
+    """A context (*batch, L) grown by prefixes of earlier rows, and a value whose leading axes broadcast with it."""
+    batch = draw(st.lists(st.integers(1, 3), min_size=0, max_size=4))
+    seed = draw(st.integers(0, 2**16))
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randint(0, V, (12,), generator=g)
+    rows = torch.Size(batch).numel()
+    # Each row keeps a random number of the shared tokens, then goes its own way for a random number.
+    lengths = torch.randint(0, 9, (rows, 2), generator=g)
+    context = torch.full((rows, 16), PAD)
+    for i, (n, m) in enumerate(lengths.tolist()):
+        context[i, :n] = shared[:n]
+        context[i, n : n + m // 2] = torch.randint(0, V, (m // 2,), generator=g)
+    width = draw(st.integers(1, 4))
+    lead = [n if draw(st.booleans()) else 1 for n in batch]
+    value = torch.randint(0, V, (*lead, width), generator=g)
+    cut = torch.randint(0, width + 1, (*lead, 1), generator=g)
+    value = value.masked_fill(torch.arange(width) >= cut, PAD)
+    return context.view(*batch, 16), value
+
+
+NETWORKS: dict[str, LanguageModel] = {}
+
+
+@settings(max_examples=40)
+@given(problems(), st.sampled_from(ARCHITECTURES), st.booleans(), st.integers(5, 200))
+def test_any_tree_scores_as_plain_rows(problem, arch, budgeted, budget):
+    lm = NETWORKS.setdefault(arch, tiny_lm(arch, vocab=V))
+    context, value = problem
+    lm.token_budget = budget if budgeted else 16_384
+    with torch.no_grad():
+        with packing(True):
+            packed = scored(lm, context, value)
+        with packing(False):
+            plain = scored(lm, context, value)
+        chosen = scored(lm, context, value)
+    batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
+    assert packed.shape == (*batch, value.shape[-1])
+    assert (packed - plain).abs().max() < 1e-4 and (chosen - plain).abs().max() < 1e-4
+    # One row, once more by a loop of forward passes.
+    loop = Plain(lm)
+    row = torch.randint(max(1, batch.numel()), ()).item()
+    c, v = (x.expand(*batch, -1).reshape(-1, x.shape[-1])[row] for x in (context, value))
+    for t, token in enumerate(tokens(v)):
+        expected = loop.logits(tokens(c), tokens(v)[:t]).log_softmax(-1)[token]
+        assert plain.view(-1, value.shape[-1])[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_sharing_is_found_and_saves_tokens():
+    lm = tiny_lm("llama", vocab=V)
+    prompt = torch.randint(1, V, (20,), generator=torch.Generator().manual_seed(0))
+    context = stopped_prefixes(prompt, torch.randint(1, V, (4, 8)))  # (9, 4, L)
+    y = torch.randint(1, V, (5,))
+    with torch.no_grad():
+        with spied(lm) as chosen:
+            scored(lm, context, y)
+        with packing(False), spied(lm) as plain:
+            scored(lm, context, y)
+    assert sum(chosen) < 0.5 * sum(plain)
+
+
+# Networks that packing does not fit -----------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+    "pad_token_id": None,
+}
+LAYERED = {**SMALL, "intermediate_size": 32, "max_position_embeddings": 64, "num_key_value_heads": 1}
+
+
+def wrapped(config: transformers.PreTrainedConfig, **kwargs) -> LanguageModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1:
+                    p.normal_(std=0.4)
+    return LanguageModel(model, tiny_tokenizer(V))
+
+
+def alibi() -> LanguageModel:
+    named = {k: v for k, v in SMALL.items() if k not in ("num_hidden_layers", "num_attention_heads")}
+    return wrapped(transformers.BloomConfig(**named, n_layer=2, n_head=2))
+
+
+UNUSUAL = {
+    "sliding window": lambda: wrapped(transformers.MistralConfig(**LAYERED, sliding_window=4)),
+    "wide sliding window": lambda: wrapped(transformers.MistralConfig(**LAYERED, sliding_window=20)),
+    "alternating windows, soft caps": lambda: wrapped(
+        transformers.Gemma2Config(**LAYERED, head_dim=8, sliding_window=4)
+    ),
+    "local attention": lambda: wrapped(
+        transformers.GPTNeoConfig(
+            vocab_size=V,
+            hidden_size=16,
+            num_layers=2,
+            num_heads=2,
+            attention_types=[[["global", "local"], 1]],
+            window_size=4,
+            max_position_embeddings=64,
+            eos_token_id=0,
+            bos_token_id=0,
+        )
+    ),
+    "alibi": alibi,
+    "recurrent": lambda: wrapped(
+        transformers.MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=0)
+    ),
+    "eager": lambda: wrapped(transformers.LlamaConfig(**LAYERED), attn_implementation="eager"),
+    "positions with an offset": lambda: wrapped(
+        transformers.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16)
+    ),
+}
+PLAIN_ONLY = {"sliding window", "wide sliding window", "alternating windows, soft caps", "local attention"}
+PLAIN_ONLY |= {"alibi", "recurrent"}
+
+
+@pytest.mark.filterwarnings("ignore")  # kernels that are not installed
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_attention_is_right_or_falls_back(name):
+    """Long shared prompts, many prefixes: scoring and sampling both equal a loop of plain forward passes."""
+    lm = UNUSUAL[name]()
+    if name in PLAIN_ONLY:
+        assert not supports_trees(lm)
+    loop = Plain(lm)
+    prompt = torch.randint(1, V, (25,), generator=torch.Generator().manual_seed(1))
+    z = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2]])
+    context = stopped_prefixes(prompt, z)
+    y = torch.tensor([3, 2, 0])
+    with torch.no_grad(), packing(True):
+        log_probs = scored(lm, context, y)
+    for p, n in [(0, 0), (2, 1), (4, 0)]:
+        expected = [
+            loop.logits(tokens(context[p, n]), tokens(y)[:t]).log_softmax(-1)[v] for t, v in enumerate([3, 2, 0])
+        ]
+        assert log_probs[p, n].tolist() == pytest.approx([float(e) for e in expected], abs=1e-4)
+
+    d = Completion(lm, torch.stack([prompt, prompt.masked_fill(torch.arange(25) > 1, PAD)]), max_tokens=6, min_tokens=5)
+    drawn, log_prob = d.sample_and_log_prob((4,))
+    assert (d.log_prob(drawn) - log_prob).abs().max() < 1e-4
+    expected = 0.0
+    for t, v in enumerate(tokens(drawn[0, 1])[:6]):
+        logits = loop.logits(tokens(prompt[:2]), tokens(drawn[0, 1])[:t]).clone()
+        logits[0] = -torch.inf if t < 5 else logits[0]
+        expected += float(logits.log_softmax(-1)[v])
+    assert log_prob[0, 1].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_window_wider_than_the_trial_is_no_proof():
+    """The trial tree is 9 tokens deep; only the configuration knows of a window of 20."""
+    lm = UNUSUAL["wide sliding window"]()
+    assert scoring._tree_agrees(lm) is False or not supports_trees(lm)
+    assert not scoring.attends_to_everything(lm)
+
+
+def test_packing_leaves_the_attention_implementation_as_it_was():
+    lm = tiny_lm("llama", vocab=V)
+    before = lm.model.config._attn_implementation
+    with packing(True):
+        scored(lm, stopped_prefixes(torch.tensor([2]), torch.tensor([3, 4])), torch.tensor([2, 0]))
+    assert lm.model.config._attn_implementation == before
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("budget", [40, 100, 1000])
+def test_no_forward_pass_exceeds_the_token_budget(packed, budget):
+    lm = tiny_lm("qwen2", vocab=V)
+    lm.token_budget = budget
+    prompt = torch.randint(1, V, (2, 7))
+    d = Completion(lm, prompt, max_tokens=5)
+    supports_trees(lm)
+    with spied(lm) as sizes, packing(packed):
+        z = d.sample((64,))
+        d.log_prob(z)
+        d.prefix_log_probs(z)
+        rewards = Completion(lm, stopped_prefixes(prompt, z), max_tokens=3)
+        rewards.log_prob(torch.tensor([2, 3, 0]))
+        NextToken(lm, stopped_prefixes(prompt, z)).log_prob(torch.tensor(2))
+    assert max(sizes) <= budget
+
+
+def test_chunks_do_not_change_numbers():
+    lm = tiny_lm("neox", vocab=V)
+    context = stopped_prefixes(torch.tensor([2, 3, 4]), torch.randint(1, V, (8, 2, 5)))
+    y = torch.tensor([3, 2, 0])
+    whole = scored(lm, context, y)
+    for lm.token_budget in (15, 60, 240):
+        assert (scored(lm, context, y) - whole).abs().max() < 1e-5
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Decoder, Recomputing, decoder])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cached_steps_are_uncached_steps(arch, kind):
+    """Unequal prompts, steps, repeats and reorderings in between: every row predicts what its own tokens predict."""
+    lm = tiny_lm(arch, vocab=V)
+    loop = Plain(lm)
+    g = torch.Generator().manual_seed(0)
+    contexts = torch.tensor([[2, 3, 4, 5], [5, PAD, PAD, PAD], [3, 2, PAD, PAD]])
+    index = torch.tensor([0, 1, 1, 2, 0])
+    steps = kind(lm, contexts, index)
+    rows = [(tokens(contexts[i]), ()) for i in index.tolist()]
+    for t in range(5):
+        for r, (prompt, z) in enumerate(rows):
+            assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
+        drawn = torch.randint(V, (len(rows),), generator=g)
+        steps.step(drawn)
+        rows = [(prompt, (*z, v)) for (prompt, z), v in zip(rows, drawn.tolist(), strict=True)]
+        if t in (1, 3):
+            order = torch.randint(len(rows), (len(rows) - t // 2,), generator=g)
+            steps.select(order)
+            rows = [rows[i] for i in order.tolist()]
+    for r, (prompt, z) in enumerate(rows):
+        assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
+
+
+def test_a_shared_prompt_is_prefilled_once():
+    lm = tiny_lm(vocab=V)
+    before = lm.tokens_scored
+    Decoder(lm, torch.tensor([[2, 3, 4]]), torch.zeros(50, dtype=torch.long))
+    assert lm.tokens_scored - before == 3
+
+
+def test_trials_are_not_counted():
+    lm = tiny_lm(vocab=V)
+    supports_trees(lm)
+    decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))
+    assert lm.tokens_scored == 2
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_longer_than_the_context_names_the_prompt():
+    lm = tiny_lm(vocab=V, max_length=8)
+    with pytest.raises(ValueError, match="^prompt"):
+        Completion(lm, torch.full((6,), 2), max_tokens=3)
+    with pytest.raises(ValueError, match="^prompt"):
+        score(lm, torch.full((6,), 2), torch.full((4,), 3), gather(torch.full((4,), 3)))
+    with pytest.raises(ValueError, match="^context"):
+        NextToken(lm, torch.full((9,), 2))
+    assert Completion(lm, torch.full((5,), 2), max_tokens=3).sample().shape == (4,)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_bos_counts_towards_the_context(add_bos):
+    lm = tiny_lm(vocab=V, max_length=8, add_bos=add_bos)
+    prompt = torch.full((5,), 3)
+    if add_bos:
+        with pytest.raises(ValueError, match="^prompt"):
+            Completion(lm, prompt, max_tokens=3)
+    fits = Completion(lm, prompt, max_tokens=3 - add_bos)
+    assert fits.log_prob(fits.sample((20,))).isfinite().all()
+
+
+@pytest.mark.parametrize("what", ["sample", "log_prob", "prefix_log_probs", "NextToken"])
+def test_nan_logits_raise(what):
+    lm = tiny_lm(vocab=V)
+    with torch.no_grad():
+        lm.model.transformer.ln_f.weight.fill_(torch.nan)
+    prompt, value = torch.tensor([2, 3]), torch.tensor([3, 0])
+    d = Completion(lm, prompt, max_tokens=2)
+    calls = {
+        "sample": d.sample,
+        "log_prob": lambda: d.log_prob(value),
+        "prefix_log_probs": lambda: d.prefix_log_probs(value),
+        "NextToken": lambda: NextToken(lm, prompt).sample(),
+    }
+    with pytest.raises(ValueError, match="NaN"):
+        calls[what]()
