@@ -63,9 +63,7 @@ def train(name: str, seed: int, tokens: int) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     objective, rate, observations, particles = RECIPES[name]
-    recipe = Recipe(
-        learning_rate=rate, observations=observations, particles=particles, objective=OBJECTIVES[objective]
-    )
+    recipe = Recipe(learning_rate=rate, observations=observations, particles=particles, objective=OBJECTIVES[objective])
     experiment = infilling.experiment(recipe=recipe, seed=seed)
     gflownet = experiment.gflownet()
     gflownet.step(*experiment.batches(0))  # what a step costs; undone below

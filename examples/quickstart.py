@@ -18,7 +18,7 @@ def model(x, y):  # a middle follows the beginning; the ending, observed, follow
 
 def guide(x, y):  # the same language model with an adapter, which gets to read the ending first
     with pyro.plate("stories", len(x)):
-        pyro.sample("z", Completion(q, q.fill("{y}|{x}", x=x, y=y), max_tokens=7, stop="."))
+        pyro.sample("z", Completion(q, q.fill("Ending:{y}\nBeginning:{x}\nMiddle:", x=x, y=y), max_tokens=7, stop="."))
 
 
 x, y = lm.encode(["Tom went to the kitchen."]), lm.encode([" He sliced it."])

@@ -237,7 +237,7 @@ def _report(
     result: Comparison, experiment: Experiment, exact: Posterior | None, candidates: dict[str, object], out: Path
 ) -> None:
     result.notes.insert(0, f"Target: {experiment.target}. {len(experiment.test[0])} unseen observations; |error| and KL in nats.")
-    console.print(result.table())
+    result.print(console)
     result.save(out)
     shown = candidates.get("GFlowNet") or next(iter(candidates.values()))
     posterior = shown.run(*experiment.test)  # type: ignore[attr-defined]

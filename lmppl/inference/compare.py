@@ -62,19 +62,30 @@ class Comparison:
     def __getitem__(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
-    def table(self) -> Table:
-        """The rows as a rich table; columns in which no row has a figure are left out."""
-        table = Table(title="Inference compared", caption="\n".join(self.notes), caption_justify="left")
-        shown = [c for c in _COLUMNS if any(getattr(row, c.field) is not None for row in self.rows)]
-        for column in shown:
-            table.add_column(column.title, justify="left" if column.field == "name" else "right")
-        for row in self.rows:
-            table.add_row(*(column.show(getattr(row, column.field)) for column in shown))
-        return table
+    def tables(self) -> list[Table]:
+        """The rows as rich tables: draws and evidence, densities, cost; what no row has a figure for is left out."""
+        found = []
+        for title, columns in _TABLES:
+            shown = [c for c in columns if any(getattr(row, c.field) is not None for row in self.rows)]
+            rows = [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
+            if not shown:
+                continue
+            table = Table(title=title, title_justify="left", title_style="bold")
+            table.add_column("algorithm", no_wrap=True)
+            for column in shown:
+                table.add_column(column.title, justify="right", no_wrap=True)
+            for row in rows:
+                table.add_row(row.name, *(column.show(getattr(row, column.field)) for column in shown))
+            found.append(table)
+        return found
 
     def print(self, console: Console | None = None) -> None:
-        """Print the table."""
-        (console or Console()).print(self.table())
+        """Print the tables and notes."""
+        console = console or Console()
+        for table in self.tables():
+            console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False)
 
     def to_json(self) -> dict[str, Any]:
         """Rows, unexplored mass and notes; numbers that are not finite are None."""
@@ -233,18 +244,28 @@ class _Column:
         return "" if value is None else value if isinstance(value, str) else self.format.format(value)
 
 
-_COLUMNS = (
-    _Column("name", "algorithm"),
-    _Column("num_particles", "N", "{:,d}"),
-    _Column("density_tv", "density:\nTV"),
-    _Column("forward_kl", "KL(p|q)"),
-    _Column("reverse_kl", "KL(q|p)"),
-    _Column("draws_tv", "draws:\nTV"),
-    _Column("log_evidence", "log\nevidence"),
-    _Column("log_evidence_error", "|error|"),
-    _Column("ess", "ESS/N"),
-    _Column("khat", "k-hat", "{:.2f}"),
-    _Column("training_tokens", "tokens:\ntraining", "{:,d}"),
-    _Column("query_tokens", "a query", "{:,.0f}"),
-    _Column("break_even", "breaks even\n(queries)", "{:,.0f}"),
+_TABLES = (
+    (
+        "Draws: weighted particles against the exact posterior",
+        (
+            _Column("num_particles", "N", "{:,d}"),
+            _Column("draws_tv", "TV"),
+            _Column("log_evidence", "log evidence"),
+            _Column("log_evidence_error", "|error|"),
+            _Column("ess", "ESS/N"),
+            _Column("khat", "k-hat", "{:.2f}"),
+        ),
+    ),
+    (
+        "Density: q against the exact posterior p",
+        (_Column("density_tv", "TV"), _Column("forward_kl", "KL(p|q)"), _Column("reverse_kl", "KL(q|p)")),
+    ),
+    (
+        "Cost: tokens through the network",
+        (
+            _Column("training_tokens", "training", "{:,d}"),
+            _Column("query_tokens", "a query", "{:,.0f}"),
+            _Column("break_even", "queries to break even", "{:,.0f}"),
+        ),
+    ),
 )

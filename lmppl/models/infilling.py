@@ -21,7 +21,7 @@ from ..language_model import LanguageModel
 from ..text import length
 from .experiment import Experiment, Recipe
 
-TEMPLATE = "{y}|{x}"
+TEMPLATE = "Ending:{y}\nBeginning:{x}\nMiddle:"
 TEST_STORIES, HELD_OUT_STORIES = 16, 16
 LONGEST_MIDDLE = 24
 
