@@ -35,6 +35,7 @@ class GFlowNet:
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
+    :param replay: reserved for a replay buffer; None.
     :param exploration: what to draw training samples from; default a quarter of the particles at temperature 1.5,
         unless the objective brings its own. None: the guide itself.
     :param reward_temperature: T in the target p(z, observed)^(1/T); default the objective's.
@@ -57,12 +58,15 @@ class GFlowNet:
         *,
         optimizer: Optimizer,
         num_particles: int | None = None,
+        replay: None = None,
         exploration: Exploration | str | None = "default",
         reward_temperature: float | None = None,
         clip: float = 1.0,
     ):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+        if replay is not None:
+            raise ValueError("replay: this version has no replay buffer; leave it at None")
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
         self.objective = copy.copy(objective) if objective is not None else PooledVarGrad()
         if num_particles is not None:

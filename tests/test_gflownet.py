@@ -1,0 +1,148 @@
+"""The trainer: it reaches the posterior, a resumed run repeats an uninterrupted one, nothing is lost on bad input."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pyro
+import pytest
+import torch
+from tiny import tiny_lm
+
+from lmppl.distributions import Completion
+from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
+from lmppl.inference.gflownet import checkpoint as checkpoints
+from lmppl.inference.quality import density_quality
+
+CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+class Task:
+    """z ~ LM(x), y ~ LM(x z): at most two tokens of z, two observations."""
+
+    def __init__(self, seed: int = 3, dtype: torch.dtype = torch.float32):
+        self.lm = tiny_lm(seed=seed, dtype=dtype)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.q = self.lm.with_adapter(peft.LoraConfig(**CONFIG))
+        self.args = (self.lm.encode(["abc", "d"]), self.lm.encode(["cab", "ed"], stop="eos"))
+
+    def model(self, x, y):
+        with pyro.plate("stories", len(x)):
+            z = pyro.sample("z", Completion(self.lm, x, max_tokens=2))
+            pyro.sample("y", Completion(self.lm, self.lm.join(x, z), max_tokens=4), obs=y)
+
+    def guide(self, x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(self.q, self.q.join(y, x), max_tokens=2))
+
+    def gflownet(self, lr: float = 1e-2, **kwargs) -> GFlowNet:
+        optimizer = torch.optim.AdamW(self.q.trainable_parameters(), lr=lr)
+        return GFlowNet(self.model, self.guide, optimizer=optimizer, **kwargs)
+
+
+def test_training_reaches_the_exact_posterior():
+    task = Task()
+    exact = Enumeration(task.model).run(*task.args)
+    before = density_quality(exact, task.guide, task.args, {}).total_variation
+    gflownet = task.gflownet()
+    history = gflownet.fit([task.args], 400, progress=False, held_out=task.args, evaluate_every=400)
+    after = density_quality(exact, task.guide, task.args, {})
+    assert float(before.mean()) > 0.4
+    assert float(after.total_variation.max()) < 0.1
+    assert history[-1]["held_out_sd_u"] < 0.35 and history[-1]["held_out_ess"] > 0.9
+    posterior = gflownet.run(*task.args, num_particles=2000)
+    error = (posterior.log_evidence - exact.log_evidence).abs()
+    assert bool((error < 5 * (1 / posterior.ess - 1 / 2000).clamp(min=1e-4).sqrt()).all())  # sd of log mean weight
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
+    whole, first, second = Task(), Task(), Task()
+    expected = whole.gflownet().fit([whole.args], 6, progress=False, seed=5)
+
+    def stop_after_4(step, metrics):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.gflownet().fit(
+            [first.args], 6, progress=False, seed=5, checkpoint=tmp_path / "c", checkpoint_every=2,
+            callback=stop_after_4,
+        )  # fmt: skip
+    resumed = second.gflownet()
+    rest = resumed.fit([second.args], 6, progress=False, seed=5, checkpoint=tmp_path / "c", log=tmp_path / "run.jsonl")
+    # The interruption came before the checkpoint of step 4 was written: steps 3 to 6 are run again.
+    assert [m["loss"] for m in rest] == [m["loss"] for m in expected[2:]]
+    for a, b in zip(whole.q.trainable_parameters(), second.q.trainable_parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 5]
+    assert resumed.optimizer.param_groups[0]["lr"] == 1e-2  # the schedule leaves the rate as it was
+
+
+def test_fit_leaves_the_callers_generator_alone():
+    task = Task()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    task.gflownet().fit([task.args], 1, progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_is_not_finite_updates_nothing():
+    task = Task()
+    gflownet = task.gflownet(objective=VarGrad())
+    broken = Completion.log_prob
+    before = [p.clone() for p in task.q.trainable_parameters()]
+
+    def model(x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(task.lm, x, max_tokens=2))
+            pyro.factor("f", torch.full((len(x),), float("inf")))
+
+    gflownet.model = model
+    with pytest.raises(FloatingPointError, match="nothing was updated"):
+        gflownet.step(*task.args)
+    assert all(torch.equal(a, b) for a, b in zip(before, task.q.trainable_parameters(), strict=True))
+    assert Completion.log_prob is broken
+
+
+def test_training_tokens_count_what_went_through_the_network():
+    task = Task()
+    gflownet = task.gflownet()
+    gflownet.step(*task.args)
+    before, counted = task.lm.tokens_scored, gflownet.training_tokens
+    gflownet.step(*task.args)
+    assert gflownet.training_tokens - counted == task.lm.tokens_scored - before > 0
+
+
+def test_the_objective_given_is_not_changed():
+    objective = PooledVarGrad(num_particles=4)
+    task = Task()
+    gflownet = task.gflownet(objective=objective, num_particles=7, reward_temperature=2.0)
+    assert (gflownet.objective.num_particles, gflownet.objective.reward_temperature) == (7, 2.0)
+    assert (objective.num_particles, objective.reward_temperature, objective.exploration) == (4, 1.0, None)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    task = Task()
+    gflownet = task.gflownet()
+    gflownet.fit([task.args], 1, progress=False, checkpoint=tmp_path / "c")
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="checkpoint"):
+        checkpoints.load(tmp_path / "c", other)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda t: t.gflownet().fit([], 1), "batches"),
+        (lambda t: t.gflownet().fit([t.args], 0), "steps"),
+        (lambda t: GFlowNet(t.model, t.guide, optimizer=torch.optim.AdamW), "optimizer"),
+        (lambda t: t.gflownet(replay=object()), "replay"),
+    ],
+)
+def test_bad_arguments_are_named(call, name):
+    with pytest.raises(ValueError, match=name):
+        call(Task())
