@@ -1,0 +1,366 @@
+"""`check`: the first thing to run on a new model and guide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine import Trace
+from pyro.util import get_rng_state, set_rng_state
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from . import text
+from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
+from .inference.programs import Node, Program, Replay
+from .inference.validation import check_axes
+from .inference.weights import Weighted, balance, site_log_prob, weigh
+
+Axes = list[tuple[str, int]]
+HARDLY_EVER = 1e-4  # a stop less probable than this at every position
+ON_THE_LEFT = (
+    "write it for axes on the left: index with [..., i], sum over .sum(-1), not .sum(), and build prompts with lm.join "
+    "or lm.fill"
+)
+
+
+@dataclass
+class Report:
+    """What `check` found; printed by it, and here to look at."""
+
+    problems: list[str] = field(default_factory=list)  # each with what to do
+    samples: dict[str, list[str]] = field(default_factory=dict)  # a few decoded draws of each latent site
+    axes: dict[str, Axes] = field(default_factory=dict)  # every site's shape, each axis with its meaning
+    sd_u: Tensor | None = None  # (*plates) standard deviation of u = log p - log q over particles
+    ess: Tensor | None = None  # (*plates)
+    stop_probabilities: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # after 0, 1, ... tokens; NaN: no draw there
+    gradients: dict[str, float | None] = field(default_factory=dict)  # each parameter's largest gradient norm
+    overfit: tuple[float, float] | None = None  # the loss on fixed draws, before and after
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def check(
+    model: Program,
+    guide: Program | None,
+    *args: Any,
+    num_particles: int = 16,
+    steps: int = 20,
+    learning_rate: float = 5e-3,
+    show: bool = True,
+    **kwargs: Any,
+) -> Report:
+    """Run model and guide once with these arguments, train for a few steps, and say what is wrong and what to do.
+
+    Prints (unless ``show`` is False) and returns sample texts, the shape of every site with what each axis means, the
+    standard deviation of u (zero at the posterior), stop probabilities, whether gradients reach the guide's parameters,
+    and whether the variance of u over one fixed set of draws falls within ``steps`` steps of Adam.  Parameters, their
+    gradients, the parameter store and all random states are afterwards what they were.
+
+    :param guide: None: the model proposes; nothing is trained.
+
+    >>> report = lmppl.check(model, guide, x, y)
+    >>> assert report.ok, report.problems
+    """
+    report = Report()
+    with _undisturbed(), pyro.validation_enabled(True):
+        weighted = _weigh(report, model, guide, args, kwargs, num_particles)
+        if weighted is not None:
+            _describe(report, model, args, kwargs, weighted)
+            if _has_evidence(report, weighted) and guide is not None and num_particles > 1:
+                _train(report, model, guide, args, kwargs, weighted, steps, learning_rate)
+    if show:
+        render(report, Console())
+    return report
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random states and the parameter store's names as before."""
+    state = get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    known = set(pyro.get_param_store().keys())
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        for name in set(pyro.get_param_store().keys()) - known:
+            del pyro.get_param_store()[name]
+
+
+def _weigh(
+    report: Report,
+    model: Program,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+) -> Weighted | None:
+    """Particles with their u, or a problem."""
+    try:
+        weighted = weigh(model, guide, args, kwargs, num_particles)
+        check_axes(model, args, kwargs, weighted)
+        # The prefix axis of the objectives, one more on the left; nothing is scored.
+        nesting = weighted.plates.nesting
+        programs.trace(
+            model, args, kwargs, Replay(weighted.values), nesting=nesting, particles=num_particles, prefixes=2
+        )
+        return weighted
+    except SiteMismatch as error:
+        report.problems.append(f"{_line(error)}; give model and guide the same latent sites, in the same order")
+    except AxesError as error:
+        report.problems.append(_line(error))
+    except ValueError as error:
+        advice = "; load the weights in float32, or train with a smaller step" if "NaN" in str(error) else ""
+        shapes = f"; {ON_THE_LEFT}" if "shape" in str(error).lower() else ""
+        report.problems.append(_line(error) + (advice or shapes))
+    except (RuntimeError, IndexError, TypeError) as error:
+        report.problems.append(f"the programs do not run with {num_particles} particles: {_line(error)}; {ON_THE_LEFT}")
+    return None
+
+
+def _describe(
+    report: Report, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Weighted
+) -> None:
+    """Sample texts, axes, sd(u) and stop probabilities."""
+    posterior = Posterior.of(weighted.guide, weighted.plates, weighted.u - math.log(len(weighted.u)))
+    first: tuple[int, ...] = (0,) * len(weighted.plates.sizes)
+    for name, value in posterior.samples.items():
+        drawn = value[:5].movedim(0, len(first))[first]
+        decode = posterior.sites.decoders.get(name)
+        report.samples[name] = [str(s) for s in (decode(drawn) if decode else drawn.tolist())]
+    run = programs.trace(
+        model, args, kwargs, Replay(weighted.values),
+        nesting=weighted.plates.nesting, particles=len(weighted.u), prefixes=1,
+    )  # fmt: skip
+    for name, node in programs.scored(run).items():
+        report.axes[name] = _axes(node, weighted.plates.nesting)
+    finite = weighted.u.masked_fill(weighted.u == -torch.inf, torch.nan)
+    mean = finite.nanmean(0)
+    report.sd_u = ((finite - mean) ** 2).nanmean(0).sqrt()
+    report.ess = posterior.ess
+    for name, node in programs.latents(weighted.guide).items():
+        if programs.is_terminable(node):
+            _stops(report, name, node)
+
+
+def _axes(node: Node, nesting: int) -> Axes:
+    """A site's shape with the name of each axis."""
+    plates = {f.dim: f.name for f in node["cond_indep_stack"] if f.vectorized}
+    plates |= {-1 - nesting: "particle", -2 - nesting: "prefix"}
+    batch, event = node["fn"].batch_shape, node["fn"].event_shape
+    named = [(plates.get(d, "(shared)"), batch[d]) for d in range(-len(batch), 0)]
+    is_text = hasattr(node["fn"], "prefix_scores")
+    return named + [("token" if is_text else "event", n) for n in event]
+
+
+def _stops(report: Report, name: str, node: Node) -> None:
+    """The mean stop probability after t tokens, over the draws that have as many."""
+    fn, value = node["fn"], node["value"]
+    with torch.no_grad():
+        stop = fn.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
+    end = torch.isin(value, fn.stop).long().argmax(-1)
+    column = torch.arange(stop.shape[-1], device=stop.device)
+    there = column <= end[..., None]
+    mean = torch.where(there, stop, torch.nan).flatten(0, -2).nanmean(0)
+    report.stop_probabilities[name] = mean.tolist()
+    free = there & (column >= fn.min_tokens[..., None]) & (column < fn.max_tokens[..., None])
+    if bool(free.any()) and float(stop[free].max()) < HARDLY_EVER:
+        report.problems.append(
+            f"site {name!r}: the text never stops by itself (stop probability at most {float(stop[free].max()):.1g} at "
+            "every position), so all texts run into max_tokens; choose a stop that the language model does write "
+            "there, or change the prompt"
+        )
+
+
+def _has_evidence(report: Report, weighted: Weighted) -> bool:
+    """Whether some particle of each datum has a positive weight; else the sites that rule all of them out."""
+    nothing = weighted.u.amax(0) == -torch.inf  # (*plates)
+    if not bool(nothing.any()):
+        return True
+    latents = programs.latents(weighted.model)
+    before = len(report.problems)
+    for name, node in programs.scored(weighted.model).items():
+        with torch.no_grad():
+            log_p = site_log_prob(node, weighted.plates)[0]
+        if bool((log_p.amax(0) == -torch.inf).any()):
+            report.problems.append(f"site {name!r}: {_why_impossible(node, name in latents)}")
+    if len(report.problems) == before:
+        report.problems.append(
+            "every particle has probability zero, each for its own reason; use more particles or a better guide"
+        )
+    return False
+
+
+def _why_impossible(node: Node, latent: bool) -> str:
+    fn = node["fn"]
+    if latent:
+        return (
+            "the model gives every value that the guide draws probability zero; make their rules (stop, limits) agree"
+        )
+    if not hasattr(fn, "prefix_scores"):
+        return "probability zero under every particle (zero evidence); soften the factor or improve the guide"
+    value = node["value"]
+    if fn.stop.numel():
+        if not bool(torch.isin(value, fn.stop).any(-1).all()):
+            return (
+                "the observed text does not end with its stop token, so the evidence is zero; encode it with "
+                "lm.encode(..., stop=...), or observe how the text begins with stop=None, max_tokens=length(y)"
+            )
+        if bool((text.length(value) - 1 > fn.max_tokens).any()):
+            return (
+                f"the observed text has up to {int(text.length(value).max()) - 1} tokens before its stop, more than "
+                f"max_tokens={int(fn.max_tokens.max())}; raise max_tokens"
+            )
+        return "probability zero under every particle (zero evidence): tokens after its first stop, or not allowed"
+    if bool((text.length(value) != fn.max_tokens).any()):
+        return "without a stop, a text has exactly max_tokens tokens; pass max_tokens=length(y)"
+    return "probability zero under every particle (zero evidence); check allowed"
+
+
+def _train(
+    report: Report,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weighted: Weighted,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Gradients, and a few steps on fixed draws; everything is put back."""
+    parameters = _parameters(guide, weighted.guide)
+    if not parameters:
+        report.problems.append(
+            "guide: it has no trainable parameters; draw its texts from lm.with_adapter(...), whose adapter trains"
+        )
+        return
+    tensors = list(parameters.values())
+    saved, grads = [p.detach().clone() for p in tensors], [p.grad for p in tensors]
+    n, nesting = len(weighted.u), weighted.plates.nesting
+    norms: list[float | None] = [None] * len(tensors)
+
+    def gradient(loss: Tensor) -> list[Tensor | None]:
+        if not loss.requires_grad:
+            return [None] * len(tensors)
+        found: list[Tensor | None] = list(torch.autograd.grad(loss, tensors, allow_unused=True))
+        for i, g in enumerate(found):
+            if g is not None:
+                norms[i] = max(norms[i] or 0.0, float(g.norm()))
+        return found
+
+    def fixed_loss() -> Tensor:
+        b = balance(model, guide, args, kwargs, weighted.guide, nesting, n, None)
+        return objective.reduce(objective.residual(b), b, False).mean()
+
+    objective = VarGrad(num_particles=n, max_plate_nesting=nesting)
+    try:
+        gradient(
+            PooledVarGrad(num_particles=n, max_plate_nesting=nesting).differentiable_loss(model, guide, *args, **kwargs)
+        )
+        optimizer = torch.optim.Adam(tensors, lr=learning_rate)
+        losses = []
+        for _ in range(steps):
+            loss = fixed_loss()
+            losses.append(loss.item())
+            for p, g in zip(tensors, gradient(loss), strict=True):
+                p.grad = g
+            optimizer.step()
+        if steps:
+            with torch.no_grad():
+                losses.append(fixed_loss().item())
+            report.overfit = (losses[0], losses[-1])
+    except (ValueError, RuntimeError) as error:
+        report.problems.append(f"training fails: {_line(error)}")
+    finally:
+        with torch.no_grad():
+            for p, old, grad in zip(tensors, saved, grads, strict=True):
+                p.copy_(old)
+                p.grad = grad
+    report.gradients = dict(zip(parameters, norms, strict=True))
+    _judge_training(report)
+
+
+def _judge_training(report: Report) -> None:
+    before, after = report.overfit or (0.0, 0.0)
+    if not math.isfinite(before + after):
+        report.problems.append("the loss is not finite; look for infinite factors, or lower learning_rate")
+        return
+    flat = before < 1e-8  # all draws alike, or the guide is the posterior already
+    if not any(report.gradients.values()) and not flat:
+        report.problems.append(
+            "guide: no gradient reaches its trainable parameters; let the guide's texts come from the language model "
+            "that owns them (lm.with_adapter(...)), outside torch.no_grad()"
+        )
+    elif before > 1e-3 and after > 0.9 * before:
+        report.problems.append(
+            f"one observation cannot be overfitted: the variance of u over fixed draws goes from {before:.3g} to "
+            f"{after:.3g}; try another learning_rate or more steps, a larger adapter, or more of its target_modules"
+        )
+
+
+def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
+    """The guide's trainable parameters by name: its language models', its own as a module, and Pyro's."""
+    found: dict[str, Tensor] = {}
+    for node in programs.scored(trace).values():
+        lm = getattr(node["fn"], "lm", None)
+        if lm is not None:
+            names = {id(p): name for name, p in lm.model.named_parameters()}
+            found |= {names.get(id(p), f"parameter {i}"): p for i, p in enumerate(lm.trainable_parameters())}
+    owner = guide if isinstance(guide, torch.nn.Module) else getattr(guide, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        shared = {id(p) for m in owner.modules() if hasattr(m, "trainable_parameters") for p in m.parameters()}
+        found |= {n: p for n, p in owner.named_parameters() if p.requires_grad and id(p) not in shared}
+    found |= {n: node["value"].unconstrained() for n, node in trace.nodes.items() if node["type"] == "param"}
+    return {n: p for n, p in found.items() if p.is_leaf}
+
+
+def render(report: Report, console: Console) -> None:
+    """Print a report."""
+    for name, drawn in report.samples.items():
+        console.print(f"[bold]{name}[/bold], drawn:")
+        for s in drawn:
+            console.print(f"  {s!r}", markup=False, highlight=False)
+    if report.axes:
+        table = Table("site", "shape", title="What each axis means (as the objectives run the model)")
+        for name, axes in report.axes.items():
+            table.add_row(name, " x ".join(f"{axis} {size}" for axis, size in axes) or "scalar")
+        console.print(table)
+    if report.sd_u is not None and report.ess is not None:
+        sd, ess = float(report.sd_u.double().mean()), float(report.ess.double().mean())
+        console.print(f"sd of u = log p - log q: {sd:.3g} (0 at the posterior); effective sample size {ess:.1f}")
+    for name, stops in report.stop_probabilities.items():
+        shown = "  ".join("-" if math.isnan(p) else f"{p:.2g}" for p in stops)
+        console.print(f"probability that {name} stops after 0, 1, ... tokens: {shown}")
+    if report.gradients:
+        absent = [n for n, g in report.gradients.items() if not g]
+        console.print(f"gradients reach {len(report.gradients) - len(absent)} of {len(report.gradients)} parameters")
+        for name in absent[:5]:
+            console.print(f"  none: {name}", markup=False)
+    if report.overfit is not None:
+        console.print("variance of u over fixed draws: {:.3g} before training, {:.3g} after".format(*report.overfit))
+    for problem in report.problems:
+        console.print(f"[bold red]problem[/bold red] {_escaped(problem)}")
+    if report.ok:
+        console.print("[bold green]No problem found.[/bold green]")
+
+
+def _escaped(problem: str) -> str:
+    return problem.replace("[", r"\[")
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message: Pyro appends the shapes of every site."""
+    return str(error).strip().split("\n")[0]
