@@ -15,7 +15,7 @@ from ..constraints import Constraint, checked
 from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
 from .rules import Rules
-from .token_steps import TokenSteps, draw
+from .token_steps import TokenSteps
 
 _ENUMERABLE = 1_000_000
 
@@ -202,11 +202,8 @@ class Completion(TorchDistribution):
         for chunk in torch.arange(rows, device=index.device).split(at_once) if rows else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             for t in range(width):
-                log_probs = steps.log_probs()
-                token = draw(log_probs, uniform[chunk, t])
-                gain = log_probs.gather(1, token[:, None])[:, 0]
-                log_prob[chunk] += gain.masked_fill(steps.ended, 0.0).to(log_prob.dtype)
-                token = token.masked_fill(steps.ended, text.PAD)
+                token, gain = steps.draw(uniform[chunk, t])
+                log_prob[chunk] += gain.to(log_prob.dtype)
                 value[chunk, t] = token
                 steps.append(token)
                 left = (~steps.ended).nonzero()[:, 0]

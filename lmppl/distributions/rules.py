@@ -53,7 +53,13 @@ class Rules:
         return self.stop.numel() == 1 and bool((self.max_tokens <= t).all())
 
     def log_probs(self, logits: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
-        """Normalised log-probabilities (R, T, V) of tokens ``first .. first+T-1``.
+        """Normalised log-probabilities (R, T, V) of tokens ``first .. first+T-1``; arguments as for `permitted`."""
+        logits, dead = self.permitted(logits, prefix, first)
+        log_probs = logits.log_softmax(-1)
+        return log_probs if dead is None else log_probs.masked_fill(dead, -torch.inf)
+
+    def permitted(self, logits: Tensor, prefix: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The logits at this temperature, -inf at forbidden tokens; and where nothing is permitted, (R, T, 1) or None.
 
         ``logits`` (R, T, V); ``prefix`` (R, >= first+T-1) holds the tokens drawn so far, read by constraints only.
         """
@@ -66,12 +72,12 @@ class Rules:
             logits = logits / self.temperature
         forbidden = self._forbidden(T, prefix, first)
         if forbidden is None:
-            return logits.log_softmax(-1)
+            return logits, None
         # Where a constraint permits nothing, no token is possible; a softmax there, and its gradient, would be NaN.
         dead = forbidden.all(-1, keepdim=True)
         if not bool(dead.any()):
-            return logits.masked_fill(forbidden, -torch.inf).log_softmax(-1)
-        return logits.masked_fill(forbidden & ~dead, -torch.inf).log_softmax(-1).masked_fill(dead, -torch.inf)
+            return torch.where(forbidden, -torch.inf, logits), None  # several times faster than masked_fill
+        return torch.where(forbidden & ~dead, -torch.inf, logits), dead
 
     def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
         """BoolTensor broadcasting to (R, T, V), or None where every token is permitted."""

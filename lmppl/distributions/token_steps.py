@@ -46,24 +46,34 @@ class TokenSteps:
         return self._decoder.logits
 
     def log_probs(self) -> Tensor:
-        """(R, V) log-probabilities of the next token; rows that have ended hold unspecified numbers."""
-        result = self._log_probs()
-        if self.rules.allowed is not None and bool((result.amax(-1) == -torch.inf)[~self.ended].any()):
-            t = self.prefix.shape[1]
-            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
-        return result
-
-    def score(self, tokens: Tensor) -> Tensor:
-        """(R,) log-probability that ``tokens`` come next, -inf for what cannot; unspecified in rows that have ended."""
-        return self._log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
-
-    def _log_probs(self) -> Tensor:
+        """(R, V) log-probabilities of the next token, -inf for what cannot be; unspecified in rows that have ended."""
         t = self.prefix.shape[1]
         if self.rules.forced(t):
             result = torch.full((len(self.ended), self.rules.vocab_size), -torch.inf, device=self.ended.device)
             result[:, self.rules.stop] = 0.0
             return result
         return self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
+
+    def score(self, tokens: Tensor) -> Tensor:
+        """(R,) log-probability that ``tokens`` come next; unspecified in rows that have ended."""
+        return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every row and its log-probability, both (R,), from one uniform number a row.
+
+        PAD and 0 in rows that have ended.  Raises DeadEnd where a constraint permits nothing.
+        """
+        t = self.prefix.shape[1]
+        if self.rules.forced(t):
+            token = self.rules.stop.expand(len(self.ended))
+            return token.masked_fill(self.ended, text.PAD), torch.zeros_like(uniform)
+        logits, dead = self.rules.permitted(self._logits()[:, None], self.prefix, t)
+        if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~self.ended).any()):
+            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+        probs = logits[:, 0].softmax(-1)  # (R, V); one pass less over the vocabulary than by way of its logarithm
+        token = _invert(probs, uniform)
+        log_prob = probs.gather(1, token[:, None])[:, 0].log()
+        return token.masked_fill(self.ended, text.PAD), log_prob.masked_fill(self.ended, 0.0)
 
     def append(self, tokens: Tensor) -> None:
         """Append ``tokens`` (R,), PAD in rows that have ended."""
@@ -89,7 +99,11 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
 
     Tokens of probability zero are never drawn, and a row's draw depends on its own numbers only.
     """
-    cdf = log_probs.exp().cumsum(-1)
+    return _invert(log_probs.exp(), uniform)
+
+
+def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    cdf = probs.cumsum(-1)
     # u < 1 - 2^-23 keeps u * total below total after rounding, so that the index never falls off the end.
     at = uniform.clamp(max=1 - 2**-23).to(cdf.dtype)[:, None] * cdf[:, -1:]
-    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=log_probs.shape[-1] - 1)
+    return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)

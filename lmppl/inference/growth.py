@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..distributions.token_steps import draw
 from .programs import Node, SiteMismatch
 from .weights import Plates, site_log_prob
 
@@ -52,11 +51,8 @@ class Growth:
         """Draw a token for every text; the particles' log increments, (particle, *kept)."""
         p, q = self.p, self.q
         ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
-        log_probs = q.log_probs()  # (row, V)
-        token = draw(log_probs, torch.rand(len(ended), device=ended.device))
-        log_q = log_probs.gather(1, token[:, None])[:, 0].masked_fill(ended, 0.0)
+        token, log_q = q.draw(torch.rand(len(ended), device=ended.device))  # both (row,)
         log_p = log_q if p is q else p.score(token).masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
-        token = token.masked_fill(ended, text.PAD)
         q.append(token)
         if p is not q:
             p.append(token)
