@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -70,7 +71,7 @@ class Comparison:
             rows = [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
             if not shown:
                 continue
-            table = Table(title=title, title_justify="left", title_style="bold")
+            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
             table.add_column("algorithm", no_wrap=True)
             for column in shown:
                 table.add_column(column.title, justify="right", no_wrap=True)
@@ -168,7 +169,8 @@ def compare(
         evidence = torch.stack([a.log_evidence for a in answers])
         row.log_evidence = _mean(evidence)
         row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
-        row.khat = _mean(torch.stack([a.khat for a in answers]))
+        khat = torch.stack([a.khat for a in answers])
+        row.khat = _mean(khat[khat.isfinite()])
         if truth is not None:
             row.log_evidence_error = _mean((evidence - truth.log_evidence).abs())
             alive = [a for a in answers if bool((a.log_evidence > -torch.inf).all())]
@@ -214,8 +216,10 @@ def _tell(progress: Callable[[str], None] | None, what: str) -> None:
 
 
 def _mean(x: Tensor) -> float | None:
-    value = float(x.double().mean())
-    return None if math.isnan(value) else value
+    """The mean of what is defined; None where nothing is. (-inf, an evidence of zero, is defined.)"""
+    x = x.double()
+    x = x[~x.isnan()]
+    return float(x.mean()) if x.numel() else None
 
 
 def _unexplored(truth: Posterior | None) -> float | None:
@@ -250,7 +254,7 @@ _TABLES = (
         (
             _Column("num_particles", "N", "{:,d}"),
             _Column("draws_tv", "TV"),
-            _Column("log_evidence", "log evidence"),
+            _Column("log_evidence", "log Z"),
             _Column("log_evidence_error", "|error|"),
             _Column("ess", "ESS/N"),
             _Column("khat", "k-hat", "{:.2f}"),

@@ -1,0 +1,111 @@
+"""Measures of quality against hand-computed numbers, and the comparison's table, plot and file."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pyro
+import pytest
+import torch
+from rich.console import Console
+from tiny import tiny_lm
+
+from lmppl.distributions import Completion
+from lmppl.inference import SMC, Enumeration, Importance, compare
+from lmppl.inference.quality import density_quality, draw_quality, modes_found
+
+
+@pytest.fixture(scope="module")
+def task():
+    lm = tiny_lm(seed=2)
+    args = (lm.encode(["abc", "d"]), lm.encode(["ca", "ed"], stop="eos"))
+
+    def model(x, y):
+        with pyro.plate("stories", len(x)):
+            z = pyro.sample("z", Completion(lm, x, max_tokens=2))
+            pyro.sample("y", Completion(lm, lm.join(x, z), max_tokens=3), obs=y)
+
+    def guide(x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(lm, x, max_tokens=2, temperature=1.3))
+
+    return lm, model, guide, args, Enumeration(model).run(*args)
+
+
+def test_density_quality_is_the_sum_over_the_support(task):
+    lm, model, guide, (x, y), exact = task
+    q = Completion(lm, x, max_tokens=2, temperature=1.3)
+    support = q.enumerate_support()
+    log_q = q.log_prob(support)
+    log_p = Completion(lm, x, max_tokens=2).log_prob(support)
+    log_p = log_p + Completion(lm, lm.join(x, support), max_tokens=3).log_prob(y)
+    log_p = log_p.log_softmax(0)
+    quality = density_quality(exact, guide, (x, y), {})
+    assert torch.allclose(quality.total_variation, 0.5 * (log_q.exp() - log_p.exp()).abs().sum(0), atol=1e-5)
+    assert torch.allclose(quality.forward_kl, (log_p.exp() * (log_p - log_q)).sum(0), atol=1e-4)
+    assert torch.allclose(quality.reverse_kl, (log_q.exp() * (log_q - log_p)).sum(0), atol=1e-4)
+
+
+def test_mass_outside_an_incomplete_enumeration_counts_in_full(task):
+    lm, model, guide, (x, y), exact = task
+    part = Enumeration(model, mass=0.5).run(x, y)
+    support = Completion(lm, x, max_tokens=2).enumerate_support()
+    q = Completion(lm, x, max_tokens=2, temperature=1.3).log_prob(support).exp()
+    log_p = part.log_prob({"z": support})
+    p = log_p.exp().nan_to_num(0.0)  # NaN: not looked at
+    assert bool((p == 0).any()) and torch.allclose(p.sum(0), torch.ones(2), atol=1e-5)
+    tv = density_quality(part, guide, (x, y), {}).total_variation
+    assert torch.allclose(tv, 0.5 * (q - p).abs().sum(0), atol=1e-5)
+
+
+def test_draw_quality(task):
+    _, model, _, args, exact = task
+    assert float(draw_quality(exact, exact).abs().max()) < 1e-6
+    one = exact.resample(1)  # one draw z: TV = 1 - p(z)
+    at = one.samples["z"]
+    p = exact.log_prob({"z": at}).exp()[0]
+    assert torch.allclose(draw_quality(exact, one), 1 - p, atol=1e-5)
+    errors = [float(draw_quality(exact, exact.resample(n)).mean()) for n in (10, 100, 10_000)]
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02  # systematic draws: at most support / 2N
+    assert torch.equal(modes_found(exact, exact), torch.ones(2, dtype=torch.double))
+
+
+def test_compare_counts_tokens_and_keeps_the_truth_beside(task, tmp_path):
+    lm, model, guide, args, _ = task
+    algorithms = {
+        "prior": Importance(model, num_particles=200),
+        "guide": Importance(model, guide, num_particles=200),
+        "SMC": SMC(model, guide, num_particles=50),
+    }
+    seen = []
+    result = compare(model, algorithms, *args, exact=Enumeration(model), repetitions=2, progress=seen.append)
+    assert seen == ["enumeration", "prior", "guide", "SMC"]
+    assert [r.name for r in result.rows] == [*algorithms, *(f"exact posterior, {n} draws" for n in (50, 200)), "enumeration"]
+    truth = result["enumeration"].log_evidence
+    for name in algorithms:
+        row = result[name]
+        assert abs(row.log_evidence - truth) < row.log_evidence_error + 1e-6  # |mean error| <= mean |error|
+        assert 0 < row.ess <= 1 + 1e-6 and row.query_tokens > 0
+    assert result["SMC"].density_tv is None  # draws only
+    assert result["prior"].density_tv == pytest.approx(
+        float(density_quality(Enumeration(model).run(*args), model, args, {}).total_variation.mean()), abs=1e-6
+    )
+    before = lm.tokens_scored
+    Importance(model, guide, num_particles=200).run(*args)
+    assert result["guide"].query_tokens == pytest.approx((lm.tokens_scored - before) / 2, rel=0.1)
+    result.save(tmp_path)
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert [r["name"] for r in saved["rows"]] == [r.name for r in result.rows]
+    assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+    console = Console(width=80, record=True, file=io.StringIO())
+    result.print(console)
+    printed = console.export_text()
+    assert "…" not in printed and f"{result['SMC'].log_evidence:.3f}" in printed
+
+
+def test_without_a_truth_the_comparison_says_so(task):
+    _, model, _, args, _ = task
+    result = compare(model, {"prior": Importance(model, num_particles=50)}, *args)
+    assert len(result.rows) == 1 and result.rows[0].log_evidence_error is None and result.rows[0].ess is not None
+    assert "No exact posterior" in result.notes[0]
