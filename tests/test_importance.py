@@ -198,8 +198,14 @@ def test_subsampling_is_divided_out_along_kept_plates_and_refused_elsewhere():
         with pyro.plate("data", 3, subsample_size=2) as i:
             pyro.sample("y", likelihood(X[0], z), obs=Y[i])
 
-    with pytest.raises(ValueError, match="the plate 'data' is subsampled"):
-        Importance(not_kept, num_particles=4).run()
+    def sequential():
+        for i in pyro.plate("data", 3, subsample_size=2):
+            z = pyro.sample(f"z{i}", prior(P, X[i]))
+            pyro.sample(f"y{i}", likelihood(X[i], z), obs=Y[i])
+
+    for model in (not_kept, sequential):
+        with pytest.raises(ValueError, match="the plate 'data' is subsampled"):
+            Importance(model, num_particles=4).run()
 
 
 @torch.no_grad()

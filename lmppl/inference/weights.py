@@ -74,15 +74,13 @@ def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = Tr
     :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling`` (an objective may be estimated
         from a subsample, evidence may not).
     """
-    every = [
-        {f.name: f for f in node["cond_indep_stack"] if f.vectorized and f.name not in _OWN}
-        for trace in traces
-        for node in programs.scored(trace).values()
-    ]
+    nodes = [node for trace in traces for node in programs.scored(trace).values()]
+    enclosing = [{f.name: f for f in node["cond_indep_stack"] if f.name not in _OWN} for node in nodes]
+    every = [{name: f for name, f in e.items() if f.vectorized} for e in enclosing]
     frames = [f for name, f in every[0].items() if all(name in e for e in every)] if every else []
     frames.sort(key=lambda f: f.dim)
     if not subsampling:
-        for node_frames in every:
+        for node_frames in enclosing:  # sequential plates too: they are joint
             for f in node_frames.values():
                 if f.full_size not in (None, f.size) and f.name not in {k.name for k in frames}:
                     raise ValueError(
