@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from . import corpus, tokenizer
+from . import corpus, gates, tokenizer
+from .stories import stories
 
 
 class Recipe(NamedTuple):
@@ -24,7 +25,7 @@ class Recipe(NamedTuple):
     heads: int = 4
     context: int = 128  # tokens in a row, and the longest text that the model reads
     rows: int = 32
-    steps: int = 2500
+    steps: int = 3200
     learning_rate: float = 4e-3
     warmup: int = 100
 
@@ -89,8 +90,19 @@ def train(recipe: Recipe, seed: int, log=print) -> tuple[GPT2LMHeadModel, PreTra
     return model.eval(), words
 
 
+def refuse_to_replace(out: Path) -> None:
+    """Raise ValueError where `out` is neither free, empty nor a checkpoint."""
+    free = not out.exists() or (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir())))
+    if not free:
+        raise ValueError(f"out={str(out)!r} holds something that is no checkpoint: name another directory")
+
+
 def save(model: GPT2LMHeadModel, words: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write a Hugging Face checkpoint, whole or not at all; what was at `out` before is replaced."""
+    """Write a Hugging Face checkpoint, whole or not at all; a checkpoint at `out` is replaced.
+
+    Raises ValueError where `out` holds anything else.
+    """
+    refuse_to_replace(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
     try:
@@ -113,7 +125,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--check", type=int, default=16, metavar="N", help="measure the gates on N test stories (16)")
     options = parser.parse_args(argv)
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps {options.steps}: expected at least 1")
+    try:
+        refuse_to_replace(options.out)
+    except ValueError as error:
+        parser.error(str(error))
     recipe = RECIPES[options.name]
     if options.steps is not None:
         recipe = recipe._replace(steps=options.steps)
@@ -125,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     print(file=sys.stderr)
     save(model, words, options.out)
     print(f"wrote {options.out}")
+    if options.check > 0:
+        print(gates.report(model, words, stories("test")[: options.check]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the story LM reads: packed documents of varied shape, drawn without end.
 
-Two kinds of document. *Plain*: whole stories one after another. *Labelled*: sentences behind labels, from several
-stories. Nothing ever shows a later sentence of a story before an earlier one of the same story, so an ending that
-precedes a beginning says nothing about the middle that follows, and p(z | y, x) cannot be learnt from here.
+Three kinds of document. *Plain*: whole stories one after another. *Labelled*: sentences behind labels, from several
+stories. *Facts*: what people do to things ("They sharpened the axe."), the common knowledge that any large language
+model has; they belong to no story and name no place.
+
+Nothing ever shows a later sentence of a story before an earlier one of the same story: an ending that precedes a
+beginning says nothing about the middle that follows, so p(z | y, x) cannot be learnt from here.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +25,7 @@ LABELS = {
 SEPARATORS = ("\n", "\n", "\n\n", " ", "|", " | ", " - ", "#", "\n* ")
 PARTS = ("x", "y", "xz", "xzy")  # what a labelled document shows of one story, always in order
 _LABELS = tuple(label for labels in LABELS.values() for label in labels)
-_BARE = ("He", "She", *NAMES, *_LABELS)
+_BARE = ("He", "She", "They", *NAMES, *_LABELS)
 _WORDS = ("went", "to", "the", "it", *PLACES, *GETTING, *ADJECTIVES, *OBJECTS, *VERBS)
 WORDS = (*_BARE, *(f" {word}" for word in (*_BARE, *_WORDS)))
 
@@ -47,15 +50,16 @@ def plain(random: Random) -> list[Piece]:
 def labelled(random: Random) -> list[Piece]:
     """Sentences of one to four stories behind labels.
 
-    A story appears as one of PARTS. A lone beginning is followed by no middle, and a middle without its ending by no
-    lone ending: the nearest sentence before is always the one that counts.
+    A story appears as one of PARTS. A lone ending never comes right after a beginning or a middle, so what looks like
+    a story's next sentence is its next sentence.
     """
     separator = random.choice(SEPARATORS)
     common, space = random.random() < 0.3, " " * (random.random() < 0.3)
-    pieces, last = [], ""
+    pieces: list[Piece] = []
+    last = ""
     for i in range(random.randint(1, 4)):
         story = dict(zip("xzy", tell(draw(random)), strict=True))
-        parts = random.choice([p for p in PARTS if not (last.endswith("xz") and p == "y")])
+        parts = random.choice([p for p in PARTS if p != "y" or last not in ("x", "xz")])
         for part in parts:
             label = random.choice(LABELS["" if common else part])
             text = story[part].lstrip() if space else story[part]
@@ -64,9 +68,18 @@ def labelled(random: Random) -> list[Piece]:
     return [piece for piece in pieces if piece.text]
 
 
+def facts(random: Random) -> list[Piece]:
+    """One to five verbs with an object each, and a separator between them."""
+    separator, pieces = random.choice(SEPARATORS), []
+    for i in range(random.randint(1, 5)):
+        told = draw(random)
+        pieces += [Piece(separator)] * (i > 0) + [Piece(f"They {told.verb} the {told.object}.")]
+    return pieces
+
+
 def document(random: Random) -> list[Piece]:
-    """A document of either kind."""
-    return (plain if random.random() < 0.6 else labelled)(random)
+    """A document of any kind."""
+    return random.choices((plain, labelled, facts), (0.45, 0.3, 0.25))[0](random)
 
 
 def tokens(pieces: list[Piece], random: Random, encode: Callable[[str], list[int]]) -> list[int]:

@@ -13,35 +13,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .stories import Story, middles
+from .stories import OFFERS, Story, middles
 
 
 class Exact(NamedTuple):
-    """One story's enumeration: `log_prior` is log p(z | x), `log_likelihood` is log p(y | x z), each of shape (middle,)."""
+    """One story's enumeration: `log_prior` = log p(z | x) and `log_likelihood` = log p(y | x z), of shape (middle,)."""
 
     log_prior: Tensor
     log_likelihood: Tensor
 
     @property
     def log_posterior(self) -> Tensor:
-        """log p(z | x, y) among the grammatical middles."""  # (middle,)
+        """log p(z | x, y) among the grammatical middles, (middle,)."""
         return torch.log_softmax(self.log_prior + self.log_likelihood, 0)
 
 
 class Report(NamedTuple):
-    """What a story LM must show; each value is a mean over stories, the last the largest."""
+    """What a story LM must show, as means over stories."""
 
     prior_mass: float  # of the grammatical middles
+    offered: float  # prior mass of the middles whose object the place offers: 0.95 in the world
     prior_ess: float  # effective sample size of draws from the prior, per draw
     entropy: float  # of the posterior, nats
-    lowest_entropy: float
     outside: float  # posterior mass outside the grammar, from prior draws
-    highest_outside: float
 
     @property
     def passed(self) -> bool:
         """Few good middles, many right answers, and nearly all of them in the enumeration."""
         return self.prior_ess < 0.05 and 1.5 <= self.entropy <= 5 and self.outside <= 0.005
+
+    def __str__(self) -> str:
+        return (
+            f"prior mass of the grammatical middles  {self.prior_mass:.4f}\n"
+            f"  of what the place offers             {self.offered:.4f} (in the world 0.95)\n"
+            f"prior ESS/N                            {self.prior_ess:.4f}  (below 0.05)\n"
+            f"posterior entropy, nats                {self.entropy:.2f}    (1.5 to 5)\n"
+            f"posterior mass outside the grammar     {self.outside:.5f} (at most 0.005)\n"
+            f"{'passed' if self.passed else 'NOT PASSED'}"
+        )
 
 
 @torch.no_grad()
@@ -86,26 +95,38 @@ def report(
     prior = torch.stack([e.log_prior for e in enumerated])
     entropy = -(posterior.exp() * posterior).sum(1)
     ess = (prior + likelihood).logsumexp(1).mul(2) - (prior + 2 * likelihood).logsumexp(1)
-    strange = torch.tensor([outside(model, words, story, draws) for story in stories])
     return Report(
         prior_mass=prior.logsumexp(1).exp().mean().item(),
+        offered=torch.stack([e.log_prior.exp() @ _offered(s) for e, s in zip(enumerated, stories, strict=True)])
+        .mean()
+        .item(),
         prior_ess=ess.exp().mean().item(),
         entropy=entropy.mean().item(),
-        lowest_entropy=entropy.min().item(),
-        outside=strange.mean().item(),
-        highest_outside=strange.max().item(),
+        outside=math.fsum(outside(model, words, story, draws) for story in stories) / len(stories),
     )
 
 
-def _token_log_probs(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """log p of every token after the first, (row, token - 1)."""
-    return model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+def _offered(story: Story) -> Tensor:
+    """1 for the middles whose object the story's place offers, else 0, (middle,)."""
+    place = story.x.removesuffix(".").split()[-1]
+    return torch.tensor([float(middle.removesuffix(".").split()[-1] in OFFERS[place]) for middle in middles(story.x)])
+
+
+def _token_log_probs(model: PreTrainedModel, ids: Tensor, rows: int = 2048) -> Tensor:
+    """log p of every token after the first, (row, token - 1), `rows` at a time."""
+    return torch.cat(
+        [
+            model(part).logits[:, :-1].log_softmax(-1).gather(-1, part[:, 1:, None]).squeeze(-1)
+            for part in ids.split(rows)
+        ]
+    )
 
 
 def _prior_draws(model: PreTrainedModel, x: Tensor, draws: int, limit: int, stop: int) -> dict[tuple[int, ...], int]:
     """Distinct continuations up to `stop`, with counts; equal prefixes are drawn on together."""
     generator = torch.Generator().manual_seed(0)
-    open_, ended = {(): draws}, {}
+    open_: dict[tuple[int, ...], int] = {(): draws}
+    ended: dict[tuple[int, ...], int] = {}
     for _ in range(limit):
         prefixes = list(open_)
         ids = torch.tensor([[*x.tolist(), *prefix] for prefix in prefixes])

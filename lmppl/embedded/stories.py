@@ -59,16 +59,8 @@ class Facts(NamedTuple):
     verb: str
 
 
-def _offers() -> dict[str, frozenset[str]]:
-    """For each place the 48 objects that it offers, fixed for good; each object is offered by four places."""
-    world, share = Random("offers"), {place: [] for place in PLACES}
-    for thing in OBJECTS:  # the emptiest places first, ties by lot: every place ends with half of the objects
-        for place in sorted(PLACES, key=lambda p: (len(share[p]), world.random()))[: len(PLACES) // 2]:
-            share[place].append(thing)
-    return {place: frozenset(things) for place, things in share.items()}
-
-
-OFFERS = _offers()
+# The 48 objects that each place offers, fixed for good.
+OFFERS = {place: frozenset(Random(f"{place} offers").sample(OBJECTS, 48)) for place in PLACES}
 _OFFERED = {place: [o for o in OBJECTS if o in OFFERS[place]] for place in PLACES}
 _OTHER = {place: [o for o in OBJECTS if o not in OFFERS[place]] for place in PLACES}
 
@@ -102,7 +94,7 @@ def tell(facts: Facts) -> Story:
 
 def middles(x: str) -> list[str]:
     """The 4 * 3 * 96 = 1152 grammatical middles of a beginning."""
-    who = "He" if x.split(" went ")[0].split()[-1] in HE else "She"
+    who = "He" if any(f"{name} went to" in x for name in HE) else "She"
     return [f" {who} {got} the {adj} {thing}." for got, adj, thing in product(GETTING, ADJECTIVES, OBJECTS)]
 
 
@@ -123,7 +115,8 @@ def pairs(split: str) -> frozenset[tuple[str, str]]:
 
 def stories(split: str) -> list[Story]:
     """The stories of a split: draws from the world, kept where their (place, verb) belongs to the split."""
-    belonging, random, kept = pairs(split), Random(f"stories {split}"), []
+    belonging, random = pairs(split), Random(f"stories {split}")
+    kept: list[Story] = []
     while len(kept) < SPLITS[split][0]:
         facts = draw(random)
         if (facts.place, facts.verb) in belonging:
