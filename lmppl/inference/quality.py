@@ -49,8 +49,8 @@ def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:
     """Total variation between weighted particles and the exact posterior, merged by value: (*plates)."""
     names = sorted(exact.samples)
     flat_exact, flat = _rows(exact, names), _rows(posterior, names)  # (N, plates, width)
-    weights_exact = exact.probabilities.flatten(1)
-    weights = posterior.probabilities.flatten(1)
+    weights_exact = exact.probabilities.reshape(exact.num_particles, -1)
+    weights = posterior.probabilities.reshape(posterior.num_particles, -1)
     result = []
     for i in range(weights.shape[1]):
         result.append(_distance(flat_exact[:, i], weights_exact[:, i], flat[:, i], weights[:, i]))
@@ -75,9 +75,10 @@ def _distance(support: Tensor, p: Tensor, drawn: Tensor, w: Tensor) -> Tensor:
 def modes_found(exact: Posterior, posterior: Posterior, top: int = 10) -> Tensor:
     """The share of the exact posterior's ``top`` most probable values that occur among the particles: (*plates)."""
     names = sorted(exact.samples)
-    best = exact.probabilities.flatten(1).topk(min(top, exact.num_particles), 0).indices  # (top, plates)
+    probabilities = exact.probabilities.reshape(exact.num_particles, -1)
+    best = probabilities.topk(min(top, exact.num_particles), 0).indices  # (top, plates)
     support, drawn = _rows(exact, names), _rows(posterior, names)
-    alive = posterior.log_weights.flatten(1) > -torch.inf
+    alive = posterior.log_weights.reshape(posterior.num_particles, -1) > -torch.inf
     width = max(support.shape[-1], drawn.shape[-1])
     support, drawn = (
         torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1.0) for x in (support, drawn)
