@@ -17,7 +17,7 @@ from torch import Tensor
 from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion, NextToken
-from lmppl.inference import AxesError, Enumeration, ZeroEvidence, token_tree
+from lmppl.inference import AxesError, Enumeration, Importance, ZeroEvidence, quality, token_tree
 
 LMS = [tiny_lm(vocab=5, seed=s, dtype=torch.float64) for s in range(3)]
 SEED = st.integers(0, 2)
@@ -506,3 +506,36 @@ def test_a_large_vocabulary_stays_within_its_means():
     assert float(log_p[missed].max()) <= float(found.log_prior.min()) + 1e-4
     lower, upper = found.log_evidence_bounds
     assert lower < upper < torch.inf
+
+
+def test_quality_of_draws_and_density_without_plates():
+    lm, other = LMS[0], LMS[1]
+    x, y = lm.encode("a"), lm.encode(Y, stop="eos")
+    model = infilling(lm, x, y)
+    exact = Enumeration(model).run()
+
+    def guide():
+        pyro.sample("z", Completion(other, x, max_tokens=3))
+
+    found = Importance(model, guide, 50).run()
+    assert 0 < float(quality.draw_quality(exact, found)) < 1
+    assert 0 < float(quality.modes_found(exact, found)) <= 1
+    q = Completion(other, x, max_tokens=3).log_prob(exact.samples["z"]).detach().exp()
+    expected = 0.5 * float((q - exact.probabilities).abs().sum())
+    assert float(quality.density_quality(exact, guide, (), {}).total_variation) == pytest.approx(expected, abs=1e-9)
+
+
+def test_prompts_get_their_bos_once():
+    """A tokenizer that puts a bos before any text, and prompts that are empty, alone and in a batch."""
+    for add_bos in (False, True):
+        lm = tiny_lm("llama", vocab=6, dtype=torch.float64, add_bos=add_bos)
+        x, y = lm.encode(["", "a"]), lm.encode(["a", "a"], stop="eos")
+
+        def model(lm=lm, x=x, y=y):
+            with pyro.plate("data", 2):
+                z = pyro.sample("z", Completion(lm, x, max_tokens=2))
+                pyro.sample("y", Completion(lm, lm.join(x, z), max_tokens=2), obs=y)
+
+        exact = Enumeration(model).run()
+        log_prior = Completion(lm, x, max_tokens=2).log_prob(exact.samples["z"])
+        assert torch.allclose(log_prior, exact.log_prior)

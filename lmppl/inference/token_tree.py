@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..engine.scoring import score
+from ..engine.scoring import score, with_bos
 
 BATCH = 4096  # nodes expanded at once in one tree
 EXPANSIONS = 10_000  # nodes that a tree may expand, or 8 times the support asked for where that is more
-CAPACITY = 2**22  # nodes waiting at once, all trees together
+CAPACITY = 2**20  # nodes waiting at once, all trees together
 CHILDREN = 2**23  # children looked at at once
 POOLED = 256  # trees with fewer nodes than this between them share one pass
 
@@ -171,7 +171,9 @@ class Network:
         shape = fn.batch_shape
         self.rules = fn._rules(shape)
         batch = fn.prompt.shape[:-1]
-        self.prompts = fn.prompt.reshape(fn.prompt.shape[:-1].numel(), fn.prompt.shape[-1])
+        prompts = fn.prompt.reshape(fn.prompt.shape[:-1].numel(), fn.prompt.shape[-1])
+        # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
+        self.prompts = prompts if self.lm.adds_bos else with_bos(self.lm, prompts)
         # Which prompt each row of the flattened batch continues.
         self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(shape).flatten()
         self.max_tokens = self.rules.max_tokens.expand(shape.numel())
@@ -231,11 +233,11 @@ class Network:
         """log p(v | prompt, prefix) for each node and token v, (n, V) in double precision."""
         depth, order = depth.sort(stable=True)  # so that passes hold texts of one length
         row, prefix = row[order], prefix[order]
-        width = int(depth[-1]) + 1
-        prefix = text.pad(prefix, max(width, prefix.shape[1]))[:, :width]
+        context = text.cat(self.prompts[self.prompt[row]], prefix)
+        next_token = context.new_zeros(1)  # stands for the token to come; its value does not matter
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
-            own = logits[torch.arange(len(rows), device=rows.device), depth[rows]]  # (r, V)
+            own = logits[:, 0]  # (r, V)
             result = torch.empty_like(own, dtype=torch.float64)
             for t in depth[rows].unique().tolist():
                 these = (depth[rows] == t).nonzero()[:, 0]
@@ -245,7 +247,7 @@ class Network:
             return result
 
         with torch.no_grad():
-            log_probs = score(self.lm, self.prompts[self.prompt[row]], prefix, head)
+            log_probs = score(self.lm, context, next_token, head)
         if bool(log_probs.isnan().any()):
             raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")
         return torch.empty_like(log_probs).index_copy_(0, order, log_probs)
