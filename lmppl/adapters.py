@@ -136,6 +136,8 @@ class Network:
 
     def load(self, path: str, name: str | None) -> Adapter:
         """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit."""
+        if not (Path(path) / "adapter_config.json").is_file():
+            raise CheckpointError(f"{path}: there is no adapter here (no adapter_config.json)")
         try:
             config = peft.PeftConfig.from_pretrained(path)
             weights = peft.utils.load_peft_weights(path, device=str(self.base_parameters[0].device))

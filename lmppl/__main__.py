@@ -1,0 +1,5 @@
+"""``python -m lmppl``: the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""The command line: a short comparison end to end, and a user's mistakes, each one line and a nonzero exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from lmppl import cli
+
+STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"
+
+
+class Run(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def lmppl(tmp_path, monkeypatch, capfd):
+    """Run the command line in this process, below ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["lmppl", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Run(int(stop.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def test_list_names_the_models(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lmppl", "list"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "infilling" in run.stdout
+
+
+def test_compare_train_and_sample(tmp_path, lmppl):
+    run = lmppl("compare", "infilling", "--steps", "3", "--particles", "8", "--out", "out")
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "GFlowNet" and names[-1] == "enumeration" and "exact posterior, 8 draws" in names
+    gflownet = result["rows"][0]
+    assert gflownet["density_tv"] > 0.5  # three steps: the guide was not taught the answer
+    assert gflownet["training_tokens"] > 0 and result["unexplored"] < 0.005
+    for name in ("comparison.png", "training.png", "samples.txt", "run.jsonl", "adapter/adapter_config.json"):
+        assert (tmp_path / "out" / name).stat().st_size > 0, name
+    run = lmppl("sample", "infilling", "--checkpoint", "out/adapter", "--observations", "1")
+    assert run.returncode == 0 and "[...]" in run.stdout
+    for steps in ("2", "4"):  # the second call resumes
+        run = lmppl("train", "infilling", "--steps", steps, "--out", "train")
+        assert run.returncode == 0, run.stderr
+    lines = (tmp_path / "train" / "run.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl):
+    (tmp_path / "stories.txt").write_text(STORIES)
+    run = lmppl(
+        "compare", "infilling", "--lm", str(checkpoint), "--data", "stories.txt", "--steps", "2", "--particles", "8",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "No exact posterior" in run.stdout
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]}
+    assert "enumeration" not in rows
+    assert all(row["log_evidence"] is not None and row["ess"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["compare", "nonsense"], "nonsense"),
+        (["compare", "infilling", "--algorithms", "magic"], "magic"),
+        (["compare", "infilling", "--lm", "no/such/model", "--data", "stories.txt"], "no/such/model"),
+        (["compare", "infilling", "--lm", ".", "--data", "stories.txt"], "no language model"),
+        (["compare", "infilling", "--data", "missing.txt"], "missing.txt"),
+        (["compare", "infilling", "--data", "empty.txt"], "no story"),
+        (["compare", "infilling", "--data", "two.txt"], "line 1"),
+        (["compare", "infilling", "--data", "stories.txt"], "cannot be encoded"),  # not the embedded LM's words
+        (["sample", "infilling", "--checkpoint", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):
+    (tmp_path / "stories.txt").write_text(STORIES)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "two.txt").write_text("One. Two.\n")
+    before = sorted(tmp_path.iterdir())
+    run = lmppl(*arguments)
+    assert run.returncode != 0
+    errors = [line for line in run.stderr.splitlines() if line.strip()]
+    assert len(errors) == 1 and errors[0].startswith("error:") and word in errors[0], run.stderr
+    assert sorted(tmp_path.iterdir()) == before  # nothing half-written
