@@ -97,7 +97,8 @@ def test_packed_is_plain_in_log_prob_and_gradient(arch, dtype):
             grads = torch.autograd.grad(log_probs.sum(), lm.trainable_parameters(), allow_unused=True)
         results[packed] = log_probs, [g for g in grads if g is not None], sum(sizes)
     assert results[True][0].shape == (6, 3, 2, 4)
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    # Only GPT-2 computes all of itself in double precision; the others round norms and rotations to single.
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10 if arch == "gpt2" else 1e-5
     assert (results[True][0] - results[False][0]).abs().max() < tolerance
     for a, b in zip(results[True][1], results[False][1], strict=True):
         assert (a - b).abs().max() < tolerance * (1 + b.abs().max())

@@ -102,8 +102,6 @@ class Completion(TorchDistribution):
         self.temperature = torch.as_tensor(temperature, device=device)
         if not bool((self.temperature > 0).all()):
             raise ValueError(f"temperature: must be positive, got {temperature}")
-        if bool((self.min_tokens > self.max_tokens).any()):
-            raise ValueError(f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}")
         if bool((self.stop >= lm.vocab_size).any()):
             raise ValueError(f"stop: {stop!r} lies outside the vocabulary of {lm.vocab_size} tokens")
         self.allowed = checked(allowed, lm.vocab_size, device)
@@ -116,6 +114,8 @@ class Completion(TorchDistribution):
                 "prompt, max_tokens, min_tokens, temperature: shapes do not broadcast: "
                 + ", ".join(str(tuple(p)) for p in parts)
             ) from error
+        if bool((self.min_tokens > self.max_tokens).any()):
+            raise ValueError(f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}")
         if lm.max_length is not None and self._native.numel():
             longest = int((text.length(with_bos(lm, self.prompt)) + self.max_tokens).max())
             if longest > lm.max_length:
