@@ -1,4 +1,4 @@
-"""Which objective and recipe trains the infilling guide best? Successive halving at equal tokens, on validation stories.
+"""Which objective and recipe trains the infilling guide best? Successive halving at equal tokens, on unseen stories.
 
     python -m benchmarks.recipes --jobs 2 --out docs/recipes.md
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -18,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
-from .inference.compare import write_atomically
+from .inference.compare import Algorithm, write_atomically
+from .inference.quality import density_quality, outside_mass
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
 
@@ -26,6 +23,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console()
 ALGORITHMS = ("importance", "smc", "gflownet")
 PARTICLES = 64
+REPETITIONS = 4
+LEISURE = 4  # `train` takes this many times the steps of `compare`
+OUTSIDE_DRAWS = 10_000
 
 Model = Annotated[str, typer.Argument(help="Which model; `lmppl list` names them.")]
 Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
@@ -68,7 +68,9 @@ def compare_command(
     steps: Steps = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short training: see it work.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A trained adapter to use instead of training.")] = None,
-    particles: Annotated[int, typer.Option(min=1, help="Particles of the GFlowNet; the others get its tokens.")] = PARTICLES,
+    particles: Annotated[
+        int, typer.Option(min=1, help="Particles of the GFlowNet; the others get as many tokens a query.")
+    ] = PARTICLES,
     seed: Seed = 0,
     threads: Threads = 1,
 ) -> None:
@@ -78,56 +80,23 @@ def compare_command(
     experiment = _experiment(model, lm, data, seed, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    exact = None
-    before = experiment.lm.tokens_scored
-    if experiment.exact is not None:
-        with console.status("Enumerating the exact posterior of every test observation"):
-            started = time.time()
-            exact = experiment.exact.run(*experiment.test)
-            console.print(f"Exact posterior of {exact.log_evidence.numel()} observations in {time.time() - started:.0f} s.")
-    exact_tokens = experiment.lm.tokens_scored - before
-    candidates: dict[str, object] = {}
-    if "gflownet" in chosen:
-        gflownet = experiment.gflownet()
-        if exact is not None and checkpoint is None:
-            untrained = _density_tv(exact, experiment)
-            console.print(f"Total variation of the guide before training: {untrained:.3f}")
-        if checkpoint is None:
-            steps = steps or (experiment.recipe.quick_steps if quick else experiment.recipe.steps)
-            history = _fit(gflownet, experiment, steps, out, seed, fresh=True)
-            plot_training(history, out / "training.png")
-            experiment.guide_lm.save_pretrained(out / "adapter")
-        candidates["GFlowNet"] = _Sized(gflownet, particles)
-    tokens = _tokens_a_query(experiment, _Sized(experiment.gflownet(), particles))
-    if "importance" in chosen:
-        n = _matched(experiment, lambda n: Importance(experiment.model, num_particles=n), tokens, particles)
-        candidates["importance sampling (prior)"] = Importance(experiment.model, num_particles=n)
-    if "smc" in chosen:
-        n = _matched(experiment, lambda n: SMC(experiment.model, num_particles=n, twist="stop"), tokens, particles)
-        candidates["SMC (stop twist)"] = SMC(experiment.model, num_particles=n, twist="stop")
-        if "gflownet" in chosen:
-            candidates["SMC (GFlowNet proposal)"] = SMC(experiment.model, experiment.guide, num_particles=particles)
+    exact, exact_tokens = _truth(experiment)
+    gflownet = experiment.gflownet()
+    if "gflownet" in chosen and checkpoint is None:
+        _train(gflownet, experiment, exact, steps or experiment.recipe.length(quick), out, seed)
+    candidates = _candidates(chosen, experiment, _Sized(gflownet, particles))
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
-            repetitions=4, progress=lambda name: status.update(f"Comparing: {name}"),
+            repetitions=REPETITIONS, progress=lambda name: status.update(f"Comparing: {name}"),
         )  # fmt: skip
-    _report(result, experiment, exact, candidates, out)
-
-
-class _Sized:
-    """A GFlowNet whose ``run`` takes this many particles."""
-
-    def __init__(self, gflownet: GFlowNet, num_particles: int):
-        self.gflownet, self.num_particles = gflownet, num_particles
-        self.density = gflownet.guide
-
-    @property
-    def training_tokens(self) -> int | None:
-        return self.gflownet.training_tokens or None
-
-    def run(self, *args: object) -> Posterior:
-        return self.gflownet.run(*args, num_particles=self.num_particles)
+    _annotate(result, experiment, exact)
+    result.print(console)
+    result.save(out)
+    shown = next(iter(candidates.values())).run(*experiment.test)
+    text = sample_text(experiment, shown, exact, len(experiment.test[0]))
+    write_atomically(out / "samples.txt", text.encode())
+    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
 @app.command("train")
@@ -145,14 +114,15 @@ def train_command(
     experiment = _experiment(model, lm, data, seed)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
-    history = _fit(gflownet, experiment, steps or 4 * experiment.recipe.steps, out, seed, fresh=False)
-    experiment.guide_lm.save_pretrained(out / "adapter")
-    if history:
-        plot_training(history, out / "training.png")
+    gflownet.fit(
+        experiment.batches, steps or LEISURE * experiment.recipe.steps, seed=seed, held_out=experiment.held_out,
+        log=out / "run.jsonl", checkpoint=out / "training",
+    )  # fmt: skip
+    _save(experiment, out)
     console.print(f"{gflownet.training_tokens:,} tokens; adapter in {out / 'adapter'}")
-    if experiment.exact is not None:
-        exact = experiment.exact.run(*experiment.test)
-        console.print(f"Total variation to the exact posterior on unseen observations: {_density_tv(exact, experiment):.3f}")
+    exact, _ = _truth(experiment)
+    if exact is not None:
+        console.print(f"Total variation on unseen observations: {_density_tv(exact, experiment):.3f}")
 
 
 @app.command("sample")
@@ -175,6 +145,21 @@ def sample_command(
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
+class _Sized:
+    """A GFlowNet whose ``run`` takes this many particles."""
+
+    def __init__(self, gflownet: GFlowNet, num_particles: int):
+        self.gflownet, self.num_particles = gflownet, num_particles
+        self.density = gflownet.guide
+
+    @property
+    def training_tokens(self) -> int | None:
+        return self.gflownet.training_tokens or None
+
+    def run(self, *args: Any, **kwargs: Any) -> Posterior:
+        return self.gflownet.run(*args, num_particles=self.num_particles, **kwargs)
+
+
 def _choose(algorithms: str) -> list[str]:
     chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
     for name in chosen:
@@ -185,65 +170,91 @@ def _choose(algorithms: str) -> list[str]:
     return chosen
 
 
-def _experiment(
-    model: str, lm: str | None, data: Path | None, seed: int, checkpoint: Path | None = None
-) -> Experiment:
+def _experiment(model: str, lm: str | None, data: Path | None, seed: int, checkpoint: Path | None = None) -> Experiment:
     if model not in EXPERIMENTS:
         raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
-    with _quiet():
-        loaded = None if lm is None else LanguageModel.from_pretrained(lm)
-        return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("lmppl").setLevel(logging.WARNING)
-    yield
+    loaded = None if lm is None else LanguageModel.from_pretrained(lm)
+    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint)
 
 
-def _fit(
-    gflownet: GFlowNet, experiment: Experiment, steps: int, out: Path, seed: int, fresh: bool
-) -> list[dict[str, float]]:
-    log = out / "run.jsonl"
-    if fresh:
-        log.unlink(missing_ok=True)
-    gflownet.fit(
-        experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=log,
-        checkpoint=None if fresh else out / "training",
-    )  # fmt: skip
-    return [json.loads(line) for line in log.read_text().splitlines()]
+def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:
+    """The exact posterior of the test observations and its cost in tokens, where it can be had."""
+    if experiment.exact is None:
+        return None, None
+    before, started = experiment.lm.tokens_scored, time.time()
+    with console.status("Enumerating the exact posterior of every test observation"):
+        exact = experiment.exact.run(*experiment.test)
+    console.print(f"Exact posterior of {exact.log_evidence.numel()} observations: {time.time() - started:.0f} s")
+    return exact, experiment.lm.tokens_scored - before
 
 
-def _density_tv(exact: Posterior, experiment: Experiment) -> float:
-    from .inference.quality import density_quality
+def _train(
+    gflownet: GFlowNet, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int
+) -> None:
+    if exact is not None:
+        console.print(f"Total variation of the guide before training: {_density_tv(exact, experiment):.3f}")
+    (out / "run.jsonl").unlink(missing_ok=True)
+    gflownet.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
+    _save(experiment, out)
 
-    return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
+
+def _save(experiment: Experiment, out: Path) -> None:
+    """The adapter, and the training curve of the log."""
+    history = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    plot_training(history, out / "training.png")
+    experiment.guide_lm.save_pretrained(out / "adapter")
 
 
-def _tokens_a_query(experiment: Experiment, algorithm: object) -> int:
+def _candidates(chosen: list[str], experiment: Experiment, gflownet: _Sized) -> dict[str, Algorithm]:
+    """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
+    found: dict[str, Algorithm] = {}
+    model, n = experiment.model, gflownet.num_particles
+    tokens = _tokens_a_query(experiment, gflownet)
+    if "gflownet" in chosen:
+        found["GFlowNet"] = gflownet
+    if "importance" in chosen:
+        size = _matched(experiment, Importance(model, num_particles=n), tokens)
+        found["importance sampling (prior)"] = Importance(model, num_particles=size)
+    if "smc" in chosen:
+        size = _matched(experiment, SMC(model, num_particles=n, twist="stop"), tokens)
+        found["SMC (prior, stop twist)"] = SMC(model, num_particles=size, twist="stop")
+    if "smc" in chosen and "gflownet" in chosen:
+        found["SMC (GFlowNet)"] = SMC(model, experiment.guide, num_particles=n)
+    return found
+
+
+def _tokens_a_query(experiment: Experiment, algorithm: Algorithm) -> int:
     before = experiment.lm.tokens_scored
-    algorithm.run(*experiment.test)  # type: ignore[attr-defined]
+    algorithm.run(*experiment.test)
     return experiment.lm.tokens_scored - before
 
 
-def _matched(experiment: Experiment, make: Callable[[int], object], tokens: int, particles: int) -> int:
+def _matched(experiment: Experiment, pilot: Importance | SMC, tokens: int) -> int:
     """How many particles of an algorithm cost about ``tokens`` a query."""
-    return max(1, math.floor(particles * tokens / _tokens_a_query(experiment, make(particles))))
+    return max(1, round(pilot.num_particles * tokens / _tokens_a_query(experiment, pilot)))
 
 
-def _report(
-    result: Comparison, experiment: Experiment, exact: Posterior | None, candidates: dict[str, object], out: Path
-) -> None:
-    result.notes.insert(0, f"Target: {experiment.target}. {len(experiment.test[0])} unseen observations; |error| and KL in nats.")
-    result.print(console)
-    result.save(out)
-    shown = candidates.get("GFlowNet") or next(iter(candidates.values()))
-    posterior = shown.run(*experiment.test)  # type: ignore[attr-defined]
-    text = sample_text(experiment, posterior, exact, len(experiment.test[0]))
-    write_atomically(out / "samples.txt", text.encode())
-    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+def _density_tv(exact: Posterior, experiment: Experiment) -> float:
+    return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
+
+
+def _annotate(result: Comparison, experiment: Experiment, exact: Posterior | None) -> None:
+    """Say what the figures are of, and how much of the posterior the enumeration may lack."""
+    count = len(experiment.test[0])
+    result.notes.insert(0, f"Target: {experiment.target}. {count} unseen observations; |error| and KL in nats.")
+    if exact is None:
+        return
+    shares = []
+    for source, guide in {"prior": None, "guide": experiment.guide}.items():
+        drawn = Importance(experiment.model, guide, num_particles=-(-OUTSIDE_DRAWS // count)).run(*experiment.test)
+        shares.append(
+            f"{float(outside_mass(exact, drawn).mean()):.4f} by {drawn.num_particles * count:,} {source} draws"
+        )
+    result.notes.append(
+        "Every TV is to the enumerated posterior; posterior mass outside it: " + ", ".join(shares) + "."
+    )
 
 
 def sample_text(experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int) -> str:
@@ -265,8 +276,8 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.plot([h["step"] for h in history], [h["sd_u"] for h in history], lw=0.6, alpha=0.6, label="training draws")
-    held_out = [h for h in history if "held_out_sd_u" in h]
-    axis.plot([h["step"] for h in held_out], [h["held_out_sd_u"] for h in held_out], "o-", ms=3, label="held out, on-policy")
+    measured = [(h["step"], h["held_out_sd_u"]) for h in history if "held_out_sd_u" in h]
+    axis.plot(*zip(*measured, strict=True), "o-", ms=3, label="held out, on-policy")
     axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,7 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, compare
-from lmppl.inference.quality import density_quality, draw_quality, modes_found
+from lmppl.inference.quality import density_quality, draw_quality, outside_mass
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,6 @@ def test_draw_quality(task):
     assert torch.allclose(draw_quality(exact, one), 1 - p, atol=1e-5)
     errors = [float(draw_quality(exact, exact.resample(n)).mean()) for n in (10, 100, 10_000)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02  # systematic draws: at most support / 2N
-    assert torch.equal(modes_found(exact, exact), torch.ones(2, dtype=torch.double))
 
 
 def test_compare_counts_tokens_and_keeps_the_truth_beside(task, tmp_path):
@@ -81,7 +80,11 @@ def test_compare_counts_tokens_and_keeps_the_truth_beside(task, tmp_path):
     seen = []
     result = compare(model, algorithms, *args, exact=Enumeration(model), repetitions=2, progress=seen.append)
     assert seen == ["enumeration", "prior", "guide", "SMC"]
-    assert [r.name for r in result.rows] == [*algorithms, *(f"exact posterior, {n} draws" for n in (50, 200)), "enumeration"]
+    assert [r.name for r in result.rows] == [
+        *algorithms,
+        *(f"exact posterior, {n} draws" for n in (50, 200)),
+        "enumeration",
+    ]
     truth = result["enumeration"].log_evidence
     for name in algorithms:
         row = result[name]
@@ -109,3 +112,11 @@ def test_without_a_truth_the_comparison_says_so(task):
     result = compare(model, {"prior": Importance(model, num_particles=50)}, *args)
     assert len(result.rows) == 1 and result.rows[0].log_evidence_error is None and result.rows[0].ess is not None
     assert "No exact posterior" in result.notes[0]
+
+
+def test_outside_mass_is_the_weight_of_values_that_the_enumeration_lacks(task):
+    _, model, _, args, exact = task
+    part = Enumeration(model, mass=0.5).run(*args)
+    assert torch.equal(outside_mass(exact, exact), torch.zeros(2))
+    inside = exact.log_prob({"z": part.samples["z"]}).exp() * (part.log_weights > -torch.inf)
+    assert torch.allclose(outside_mass(part, exact), 1 - inside.sum(0), atol=1e-5)

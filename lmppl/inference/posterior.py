@@ -69,15 +69,10 @@ class Posterior:
     def num_particles(self) -> int:
         return self.log_weights.shape[0]
 
-    @cached_property
+    @property
     def probabilities(self) -> Tensor:
-        """Normalised weights (N, *plates). Raises ZeroEvidence where all weights are zero."""
-        if bool((self.log_weights.amax(0) == -torch.inf).any()):
-            raise ZeroEvidence(
-                "every particle has probability zero under the model: the observation or a factor rules all of them "
-                "out; use more particles, a better guide, or check that observed texts end with their stop token"
-            )
-        return self.log_weights.softmax(0)
+        """Normalised weights (N, *plates). Raises ZeroEvidence where a plate element's weights are all zero."""
+        return normalised(self.log_weights)
 
     @property
     def ess(self) -> Tensor:
@@ -115,9 +110,10 @@ class Posterior:
             index = (0,) * len(plates)
         if len(index) != len(plates):
             raise ValueError(f"index: expected {len(plates)} numbers for plates of shape {tuple(plates)}, got {index}")
-        at = (slice(None), *index)
+        at: tuple[Any, ...] = (slice(None), *index)
         total: dict[str, float] = {}
-        for name, p in zip(self._strings(site, self.samples[site][at]), self.probabilities[at].tolist(), strict=True):
+        probabilities = normalised(self.log_weights[at]).tolist()
+        for name, p in zip(self._strings(site, self.samples[site][at]), probabilities, strict=True):
             if p > 0:
                 total[name] = total.get(name, 0.0) + p
         return sorted(total.items(), key=lambda row: -row[1])
@@ -173,6 +169,16 @@ class Predictive:
         """The log of the average over particles of p(observed | z), (*plates)."""
         per_particle = self.log_probs[site]
         return per_particle.logsumexp(0) - math.log(len(per_particle))
+
+
+def normalised(log_weights: Tensor) -> Tensor:
+    """Weights that sum to one over axis 0. Raises ZeroEvidence where all are zero."""
+    if bool((log_weights.amax(0) == -torch.inf).any()):
+        raise ZeroEvidence(
+            "every particle has probability zero under the model: the observation or a factor rules all of them out; "
+            "use more particles, a better guide, or check that observed texts end with their stop token"
+        )
+    return log_weights.softmax(0)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

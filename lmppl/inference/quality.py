@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..text import PAD
 from . import programs
 from .posterior import Posterior
 from .programs import Program, Replay
@@ -47,45 +49,35 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
 
 def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:
     """Total variation between weighted particles and the exact posterior, merged by value: (*plates)."""
-    names = sorted(exact.samples)
-    flat_exact, flat = _rows(exact, names), _rows(posterior, names)  # (N, plates, width)
-    weights_exact = exact.probabilities.reshape(exact.num_particles, -1)
-    weights = posterior.probabilities.reshape(posterior.num_particles, -1)
-    result = []
-    for i in range(weights.shape[1]):
-        result.append(_distance(flat_exact[:, i], weights_exact[:, i], flat[:, i], weights[:, i]))
-    return torch.stack(result).reshape(exact.log_evidence.shape)
+    kinds, drawn_kinds = _kinds(exact, posterior)
+    p, w = _flat(exact.probabilities), _flat(posterior.probabilities).to(exact.probabilities.dtype)
+    difference = p.new_zeros(int(max(kinds.max(), drawn_kinds.max())) + 1, p.shape[1])
+    difference.scatter_add_(0, kinds, p).scatter_add_(0, drawn_kinds, -w)
+    return (0.5 * difference.abs().sum(0)).reshape(exact.log_evidence.shape)
 
 
-def _rows(posterior: Posterior, names: list[str]) -> Tensor:
-    shape = posterior.log_weights.shape
-    parts = [posterior.samples[n].reshape(shape[0], shape[1:].numel(), -1).double() for n in names]
-    return torch.cat(parts, -1)
+def outside_mass(exact: Posterior, posterior: Posterior) -> Tensor:
+    """The share of weighted particles that the enumeration has not: an estimate of what it misses, (*plates)."""
+    kinds, drawn_kinds = _kinds(exact, posterior)
+    inside = _flat(exact.log_weights) > -torch.inf
+    known = torch.zeros(int(max(kinds.max(), drawn_kinds.max())) + 1, kinds.shape[1], dtype=torch.long)
+    known.scatter_add_(0, kinds, inside.long())
+    outside = known.gather(0, drawn_kinds) == 0
+    return (_flat(posterior.probabilities) * outside).sum(0).reshape(exact.log_evidence.shape)
 
 
-def _distance(support: Tensor, p: Tensor, drawn: Tensor, w: Tensor) -> Tensor:
-    width = max(support.shape[-1], drawn.shape[-1])
-    rows = torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1.0) for x in (support, drawn)])
-    _, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    difference = torch.zeros(int(inverse.max()) + 1, dtype=p.dtype)
-    difference.index_add_(0, inverse[: len(p)], p).index_add_(0, inverse[len(p) :], -w.to(p.dtype))
-    return 0.5 * difference.abs().sum()
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), -1)  # (N, *plates) -> (N, plates)
 
 
-def modes_found(exact: Posterior, posterior: Posterior, top: int = 10) -> Tensor:
-    """The share of the exact posterior's ``top`` most probable values that occur among the particles: (*plates)."""
-    names = sorted(exact.samples)
-    probabilities = exact.probabilities.reshape(exact.num_particles, -1)
-    best = probabilities.topk(min(top, exact.num_particles), 0).indices  # (top, plates)
-    support, drawn = _rows(exact, names), _rows(posterior, names)
-    alive = posterior.log_weights.reshape(posterior.num_particles, -1) > -torch.inf
-    width = max(support.shape[-1], drawn.shape[-1])
-    support, drawn = (
-        torch.nn.functional.pad(x, (0, width - x.shape[-1]), value=-1.0) for x in (support, drawn)
-    )
-    shares = []
-    for i in range(best.shape[1]):
-        modes = support[best[:, i], i]
-        same = (modes[:, None] == drawn[None, :, i]).all(-1) & alive[None, :, i]
-        shares.append(same.any(1).double().mean())
-    return torch.stack(shares).reshape(exact.log_evidence.shape)
+def _kinds(exact: Posterior, posterior: Posterior) -> tuple[Tensor, Tensor]:
+    """A number for each distinct value of all sites together, for both posteriors: (N, plates) each."""
+    n, columns = exact.num_particles, []
+    for name in sorted(exact.samples):
+        sides = [p.samples[name].reshape(p.num_particles, exact.log_evidence.numel(), -1) for p in (exact, posterior)]
+        width = max(x.shape[-1] for x in sides)
+        columns.append(torch.cat([pad(x.double(), (0, width - x.shape[-1]), value=float(PAD)) for x in sides]))
+    values = torch.cat(columns, -1)  # (N exact + N, plates, width)
+    _, kinds = torch.unique(values.flatten(0, 1), dim=0, return_inverse=True)
+    kinds = kinds.view(values.shape[:2])
+    return kinds[:n], kinds[n:]

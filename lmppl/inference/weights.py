@@ -95,18 +95,21 @@ def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = Tr
 _OWN = (programs.PARTICLES, programs.PREFIXES)
 
 
+def scale(node: Node, plates: Plates) -> Any:
+    """A site's scale, the kept plates' subsampling divided out: a datum's evidence is its own."""
+    result: Any = node["scale"]
+    for f in node["cond_indep_stack"]:
+        if f.name in plates.names and f.full_size not in (None, f.size):
+            result = result * f.size / f.full_size
+    return result
+
+
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
-    """One site's term, (prefix, particle, *kept): scale and mask applied, kept plates' subsampling divided out."""
-    scale: Any = 1.0
-    if scaled:
-        scale = node["scale"]
-        for f in node["cond_indep_stack"]:
-            if f.name in plates.names and f.full_size not in (None, f.size):
-                scale = scale * f.size / f.full_size
+    """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
     log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
     if log_prob.isnan().any():
         raise ValueError(f"site {node['name']!r}: its log-probability is NaN")
-    return plates.reduce(scale_and_mask(log_prob, scale, node["mask"]))
+    return plates.reduce(scale_and_mask(log_prob, scale(node, plates) if scaled else 1.0, node["mask"]))
 
 
 def log_density(
@@ -114,10 +117,8 @@ def log_density(
 ) -> Tensor:
     """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
     known = known or {}
-    total = torch.zeros(1, 1, *plates.sizes)
-    for name, node in programs.scored(trace).items():
-        total = total + site_log_prob(node, plates, known.get(name), scaled=scaled)
-    return total
+    sites = programs.scored(trace).items()
+    return _total((site_log_prob(node, plates, known.get(name), scaled=scaled) for name, node in sites), plates)
 
 
 @dataclass(frozen=True)
@@ -164,31 +165,31 @@ def weigh(
 def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
     """log q: the unscaled density of the guide's latent sites."""
     known = known or {}
-    total = torch.zeros(1, 1, *plates.sizes)
-    for name, node in programs.latents(guide).items():
-        total = total + site_log_prob(node, plates, known.get(name), scaled=False)
-    return total
+    sites = programs.latents(guide).items()
+    return _total((site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites), plates)
+
+
+def _total(terms: Iterable[Tensor], plates: Plates) -> Tensor:
+    """The sum of terms (prefix, particle, *kept), each of size 1 or full."""
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total + term
+    return torch.zeros(1, 1, *plates.sizes) if total is None else total
 
 
 def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Tensor:
-    """u where the model proposes its own latents: an unscaled latent site cancels and is never scored."""
-    total = torch.zeros(1, 1, *plates.sizes)
+    """u where the model proposes its own latents: a latent site of scale 1 cancels and is never scored."""
     latents = programs.latents(trace)
+    terms = []
     for name, node in programs.scored(trace).items():
         if name not in latents:
-            total = total + site_log_prob(node, plates)
-            continue
-        ratio = 1.0
-        for f in node["cond_indep_stack"]:
-            ratio = ratio * f.full_size / f.size if f.name in plates.names and f.full_size else ratio
-        scale = node["scale"] / ratio
-        if isinstance(scale, Tensor) or abs(scale - 1.0) > 1e-12:
-            log_p = known.get(name)
-            log_p = node["fn"].log_prob(node["value"]) if log_p is None else log_p
-            total = total + _minus(
-                site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False)
+            terms.append(site_log_prob(node, plates))
+        elif isinstance(s := scale(node, plates), Tensor) or abs(s - 1.0) > 1e-12:
+            log_p = known[name] if name in known else node["fn"].log_prob(node["value"])
+            terms.append(
+                _minus(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
             )
-    return total
+    return _total(terms, plates)
 
 
 def _minus(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def balance(
     """
     held = programs.values(drawn)
     if site is None:
-        P, where, extra = 1, None, {}
+        P, where = 1, None
     else:
         fn, value = drawn.nodes[site]["fn"], held[site]
         width = fn.event_shape[0]
@@ -271,6 +272,7 @@ def balance(
         at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes)
         P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
         held[site] = programs.cut(value, end, at)
+    extra: dict[str, Tensor] = {}
     shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
 
     guide_trace = programs.trace(guide, args, kwargs, Replay(held), **shape)
@@ -278,13 +280,13 @@ def balance(
         model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
     programs.match(model_trace, guide_trace)
     plates = kept_plates([model_trace, guide_trace], nesting)
-    if where is not None:
+    if site is not None and where is not None:
         scores = guide_trace.nodes[site]["fn"].prefix_scores(value)  # (P, particle, *plate axes, width), alike for all P
         log_q_site, stop_site = (_at(x, where) for x in scores)
         extra = {site: log_q_site}
     log_q = log_density_of_latents(guide_trace, plates, extra)
     with torch.no_grad():
-        if where is not None:
+        if site is not None and where is not None:
             extra = {site: _at(model_trace.nodes[site]["fn"].prefix_log_probs(value), where)}
         log_p = log_density(model_trace, plates, known=extra)
         full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))

@@ -26,6 +26,10 @@ class Recipe:
     objective: Callable[[], Objective] = PooledVarGrad
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
 
+    def length(self, quick: bool) -> int:
+        """How many steps to train."""
+        return self.quick_steps if quick else self.steps
+
     def guide_lm(self, lm: LanguageModel, seed: int = 0) -> LanguageModel:
         """``lm`` with a fresh adapter of this recipe."""
         with torch.random.fork_rng(devices=[]):

@@ -40,6 +40,7 @@ class GFlowNet:
         unless the objective brings its own. None: the guide itself.
     :param reward_temperature: T in the target p(z, observed)^(1/T); default the objective's.
     :param clip: the largest gradient norm.
+    :param max_plate_nesting: guessed where not given.
 
     ``training_tokens`` counts the tokens that its steps have sent through the network.
 
@@ -62,6 +63,7 @@ class GFlowNet:
         exploration: Exploration | str | None = "default",
         reward_temperature: float | None = None,
         clip: float = 1.0,
+        max_plate_nesting: int | None = None,
     ):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
@@ -69,6 +71,8 @@ class GFlowNet:
             raise ValueError("replay: this version has no replay buffer; leave it at None")
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
         self.objective = copy.copy(objective) if objective is not None else PooledVarGrad()
+        if max_plate_nesting is not None:
+            self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
             self.objective.num_particles = num_particles
         if reward_temperature is not None:
@@ -77,6 +81,7 @@ class GFlowNet:
             self.objective.exploration = exploration  # type: ignore[assignment]
         elif self.objective.exploration is None:
             self.objective.exploration = DEFAULT_EXPLORATION
+        self.max_plate_nesting = max_plate_nesting
         self.training_tokens = 0
         self._networks: list[Any] | None = None
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -93,7 +98,7 @@ class GFlowNet:
         loss, balances = self.objective.loss_and_balances(self.model, self.guide, *args, **kwargs)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}; nothing was updated")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.training_tokens += self._tokens() - before
@@ -177,14 +182,15 @@ class GFlowNet:
     @torch.no_grad()
     def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
         """On-policy sd(u) and ESS/N of the guide on these observations, averaged over them."""
-        u = weigh(self.model, self.guide, args, kwargs, num_particles, self.objective.max_plate_nesting).u
+        u = weigh(self.model, self.guide, args, kwargs, num_particles, self.max_plate_nesting).u
         normal = u.softmax(0)
         ess = 1 / (normal**2).sum(0) / len(u)
         return {"held_out_sd_u": _sd(u).mean().item(), "held_out_ess": ess.nan_to_num(0.0).mean().item()}
 
     def run(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> Posterior:
         """The posterior given ``args``, by importance sampling from the guide as it now is."""
-        return Importance(self.model, self.guide, num_particles).run(*args, **kwargs)
+        nesting = self.max_plate_nesting
+        return Importance(self.model, self.guide, num_particles, max_plate_nesting=nesting).run(*args, **kwargs)
 
 
 def _schedule(step: int, steps: int, warmup: int) -> float:
