@@ -60,6 +60,18 @@ def test_completion(lm, case):
         Completion(**{"lm": lm, "prompt": PROMPT, "max_tokens": 3, **change})
 
 
+@pytest.mark.parametrize("prompt", [None, 3, [2, 3]])
+def test_a_prompt_that_is_no_text(lm, prompt):
+    with pytest.raises(ValueError, match="^prompt"):
+        Completion(lm, prompt, max_tokens=1)
+    with pytest.raises(ValueError, match="^context"):
+        NextToken(lm, prompt)
+
+
+def test_strings_are_prompts(lm):
+    assert Completion(lm, ["ab", "a"], max_tokens=1).batch_shape == NextToken(lm, ["ab", "a"]).batch_shape == (2,)
+
+
 @pytest.mark.parametrize("shape", [(), (V + 1,)])
 def test_a_constraint_that_returns_nonsense(lm, shape):
     for answer in (torch.ones(shape, dtype=torch.bool), torch.ones(V), [True] * V):

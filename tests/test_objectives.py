@@ -166,7 +166,33 @@ def category_first(lm: LanguageModel) -> Problem:
     return Problem(model, posterior)
 
 
+def category_above_a_plate(lm: LanguageModel) -> Problem:
+    """c ~ Categorical; z_i ~ LM(x_c), y_i ~ LM(z_i) in a plate: the plate does not enclose c, so u is joint over it."""
+    prior = torch.tensor([0.8, 0.2], dtype=torch.float64)
+
+    def model():
+        c = pyro.sample("c", dist.Categorical(prior))
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", Completion(lm, X[c], **PRIOR))
+            pyro.sample("y", Completion(lm, lm.join(X[c], z), **SEEN), obs=Y)
+
+    z, x = texts_of(lm)[:, None, None], X[:, None]  # (K, c, data)
+    joint = Completion(lm, x, **PRIOR).log_prob(z) + Completion(lm, lm.join(x, z), **SEEN).log_prob(Y)
+    joint = joint.detach().permute(1, 2, 0)  # (c, data, K)
+
+    def posterior(T: float = 1.0):
+        def guide():
+            c = pyro.sample("c", dist.Categorical(logits=(joint / T).logsumexp(-1).sum(-1) + prior.log() / T))
+            with pyro.plate("data", 2):
+                pyro.sample("z", Table(lm, texts_of(lm), (joint / T)[c, torch.arange(2)]))
+
+        return guide
+
+    return Problem(model, posterior)
+
+
 MAKE = {
+    "a category above a plate": category_above_a_plate,
     "one text": one_text,
     "from one token": lambda lm: one_text(lm, min_tokens=1),
     "a hard factor": lambda lm: one_text(lm, factor=no_a_first),
@@ -495,7 +521,7 @@ def test_training_halves_the_total_variation(lm, kind, way):
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_subtb_says_once_that_it_pools(lm, problem, caplog):
     found = PROBLEMS[problem](lm)
-    pools = problem in ("from one token", "the empty text impossible", "a category first")
+    pools = problem in ("from one token", "the empty text impossible", "a category first", "a category above a plate")
     objective = SubTB(num_particles=6)
     with caplog.at_level(logging.WARNING, logger="lmppl"):
         for _ in range(3):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -52,7 +52,7 @@ class Completion(TorchDistribution):
     (``poutine.scale(scale=1 / T)``): a different distribution.
 
     :param lm: the language model.
-    :param prompt: text (*batch, Lp), or a string; an empty prompt starts from bos.
+    :param prompt: text (*batch, Lp), or strings as `LanguageModel.encode` takes them; an empty prompt starts from bos.
     :param max_tokens: the most tokens before the stop, an int or LongTensor broadcasting to the batch.
     :param min_tokens: the fewest, likewise.
     :param stop: "eos", a string of one token, a token id, or several of these (any of them ends the text); None:
@@ -80,7 +80,7 @@ class Completion(TorchDistribution):
     def __init__(
         self,
         lm: LanguageModel,
-        prompt: Tensor | str,
+        prompt: Tensor | str | list[Any],
         *,
         max_tokens: int | Tensor,
         min_tokens: int | Tensor = 0,
@@ -93,8 +93,7 @@ class Completion(TorchDistribution):
         if tools:
             raise NotImplementedError("tools: tools that insert tokens are not part of this version")
         self.lm = lm
-        self.prompt = lm.encode(prompt) if isinstance(prompt, str) else prompt.to(lm.device)
-        text.validate(self.prompt, "prompt", lm.vocab_size)
+        self.prompt = as_text(lm, prompt, "prompt")
         device = self.prompt.device
         self.stop = lm.stop_ids(stop).to(device)
         self.max_tokens = _count(max_tokens, "max_tokens", device)
@@ -348,6 +347,17 @@ class Completion(TorchDistribution):
         support = torch.cat(blocks)
         support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])
         return support.expand(-1, *self.batch_shape, -1) if expand else support
+
+
+def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:
+    """A text, or the text of strings; ValueError naming the argument for anything else."""
+    if not isinstance(given, Tensor):
+        try:
+            given = lm.encode(given)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    text.validate(given, name, lm.vocab_size)
+    return given.to(lm.device)
 
 
 class _Scores(NamedTuple):

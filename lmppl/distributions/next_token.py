@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.distributions import constraints as torch_constraints
 from .. import text
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
+from .completion import as_text
 from .token_steps import draw
 
 
@@ -18,7 +21,7 @@ class NextToken(TorchDistribution):
 
     .. math:: p(v \mid context) = \mathrm{softmax}(logits)_v
 
-    :param context: text (*batch, L), or a string; an empty one starts from bos.
+    :param context: text (*batch, L), or strings as `LanguageModel.encode` takes them; an empty one starts from bos.
 
     Shapes: ``batch_shape = context.shape[:-1]``, ``event_shape = ()``; values are token ids.
 
@@ -31,10 +34,9 @@ class NextToken(TorchDistribution):
     arg_constraints: dict[str, torch_constraints.Constraint] = {}
     has_enumerate_support = True
 
-    def __init__(self, lm: LanguageModel, context: Tensor | str, *, validate_args: bool | None = None):
+    def __init__(self, lm: LanguageModel, context: Tensor | str | list[Any], *, validate_args: bool | None = None):
         self.lm = lm
-        self.prompt = lm.encode(context) if isinstance(context, str) else context.to(lm.device)
-        text.validate(self.prompt, "context", lm.vocab_size)
+        self.prompt = as_text(lm, context, "context")
         if lm.max_length is not None and self.prompt.shape[:-1].numel():
             longest = int(text.length(with_bos(lm, self.prompt)).max())
             if longest > lm.max_length:
