@@ -121,7 +121,7 @@ def test_gates_hold_on_test_stories(model, words):
 
 
 def test_the_model_knows_the_world(model, words):
-    """A place's objects are likelier than others, if by less than in the world; the 94 wrong verbs share a few percent."""
+    """Offered objects weigh more than others, by less than in the world; 94 wrong verbs share a few percent."""
     wrong = []
     for story in embedded.data("stories", "test")[:8]:
         place, verb = place_and_verb(story)
