@@ -42,6 +42,7 @@ def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
             n_embd=recipe.width,
             n_layer=recipe.layers,
             n_head=recipe.heads,
+            activation_function="gelu_pytorch_tanh",  # "gelu_new" in one kernel
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,

@@ -16,13 +16,13 @@ from ..language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a guide is trained; the defaults are what won `benchmarks/recipes.py`, see docs/recipes.md."""
+    """How a guide is trained; `benchmarks/recipes.py` compares others."""
 
-    steps: int = 1500
-    quick_steps: int = 200
+    steps: int = 600
+    quick_steps: int = 150
     observations: int = 8
     particles: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     objective: Callable[[], Objective] = PooledVarGrad
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
 
