@@ -221,12 +221,6 @@ class Balance:
         return self.log_p - self.log_q
 
 
-def _end(value: Tensor, fn: Any) -> tuple[Tensor, Tensor]:
-    """Where each text's stop stands (...), and whether it has one."""
-    stops = torch.isin(value, fn.stop)
-    return stops.long().argmax(-1), stops.any(-1)
-
-
 def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -> Tensor:
     """Prefix lengths (P, ...): all of 0..width-1, or ``count`` of them per text, the first possible and the last kept.
 
