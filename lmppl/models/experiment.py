@@ -9,21 +9,21 @@ from typing import Any
 import peft
 import torch
 
-from ..inference import Enumeration, GFlowNet, Objective, PooledVarGrad
+from ..inference import Enumeration, GFlowNet, Objective, VarGrad
 from ..inference.programs import Program
 from ..language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a guide is trained; `benchmarks/recipes.py` compares others."""
+    """How a guide is trained; they won `benchmarks/recipes.py`, see docs/recipes.md."""
 
-    steps: int = 600
-    quick_steps: int = 150
+    steps: int = 1000
+    quick_steps: int = 250
     observations: int = 8
     particles: int = 16
-    learning_rate: float = 3e-3
-    objective: Callable[[], Objective] = PooledVarGrad
+    learning_rate: float = 1e-3
+    objective: Callable[[], Objective] = VarGrad
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
 
     def length(self, quick: bool) -> int:

@@ -20,7 +20,7 @@ from ..weights import Balance, weigh
 from . import checkpoint as checkpoints
 from .exploration import Exploration, Tempered
 from .objective import Objective
-from .var_grad import PooledVarGrad
+from .var_grad import VarGrad
 
 Batches = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
 DEFAULT_EXPLORATION = Tempered(temperature=1.5, fraction=0.25)
@@ -31,7 +31,7 @@ class GFlowNet:
 
     :param model: a Pyro program; its parameters are left alone.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: a variance of u, see `Objective`; default `PooledVarGrad`.
+    :param objective: a variance of u, see `Objective`; default `VarGrad`.
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
@@ -70,7 +70,7 @@ class GFlowNet:
         if replay is not None:
             raise ValueError("replay: this version has no replay buffer; leave it at None")
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
-        self.objective = copy.copy(objective) if objective is not None else PooledVarGrad()
+        self.objective = copy.copy(objective) if objective is not None else VarGrad()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
