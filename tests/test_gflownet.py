@@ -81,6 +81,37 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
     assert resumed.optimizer.param_groups[0]["lr"] == 1e-2  # the schedule leaves the rate as it was
 
 
+def test_held_out_lengths_and_stops_are_the_guides_own():
+    task = Task(dtype=torch.float64)
+    q = Completion(task.q, task.q.join(task.args[1], task.args[0]), max_tokens=2)
+    support = q.enumerate_support()
+    with torch.no_grad():
+        p, stop = q.log_prob(support).exp(), q.prefix_scores(support).stop_log_probs
+    end = (support == task.lm.eos_id).long().argmax(-1)  # (K, 2)
+    own = stop.gather(-1, end[..., None])[..., 0].exp()
+    n = 4000
+    found = task.gflownet().evaluate(*task.args, num_particles=n)
+    for key, f in {"held_out_length": end.double(), "held_out_stop": own}.items():
+        mean = (p * f).sum(0)
+        error = ((p * (f - mean) ** 2).sum(0) / n).mean().sqrt() / 2**0.5  # of the mean over two observations
+        assert abs(found[key] - float(mean.mean())) < 5 * float(error), key
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    task = Task()
+
+    def stop_after_4(step, metrics):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    where = {"checkpoint": tmp_path / "c", "checkpoint_every": 2, "log": tmp_path / "run.jsonl", "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        task.gflownet().fit([task.args], 6, callback=stop_after_4, **where)
+    task.gflownet().fit([task.args], 6, **where)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 5]
+
+
 def test_fit_leaves_the_callers_generator_alone():
     task = Task()
     torch.manual_seed(0)

@@ -44,10 +44,6 @@ class Rules:
     def is_stop(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.stop)
 
-    def must_stop(self, t: Tensor | int) -> Tensor:
-        """Whether only a stop is left after ``t`` tokens; broadcasts (R,) against ``t``'s trailing axis (T,)."""
-        return torch.as_tensor(t) >= (self.max_tokens[:, None] if self.max_tokens.dim() else self.max_tokens)
-
     def forced(self, t: int) -> bool:
         """Whether the token after ``t`` others is certain in every row, so that no logits are needed."""
         return self.stop.numel() == 1 and bool((self.max_tokens <= t).all())

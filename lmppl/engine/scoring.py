@@ -108,7 +108,6 @@ class _Tree:
     """A packing of rows (P, N, B, W): per b a shared root, per (n, b) its longest row as trunk, the rest branches."""
 
     def __init__(self, tokens: Tensor):
-        self.tokens = tokens
         P, N, B, W = tokens.shape
         length = text.length(tokens)  # (P, N, B)
         longest = length.argmax(0)  # (N, B)
@@ -118,8 +117,7 @@ class _Tree:
         self.root = root  # (B,)
         self.length = length
         self.A = int(root.max())
-        self.trunk_length = text.length(trunk) - root  # (N, B)
-        self.S = int(self.trunk_length.max())
+        self.S = int((text.length(trunk) - root).max())
         self.L = int((length - self.shared).max())
         self.cost = B * (self.A + N * (self.S + P * self.L))
 

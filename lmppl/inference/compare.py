@@ -187,15 +187,22 @@ def compare(
             draws = torch.stack([draw_quality(truth, truth.resample(n, "multinomial")) for _ in range(8)])
             rows.append(Row(f"exact posterior, {n} draws", num_particles=n, draws_tv=_mean(draws)))
         rows.append(
-            Row("enumeration", draws_tv=0.0, log_evidence=_mean(truth.log_evidence), log_evidence_error=0.0,
-                query_tokens=exact_tokens)  # fmt: skip
+            Row(
+                "enumeration",
+                draws_tv=0.0,
+                log_evidence=_mean(truth.log_evidence),
+                log_evidence_error=0.0,
+                query_tokens=exact_tokens,
+            )  # fmt: skip
         )
         for row in rows:
             if row.training_tokens and exact_tokens and row.query_tokens and exact_tokens > row.query_tokens:
                 row.break_even = row.training_tokens / (exact_tokens - row.query_tokens)
     result = Comparison(rows, unexplored=_unexplored(truth))
     if truth is None:
-        result.notes.append("No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good.")
+        result.notes.append(
+            "No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good."
+        )
     elif result.unexplored is not None:
         result.notes.append(f"Prior mass left out of the enumeration: {result.unexplored:.2g} on average.")
     return result

@@ -20,7 +20,7 @@ from .posterior import Posterior
 from .programs import Node, Program, Replay, Sketch
 from .token_tree import Texts, explore, most_probable
 from .validation import check_axes
-from .weights import Plates, Weighted, kept_plates, log_density, site_log_prob
+from .weights import Plates, Weighted, kept_plates, log_density, scale, site_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,11 +322,7 @@ def _smallest_scale(latents: dict[str, Node], plates: Plates) -> float:
     """min(s) over the latent sites; a masked site keeps its prior, s = 1."""
     smallest = torch.inf
     for node in latents.values():
-        scale = torch.as_tensor(node["scale"], dtype=torch.float64)
-        for f in node["cond_indep_stack"]:
-            if f.name in plates.names and f.full_size not in (None, f.size):
-                scale = scale * f.size / f.full_size
-        s = float(scale.min())
+        s = float(torch.as_tensor(scale(node, plates), dtype=torch.float64).min())
         smallest = min(smallest, s if node["mask"] is None else min(s, 1.0))
     return smallest
 

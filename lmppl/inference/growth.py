@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import text
 from .programs import Node, SiteMismatch
-from .weights import Plates, site_log_prob
+from .weights import Plates, log_ratio, site_log_prob
 
 
 class Growth:
@@ -101,8 +101,3 @@ class Growth:
         log_p = site_log_prob(self.model, self.plates, log_p.view(self.shape))[0]
         log_q = site_log_prob(self.guide, self.plates, log_q.view(self.shape), scaled=False)[0]
         return log_ratio(log_p, log_q)
-
-
-def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p - log q, where p = 0 wins over q = 0."""
-    return torch.where(log_p == -torch.inf, -torch.inf, log_p - log_q)

@@ -138,9 +138,9 @@ def match(model: Trace, guide: Trace) -> None:
 
 def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The networks behind a program's text sites, each once: whose ``tokens_scored`` an algorithm costs."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch():
-            sketch = poutine.trace(program).get_trace(*args, **kwargs)
+    hidden = poutine.block(hide_fn=lambda msg: msg["type"] == "sample")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), hidden, Sketch():
+        sketch = poutine.trace(program).get_trace(*args, **kwargs)
     lms = [node["fn"].lm for node in scored(sketch).values() if hasattr(node["fn"], "lm")]
     return list({id(lm.network): lm.network for lm in lms}.values())
 

@@ -10,14 +10,14 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from . import programs
-from .growth import Growth, log_ratio
+from .growth import Growth
 from .partial import advance, is_grown, only
 from .posterior import Posterior, effective_sample_size
 from .programs import Node, Program, SiteMismatch
 from .resampling import SCHEMES
 from .twists import Twist, checked, log_twist
 from .validation import check_axes
-from .weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents
+from .weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
 
 
 class SMC:

@@ -37,7 +37,7 @@ def check_axes(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], we
         if other is None or not _same(node, other, nesting):
             raise AxesError(
                 f"model: site {name!r} is not written for a particle axis: the last of {n} particles has another "
-                "density there alone than among the others. Keep every axis on the left: sum over .sum(-1), not .sum(), "
+                "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
                 "and build prompts with lm.join or lm.fill"
             )
 

@@ -64,7 +64,9 @@ class Plates:
         """Particles ``chosen`` (n, *kept) of a value (N, *plate axes, *event)."""
         index = self.spread(chosen)
         index = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
-        value = value.expand(value.shape[0], *(max(a, b) for a, b in zip(value.shape[1:], index.shape[1:], strict=True)))
+        value = value.expand(
+            value.shape[0], *(max(a, b) for a, b in zip(value.shape[1:], index.shape[1:], strict=True))
+        )
         return value.gather(0, index.expand(index.shape[0], *value.shape[1:]))
 
 
@@ -87,9 +89,7 @@ def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = Tr
                         f"model: the plate {f.name!r} is subsampled ({f.size} of {f.full_size}) but does not enclose "
                         "every latent, observation and factor, so that no evidence is defined; run it in full"
                     )
-    return Plates(
-        tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting
-    )
+    return Plates(tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting)
 
 
 _OWN = (programs.PARTICLES, programs.PREFIXES)
@@ -112,13 +112,11 @@ def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *,
     return plates.reduce(scale_and_mask(log_prob, scale(node, plates) if scaled else 1.0, node["mask"]))
 
 
-def log_density(
-    trace: Trace, plates: Plates, *, scaled: bool = True, known: dict[str, Tensor] | None = None
-) -> Tensor:
+def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None = None) -> Tensor:
     """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
     known = known or {}
     sites = programs.scored(trace).items()
-    return _total((site_log_prob(node, plates, known.get(name), scaled=scaled) for name, node in sites), plates)
+    return _total((site_log_prob(node, plates, known.get(name)) for name, node in sites), plates)
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def weigh(
         log_weight = _prior_weight(target, plates, draw.log_probs)
     else:
         log_q = log_density_of_latents(proposal, plates, draw.log_probs)
-        log_weight = _minus(log_density(target, plates), log_q)
+        log_weight = log_ratio(log_density(target, plates), log_q)
     u = log_weight.expand(1, num_particles, *plates.sizes)[0]
     return Weighted(u, values, target, proposal, plates)
 
@@ -187,14 +185,14 @@ def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Ten
         elif isinstance(s := scale(node, plates), Tensor) or abs(s - 1.0) > 1e-12:
             log_p = known[name] if name in known else node["fn"].log_prob(node["value"])
             terms.append(
-                _minus(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
+                log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
             )
     return _total(terms, plates)
 
 
-def _minus(log_p: Tensor, log_q: Tensor) -> Tensor:
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log p - log q, where p = 0 wins over q = 0 (a value that the guide, too, says is impossible)."""
-    return (log_p - log_q).masked_fill((log_p == -torch.inf).expand(torch.broadcast_shapes(log_p.shape, log_q.shape)), -torch.inf)
+    return torch.where(log_p == -torch.inf, -torch.inf, log_p - log_q)
 
 
 # -- the prefix axis -------------------------------------------------------------------------------------------------
@@ -211,8 +209,8 @@ class Balance:
     log_p: Tensor
     log_q: Tensor
     valid: Tensor  # the prefix exists and the guide can stop there
-    stop: Tensor  # the guide's own probability of stopping there, detached
-    at: Tensor  # how many tokens the prefix has
+    stop: Tensor  # the guide's own probability of stopping there, detached; 1 where whole samples only are kept
+    at: Tensor  # how many tokens the prefix has; 0 where whole samples only are kept
     last: Tensor  # the prefix is the whole sample
     identifies: bool  # every latent is a text, and each sample keeps a terminable empty prefix
 
@@ -275,7 +273,9 @@ def balance(
     programs.match(model_trace, guide_trace)
     plates = kept_plates([model_trace, guide_trace], nesting)
     if site is not None and where is not None:
-        scores = guide_trace.nodes[site]["fn"].prefix_scores(value)  # (P, particle, *plate axes, width), alike for all P
+        scores = guide_trace.nodes[site]["fn"].prefix_scores(
+            value
+        )  # (P, particle, *plate axes, width), alike for all P
         log_q_site, stop_site = (_at(x, where) for x in scores)
         extra = {site: log_q_site}
     log_q = log_density_of_latents(guide_trace, plates, extra)

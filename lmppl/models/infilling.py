@@ -1,6 +1,6 @@
 """Infilling: the missing middle of a story, given its beginning and its end.
 
-    z ~ LM(x),    y ~ LM(x z) observed;    wanted: p(z | x, y)
+z ~ LM(x),    y ~ LM(x z) observed;    wanted: p(z | x, y)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training checkpoints: parameters and optimiser state in safetensors, the rest in JSON; written whole or not at all."""
+"""Training checkpoints: parameters and optimiser state in safetensors, the rest in JSON; written whole or not."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class SubTB(Objective):
               \qquad u_t = \log p(z_{1..t}\,stop, observed) - \log q(z_{1..t}\,stop)
 
     over pairs of terminable prefixes; averaged per sample, then over samples, plate elements and sites.  It is the
-    modified sub-trajectory balance of Hu et al. 2024 (Eq. 3), whose state flow is R(z_1..z_t stop) / q(stop | z_1..z_t).
+    modified sub-trajectory balance of Hu et al. 2024 (Eq. 3); its state flow is R(z_1..z_t stop) / q(stop | z_1..z_t).
 
     Pairs within one sample cancel whatever lies upstream, so by themselves they identify the posterior only if every
     latent is a text whose *empty* prefix can stop.  Elsewhere pairs are taken over prefixes *and* samples, and a log

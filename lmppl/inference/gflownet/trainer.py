@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import programs
 from ..importance import Importance
-from ..posterior import Posterior
+from ..posterior import Posterior, effective_sample_size
 from ..programs import Program
 from ..weights import Balance, weigh
 from . import checkpoint as checkpoints
@@ -132,8 +132,9 @@ class GFlowNet:
         :param batches: tuples of arguments, taken in turn, or a function of the step.
         :param seed: each step draws from a generator seeded by (seed, step), so that a resumed run repeats an
             uninterrupted one; the caller's generator is left as it was.
-        :param held_out: arguments on which on-policy sd(u), zero at the posterior, and ESS/N are measured.
-        :param log: a file that gets a JSON line every step.
+        :param held_out: arguments on which on-policy sd(u), zero at the posterior, ESS/N, lengths and stop
+            probabilities are measured.
+        :param log: a file that gets a JSON line every step; a resumed run takes out what was not saved.
         :param checkpoint: a directory, written every ``checkpoint_every`` steps and resumed from where it exists.
         :returns: the metrics of every step run by this call.
         """
@@ -151,6 +152,9 @@ class GFlowNet:
         log_file = Path(log) if log is not None else None
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
+            if where is not None and log_file.exists():
+                kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < start]
+                log_file.write_text("".join(line + "\n" for line in kept))
         bar = Progress(
             TextColumn("GFlowNet"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeRemainingColumn(), disable=not progress,
@@ -173,7 +177,9 @@ class GFlowNet:
                 if where is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
                     for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate
-                    checkpoints.save(where, self.optimizer, step + 1, {"seed": seed, "training_tokens": self.training_tokens})
+                    checkpoints.save(
+                        where, self.optimizer, step + 1, {"seed": seed, "training_tokens": self.training_tokens}
+                    )
                 bar.update(task, advance=1, description=f"loss {metrics['loss']:.3f}  sd(u) {metrics['sd_u']:.3f}")
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -181,11 +187,30 @@ class GFlowNet:
 
     @torch.no_grad()
     def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
-        """On-policy sd(u) and ESS/N of the guide on these observations, averaged over them."""
-        u = weigh(self.model, self.guide, args, kwargs, num_particles, self.max_plate_nesting).u
-        normal = u.softmax(0)
-        ess = 1 / (normal**2).sum(0) / len(u)
-        return {"held_out_sd_u": _sd(u).mean().item(), "held_out_ess": ess.nan_to_num(0.0).mean().item()}
+        """On-policy draws of the guide on these observations: sd(u), ESS/N, and how its texts end.
+
+        ``held_out_length`` is the mean number of tokens before the stop, ``held_out_stop`` the guide's mean probability
+        of stopping where its texts did stop; both over all texts, and absent where no latent text has a stop.
+        """
+        weighted = weigh(self.model, self.guide, args, kwargs, num_particles, self.max_plate_nesting)
+        u = weighted.u
+        metrics = {
+            "held_out_sd_u": _sd(u).mean().item(),
+            "held_out_ess": (effective_sample_size(u) / len(u)).mean().item(),
+        }
+        length, stop = [], []
+        for node in programs.latents(weighted.guide).values():
+            if programs.is_terminable(node):
+                end = torch.isin(node["value"], node["fn"].stop).long().argmax(-1)
+                log_stop = node["fn"].prefix_scores(node["value"]).stop_log_probs
+                length.append(end.double().mean())
+                stop.append(log_stop.gather(-1, end[..., None]).exp().double().mean())
+        if length:
+            metrics |= {
+                "held_out_length": torch.stack(length).mean().item(),
+                "held_out_stop": torch.stack(stop).mean().item(),
+            }
+        return metrics
 
     def run(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> Posterior:
         """The posterior given ``args``, by importance sampling from the guide as it now is."""
@@ -206,12 +231,6 @@ def _sd(u: torch.Tensor) -> torch.Tensor:
 
 
 def _summary(balances: list[Balance]) -> dict[str, float]:
-    """sd(u) over whole samples, their mean length, and the guide's probability of stopping where they stopped."""
-    sd, length, stop = [], [], []
-    for b in balances:
-        u = b.u.detach().masked_fill(~b.last, -torch.inf).amax(0)  # (particle, *kept): one whole sample each
-        sd.append(_sd(u).mean().item())
-        length.append((b.at * b.last).amax(0).mean().item())
-        stop.append((b.stop * b.last).amax(0).mean().item())
-    n = len(balances)
-    return {"sd_u": sum(sd) / n, "length": sum(length) / n, "stop": sum(stop) / n}
+    """sd(u) over the whole training draws."""
+    whole = [b.u.detach().masked_fill(~b.last, -torch.inf).amax(0) for b in balances]  # (particle, *kept)
+    return {"sd_u": sum(_sd(u).mean().item() for u in whole) / len(whole)}
