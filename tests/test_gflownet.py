@@ -12,7 +12,7 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
-from lmppl.inference.gflownet import checkpoint as checkpoints
+from lmppl.inference import checkpoint as checkpoints
 from lmppl.inference.quality import density_quality
 
 CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}

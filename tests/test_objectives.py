@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from itertools import pairwise as pairwise_
 
 import pyro
 import pyro.distributions as dist
@@ -22,8 +23,7 @@ from torch import Tensor
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.inference import programs
-from lmppl.inference.gflownet import Objective, PooledVarGrad, SubTB, Tempered, VarGrad
+from lmppl.inference.gflownet import DetailedBalance, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from lmppl.text import PAD
 
 VOCAB = 4  # eos, ".", a, b
@@ -72,7 +72,7 @@ def one_text(lm: LanguageModel, min_tokens: int = 0, factor: Callable[[Tensor], 
     def posterior(T: float = 1.0):
         def guide():
             with pyro.plate("data", 2):
-                pyro.sample("z", Table(lm, texts_of(lm, min_tokens), joint / T, min_tokens=min_tokens))
+                pyro.sample("z", Table(lm, texts_of(lm, min_tokens), joint / T))
 
         return guide
 
@@ -263,8 +263,7 @@ class ObjectiveContract:
         grads = torch.autograd.grad(loss, params)
 
         pyro.set_rng_seed(3)
-        draw = programs.Draw(options["exploration"].proposal(5, 1) if case == "exploration" else None)
-        drawn = programs.values(programs.trace(guide, (), {}, draw, nesting=1, particles=5))["z"]  # (5, 2, E)
+        drawn = objective.draw(found.model, guide, (), {})["z"]  # (5, 2, E)
         (b,) = balances
         plain, q = Plain(lm), Completion(guide_lm, X, **limits)
         expected = torch.zeros((), dtype=torch.float64)
@@ -400,6 +399,24 @@ class TestSubTBThatDecays(SubTBContract):
 
 class TestSubTBThatGrows(SubTBContract):
     lam = 1.5
+
+
+class TestDetailedBalance(ObjectiveContract):
+    def make(self, **kwargs):
+        return DetailedBalance(**kwargs)
+
+    def by_double_loop(self, u, stop, identified):
+        losses = []
+        for n in {n for n, _ in u}:
+            lengths = sorted(t for m, t in u if m == n)
+            steps = [(u[n, j] - u[n, i]) ** 2 for i, j in pairwise_(lengths)]
+            losses.append(sum(steps) / len(steps) if steps else 0.0 * u[n, lengths[0]])
+        loss = sum(losses) / len(losses)
+        if identified:
+            return loss
+        whole = {n: max(t for m, t in u if m == n) for n, _ in u}
+        ends = {(n, t): u[n, t] for n, t in whole.items()}
+        return loss + variance(ends, dict.fromkeys(ends, 1.0))
 
 
 class TestVarGrad(ObjectiveContract):
@@ -545,7 +562,7 @@ def tabular(lm: LanguageModel, problem: str) -> tuple[Callable, list[Tensor], Ca
 
         def guide():
             with pyro.plate("data", 2):
-                pyro.sample("z", Table(lm, support, logits, min_tokens=1))
+                pyro.sample("z", Table(lm, support, logits))
 
         params = [logits]
     else:

@@ -99,6 +99,7 @@ class Completion(TorchDistribution):
         self.max_tokens = _count(max_tokens, "max_tokens", device)
         self.min_tokens = _count(min_tokens, "min_tokens", device)
         self.temperature = torch.as_tensor(temperature, device=device)
+        self._epsilon = torch.zeros((), device=device)
         if not bool((self.temperature > 0).all()):
             raise ValueError(f"temperature: must be positive, got {temperature}")
         if bool((self.stop >= lm.vocab_size).any()):
@@ -140,12 +141,15 @@ class Completion(TorchDistribution):
         new._validate_args = self._validate_args
         return new
 
-    def tempered(self, temperature: float | Tensor) -> Completion:
-        """The same distribution with every token's temperature multiplied by ``temperature`` (broadcasting)."""
+    def broadened(self, temperature: float | Tensor = 1.0, epsilon: float | Tensor = 0.0) -> Completion:
+        """The same distribution with every token's temperature multiplied by ``temperature`` and then, with
+        probability ``epsilon``, each token drawn evenly from those allowed; both broadcast.
+        """
         new = Completion.__new__(Completion)
         new.__dict__.update(self.__dict__)
         new.temperature = self.temperature * torch.as_tensor(temperature, device=self.prompt.device)
-        new._native = torch.broadcast_shapes(self._native, new.temperature.shape)
+        new._epsilon = torch.as_tensor(epsilon, device=self.prompt.device)
+        new._native = torch.broadcast_shapes(self._native, new.temperature.shape, new._epsilon.shape)
         shape = torch.broadcast_shapes(self.batch_shape, new._native)
         super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
         return new
@@ -162,6 +166,7 @@ class Completion(TorchDistribution):
             per_row(self.temperature),
             self.allowed,
             self.lm.vocab_size,
+            per_row(self._epsilon),
         )
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -191,18 +196,53 @@ class Completion(TorchDistribution):
     def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """A sample and its log-probability, both from the same KV-cached pass."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        rows, width = shape.numel(), self.event_shape[0]
+        return self._grow(shape, torch.full((shape.numel(), self.event_shape[0]), text.PAD, device=self.prompt.device))
+
+    @torch.no_grad()
+    def regrow(self, value: Tensor, keep: Tensor | int) -> tuple[Tensor, Tensor]:
+        r"""The texts with all but their first ``keep`` tokens drawn anew, and the log-probability of what was drawn.
+
+        .. math:: z'_{1..k} = z_{1..k}, \qquad z'_{>k} \sim p(\cdot \mid prompt, z_{1..k})
+
+        ``value`` (..., L), ``keep`` (...), leading axes broadcasting with the batch -> (..., *event), (...).  No token
+        more goes through the network than in drawing the result afresh; ``keep = 0`` is a fresh draw, and a text whose
+        stop is kept comes back as it was, with 0.  The log-probability of the old ending is ``token_log_probs(value)``,
+        summed over the tokens from ``keep`` on.
+
+        :raises ValueError: for a negative ``keep``, and for one that keeps more tokens than a text can have.
+        """
+        keep, value = torch.as_tensor(keep, device=self.prompt.device), value.to(self.prompt.device)
+        if keep.is_floating_point() or keep.dtype == torch.bool or bool((keep < 0).any()):
+            raise ValueError(f"keep: expected non-negative integers, got {keep}")
+        if self._validate_args:
+            text.validate(value, "value", self.lm.vocab_size)
+        shape = torch.broadcast_shapes(value.shape[:-1], keep.shape, self.batch_shape)
+        kept = torch.where(torch.arange(value.shape[-1], device=value.device) < keep[..., None], value, text.PAD)
+        try:
+            kept = text.pad(kept, self.event_shape[0])
+        except ValueError as error:
+            raise ValueError(f"keep: it keeps more tokens than the {self.event_shape[0]} of this text") from error
+        return self._grow(shape, kept.expand(*shape, -1).reshape(shape.numel(), -1))
+
+    def _grow(self, shape: torch.Size, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Texts (*shape, *event) that begin with ``kept`` (rows, event), and log p of the rest, (*shape)."""
+        rows, width = kept.shape
         # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
-        uniform = torch.rand(rows, width, device=self.prompt.device)
+        uniform = torch.rand(rows, width, device=kept.device)
         index, rules = self._prompt_index(shape), self._rules(shape)
-        value = torch.full((rows, width), text.PAD, device=self.prompt.device)
-        log_prob = torch.zeros(rows, device=self.prompt.device, dtype=_score_dtype(self.lm))
+        value, length = kept.clone(), text.length(kept)
+        log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))
+        whole = rules.is_stop(kept).any(-1) if self.stop.numel() else length >= rules.max_tokens
         at_once = chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
-        for chunk in torch.arange(rows, device=index.device).split(at_once) if rows else ():
+        for chunk in (~whole).nonzero()[:, 0].split(at_once) if not bool(whole.all()) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
-            for t in range(width):
+            first = int(length[chunk].min())
+            if first:  # what all rows keep, in one pass
+                steps.append(kept[chunk, :first])
+            for t in range(first, width):
                 token, gain = steps.draw(uniform[chunk, t])
-                log_prob[chunk] += gain.to(log_prob.dtype)
+                token = torch.where(kept[chunk, t] == text.PAD, token, kept[chunk, t])
+                log_prob[chunk] += gain.to(log_prob.dtype).masked_fill(t < length[chunk], 0.0)
                 value[chunk, t] = token
                 steps.append(token)
                 left = (~steps.ended).nonzero()[:, 0]

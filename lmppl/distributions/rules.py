@@ -1,6 +1,7 @@
 """The rules of a completion: which token may come next, and the renormalised log-probabilities under them.
 
     log p(v | prefix) = log softmax over permitted v of logits[v] / temperature
+    (with epsilon > 0, log of (1 - epsilon) times that softmax + epsilon / number of permitted tokens)
 
 A stop token is forbidden before ``min_tokens``; after ``max_tokens`` stop tokens are all that is permitted and keep
 their relative probabilities.  Forbidden tokens get -inf exactly.
@@ -27,6 +28,7 @@ class Rules:
     temperature: Tensor
     allowed: Constraint | None
     vocab_size: int
+    epsilon: Tensor  # the share of each token's probability that is spread evenly over what is permitted
 
     def select(self, rows: Tensor) -> Rules:
         """The rules of these rows."""
@@ -39,6 +41,7 @@ class Rules:
             max_tokens=pick(self.max_tokens),
             min_tokens=pick(self.min_tokens),
             temperature=pick(self.temperature),
+            epsilon=pick(self.epsilon),
         )
 
     def is_stop(self, tokens: Tensor) -> Tensor:
@@ -66,14 +69,22 @@ class Rules:
             logits = logits / self.temperature[:, None, None]
         elif self.temperature.requires_grad or self.temperature != 1:
             logits = logits / self.temperature
-        forbidden = self._forbidden(T, prefix, first)
-        if forbidden is None:
-            return logits, None
-        # Where a constraint permits nothing, no token is possible; a softmax there, and its gradient, would be NaN.
-        dead = forbidden.all(-1, keepdim=True)
-        if not bool(dead.any()):
-            return torch.where(forbidden, -torch.inf, logits), None  # several times faster than masked_fill
-        return torch.where(forbidden & ~dead, -torch.inf, logits), dead
+        forbidden, dead = self._forbidden(T, prefix, first), None
+        if forbidden is not None:
+            # Where a constraint permits nothing, no token is possible; a softmax there, and its gradient, would be NaN.
+            dead = forbidden.all(-1, keepdim=True)
+            dead = dead if bool(dead.any()) else None
+            # torch.where is several times faster than masked_fill.
+            logits = torch.where(forbidden if dead is None else forbidden & ~dead, -torch.inf, logits)
+        return (self._mixed(logits) if bool(self.epsilon.any()) else logits), dead
+
+    def _mixed(self, logits: Tensor) -> Tensor:
+        """log of (1 - epsilon) softmax + epsilon uniform, over the permitted tokens."""
+        epsilon = self.epsilon[:, None, None] if self.epsilon.dim() else self.epsilon
+        permitted = logits > -torch.inf
+        even = (epsilon / permitted.sum(-1, keepdim=True)).log()
+        mixed = torch.logaddexp(logits.log_softmax(-1) + torch.log1p(-epsilon), even)
+        return torch.where(permitted, mixed, -torch.inf)
 
     def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
         """BoolTensor broadcasting to (R, T, V), or None where every token is permitted."""

@@ -6,29 +6,56 @@ if __name__ != "lmppl.inference":
 
 from .compare import Comparison, compare
 from .enumeration import Enumerated, Enumeration
-from .gflownet import Exploration, GFlowNet, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
+from .gflownet import (
+    DetailedBalance,
+    EpsilonUniform,
+    Exploration,
+    GFlowNet,
+    Mixture,
+    Objective,
+    OnPolicy,
+    PooledVarGrad,
+    Prior,
+    Proposal,
+    RelativeTrajectoryBalance,
+    SubTB,
+    Tempered,
+    TrajectoryBalance,
+    VarGrad,
+)
 from .importance import Importance
 from .posterior import Posterior, Predictive, ZeroEvidence
 from .programs import SiteMismatch
 from .smc import SMC
+from .training import Task, Trainer
 from .validation import AxesError
 
 __all__ = [
     "SMC",
     "AxesError",
     "Comparison",
+    "DetailedBalance",
     "Enumerated",
     "Enumeration",
+    "EpsilonUniform",
     "Exploration",
     "GFlowNet",
     "Importance",
+    "Mixture",
     "Objective",
+    "OnPolicy",
     "PooledVarGrad",
     "Posterior",
     "Predictive",
+    "Prior",
+    "Proposal",
+    "RelativeTrajectoryBalance",
     "SiteMismatch",
     "SubTB",
+    "Task",
     "Tempered",
+    "Trainer",
+    "TrajectoryBalance",
     "VarGrad",
     "ZeroEvidence",
     "compare",

@@ -5,7 +5,7 @@ A vectorised run gives every site the shape (prefix, particle, *plates): the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -161,6 +161,20 @@ def plate_nesting(
             for _, node in _samples(sketch):
                 deepest = max([deepest, *(-f.dim for f in node["cond_indep_stack"] if f.vectorized)])
     return deepest
+
+
+def cat_particles(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Latent values of several runs, (n_i, *plate axes, *event) each, as those of one: (sum n_i, ...)."""
+    if len(draws) == 1:
+        return dict(draws[0])
+    result = {}
+    for name in draws[0]:
+        values = [draw[name] for draw in draws]
+        width = max(v.shape[-1] for v in values) if values[0].dim() > 1 else 0
+        if any(v.dim() > 1 and v.shape[-1] != width for v in values):  # texts of programs with other limits
+            values = [text.pad(v, width) for v in values]
+        result[name] = torch.cat(values)
+    return result
 
 
 def cut(value: Tensor, end: Tensor, at: Tensor) -> Tensor:

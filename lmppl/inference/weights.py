@@ -11,7 +11,7 @@ Everything else is summed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -213,6 +213,8 @@ class Balance:
     at: Tensor  # how many tokens the prefix has; 0 where whole samples only are kept
     last: Tensor  # the prefix is the whole sample
     identifies: bool  # every latent is a text, and each sample keeps a terminable empty prefix
+    guide: Trace = field(repr=False)
+    plates: Plates = field(repr=False)
 
     @property
     def u(self) -> Tensor:
@@ -250,7 +252,8 @@ def balance(
 ) -> Balance:
     """u at the stopped prefixes of ``site``'s texts: one pass of the guide with gradient, one of the model without.
 
-    ``drawn`` is a vectorised trace of the guide; ``site=None`` keeps whole samples only (P = 1).
+    ``drawn`` is a vectorised trace of the guide; ``site=None`` keeps whole samples only (P = 1), and so does a particle
+    in which the site is masked.
     """
     held = programs.values(drawn)
     if site is None:
@@ -291,6 +294,8 @@ def balance(
             # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
             valid = (plates.reduce(((at <= end) & stopped).double()) > 0) & (log_q != -torch.inf)
             last = plates.reduce((at < end).double()) == 0
+            if isinstance(mask := guide_trace.nodes[site]["mask"], Tensor):
+                valid = valid & (last | (plates.reduce(mask.double()) > 0))
             stop, tokens = plates.reduce(stop_site.detach()).exp(), plates.reduce(where.double())
     valid = valid.expand(full)
     return Balance(
@@ -304,6 +309,8 @@ def balance(
         identifies=all(programs.is_terminable(n) for n in programs.latents(drawn).values())
         and where is not None
         and bool(((at == 0) & (log_q_site != -torch.inf)).any(0).all()),
+        guide=guide_trace,
+        plates=plates,
     )
 
 

@@ -1,9 +1,27 @@
-"""GFlowNet objectives, one a file, and their trainer."""
+"""GFlowNet objectives, one a file, their exploration, and their trainer."""
 
-from .exploration import Exploration, Tempered
+from .detailed_balance import DetailedBalance
+from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
 from .objective import Objective
 from .sub_tb import SubTB
 from .trainer import GFlowNet
+from .trajectory_balance import RelativeTrajectoryBalance, TrajectoryBalance
 from .var_grad import PooledVarGrad, VarGrad
 
-__all__ = ["Exploration", "GFlowNet", "Objective", "PooledVarGrad", "SubTB", "Tempered", "VarGrad"]
+__all__ = [
+    "DetailedBalance",
+    "EpsilonUniform",
+    "Exploration",
+    "GFlowNet",
+    "Mixture",
+    "Objective",
+    "OnPolicy",
+    "PooledVarGrad",
+    "Prior",
+    "Proposal",
+    "RelativeTrajectoryBalance",
+    "SubTB",
+    "Tempered",
+    "TrajectoryBalance",
+    "VarGrad",
+]

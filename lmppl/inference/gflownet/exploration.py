@@ -3,40 +3,159 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions import TorchDistribution
+from torch import Tensor
 
-from ..programs import Temper
+from .. import programs
+from ..programs import Draw, Program, Replay, Temper
+from ..schedules import Schedule, at, checked
+
+Values: TypeAlias = dict[str, Tensor]
+
+
+@dataclass
+class Source:
+    """What samples can be drawn from: the programs, their arguments, and the step of the training.
+
+    All draws for one loss share one subsample.
+    """
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nesting: int
+    step: int = 0
+    subsamples: Values = field(default_factory=dict)
+
+    def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
+        """Latent values (particle, *plate axes, *event) of one run of ``program``."""
+        handlers = (Draw(temper), Replay(self.subsamples))
+        run = programs.trace(
+            program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=num_particles
+        )  # fmt: skip
+        drawn = {name: node["value"] for name, node in programs.latents(run).items()}
+        self.subsamples |= {n: v for n, v in programs.values(run).items() if n not in drawn}
+        return drawn
 
 
 class Exploration(ABC):
-    """A proposal made from the guide's text sites."""
+    """A way to draw training samples."""
 
     @abstractmethod
-    def proposal(self, num_particles: int, nesting: int) -> Temper:
-        """A function from a text site's distribution, particle axis at ``-1 - nesting``, to the one to draw from."""
+    def draw(self, source: Source, num_particles: int) -> Values:
+        """``num_particles`` values of every latent site."""
 
 
-class Tempered(Exploration):
+class OnPolicy(Exploration):
+    """The guide itself."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(source.guide, num_particles)
+
+
+class Prior(Exploration):
+    """The model's own latent sites, unconditioned."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(source.model, num_particles)
+
+
+class Proposal(Exploration):
+    """Any program with the guide's latent sites, called with the same arguments."""
+
+    def __init__(self, program: Program):
+        self.program = program
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(self.program, num_particles)
+
+
+class _Broadened(Exploration):
+    """The guide, its texts drawn more broadly in the last ``fraction`` of the particles."""
+
+    def __init__(self, amount: Schedule, fraction: Schedule):
+        self.amount = amount
+        self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
+
+    neutral = 0.0  # the amount that changes nothing
+
+    @staticmethod
+    @abstractmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        """The distribution ``fn`` of a text, broader by ``amount`` (particle, *1s)."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        amount = torch.full((num_particles,), self.neutral)
+        kept = num_particles - round(at(self.fraction, source.step) * num_particles)
+        amount[kept:] = at(self.amount, source.step)
+        amount = amount.view(-1, *[1] * source.nesting)  # (particle, *plate axes)
+
+        def temper(fn: TorchDistribution) -> TorchDistribution:
+            return self.broaden(fn, amount) if hasattr(fn, "broadened") else fn
+
+        return source.draw(source.guide, num_particles, temper if kept < num_particles else None)
+
+
+class Tempered(_Broadened):
     """The last ``fraction`` of the particles are drawn with every token's temperature raised to ``temperature``.
 
     :raises ValueError: for a fraction outside [0, 1] or a temperature that is not positive.
     """
 
-    def __init__(self, temperature: float = 1.5, fraction: float = 0.25):
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction: must lie in [0, 1], got {fraction}")
-        if temperature <= 0:
-            raise ValueError(f"temperature: must be positive, got {temperature}")
-        self.temperature, self.fraction = temperature, fraction
+    neutral = 1.0
 
-    def proposal(self, num_particles: int, nesting: int) -> Temper:
-        heat = torch.ones(num_particles)
-        heat[num_particles - round(self.fraction * num_particles) :] = self.temperature
-        heat = heat.view(-1, *[1] * nesting)  # (particle, *plate axes)
+    def __init__(self, temperature: Schedule = 1.5, fraction: Schedule = 0.25):
+        super().__init__(checked(temperature, "temperature", lambda t: t > 0, "must be positive"), fraction)
 
-        def temper(fn: TorchDistribution) -> TorchDistribution:
-            return fn.tempered(heat) if hasattr(fn, "tempered") else fn
+    @staticmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        return fn.broadened(temperature=amount)
 
-        return temper
+
+class EpsilonUniform(_Broadened):
+    """The last ``fraction`` of the particles draw each token, with probability ``epsilon``, evenly from those allowed.
+
+    :raises ValueError: for an epsilon or a fraction outside [0, 1].
+    """
+
+    def __init__(self, epsilon: Schedule = 0.05, fraction: Schedule = 1.0):
+        super().__init__(checked(epsilon, "epsilon", lambda e: 0 <= e <= 1, "must lie in [0, 1]"), fraction)
+
+    @staticmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        return fn.broadened(epsilon=amount)
+
+
+class Mixture(Exploration):
+    """Several explorations, each for its share of the particles.
+
+    :param parts: pairs (exploration, weight); weights need not sum to one, and may be schedules.  Shares are rounded so
+        that their number is exact.
+
+    Example::
+
+        Mixture((OnPolicy(), 0.5), (Tempered(2.0, fraction=1.0), 0.25), (Prior(), 0.25))
+    """
+
+    def __init__(self, *parts: tuple[Exploration, Schedule]):
+        if not parts:
+            raise ValueError("parts: a mixture needs at least one (exploration, weight)")
+        self.parts = [(e, checked(w, "weight", lambda x: x >= 0, "must not be negative")) for e, w in parts]
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        weights = [at(w, source.step) for _, w in self.parts]
+        if sum(weights) <= 0:
+            raise ValueError("parts: the weights of a mixture must not all be zero")
+        drawn, first, share = [], 0, 0.0
+        for (exploration, _), weight in zip(self.parts, weights, strict=True):
+            share += weight / sum(weights)
+            last = round(share * num_particles)
+            if last > first:
+                drawn.append(exploration.draw(source, last - first))
+            first = last
+        return programs.cat_particles(drawn)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import programs
-from ..programs import Program
+from ..programs import Program, Replay
+from ..schedules import Schedule, at, checked
 from ..weights import Balance, balance
-from .exploration import Exploration
+from .exploration import Exploration, OnPolicy, Source, Values
 
 log = logging.getLogger("lmppl")
 
@@ -30,7 +31,7 @@ class Objective(pyro.infer.ELBO):
     :param num_particles: samples per observation.
     :param prefixes: "all", or how many prefixes of each text to use; the first possible and the whole text always are.
     :param exploration: what to draw from instead of the guide (off-policy is free); None: the guide.
-    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`; a function of the step anneals it.
     :param floor: a reward of zero counts as this many nats below the group's largest.
     :param max_plate_nesting: guessed where infinite, as in Pyro.
     """
@@ -41,7 +42,7 @@ class Objective(pyro.infer.ELBO):
         num_particles: int = 16,
         prefixes: int | str = "all",
         exploration: Exploration | None = None,
-        reward_temperature: float = 1.0,
+        reward_temperature: Schedule = 1.0,
         floor: float = 50.0,
         max_plate_nesting: int | float = float("inf"),
     ):
@@ -50,12 +51,11 @@ class Objective(pyro.infer.ELBO):
             raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
         if prefixes != "all" and (not isinstance(prefixes, int) or prefixes < 2):
             raise ValueError(f"prefixes: expected 'all' or an integer >= 2, got {prefixes!r}")
-        if reward_temperature <= 0:
-            raise ValueError(f"reward_temperature: must be positive, got {reward_temperature}")
         self.prefixes = None if prefixes == "all" else int(prefixes)
         self.exploration = exploration
-        self.reward_temperature = reward_temperature
+        self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
+        self.training_step = 0  # what schedules are asked about
         self._told: set[str] = set()
         self._guessed: tuple[Program, Program, int] | None = None
 
@@ -69,18 +69,30 @@ class Objective(pyro.infer.ELBO):
         ``identified`` says whether pairs within one sample suffice: every latent is a text whose empty prefix is kept.
         """
 
-    def balances(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Balance]:
-        """u for one draw of ``num_particles`` samples: a `Balance` for each text site, one site cut at a time."""
-        nesting = self._nesting(model, guide, args, kwargs)
-        draw = programs.Draw(
-            None if self.exploration is None else self.exploration.proposal(self.num_particles, nesting)
-        )
+    def draw(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_particles: int | None = None,
+    ) -> Values:
+        """Training samples: the values of every latent (and of subsamples), particles leading."""
+        source = Source(model, guide, args, kwargs, self._nesting(model, guide, args, kwargs), self.training_step)
         with torch.no_grad():
-            drawn = programs.trace(guide, args, kwargs, draw, nesting=nesting, particles=self.num_particles)
-        sites: list[str | None] = [n for n, node in programs.latents(drawn).items() if programs.is_terminable(node)]
-        if not self.uses_prefixes or not sites:
-            sites = [None]
+            drawn = (self.exploration or OnPolicy()).draw(source, num_particles or self.num_particles)
+        return drawn | source.subsamples
+
+    def balances(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
+    ) -> list[Balance]:
+        """u at these values: a `Balance` for each text site, one site cut at a time."""
+        nesting = self._nesting(model, guide, args, kwargs)
         n = self.num_particles
+        with torch.no_grad():
+            drawn = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=n)
+        texts = [name for name, node in programs.latents(drawn).items() if programs.is_terminable(node)]
+        sites = texts if self.uses_prefixes and texts else [None]
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
 
     def _nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -97,21 +109,27 @@ class Objective(pyro.infer.ELBO):
         A reward of zero counts as ``floor`` nats below the group's largest (or as its smallest positive one, if that is
         less); positive rewards count as they are, however small, so that the posterior is where the loss vanishes.
         """
-        log_p = (b.log_p / self.reward_temperature).masked_fill(~b.valid, -torch.inf)
+        log_p = (b.log_p / at(self.reward_temperature, self.training_step)).masked_fill(~b.valid, -torch.inf)
         zero = log_p == -torch.inf
         largest = log_p.amax((0, 1), keepdim=True)
         least = torch.minimum(largest - self.floor, log_p.masked_fill(zero, torch.inf).amin((0, 1), keepdim=True))
         least = least.masked_fill(largest == -torch.inf, -self.floor)
         return (torch.where(zero, least, log_p) - b.log_q).masked_fill(~b.valid, 0.0)
 
-    def loss_and_balances(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    def loss_at(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> tuple[Tensor, list[Balance]]:
-        """The differentiable loss, averaged over samples, plates and sites, and the u it came from."""
-        found = self.balances(model, guide, args, kwargs)
+        """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
+        found = self.balances(model, guide, args, kwargs, values)
         identified = all(b.identifies and _empty_is_possible(b) for b in found)
         losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
         return torch.stack(losses).mean(), found
+
+    def loss_and_balances(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, list[Balance]]:
+        """`loss_at` samples drawn for the occasion."""
+        return self.loss_at(model, guide, args, kwargs, self.draw(model, guide, args, kwargs))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor; call ``.backward()`` on it."""

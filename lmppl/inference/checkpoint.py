@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from torch.optim import Optimizer
 TENSORS, STATE = "training.safetensors", "training.json"
 
 
-def save(directory: Path, optimizer: Optimizer, step: int, extra: dict[str, Any]) -> None:
-    """Write the optimiser, its parameters and ``step`` under ``directory``, replacing what was there."""
+def save(
+    directory: Path,
+    optimizer: Optimizer,
+    step: int,
+    extra: dict[str, Any],
+    own: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the optimiser, its parameters, ``step`` and an algorithm's ``own`` tensors, replacing what was there."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = {f"parameter.{i}": p.detach().clone().contiguous() for i, p in enumerate(parameters)}
+    tensors |= {f"own.{name}": t.detach().clone().contiguous() for name, t in (own or {}).items()}
     numbers: dict[str, Any] = {}
     for i, p in enumerate(parameters):
         for key, value in optimizer.state.get(p, {}).items():
@@ -37,15 +45,16 @@ def save(directory: Path, optimizer: Optimizer, step: int, extra: dict[str, Any]
         fresh.rename(directory)
 
 
-def load(directory: Path, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore the optimiser and its parameters in place; returns what was saved beside them.
+def load(directory: Path, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore the optimiser and its parameters in place; what was saved beside them, and the algorithm's own tensors.
 
     :raises ValueError: where the checkpoint's parameters are not this optimiser's.
     """
     tensors = load_file(directory / TENSORS)
     state: dict[str, Any] = json.loads((directory / STATE).read_text())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = [tuple(t.shape) for name, t in sorted(tensors.items(), key=_index) if name.startswith("parameter.")]
+    saved = [tensors[f"parameter.{i}"] for i in range(sum(name.startswith("parameter.") for name in tensors))]
+    shapes = [tuple(t.shape) for t in saved]
     if shapes != [tuple(p.shape) for p in parameters]:
         raise ValueError(f"checkpoint: {directory} was written by another optimizer: its parameters differ in shape")
     with torch.no_grad():
@@ -56,9 +65,4 @@ def load(directory: Path, optimizer: Optimizer) -> dict[str, Any]:
             restored |= {n.split(".", 1)[1]: v for n, v in state["numbers"].items() if n.split(".", 1)[0] == str(i)}
             if restored:
                 optimizer.state[p] = restored
-    return state
-
-
-def _index(item: tuple[str, Tensor]) -> int:
-    name = item[0].split(".")
-    return int(name[1])
+    return state, {n.removeprefix("own."): t for n, t in tensors.items() if n.startswith("own.")}

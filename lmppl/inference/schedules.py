@@ -1,0 +1,40 @@
+"""Numbers that change while training: a schedule is a number, or a function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+Schedule: TypeAlias = float | Callable[[int], float]
+
+
+def at(schedule: Schedule, step: int) -> float:
+    """The schedule's value at a step."""
+    return schedule(step) if callable(schedule) else schedule
+
+
+def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
+    """From ``start`` to ``end`` in ``steps`` steps, and ``end`` ever after.
+
+    >>> [linear(2.0, 1.0, 4)(t) for t in (0, 2, 4, 9)]
+    [2.0, 1.5, 1.0, 1.0]
+    """
+    if steps < 1:
+        raise ValueError(f"steps: must be at least 1, got {steps}")
+    return lambda step: end if step >= steps else start + (end - start) * step / steps
+
+
+def checked(schedule: Schedule, name: str, holds: Callable[[float], bool], otherwise: str) -> Schedule:
+    """The schedule, if the condition ``holds`` for its value; a function is checked whenever it is asked."""
+    if not callable(schedule):
+        if not holds(schedule):
+            raise ValueError(f"{name}: {otherwise}, got {schedule}")
+        return schedule
+
+    def function(step: int) -> float:
+        value = schedule(step)
+        if not holds(value):
+            raise ValueError(f"{name}: {otherwise}, got {value} at step {step}")
+        return value
+
+    return function
