@@ -76,10 +76,11 @@ class TokenSteps:
         return token.masked_fill(self.ended, text.PAD), log_prob.masked_fill(self.ended, 0.0)
 
     def append(self, tokens: Tensor) -> None:
-        """Append ``tokens`` (R,), PAD in rows that have ended."""
-        self.prefix = torch.cat([self.prefix, tokens[:, None]], 1)
+        """Append ``tokens`` (R,), PAD in rows that have ended; or several at once, (R, T), none of them a stop."""
+        tokens = tokens.reshape(len(tokens), -1)
+        self.prefix = torch.cat([self.prefix, tokens], 1)
         if self.rules.stop.numel():
-            self.ended = self.ended | self.rules.is_stop(tokens)
+            self.ended = self.ended | self.rules.is_stop(tokens[:, -1])
         else:
             self.ended = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
         self._pending = tokens

@@ -40,20 +40,23 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
-        """Append ``tokens`` (R,); ``alive`` says how many rows still matter, for the count of tokens scored."""
+        """Append ``tokens`` (R,) or (R, T); ``alive`` of them still matter, for the count of tokens scored."""
+        tokens = tokens.reshape(len(tokens), -1)
+        T = tokens.shape[1]
         if self.mask is not None:
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), T)], 1)
         out = self.lm.forward(
-            tokens[:, None],
-            tokens=len(tokens) if alive is None else alive,
+            tokens,
+            tokens=tokens.numel() if alive is None else alive,
             past_key_values=self.cache,
             use_cache=True,
             attention_mask=self.mask,
-            position_ids=self.position[:, None],
+            position_ids=self.position[:, None] + torch.arange(T, device=tokens.device),
+            logits_to_keep=1,
         )
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
         # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
-        self.position = (self.position + 1).clamp(max=self.lm.max_length and self.lm.max_length - 1)
+        self.position = (self.position + T).clamp(max=self.lm.max_length and self.lm.max_length - 1)
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:

@@ -44,8 +44,8 @@ class Recomputing:
         return torch.cat(found)[inverse]
 
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
-        """Append ``tokens`` (R,)."""
-        self.tokens, self._logits = text.cat(self.tokens, tokens[:, None]), None
+        """Append ``tokens`` (R,) or (R, T)."""
+        self.tokens, self._logits = text.cat(self.tokens, tokens.reshape(len(tokens), -1)), None
 
     def select(self, index: Tensor) -> None:
         """Row r becomes row ``index[r]``."""
