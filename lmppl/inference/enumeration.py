@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from pyro.distributions import MaskedDistribution, Unit
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .. import text
 from ..distributions import Completion
 from . import programs
+from .partial import advance
 from .posterior import Posterior
-from .programs import Node, Program, Replay, Sketch
+from .programs import Node, Program, Sketch
 from .token_tree import Texts, explore, most_probable
 from .validation import check_axes
 from .weights import Plates, Weighted, kept_plates, log_density, scale, site_log_prob
@@ -136,17 +136,12 @@ class Enumeration:
         support = Support(plates)
         count = len(programs.latents(sketch))
         while True:
-            replay = Replay(subsamples | support.values)
-            try:
-                trace = programs.trace(
-                    self.model, args, kwargs, _Halt(), replay, nesting=nesting, particles=len(support)
-                )
-            except _Reached as reached:
-                name, fn = reached.args
-            else:
+            known, size = subsamples | support.values, len(support)
+            trace, site = advance(self.model, args, kwargs, known, nesting=nesting, particles=size, texts_only=False)
+            if site is None:
                 break
             share = ((1 - self.mass) - support.unexplored).clamp(min=0) / max(1, count - len(support.values))
-            support.extend(name, fn, share, self.max_support)
+            support.extend(site["name"], site["fn"], share, self.max_support)
         return self._weigh(support, trace, args, kwargs)
 
     def _weigh(self, support: Support, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Enumerated:
@@ -207,7 +202,7 @@ class Support:
         if isinstance(fn, MaskedDistribution):
             fn = fn.base_dist
         log_root = self.log_joint.reshape(len(self), -1)  # (K, cells)
-        if hasattr(fn, "prefix_scores"):
+        if hasattr(fn, "token_steps"):
             found = explore(fn, log_root, allowance.flatten(), max_support)
             event_dim, dtype = 1, torch.promote_types(fn.lm.dtype, torch.float32)
         else:
@@ -293,18 +288,6 @@ def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Ten
 def _first_or(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]``; zeros where there is nothing at all."""
     return x[index] if len(x) else x.new_zeros(len(index), *x.shape[1:])
-
-
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
-    """The program has come to a latent site without a value: its name and distribution."""
-
-
-class _Halt(Messenger):
-    """Stops a program at the first latent site that nothing gave a value."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not (msg["done"] or msg["is_observed"] or site_is_subsample(msg)):
-            raise _Reached(msg["name"], msg["fn"])
 
 
 def _refuse_other_plates(trace: Trace, plates: Plates) -> None:

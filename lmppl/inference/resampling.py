@@ -31,7 +31,24 @@ def stratified(weights: Tensor, n: int | None = None) -> Tensor:
     return _invert(weights, at)
 
 
-SCHEMES = {"systematic": systematic, "multinomial": multinomial, "stratified": stratified}
+def residual(weights: Tensor, n: int | None = None) -> Tensor:
+    """floor(n w_i) copies of particle i, and independent draws in proportion to n w_i - floor(n w_i) for the rest."""
+    n = len(weights) if n is None else n
+    expected = n * weights.double() / weights.double().sum(0)  # (N, *plates)
+    whole = (expected + 1e-9).floor()
+    count = whole.sum(0)  # (*plates)
+    slot = torch.arange(n, dtype=torch.float64, device=weights.device).view(-1, *[1] * count.dim())
+    copied = _invert(whole, (slot + 0.5) / count.clamp(min=1))
+    drawn = multinomial((expected - whole).clamp(min=0), n)
+    return torch.where(slot < count, copied, drawn)
+
+
+def conditional(weights: Tensor) -> Tensor:
+    """`multinomial`, given that particle 0 has a child: the first one (conditional SMC, Andrieu et al. 2010)."""
+    return torch.cat([torch.zeros_like(weights[:1], dtype=torch.long), multinomial(weights, len(weights) - 1)])
+
+
+SCHEMES = {"systematic": systematic, "stratified": stratified, "multinomial": multinomial, "residual": residual}
 
 
 def _invert(weights: Tensor, at: Tensor) -> Tensor:
