@@ -2,6 +2,7 @@
 
 from .completion import Completion
 from .next_token import NextToken
+from .table import Table, TextTable
 from .token_steps import DeadEnd
 
-__all__ = ["Completion", "DeadEnd", "NextToken"]
+__all__ = ["Completion", "DeadEnd", "NextToken", "Table", "TextTable"]

@@ -24,7 +24,8 @@ from .gflownet import (
     VarGrad,
 )
 from .importance import Importance
-from .posterior import Posterior, Predictive, ZeroEvidence
+from .posterior import Posterior, ZeroEvidence
+from .predictive import Prediction, Predictive
 from .programs import SiteMismatch
 from .smc import SMC
 from .training import Task, Trainer
@@ -46,6 +47,7 @@ __all__ = [
     "OnPolicy",
     "PooledVarGrad",
     "Posterior",
+    "Prediction",
     "Predictive",
     "Prior",
     "Proposal",

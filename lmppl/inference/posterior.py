@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
-from pyro.ops.stats import fit_generalized_pareto
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ..distributions import Table
 from . import programs
-from .programs import Program, Replay
+from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
+from .programs import Program
 from .resampling import SCHEMES
-from .weights import Plates, kept_plates, site_log_prob
+from .weights import Plates
+
+if TYPE_CHECKING:
+    from .predictive import Prediction, Predictive
+
+__all__ = ["Posterior", "Sites", "ZeroEvidence", "effective_sample_size", "normalised", "pareto_khat"]
 
 Index = int | tuple[int, ...] | None
-
-
-class ZeroEvidence(ValueError):
-    """Every particle has weight zero: there is no posterior to speak of."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Sites:
     plates: Plates
     event_dims: dict[str, int]
     decoders: dict[str, Callable[[Tensor], Any]] = field(repr=False)
+    lms: dict[str, Any] = field(default_factory=dict, repr=False)
+    stops: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of texts: the ids that end them, perhaps none
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,13 @@ class Posterior:
     def of(cls, trace: Trace, plates: Plates, log_weights: Tensor, guide: Program | None = None) -> Posterior:
         """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates)."""
         nodes = programs.latents(trace)
+        lms = {name: node["fn"].lm for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")}
         sites = Sites(
             plates,
             {name: node["fn"].event_dim for name, node in nodes.items()},
-            {name: node["fn"].lm.decode for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")},
+            {name: lm.decode for name, lm in lms.items()},
+            lms,
+            {name: nodes[name]["fn"].stop for name in lms},
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 
@@ -81,7 +89,10 @@ class Posterior:
 
     @property
     def khat(self) -> Tensor:
-        """Pareto k-hat of the weights' upper tail, (*plates); above 0.7 do not trust them. NaN below 10 tail draws."""
+        """Pareto k-hat of the weights' upper tail, (*plates): below 0.5 good, up to 0.7 usable, above not.
+
+        NaN with fewer than 50 particles.  What it means: `log_weights.pareto_khat`.
+        """
         flat = self.log_weights.reshape(self.num_particles, -1)
         return torch.tensor([pareto_khat(w) for w in flat.T]).reshape(self.log_weights.shape[1:])
 
@@ -90,118 +101,151 @@ class Posterior:
         n = self.num_particles if n is None else n
         if n < 1 or scheme not in SCHEMES:
             raise ValueError(f"n, scheme: expected n >= 1 and one of {sorted(SCHEMES)}, got {n} and {scheme!r}")
-        chosen = SCHEMES[scheme](self.probabilities, n)  # (n, *plates)
+        return self.take(SCHEMES[scheme](self.probabilities, n))
+
+    def take(self, chosen: Tensor) -> Posterior:
+        """Particles ``chosen`` (n, *plates), equally weighted."""
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
+        n = len(chosen)
         log_weights = (self.log_evidence - math.log(n)).expand(n, *self.log_evidence.shape)
         return replace(self, values=values, log_weights=log_weights)
 
-    def table(self, site: str, index: Index = None) -> list[tuple[str, float]]:
+    # -- marginals ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def table(self, site: str, index: Index = None) -> list[tuple[str, float]]: ...
+
+    @overload
+    def table(self, site: list[str], index: Index = None) -> list[tuple[tuple[str, ...], float]]: ...
+
+    def table(self, site: str | list[str], index: Index = None) -> Any:
         """Distinct values of a site with their posterior probabilities, most probable first; texts are decoded.
 
-        ``index`` picks a plate element; it is needed where there is more than one.
+        ``site`` may be several sites: then their joint values, as tuples.  ``index`` picks a plate element; it is
+        needed where there is more than one.
         """
-        if site not in self.samples:
+        names = [site] if isinstance(site, str) else list(site)
+        at: tuple[Any, ...] = (slice(None), *self._element(index))
+        columns = [self._strings(name, self._checked(name)[at]) for name in names]
+        total: dict[Any, float] = {}
+        for key, p in zip(zip(*columns, strict=True), normalised(self.log_weights[at]).tolist(), strict=True):
+            if p > 0:
+                total[key] = total.get(key, 0.0) + p
+        rows = sorted(total.items(), key=lambda row: -row[1])
+        return [(key[0], p) for key, p in rows] if isinstance(site, str) else rows
+
+    def distribution(self, site: str) -> Table:
+        """The marginal of one site as a Pyro distribution, for use as a prior in another model.
+
+        ``batch_shape`` has the kept plates at their own axes, so that it belongs under plates of the same sizes; a text
+        site gives a `TextTable`, and what the site has along other plates becomes part of the event.  Samples are draws
+        in proportion to the weights, ``log_prob`` is the log of the total weight of equal values, -inf elsewhere.  The
+        marginals of two sites are independent of each other when sampled: what ties them together is lost.
+
+        Example::
+
+            inner = Enumeration(author).run(x)
+            def reader():
+                z = pyro.sample("z", inner.distribution("z"))
+        """
+        from .nested import marginal
+
+        self._checked(site)
+        return marginal(self, site)
+
+    def strings(self, site: str) -> Any:
+        """A text site's particles decoded, nested lists (N, *plates, ...)."""
+        if self._checked(site) is not None and site not in self.sites.decoders:
+            raise ValueError(f"site: {site!r} is no text")
+        return self.sites.decoders[site](self.samples[site])
+
+    def _checked(self, site: str) -> Tensor:
+        if not isinstance(site, str) or site not in self.samples:
             raise ValueError(f"site: {site!r} is none of the latent sites {list(self.samples)}")
-        index = (index,) if isinstance(index, int) else index
+        return self.samples[site]
+
+    def _element(self, index: Index) -> tuple[int, ...]:
         plates = self.log_weights.shape[1:]
         if index is None:
             if plates.numel() > 1:
                 raise ValueError(f"index: the posterior has plates of shape {tuple(plates)}; say which element")
-            index = (0,) * len(plates)
+            return (0,) * len(plates)
+        index = (index,) if isinstance(index, int) else index
         if len(index) != len(plates):
             raise ValueError(f"index: expected {len(plates)} numbers for plates of shape {tuple(plates)}, got {index}")
-        at: tuple[Any, ...] = (slice(None), *index)
-        total: dict[str, float] = {}
-        probabilities = normalised(self.log_weights[at]).tolist()
-        for name, p in zip(self._strings(site, self.samples[site][at]), probabilities, strict=True):
-            if p > 0:
-                total[name] = total.get(name, 0.0) + p
-        return sorted(total.items(), key=lambda row: -row[1])
+        return index
 
     def _strings(self, site: str, value: Tensor) -> list[str]:
         strings = self.sites.decoders[site](value) if site in self.sites.decoders else [str(v.tolist()) for v in value]
         return [s if isinstance(s, str) else " | ".join(_leaves(s)) for s in strings]
 
-    @torch.no_grad()
+    # -- prediction --------------------------------------------------------------------------------------------------
+
     def predictive(
         self, model: Program, *args: Any, sampler: str | None = None, num_particles: int | None = None, **kwargs: Any
     ) -> Predictive:
         """What the model says of its other sites when its latents come from ``sampler``.
 
-        ``None``: this posterior's particles; "prior": the model's own latent sites, p(z | x); "guide": the guide.  The
-        guide of training saw the observation, q(z | x, y); prediction has none, so the two differ: both can be asked
-        for.  ``args`` go to the model (and to the guide).  Observed sites keep their log-probability under every
-        particle, so that an average over z, a vote, or the split of entropy into its expected and mutual parts can be
-        taken from it.
+        ``None``: this posterior's particles, with their weights, or ``num_particles`` resampled from them where that is
+        given; "prior": the model's own latent sites, p(z | x); "guide": the guide.  The guide of training saw the
+        observation, q(z | x, y); prediction has none, so the two differ: both can be asked for.  ``args`` go to the
+        model (and to the guide).  Observed sites keep their log-probability under every particle.
         """
-        if sampler not in (None, "prior", "guide"):
-            raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
-        if sampler == "guide" and self.guide is None:
-            raise ValueError("sampler: this posterior was made without a guide")
-        n = num_particles or self.num_particles
-        source = [model] if self.guide is None or sampler != "guide" else [self.guide, model]
-        nesting = programs.plate_nesting(source, args, kwargs, self.sites.plates.nesting)
-        values: dict[str, Tensor] = {}
-        if sampler is None:
-            values = self.resample(n).values
-        elif sampler == "guide":
-            proposal = programs.trace(source[0], args, kwargs, programs.Draw(), nesting=nesting, particles=n)
-            values = programs.values(proposal)
-        run = programs.trace(model, args, kwargs, programs.Draw(), Replay(values), nesting=nesting, particles=n)
-        plates = kept_plates([run], nesting)
-        nodes = {name: node for name, node in programs.scored(run).items()}
-        log_probs = {
-            name: site_log_prob(node, plates).expand(1, n, *plates.sizes)[0]
-            for name, node in nodes.items()
-            if node["is_observed"]
-        }
-        return Predictive({name: node["value"] for name, node in nodes.items() if not node["is_observed"]}, log_probs)
+        from .predictive import predictive
 
+        return predictive(self, model, args, kwargs, sampler, num_particles)
 
-@dataclass(frozen=True)
-class Predictive:
-    """Draws of a model's sites (N, ...) and the log-probability of each observed site under every particle."""
+    def predict(
+        self,
+        model: Program,
+        candidates: Tensor | Sequence[str],
+        *args: Any,
+        site: str = "y",
+        sampler: str | None = None,
+        num_particles: int | None = None,
+        **kwargs: Any,
+    ) -> Prediction:
+        r"""The probabilities of candidate values of one site, averaged over latents, and the vote of the particles.
 
-    samples: dict[str, Tensor]
-    log_probs: dict[str, Tensor]
+        .. math:: p(y_c \mid x) = \sum_n w_n \, p(y_c \mid x, z_n)
 
-    def log_prob(self, site: str) -> Tensor:
-        """The log of the average over particles of p(observed | z), (*plates)."""
-        per_particle = self.log_probs[site]
-        return per_particle.logsumexp(0) - math.log(len(per_particle))
+        :param candidates: C strings (a text's stop is added), or values (C, ...) whose other axes broadcast with the
+            plates and the site's event.
+        :param site: the site they are values of, observed in the model or not; what it was given there is replaced.
 
+        ``sampler`` and ``num_particles`` as in `predictive`.
+        """
+        from .predictive import predict
 
-def normalised(log_weights: Tensor) -> Tensor:
-    """Weights that sum to one over axis 0. Raises ZeroEvidence where all are zero."""
-    if bool((log_weights.amax(0) == -torch.inf).any()):
-        raise ZeroEvidence(
-            "every particle has probability zero under the model: the observation or a factor rules all of them out; "
-            "use more particles, a better guide, or check that observed texts end with their stop token"
-        )
-    return log_weights.softmax(0)
+        return predict(self, model, candidates, site, args, kwargs, sampler, num_particles)
 
+    # -- elsewhere ---------------------------------------------------------------------------------------------------
 
-def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """(sum w)^2 / sum w^2 over axis 0; 0 where all weights are zero."""
-    log_ess = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
-    return torch.where(log_weights.amax(0) == -torch.inf, torch.zeros_like(log_ess), log_ess.exp())
+    def to_arviz(self) -> Any:
+        """An ``arviz.InferenceData`` with one chain of equally weighted draws; see `export.to_arviz`."""
+        from .export import to_arviz
 
+        return to_arviz(self)
 
-def pareto_khat(log_weights: Tensor) -> float:
-    """The generalised Pareto shape of the largest min(N/5, 3 sqrt N) weights (Vehtari et al. 2024), by Pyro's fit."""
-    n = len(log_weights)
-    tail = int(min(0.2 * n, 3 * n**0.5))
-    if tail < 10 or not bool(log_weights.isfinite().any()):
-        return float("nan")
-    weights, _ = (log_weights - log_weights.max()).double().exp().sort()
-    threshold = weights[-tail - 1]
-    excess = weights[-tail:] - threshold
-    if float(excess[0]) <= 1e-12:  # ties: all weights alike, no tail
-        excess = excess[excess > 1e-12]
-        if len(excess) < 10:
-            return float("-inf") if len(excess) == 0 else float("nan")
-    k, _ = fit_generalized_pareto(excess)
-    return float(k)
+    def save(self, path: str | Path) -> None:
+        """Write a directory, whole or not at all: tensors as safetensors, the rest and all decoded texts as JSON.
+
+        The guide is a program and is not saved.
+        """
+        from .posterior_files import save
+
+        save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, lm: Any = None) -> Self:
+        """A saved posterior of this class or a subclass of it.
+
+        ``lm`` decodes its texts; without one they are looked up among those that were saved.  Raises ValueError where
+        ``path`` holds no saved posterior, or a damaged one.
+        """
+        from .posterior_files import load
+
+        return load(cls, Path(path), lm)
 
 
 def _leaves(nested: Any) -> list[str]:

@@ -1,0 +1,129 @@
+"""Saving a posterior: tensors in safetensors, the rest in JSON, in one directory that is written whole or not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import text
+from .posterior import Posterior, Sites
+from .weights import Plates
+
+TENSORS, REST, FORMAT = "posterior.safetensors", "posterior.json", "lmppl posterior 1"
+P = TypeVar("P", bound=Posterior)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Decodes texts by looking them up; ``strings`` has them by their tokens, as "5 6 0"."""
+
+    strings: dict[str, str]
+
+    def __call__(self, value: Tensor) -> Any:
+        if value.dim() > 1:
+            return [self(part) for part in value]
+        key = _key(value.tolist())
+        if key not in self.strings:
+            raise ValueError(f"text: the tokens {key} were not saved with this posterior; load it with lm=...")
+        return self.strings[key]
+
+
+def save(posterior: Posterior, path: Path) -> None:
+    """Write ``path``, replacing a posterior that was there; ValueError where something else is."""
+    if path.exists() and not (path / REST).is_file():
+        raise ValueError(f"path: {path} exists and is no saved posterior")
+    sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
+    plain: dict[str, Any] = {}  # fields that are no tensors, and how many tensors make up one that is a tuple
+    for name in _others(type(posterior)):
+        value = getattr(posterior, name)
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+            plain[name] = {"tensors": len(value)}
+            tensors |= {f"{name}.{i}": part for i, part in enumerate(value)}
+        else:
+            plain[name] = {"value": value}
+    rest = {
+        "format": FORMAT,
+        "class": type(posterior).__name__,
+        "fields": plain,
+        "plates": vars(sites.plates),
+        "event_dims": sites.event_dims,
+        "strings": {site: _strings(posterior, site) for site in sites.decoders},
+        "stops": {site: stop.tolist() for site, stop in sites.stops.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        fresh = Path(scratch) / "fresh"
+        fresh.mkdir()
+        save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
+        (fresh / REST).write_text(json.dumps(rest))
+        if path.exists():
+            path.rename(Path(scratch) / "old")
+        fresh.rename(path)
+
+
+def load(cls: type[P], path: Path, lm: Any = None) -> P:
+    """Read what `save` wrote."""
+    if not (path / REST).is_file() or not (path / TENSORS).is_file():
+        raise ValueError(f"path: {path} is no saved posterior; it should have {REST} and {TENSORS}")
+    try:
+        rest = json.loads((path / REST).read_text())
+        if not isinstance(rest, dict) or rest.get("format") != FORMAT:
+            raise ValueError(f"expected the format {FORMAT!r}")
+        tensors = load_file(path / TENSORS)
+        return _build(cls, rest, tensors, lm)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"path: {path} is no posterior that can be read: {error}") from error
+
+
+def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: Any) -> P:
+    kinds = {kind.__name__: kind for kind in [cls, *cls.__subclasses__()]}
+    if rest["class"] not in kinds:
+        raise ValueError(f"it was saved by the class {rest['class']}, which is no {cls.__name__}")
+    kind = kinds[rest["class"]]
+    names, dims, sizes = (tuple(rest["plates"][key]) for key in ("names", "dims", "sizes"))
+    plates = Plates(names, dims, sizes, int(rest["plates"]["nesting"]))
+    decoders = {site: lm.decode if lm is not None else Lookup(strings) for site, strings in rest["strings"].items()}
+    lms = {} if lm is None else dict.fromkeys(rest["stops"], lm)
+    stops = {site: torch.tensor(ids, dtype=torch.long) for site, ids in rest["stops"].items()}
+    values = {name.removeprefix("values."): t for name, t in tensors.items() if name.startswith("values.")}
+    others: dict[str, Any] = {}
+    for name in _others(kind):
+        spec = rest["fields"].get(name)
+        if spec is None:
+            others[name] = tensors[name]
+        else:
+            others[name] = (
+                spec["value"] if "value" in spec else tuple(tensors[f"{name}.{i}"] for i in range(spec["tensors"]))
+            )
+    n = len(others["log_weights"])
+    if set(values) != set(rest["event_dims"]) or tuple(others["log_weights"].shape) != (n, *sizes):
+        raise ValueError("its tensors and its sites do not fit together")
+    if any(len(v) != n or v.dim() != 1 + plates.nesting + rest["event_dims"][k] for k, v in values.items()):
+        raise ValueError("the shapes of its values do not fit its weights")
+    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, stops), **others)
+
+
+def _others(cls: type[Posterior]) -> list[str]:
+    """Everything but the values and the sites; a guide is a program."""
+    return [f.name for f in fields(cls) if f.name not in ("values", "sites", "guide")]
+
+
+def _strings(posterior: Posterior, site: str) -> dict[str, str]:
+    """Each distinct text decoded, by its tokens."""
+    value = posterior.values[site]
+    distinct = torch.unique(value.reshape(-1, value.shape[-1]), dim=0)
+    return dict(zip(map(_key, distinct.tolist()), posterior.sites.decoders[site](distinct), strict=True))
+
+
+def _key(tokens: list[int]) -> str:
+    return " ".join(str(t) for t in tokens if t != text.PAD)

@@ -1,0 +1,243 @@
+"""Prediction: a model's other sites, or candidate values of one of them, averaged over latents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .. import text
+from . import programs
+from .log_weights import normalised
+from .posterior import Index, Posterior
+from .programs import Program, Replay
+from .weights import Plates, kept_plates, site_log_prob
+
+
+class Observe(Messenger):
+    """Observes given values at sites, whether the program observes something there or samples them."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            msg["value"], msg["is_observed"], msg["done"] = self.values[msg["name"]], True, True
+
+
+@dataclass(frozen=True)
+class Predictive:
+    """Weighted draws of a model's unobserved sites, and the log-probability of each observed one under every particle.
+
+    ``log_probs[site]`` has the shape (N, *plates), like ``log_weights``, which are normalised.
+    """
+
+    draws: Posterior
+    log_probs: dict[str, Tensor]
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """Each unobserved site's values (N, *plates, ...), under ``log_weights``."""
+        return self.draws.samples
+
+    @property
+    def log_weights(self) -> Tensor:
+        return self.draws.log_weights
+
+    def log_prob(self, site: str) -> Tensor:
+        """The log of the average over particles of p(observed | z), (*plates)."""
+        if site not in self.log_probs:
+            raise ValueError(f"site: {site!r} is none of the observed sites {list(self.log_probs)}")
+        return (self.log_weights + self.log_probs[site]).logsumexp(0)
+
+    def table(self, site: str, index: Index = None) -> list[tuple[str, float]]:
+        """The vote over a sampled site: its distinct values with their shares of the weight, largest first."""
+        return self.draws.table(site, index)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""C candidate values of a site under every particle.
+
+    ``log_probs`` (C, N, *plates) are log p(y_c | x, z_n), ``log_weights`` (N, *plates) normalised.  Everything but
+    `log_prob` and `vote` is given that the answer is one of the candidates: particles are weighed by the mass
+    :math:`m_n = \sum_c p(y_c \mid z_n)` that they leave them, and
+
+    .. math:: p_n(c) = p(y_c \mid z_n) / m_n, \qquad \bar p(c) = \sum_n w'_n \, p_n(c), \qquad w'_n \propto w_n m_n
+
+    Raises ZeroEvidence where every candidate is impossible.
+    """
+
+    names: list[str]
+    log_probs: Tensor
+    log_weights: Tensor
+
+    @property
+    def log_prob(self) -> Tensor:
+        r"""log p(y_c | x) :math:`= \log \sum_n w_n \, p(y_c \mid x, z_n)`, (C, *plates); not normalised over C."""
+        return (self.log_weights + self.log_probs).logsumexp(1)
+
+    @property
+    def probabilities(self) -> Tensor:
+        r"""The posterior predictive :math:`\bar p(c)`, (C, *plates)."""
+        return normalised(self.log_prob)
+
+    @property
+    def vote(self) -> Tensor:
+        """The share of the weight whose most probable candidate each is, (C, *plates); ties are split evenly.
+
+        Particles under which every candidate is impossible do not vote, and the shares sum to less than one.
+        """
+        best = (self.log_probs == self.log_probs.amax(0)) & (self.log_probs > -torch.inf)
+        return (self.log_weights.exp() * best / best.sum(0).clamp(min=1)).sum(1)
+
+    @property
+    def entropy(self) -> Tensor:
+        r"""Of the posterior predictive, in nats, (*plates): `expected_entropy` + `mutual_information`."""
+        p = self.probabilities
+        return -torch.xlogy(p, p).sum(0)
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        r"""What stays unknown when z is known: :math:`\sum_n w'_n H(p_n)`, in nats, (*plates)."""
+        weights, p = self._given_candidates()
+        return (weights * -torch.xlogy(p, p).sum(0)).sum(0)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        r"""What z would tell of the answer: :math:`\sum_n w'_n \, KL(p_n \| \bar p)`, in nats, (*plates)."""
+        weights, p = self._given_candidates()
+        mean = self.probabilities[:, None]
+        return (weights * (torch.xlogy(p, p) - torch.xlogy(p, mean)).sum(0)).sum(0)
+
+    def _given_candidates(self) -> tuple[Tensor, Tensor]:
+        """w' (N, *plates) and p_n (C, N, *plates), zero where m_n is."""
+        mass = self.log_probs.logsumexp(0)
+        p = (self.log_probs - mass.masked_fill(mass == -torch.inf, 0.0)).exp()
+        return normalised(self.log_weights + mass), p
+
+
+@torch.no_grad()
+def predictive(
+    posterior: Posterior,
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampler: str | None = None,
+    num_particles: int | None = None,
+) -> Predictive:
+    """See `Posterior.predictive`."""
+    run, plates, log_weights = _run(posterior, model, args, kwargs, sampler, num_particles)
+    observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
+    log_probs = {name: site_log_prob(node, plates).expand(1, *log_weights.shape)[0] for name, node in observed.items()}
+    return Predictive(Posterior.of(run, plates, log_weights), log_probs)
+
+
+@torch.no_grad()
+def predict(
+    posterior: Posterior,
+    model: Program,
+    candidates: Tensor | Sequence[str],
+    site: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampler: str | None = None,
+    num_particles: int | None = None,
+) -> Prediction:
+    """See `Posterior.predict`."""
+    nesting = max(posterior.sites.plates.nesting, programs.plate_nesting([model], args, kwargs))
+    nodes = programs.scored(_sketch(model, args, kwargs, nesting))
+    if site not in nodes:
+        raise ValueError(f"site: {site!r} is none of the model's sites {list(nodes)}")
+    fn = nodes[site]["fn"]
+    names, values = _candidates(candidates, fn)  # (C, *axes, *event)
+    axes = values.dim() - 1 - fn.event_dim
+    if axes > nesting:
+        raise ValueError(f"candidates: shape {tuple(values.shape)} has more axes than the plates and site {site!r}")
+    values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
+    # Latents are drawn once, whatever the candidate; what follows the site is not asked for.
+    drawn, plates, log_weights = _run(
+        posterior, model, args, kwargs, sampler, num_particles, Observe({site: values[0]})
+    )
+    run = programs.trace(
+        model,
+        args,
+        kwargs,
+        Observe({site: values}),
+        Replay(programs.values(drawn)),
+        nesting=nesting,
+        particles=len(log_weights),
+        prefixes=len(values),
+    )
+    log_probs = site_log_prob(run.nodes[site], plates).expand(len(values), *log_weights.shape)
+    return Prediction(names, log_probs, log_weights)
+
+
+def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str], Tensor]:
+    if not len(candidates):
+        raise ValueError("candidates: there are none")
+    if isinstance(candidates, Tensor):
+        is_text = hasattr(fn, "prefix_scores") and candidates.dim() == 2
+        return (fn.lm.decode(candidates) if is_text else [str(c.tolist()) for c in candidates]), candidates
+    strings = list(candidates)
+    if not hasattr(fn, "lm") or not all(isinstance(s, str) for s in strings):
+        raise ValueError("candidates: strings are for a text site; give its values as a tensor (C, ...)")
+    if not fn.event_dim:
+        return strings, torch.tensor([fn.lm.token_id(s) for s in strings])
+    return strings, text.cat(fn.lm.encode(strings), fn.stop[:1])
+
+
+def _sketch(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> Trace:
+    """The model's sites, without asking the network."""
+    with torch.random.fork_rng(devices=[]):
+        return programs.trace(model, args, kwargs, programs.Sketch(), nesting=nesting, particles=1)
+
+
+def _run(
+    posterior: Posterior,
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sampler: str | None,
+    num_particles: int | None,
+    *handlers: Messenger,
+) -> tuple[Trace, Plates, Tensor]:
+    """The model under latents from the sampler, its kept plates, and normalised log weights (N, *plates)."""
+    if sampler not in (None, "prior", "guide"):
+        raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
+    if sampler == "guide" and posterior.guide is None:
+        raise ValueError("sampler: this posterior was made without a guide")
+    if num_particles is not None and num_particles < 1:
+        raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+    own = posterior.sites.plates
+    guides = [posterior.guide] if sampler == "guide" and posterior.guide is not None else []
+    nesting = max(own.nesting, programs.plate_nesting([*guides, model], args, kwargs))
+    plates = kept_plates([_sketch(model, args, kwargs, nesting)], nesting)
+    n = num_particles or posterior.num_particles
+    log_weights = posterior.log_weights.new_full((n, *plates.sizes), -math.log(n))
+    values: dict[str, Tensor] = {}
+    if sampler is None:
+        normalised(posterior.log_weights)
+        shared = set(zip(own.dims, own.sizes, strict=True)) <= set(zip(plates.dims, plates.sizes, strict=True))
+        if num_particles is None and shared:
+            by_axis = own.spread(posterior.log_weights.log_softmax(0))  # (N, *plate axes)
+            log_weights = plates.reduce(_deeper(by_axis, nesting - own.nesting))[0]
+        else:  # one plate element's weights say nothing of joint particles: draw them
+            posterior = posterior.resample(n)
+        values = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
+    for guide in guides:
+        values = programs.values(programs.trace(guide, args, kwargs, programs.Draw(), nesting=nesting, particles=n))
+    run = programs.trace(model, args, kwargs, programs.Draw(), Replay(values), *handlers, nesting=nesting, particles=n)
+    return run, kept_plates([run], nesting), log_weights
+
+
+def _deeper(x: Tensor, more: int) -> Tensor:
+    """(N, ...) with ``more`` plate axes of size 1 right of the particles."""
+    return x.reshape(len(x), *[1] * more, *x.shape[1:])
