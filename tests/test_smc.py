@@ -508,7 +508,7 @@ def test_sites_that_do_not_match(model, guide, message):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_particles": 0}, {"ess_threshold": 1.5}, {"resampling": "residual"}, {"twist": "soft"}]
+    "wrong", [{"num_particles": 0}, {"ess_threshold": 1.5}, {"resampling": "killing"}, {"twist": "soft"}]
 )
 def test_arguments_are_named_in_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import text
+from .partial import keep_first
 from .programs import Node, SiteMismatch
 from .weights import Plates, log_ratio, site_log_prob
 
@@ -16,10 +18,11 @@ class Growth:
     r"""Unfinished texts of one site, (particle, *plate axes), drawn from the guide's site and scored by the model's.
 
     A token's log increment is :math:`scale \cdot \log p(token) - \log q(token)`, summed over the rows of a particle.  A
-    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf.
+    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf.  With
+    ``retained`` texts by site (1, *plate axes, L), particle 0 gets its tokens from there: +inf where q has none of it.
     """
 
-    def __init__(self, model: Node, guide: Node, plates: Plates):
+    def __init__(self, model: Node, guide: Node, plates: Plates, retained: Mapping[str, Tensor] | None = None):
         self.name: str = guide["name"]
         self.model, self.guide, self.plates = dict(model), dict(guide), plates
         self.shape: torch.Size = guide["fn"].batch_shape  # (particle, *plate axes)
@@ -32,6 +35,10 @@ class Growth:
         self.q = guide["fn"].token_steps(self.shape)
         # One and the same site proposes and is weighed: its steps serve as both.
         self.p = self.q if model is guide else model["fn"].token_steps(self.shape, share=self.q)
+        self.retained: Tensor | None = None
+        if retained is not None:
+            nothing = torch.full((*self.shape, self.width), text.PAD, device=self.q.prefix.device)
+            self.retained = keep_first(retained, self.name, guide["fn"], nothing).flatten(0, -2)  # (row, width)
 
     @property
     def done(self) -> bool:
@@ -52,12 +59,24 @@ class Growth:
         p, q = self.p, self.q
         ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
         token, log_q = q.draw(torch.rand(len(ended), device=ended.device))  # both (row,)
+        if self.retained is not None:
+            token, log_q = self._retain(token, log_q)
         log_p = log_q if p is q else p.score(token).masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
         q.append(token)
         if p is not q:
             p.append(token)
             log_p = log_p.masked_fill(q.ended & ~p.ended, -torch.inf)  # it has ended, but not for the model
         return self._ratio(log_p, log_q)
+
+    def _retain(self, token: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """The same draws, but for the rows of particle 0."""
+        assert self.retained is not None
+        held = torch.arange(len(token), device=token.device) < self.shape[1:].numel()
+        own = self.retained[:, self.q.prefix.shape[1]]
+        token = torch.where(held, own.masked_fill(self.q.ended, text.PAD), token)
+        impossible = (token == text.PAD) & ~self.q.ended
+        log_own = self.q.score(token).masked_fill(impossible, -torch.inf).masked_fill(self.q.ended, 0.0)
+        return token, torch.where(held, log_own, log_q)
 
     def stop(self) -> tuple[Tensor, Tensor, Tensor]:
         """The texts ended here by the model's likeliest stop (particle, *plate axes, width), with the logarithms of

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .. import text
 from . import programs
 from .programs import Node, Program, Replay
 
@@ -21,9 +24,9 @@ class _Reached(BaseException):
 class _Halt(Messenger):
     """Records sites and leaves the program at the first latent site without a value, or the first such text."""
 
-    def __init__(self, *, texts_only: bool):
+    def __init__(self, *, texts_only: bool, retained: Mapping[str, Tensor] | None = None):
         super().__init__()
-        self.texts_only = texts_only
+        self.texts_only, self.retained = texts_only, retained
         self.trace, self.site = Trace(), None
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -34,6 +37,8 @@ class _Halt(Messenger):
             raise _Reached
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if not (msg["is_observed"] or site_is_subsample(msg)):
+            msg["value"] = keep_first(self.retained, msg["name"], msg["fn"], msg["value"])
         self.trace.add_node(msg["name"], **msg.copy())
 
 
@@ -51,16 +56,33 @@ def advance(
     nesting: int,
     particles: int,
     texts_only: bool,
+    retained: Mapping[str, Tensor] | None = None,
 ) -> tuple[Trace, Node | None]:
     """The sites that a program meets under ``values``, and the latent site without a value where it was left.
 
     With ``texts_only`` it goes on past latent sites that are no texts, and draws them.  None: it ran to its end.  The
-    node's ``fn`` has the shape (particle, *plate axes).
+    node's ``fn`` has the shape (particle, *plate axes).  ``retained``: what particle 0 has in place of what is drawn.
     """
-    halt = _Halt(texts_only=texts_only)
+    halt = _Halt(texts_only=texts_only, retained=retained)
     with suppress(_Reached):
         programs.trace(program, args, kwargs, halt, Replay(values), nesting=nesting, particles=particles)
     return halt.trace, halt.site
+
+
+def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value: Tensor) -> Tensor:
+    """A site's value (particle, *plate axes, *event) with the retained one, (1, ...), in particle 0.
+
+    :raises ValueError: where nothing is retained for this site.
+    """
+    if retained is None:
+        return value
+    if name not in retained:
+        raise ValueError(f"exact_sample: it has no value for the site {name!r}, only for {list(retained)}")
+    first = retained[name]
+    if hasattr(fn, "prefix_scores"):
+        first = text.pad(first, fn.event_shape[0])
+    first = first.reshape((1,) * (value.dim() - first.dim()) + first.shape)
+    return torch.cat([first.expand_as(value[:1]), value[1:]])
 
 
 def only(trace: Trace, names: set[str]) -> Trace:

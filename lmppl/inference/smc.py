@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -10,14 +12,27 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from . import programs
+from .ancestry import Ancestry, Resampling
 from .growth import Growth
-from .partial import advance, is_grown, only
+from .partial import advance, is_grown, keep_first, only
 from .posterior import Posterior, effective_sample_size
 from .programs import Node, Program, SiteMismatch
-from .resampling import SCHEMES
+from .resampling import SCHEMES, conditional
 from .twists import Twist, checked, log_twist
 from .validation import check_axes
 from .weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential(Posterior):
+    """Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.ancestry`."""
+
+    ancestry: Ancestry = field(repr=False)
+
+    def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
+        """``n`` equally weighted particles, without their ancestry."""
+        plain = Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide)
+        return plain.resample(n, scheme)
 
 
 class SMC:
@@ -35,7 +50,7 @@ class SMC:
     :param guide: another, with the model's latent sites, its texts in the model's order; None: the model proposes.
     :param num_particles: N.
     :param ess_threshold: between 0 (never resample) and 1 (whenever weights differ).
-    :param resampling: "systematic", "stratified" or "multinomial".
+    :param resampling: "systematic", "stratified", "multinomial" or "residual".
     :param twist: psi, see `lmppl.inference.twists`: None, "stop", "flow" or a function prefix -> log psi.
     :param max_plate_nesting: guessed where not given.
 
@@ -70,31 +85,46 @@ class SMC:
         self.ess_threshold, self.resampling, self.twist = ess_threshold, resampling, checked(twist)
         self.max_plate_nesting = max_plate_nesting
 
-    @torch.no_grad()
-    def run(self, *args: Any, **kwargs: Any) -> Posterior:
-        """The weighted particles for these arguments."""
-        state = _State(self, args, kwargs)
-        while site := state.next_text():
-            state.grow(*site)
-        state.check()
-        return Posterior.of(state.proposal, state.plates, state.log_weights, self.guide)
+    def run(self, *args: Any, **kwargs: Any) -> Sequential:
+        """The weighted particles for these arguments, with their ancestry."""
+        return run(self, args, kwargs)
+
+
+@torch.no_grad()
+def run(
+    smc: SMC, args: tuple[Any, ...], kwargs: dict[str, Any], retained: Mapping[str, Tensor] | None = None
+) -> Sequential:
+    """SMC, or with ``retained`` values of every latent site (1, *plate axes, *event) conditional SMC.
+
+    Conditional SMC (Andrieu et al. 2010) holds particle 0 to the retained values, through multinomial resamplings
+    that keep it: if they are a draw of the posterior, then :math:`E[1 / \\hat Z] = 1 / Z`.
+    """
+    state = _State(smc, args, kwargs, retained)
+    while site := state.next_text():
+        state.grow(*site)
+    state.check()
+    found = Posterior.of(state.proposal, state.plates, state.log_weights - math.log(smc.num_particles), smc.guide)
+    return Sequential(**{f.name: getattr(found, f.name) for f in fields(found)}, ancestry=tuple(state.ancestry))
 
 
 class _State:
-    """Particles in the middle of a run: ``values`` of the sites met so far, and log W (particle, *kept).
+    """Particles in the middle of a run: ``values`` of the sites met so far, and log N W (particle, *kept).
 
     A Python frame cannot be resampled, so programs are run again under ``values`` to learn their next site; each site
     enters the weights once: ``seen`` are those that have.
     """
 
-    def __init__(self, smc: SMC, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.smc, self.args, self.kwargs = smc, args, kwargs
+    def __init__(
+        self, smc: SMC, args: tuple[Any, ...], kwargs: dict[str, Any], retained: Mapping[str, Tensor] | None = None
+    ):
+        self.smc, self.args, self.kwargs, self.retained = smc, args, kwargs, retained
         both = [smc.model] if smc.guide is None else [smc.guide, smc.model]
         self.nesting = programs.plate_nesting(both, args, kwargs, smc.max_plate_nesting)
         self.plates = _sketched_plates(both, args, kwargs, self.nesting)
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
-        self.log_weights = torch.full((smc.num_particles, *self.plates.sizes), -math.log(smc.num_particles))
+        self.log_weights = torch.zeros(smc.num_particles, *self.plates.sizes)
+        self.ancestry: list[Resampling] = []
         self.proposal = self.target = Trace()
 
     def next_text(self) -> tuple[Node, Node] | None:
@@ -112,26 +142,32 @@ class _State:
         if is_grown(met):
             raise SiteMismatch(_mismatch(site, met, target))
         # The guide draws a text before another latent on which the model's text depends: it is drawn whole.
-        self.values[site["name"]] = site["fn"].sample()
+        self.values[site["name"]] = keep_first(self.retained, site["name"], site["fn"], site["fn"].sample())
         return self.next_text()
 
     def grow(self, model: Node, guide: Node) -> None:
         """Grow a text in every particle, resampling on the way."""
-        growth = Growth(model, guide, self.plates)
+        growth = Growth(model, guide, self.plates, self.retained)
 
         def log_following(value: Tensor) -> Tensor:
             trace, _ = self._advance(self.smc.model, self.values | {growth.name: value})
             return log_density(only(trace, set(trace.nodes) - self.seen - {growth.name}), self.plates)[0]
 
         while not growth.done:
-            self._resample(growth, log_twist(self.smc.twist, growth, log_following))
+            self._resample(growth, log_twist(self.smc.twist, growth, log_following, self._before()))
             self.log_weights = self.log_weights + growth.step()
         self.values[growth.name] = growth.value
         self.seen.add(growth.name)
 
+    def _before(self) -> dict[str, Tensor]:
+        """The latent sites before the one that is being grown, (particle, *kept, ...)."""
+        nodes = programs.latents(self.proposal).items()
+        return {name: self.plates.lead(node["value"], node["fn"].event_dim) for name, node in nodes}
+
     def _advance(self, program: Program, values: dict[str, Tensor], *, texts_only: bool = False) -> Any:
         shape = {"nesting": self.nesting, "particles": self.smc.num_particles}
-        return advance(program, self.args, self.kwargs, values, texts_only=texts_only, **shape)
+        retained = self.retained if texts_only else None
+        return advance(program, self.args, self.kwargs, values, texts_only=texts_only, retained=retained, **shape)
 
     def _take_in(self, target: Trace) -> None:
         """Multiply the weights by p/q of the sites that the model has met since; a guide's auxiliary sites are 1/q."""
@@ -152,7 +188,9 @@ class _State:
             return
         weights = torch.where(low, score, 0.0).softmax(0)
         stay = torch.arange(n, device=score.device).view(n, *[1] * low.dim())
-        chosen = torch.where(low, SCHEMES[self.smc.resampling](weights), stay)
+        scheme = SCHEMES[self.smc.resampling] if self.retained is None else conditional
+        chosen = torch.where(low, scheme(weights), stay)
+        self.ancestry.append(Resampling(growth.name, growth.prefix.shape[-1], chosen, score - math.log(n)))
         self.log_weights = torch.where(low, total - math.log(n) - log_psi.gather(0, chosen), self.log_weights)
         growth.select(chosen)
         for name, node in programs.latents(self.proposal).items():
@@ -163,6 +201,10 @@ class _State:
         """Raise where the programs' last run contradicts what was taken for granted before."""
         if self.smc.guide is not None:
             programs.match(self.target, self.proposal)
+        nodes = programs.scored(self.target).values()
+        subsampled = any(f.full_size not in (None, f.size) for node in nodes for f in node["cond_indep_stack"])
+        if self.retained is not None and subsampled:
+            raise ValueError("model: a plate is subsampled; run it in full, so that the exact sample is of these data")
         if kept_plates([self.target, self.proposal], self.nesting, subsampling=False) != self.plates:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
         weighted = Weighted(self.log_weights, self.values, self.target, self.proposal, self.plates)

@@ -5,14 +5,16 @@ r"""Twists: scores psi of a prefix by which SMC resamples, looking ahead; the we
 * ``"flow"``: that over the guide's q(stop | prefix).  A trained guide's flow is
   F(z_1..z_t) = R(z_1..z_t stop) / q(stop | z_1..z_t) (Hu et al. 2024); relative to the prefix's own p(z_1..z_t)^scale
   it is this number.
-* a function: prefix (particle, *plates, t) -> log psi (particle, *plates), of the text site that is being grown.
+* a function: prefix (particle, *plates, t) -> log psi (particle, *plates), of the text site that is being grown; with
+  a second argument it gets the values of the sites before it, by name, (particle, *plates, ...) each.
 
 For a text that has ended, "stop" and "flow" are the factors and observations that follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from .growth import Growth
 
-Twist: TypeAlias = Literal["stop", "flow"] | Callable[[Tensor], Tensor] | None
+Twist: TypeAlias = Literal["stop", "flow"] | Callable[..., Tensor] | None
 
 
 def checked(twist: Twist) -> Twist:
@@ -29,17 +31,20 @@ def checked(twist: Twist) -> Twist:
     raise ValueError(f"twist: expected None, 'stop', 'flow' or a function of the prefix, got {twist!r}")
 
 
-def log_twist(twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor]) -> Tensor:
+def log_twist(
+    twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor], before: Mapping[str, Tensor]
+) -> Tensor:
     """log psi of every particle, (particle, *kept), finite everywhere.
 
     ``log_following(value)``: the factors and observations up to the next latent site, where the site being grown has
-    ``value`` (particle, *plate axes, width).
+    ``value`` (particle, *plate axes, width).  ``before``: the latent sites before it, (particle, *kept, ...).
     """
     kept = (growth.shape[0], *growth.plates.sizes)
     if twist is None:
         return torch.zeros(kept)
     if callable(twist):
-        log_psi = twist(growth.plates.lead(growth.prefix, 1))  # (particle, *kept, *others)
+        prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
+        log_psi = twist(prefix, before) if _wants_values(twist) else twist(prefix)
         if log_psi.shape[: len(kept)] != kept:
             raise ValueError(f"twist: it returned the shape {tuple(log_psi.shape)}; expected {kept}")
         return positive(log_psi.reshape(*kept, -1).sum(-1))
@@ -48,6 +53,11 @@ def log_twist(twist: Twist, growth: Growth, log_following: Callable[[Tensor], Te
         return torch.zeros(kept)
     log_psi = log_p + log_following(value)
     return positive((log_psi - log_q if twist == "flow" else log_psi).expand(kept))
+
+
+def _wants_values(twist: Callable[..., Tensor]) -> bool:
+    required = [p for p in inspect.signature(twist).parameters.values() if p.default is p.empty]
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required) > 1
 
 
 def positive(log_psi: Tensor) -> Tensor:

@@ -1,0 +1,89 @@
+"""Particle ancestry: which particle of SMC descends from which, and a plot of the lines of descent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class Resampling(NamedTuple):
+    """Before token ``token`` (from 0) of ``site``, particle n became particle ``chosen[n]``, all (N, *plates).
+
+    Plate elements that were not resampled have ``chosen[n] = n``.  ``log_scores`` are the log W psi by which it was
+    done; where psi is the optimal twist, their sum over particles estimates the evidence already.
+    """
+
+    site: str
+    token: int
+    chosen: Tensor
+    log_scores: Tensor
+
+
+Ancestry: TypeAlias = tuple[Resampling, ...]
+
+
+def lineages(ancestry: Ancestry) -> Tensor:
+    """Each final particle's ancestor before every resampling, (R, N, *plates); row r indexes that time's particles.
+
+    .. math:: A_R(n) = chosen_R(n), \\qquad A_r(n) = chosen_r(A_{r+1}(n))
+
+    The distinct entries of row r are the ancestors that survive.  Raises ValueError where nothing was resampled.
+    """
+    if not ancestry:
+        raise ValueError("ancestry: nothing was resampled, so every particle is its own ancestor")
+    line, rows = None, []
+    for event in reversed(ancestry):
+        line = event.chosen if line is None else event.chosen.gather(0, line)
+        rows.append(line)
+    return torch.stack(rows[::-1])
+
+
+def survivors(ancestry: Ancestry) -> Tensor:
+    """How many particles of the time before each resampling have a descendant at the end, (R, *plates)."""
+    ordered, _ = lineages(ancestry).sort(1)
+    return 1 + (ordered.diff(dim=1) != 0).sum(1)
+
+
+def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, ...] | None = None) -> None:
+    """Draw the lines of descent of one plate element as a PNG, written whole or not at all.
+
+    A column holds the particles before a resampling (the last: at the end); lines with a descendant at the end are
+    bold.  ``index`` picks a plate element and is needed where there is more than one.
+
+    Example::
+
+        plot_ancestry(SMC(model, guide, 32).run(x, y).ancestry, "ancestry.png", index=0)
+    """
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    line = lineages(ancestry)  # (R, N, *plates)
+    plates = line.shape[2:]
+    if index is None and plates.numel() > 1:
+        raise ValueError(f"index: the particles have plates of shape {tuple(plates)}; say which element")
+    index = (0,) * len(plates) if index is None else (index,) if isinstance(index, int) else index
+    if len(index) != len(plates):
+        raise ValueError(f"index: expected {len(plates)} numbers for plates of shape {tuple(plates)}, got {index}")
+    at: tuple[int | slice, ...] = (slice(None), *index)
+    rounds, particles = line.shape[:2]
+    figure = Figure(figsize=(1.5 + 0.5 * rounds, 1.2 + 0.12 * particles), layout="constrained")
+    axis = figure.subplots()
+    for r, event in enumerate(ancestry):
+        parent = event.chosen[at].tolist()
+        alive = set(range(particles)) if r == rounds - 1 else set(line[r + 1][at].tolist())
+        for bold in (False, True):
+            lines = [[(r, m), (r + 1, n)] for n, m in enumerate(parent) if (n in alive) == bold]
+            style = {"colors": "C0", "linewidths": 1.4} if bold else {"colors": "0.8", "linewidths": 0.6}
+            axis.add_collection(LineCollection(lines, zorder=1 + bold, **style))
+    axis.set_xticks(range(rounds + 1), [*(f"{e.site} {e.token}" for e in ancestry), "end"], rotation=90, fontsize=7)
+    axis.set(xlim=(-0.2, rounds + 0.2), ylim=(particles - 0.5, -0.5), xlabel="before token", ylabel="particle")
+    axis.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as scratch:
+        figure.savefig(scratch, dpi=120)
+    os.replace(scratch.name, path)
