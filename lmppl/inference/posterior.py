@@ -107,7 +107,7 @@ class Posterior:
         """Particles ``chosen`` (n, *plates), equally weighted."""
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
         n = len(chosen)
-        log_weights = (self.log_evidence - math.log(n)).expand(n, *self.log_evidence.shape)
+        log_weights = (self.log_weights.logsumexp(0) - math.log(n)).expand(n, *self.log_evidence.shape)
         return replace(self, values=values, log_weights=log_weights)
 
     # -- marginals ---------------------------------------------------------------------------------------------------
