@@ -173,7 +173,7 @@ def compare(
         row.khat = _mean(khat[khat.isfinite()])
         if truth is not None:
             row.log_evidence_error = _mean((evidence - truth.log_evidence).abs())
-            alive = [a for a in answers if bool((a.log_evidence > -torch.inf).all())]
+            alive = [a for a in answers if bool((a.log_evidence != -torch.inf).all())]  # NaN: not estimated
             if alive:
                 row.draws_tv = _mean(torch.stack([draw_quality(truth, a) for a in alive]))
             guide = (guides or {}).get(name) or getattr(algorithm, "density", None)

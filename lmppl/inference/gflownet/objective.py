@@ -110,11 +110,7 @@ class Objective(pyro.infer.ELBO):
         less); positive rewards count as they are, however small, so that the posterior is where the loss vanishes.
         """
         log_p = (b.log_p / at(self.reward_temperature, self.training_step)).masked_fill(~b.valid, -torch.inf)
-        zero = log_p == -torch.inf
-        largest = log_p.amax((0, 1), keepdim=True)
-        least = torch.minimum(largest - self.floor, log_p.masked_fill(zero, torch.inf).amin((0, 1), keepdim=True))
-        least = least.masked_fill(largest == -torch.inf, -self.floor)
-        return (torch.where(zero, least, log_p) - b.log_q).masked_fill(~b.valid, 0.0)
+        return (floored(log_p, self.floor, (0, 1)) - b.log_q).masked_fill(~b.valid, 0.0)
 
     def loss_at(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
@@ -154,6 +150,15 @@ class Objective(pyro.infer.ELBO):
         if message not in self._told:
             self._told.add(message)
             log.warning("%s: %s", type(self).__name__, message)
+
+
+def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:
+    """-inf counts as ``floor`` below the largest along ``dims``, or as the smallest finite number, if that is less."""
+    zero = log_p == -torch.inf
+    largest = log_p.amax(dims, keepdim=True)
+    least = torch.minimum(largest - floor, log_p.masked_fill(zero, torch.inf).amin(dims, keepdim=True))
+    least = least.masked_fill(largest == -torch.inf, -floor)
+    return torch.where(zero, least, log_p)
 
 
 def _empty_is_possible(b: Balance) -> bool:
