@@ -24,6 +24,7 @@ from .gflownet import (
     VarGrad,
 )
 from .importance import Importance
+from .metropolis import MarkovChains, MetropolisHastings
 from .posterior import Posterior, ZeroEvidence
 from .predictive import Prediction, Predictive
 from .programs import SiteMismatch
@@ -42,6 +43,8 @@ __all__ = [
     "Exploration",
     "GFlowNet",
     "Importance",
+    "MarkovChains",
+    "MetropolisHastings",
     "Mixture",
     "Objective",
     "OnPolicy",

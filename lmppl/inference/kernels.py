@@ -1,0 +1,244 @@
+r"""Metropolis kernels on latent texts: a proposal, and its acceptance, for all chains side by side.
+
+A proposal z' of density :math:`k(z' \mid z)` is accepted with probability
+
+.. math:: \alpha = \min\Big(1, \frac{\pi(z')}{\pi(z)} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
+
+for every chain and element of the kept plates by itself.  From a state of probability zero everything is accepted.
+
+- *Regrowth* of one text site, the others held.  The text z has |z| tokens, its stop included; a cut t is uniform over
+  0 .. |z| - 1, and what follows z_1..z_t is drawn anew from q, the guide's site (the model's own without a guide).  At
+  the last cut the stop alone is redrawn.  Old and new text share the cut, so that
+
+  .. math:: \frac{k(z \mid z')}{k(z' \mid z)} = \frac{|z|}{|z'|} \cdot \frac{q(z_{>t} \mid z_{\le t})}{q(z'_{>t} \mid z_{\le t})}
+
+  is in detailed balance at each t, hence on average.  Texts of one site in plates that are not kept have a cut each and
+  move together: the ratio is a product over them.  A latent site that is no text is redrawn from q whole.
+- *Independence*: all latent sites are drawn from the guide, and the ratio is q(z) / q(z').
+
+A text that the model masks does not count in p: it follows q, as it does under importance weights.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .. import text
+from . import programs
+from .partial import only
+from .programs import Draw, Node, Program, Replay, Sketch
+from .weights import Plates, kept_plates, log_density
+
+Values = dict[str, Tensor]
+
+
+class Density(NamedTuple):
+    """log p(z, observed) in two parts, each (chain, *kept)."""
+
+    prior: Tensor  # of the latent sites
+    likelihood: Tensor  # of observations and factors
+
+    @property
+    def joint(self) -> Tensor:
+        return self.prior + self.likelihood
+
+    def tempered(self, beta: Tensor) -> Tensor:
+        """log of prior x likelihood^beta; ``beta`` (chain, 1, ..), and 0^0 = 1."""
+        return self.prior + torch.where(beta == 0, 0.0, beta * self.likelihood)
+
+    def where(self, accepted: Tensor, other: Density) -> Density:
+        """This density where ``accepted`` (chain, *kept), else the other's."""
+        return Density(*(torch.where(accepted, a, b) for a, b in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New values of some sites (chain, *plate axes, *event), their density, and log k(z | z') - log k(z' | z)."""
+
+    values: Values
+    density: Density
+    log_ratio: Tensor  # (chain, *kept)
+    plates: Plates
+    log_q: Tensor | None = None  # (chain, *kept) of all latent values, where it is known
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a guide (None: the model proposes) and their arguments, run with ``chains`` particles."""
+
+    model: Program
+    guide: Program | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nesting: int
+    chains: int
+
+    def trace(self, program: Program, *handlers: Messenger) -> Trace:
+        return programs.trace(program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=self.chains)
+
+    def propose(self, handler: Messenger, held: Mapping[str, Tensor]) -> tuple[Trace, Trace]:
+        """One run of what proposes, with the sites in ``held`` kept, and one of the model at what came out."""
+        proposal = self.trace(self.guide or self.model, handler, Replay(held))
+        target = proposal if self.guide is None else self.trace(self.model, Replay(programs.values(proposal)))
+        return proposal, target
+
+    def plates(self, proposal: Trace, target: Trace) -> Plates:
+        return kept_plates([target] if self.guide is None else [target, proposal], self.nesting, subsampling=False)
+
+
+class Redraw(Messenger):
+    """Draws one latent site anew given the others: a text from a uniform cut on, anything else whole."""
+
+    def __init__(self, site: str, old: Tensor):
+        super().__init__()
+        self.site, self.old = site, old
+        self.log_ratio = torch.zeros(())  # (chain, *plate axes): log k(old | new) - log k(new | old)
+        self.known: Values = {}  # log q(new), where it comes for free
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] != self.site:
+            return
+        fn = _unmasked(msg["fn"])
+        if hasattr(fn, "regrow"):
+            count = text.length(self.old)  # (chain, *plate axes), the stop included
+            keep = (torch.rand(count.shape, device=count.device) * count).long().minimum(count - 1).clamp(min=0)
+            new, log_new = fn.regrow(self.old, keep)
+            by_token = fn.token_log_probs(self.old)
+            later = torch.arange(by_token.shape[-1], device=keep.device) >= keep[..., None]
+            log_old = torch.where(later, by_token, 0.0).sum(-1)
+            cuts = [n.clamp(min=1).to(log_old.dtype).log() for n in (count, text.length(new))]
+            self.log_ratio = log_old - log_new + cuts[0] - cuts[1]
+            if fn is msg["fn"]:
+                self.known[self.site] = torch.where(later, 0.0, by_token).sum(-1) + log_new
+        else:
+            new = fn.sample()
+            self.log_ratio = fn.log_prob(self.old) - fn.log_prob(new)
+        msg["value"], msg["done"] = new, True
+
+
+def regrowth(setting: Setting, values: Mapping[str, Tensor], site: str) -> Proposal:
+    """Propose new endings for the texts of ``site``, or new values where they are no texts; the other sites held."""
+    redraw = Redraw(site, values[site])
+    proposal, target = setting.propose(redraw, {n: v for n, v in values.items() if n != site})
+    plates = setting.plates(proposal, target)
+    density = _density(proposal, target, plates, redraw.known if setting.guide is None else {})
+    return Proposal({site: proposal.nodes[site]["value"]}, density, plates.reduce(redraw.log_ratio)[0], plates)
+
+
+def independence(setting: Setting, values: Values, log_q: Tensor | None, subsamples: Values) -> Proposal:
+    """Propose new values of all latent sites; ``log_q`` of the old ones is computed where it is not known."""
+    drawn = draw(setting, subsamples)[2]
+    if log_q is None:
+        log_q = _log_q(setting.trace(setting.guide or setting.model, Replay(values | subsamples)), drawn.plates, {})
+    assert drawn.log_q is not None
+    return replace(drawn, log_ratio=log_q - drawn.log_q)
+
+
+def draw(setting: Setting, subsamples: Values) -> tuple[Trace, Trace, Proposal]:
+    """Values of all latent sites from what proposes, with the traces of proposal and model."""
+    handler = Draw()
+    proposal, target = setting.propose(handler, subsamples)
+    plates = setting.plates(proposal, target)
+    values = {name: node["value"] for name, node in programs.latents(proposal).items()}
+    density = _density(proposal, target, plates, handler.log_probs if setting.guide is None else {})
+    log_q = _log_q(proposal, plates, handler.log_probs)
+    return proposal, target, Proposal(values, density, torch.zeros_like(log_q), plates, log_q)
+
+
+def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
+    """The Metropolis rule, BoolTensor (chain, *kept), from log pi(z), log pi(z') and log k(z | z') - log k(z' | z)."""
+    log_alpha = log_new - log_old + log_ratio
+    uniform = torch.rand(log_alpha.shape, dtype=torch.float64, device=log_alpha.device)
+    return (log_old == -torch.inf) | (uniform.log() < log_alpha)
+
+
+def select(plates: Plates, accepted: Tensor, new: Values, old: Values) -> Values:
+    """The values ``new`` where ``accepted`` (chain, *kept), else the old ones; sites not in ``new`` as they were."""
+    chosen, spread = dict(old), plates.spread(accepted)
+    for name, a in new.items():
+        b = old[name]
+        if a.shape[-1:] != b.shape[-1:]:  # texts whose limit depends on other sites
+            width = max(a.shape[-1], b.shape[-1])
+            a, b = text.pad(a, width), text.pad(b, width)
+        chosen[name] = torch.where(spread.view(*spread.shape, *[1] * (a.dim() - spread.dim())), a, b)
+    return chosen
+
+
+def _density(proposal: Trace, target: Trace, plates: Plates, known: Values) -> Density:
+    latent = programs.latents(target)
+    prior = log_density(only(target, set(latent)), plates, known=known)
+    for name, node in latent.items():  # a row that the model masks follows q
+        out = torch.as_tensor(_counts(node)).logical_not()
+        if bool(out.any()):
+            q = proposal.nodes[name]
+            prior = prior + plates.reduce(scale_and_mask(_unmasked(q["fn"]).log_prob(q["value"]), 1.0, out))
+    likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates)
+    n = len(next(iter(latent.values()))["value"])
+    return Density(*(x[0].expand(n, *plates.sizes) for x in (prior, likelihood)))
+
+
+def _log_q(proposal: Trace, plates: Plates, known: Values) -> Tensor:
+    """log q of all latent values, masked or not, (chain, *kept)."""
+    terms = []
+    for name, node in programs.latents(proposal).items():
+        log_q = known[name] if name in known else _unmasked(node["fn"]).log_prob(node["value"])
+        terms.append(plates.reduce(log_q)[0])
+    return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
+
+
+def _counts(node: Node) -> Tensor | bool:
+    """Where a site's density counts: the masks on it, as a handler and as a distribution."""
+    mask = True if node["mask"] is None else node["mask"]
+    return mask & node["fn"]._mask if isinstance(node["fn"], MaskedDistribution) else mask
+
+
+def _unmasked(fn: Any) -> Any:
+    return fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+
+
+class Moved(NamedTuple):
+    """Particles after a move."""
+
+    values: Values
+    log_p: Tensor  # log p(z, observed), (particle, *kept)
+    accepted: Tensor  # BoolTensor (particle, *kept)
+
+
+@torch.no_grad()
+def regrow(
+    model: Program,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: Values,
+    log_p: Tensor,
+    *,
+    nesting: int,
+    site: str | None = None,
+    temperature: float = 1.0,
+) -> Moved:
+    r"""One regrowth move of every particle, with the target :math:`p(z, observed)^{1/T}`.
+
+    :param values: (particle, *plate axes, *event) of every latent site, with subsamples if there are any.
+    :param log_p: log p(z, observed) of these values, (particle, *kept).
+    :param site: which site to move; None: any latent site of the guide, evenly.
+    :param temperature: T.
+    """
+    setting = Setting(model, guide, args, kwargs, nesting, len(log_p))
+    if site is None:
+        sites = list(programs.latents(setting.trace(guide or model, Sketch(), Replay(values))))
+        site = sites[int(torch.randint(len(sites), ()))]
+    proposal = regrowth(setting, values, site)
+    log_new = proposal.density.joint.to(log_p.dtype)
+    accepted = accept(log_p / temperature, log_new / temperature, proposal.log_ratio)
+    moved = select(proposal.plates, accepted, proposal.values, values)
+    return Moved(moved, torch.where(accepted, log_new, log_p), accepted)

@@ -1,0 +1,263 @@
+"""Markov chain Monte Carlo over latent texts, with its diagnostics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import text
+from . import programs
+from .kernels import Density, Proposal, Setting, Values, accept, draw, independence, regrowth, select
+from .posterior import Posterior
+from .programs import Program
+from .validation import check_axes
+from .weights import Plates, Weighted
+
+MOVES = ("regrowth", "independence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkovChains(Posterior):
+    """Equally weighted draws of several Markov chains: N = chains x draws, one chain after another.
+
+    ``log_evidence`` is NaN: Metropolis does not estimate it.  A draw of probability zero has weight zero; where all
+    are, log_evidence is -inf and there is no posterior to speak of.
+    """
+
+    log_joint: Tensor = field(repr=False)  # (chain, draw, *plates): log p(z, observed)
+    acceptance: dict[str, Tensor]  # by move, (*plates): the share accepted after warm-up; "swap" among temperatures
+
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
+        """What diagnostics look at, (chain, draw, *plates): the log joint, and every text's tokens, stop included."""
+        lengths = {
+            f"length({name})": self.sites.plates.reduce(text.length(value).double())[0].view(self.log_joint.shape)
+            for name, value in self.values.items()
+            if name in self.sites.decoders
+        }
+        return {"log_joint": self.log_joint} | lengths
+
+    @cached_property
+    def rhat(self) -> dict[str, Tensor]:
+        """arviz's rank-normalised split R-hat of each statistic, (*plates); above 1.01 the chains have not mixed.
+
+        NaN with fewer than two chains of four draws, and for a statistic that never changes; inf where chains are
+        stuck at different values.
+        """
+        return {name: _arviz("rhat", x) for name, x in self.statistics.items()}
+
+    @cached_property
+    def mcmc_ess(self) -> dict[str, Tensor]:
+        """arviz's bulk effective sample size of each statistic, (*plates): what they are worth in independent draws."""
+        return {name: _arviz("ess", x) for name, x in self.statistics.items()}
+
+    @property
+    def ess(self) -> Tensor:
+        """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation."""
+        ess = torch.stack(list(self.mcmc_ess.values()))
+        least = ess.nan_to_num(nan=torch.inf).amin(0)
+        return torch.where(ess.isnan().all(0), torch.nan, least)
+
+    @property
+    def khat(self) -> Tensor:
+        """NaN: the weights are equal."""
+        return torch.full_like(self.log_evidence, torch.nan)
+
+    def take(self, chosen: Tensor) -> Posterior:
+        """Draws ``chosen`` (n, *plates), equally weighted and no longer chains."""
+        return Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide).take(chosen)
+
+
+class MetropolisHastings:
+    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are those of `lmppl.inference.kernels`.
+
+    The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
+    or rejects by itself.  Chains start from the guide (or the prior), and their first ``warmup`` moves are forgotten.
+
+    :param model: a Pyro program.
+    :param guide: what proposes, with the model's latent sites; None: the model's own latent sites.
+    :param num_chains: independent chains.
+    :param num_samples: draws kept of each chain, one every ``thin`` moves; N = num_chains x num_samples.
+    :param moves: "regrowth" (one latent site a move, each as often), "independence" (all of them), or a dict of their
+        probabilities.
+    :param temperatures: None, or 1 = T_1 < T_2 < ..., parallel tempering: every chain has a copy at each temperature,
+
+        .. math:: \pi_k(z) \propto p(z)\, p(observed \mid z)^{1/T_k}
+
+        and after each move neighbours try to exchange their states; draws come from T_1.  Only observations and factors
+        are tempered: a language model's own temper leads into gibberish of any length, while T = inf is the prior,
+        which a proposal from the prior draws exactly.
+    :param max_plate_nesting: guessed where not given.
+
+    ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
+    not enclose every site.
+
+    Source: Hastings 1970; tempering: Geyer 1991.
+
+    Example::
+
+        posterior = MetropolisHastings(model, num_chains=8, num_samples=500, warmup=100).run(x, y)
+        posterior.rhat["log_joint"], posterior.table("z")
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None = None,
+        *,
+        num_chains: int = 4,
+        num_samples: int = 250,
+        warmup: int = 100,
+        thin: int = 1,
+        moves: str | Mapping[str, float] = "regrowth",
+        temperatures: Sequence[float] | None = None,
+        max_plate_nesting: int | None = None,
+    ):
+        for name, value, least in [
+            ("num_chains", num_chains, 1), ("num_samples", num_samples, 1), ("warmup", warmup, 0), ("thin", thin, 1)
+        ]:  # fmt: skip
+            if value < least:
+                raise ValueError(f"{name}: must be at least {least}, got {value}")
+        moves = {moves: 1.0} if isinstance(moves, str) else dict(moves)
+        if not set(moves) <= set(MOVES) or min(moves.values(), default=-1.0) < 0 or sum(moves.values()) <= 0:
+            raise ValueError(f"moves: expected one of {MOVES} or a dict of their probabilities, got {moves}")
+        ladder = [1.0] if temperatures is None else [float(t) for t in temperatures]
+        if ladder[:1] != [1.0] or any(not a < b for a, b in zip(ladder, ladder[1:], strict=False)):
+            raise ValueError(f"temperatures: expected 1 = T_1 < T_2 < ..., got {temperatures}")
+        self.model, self.guide, self.moves, self.temperatures = model, guide, moves, ladder
+        self.num_chains, self.num_samples, self.warmup, self.thin = num_chains, num_samples, warmup, thin
+        self.max_plate_nesting = max_plate_nesting
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> MarkovChains:
+        """The chains' draws for these arguments."""
+        state = _State(self, args, kwargs)
+        for _ in range(self.warmup):
+            state.step()
+        state.tally = {}
+        draws: list[Values] = []
+        log_joint = []
+        for _ in range(self.num_samples):
+            for _ in range(self.thin):
+                state.step()
+            draws.append({name: v[: self.num_chains] for name, v in state.values.items()})
+            log_joint.append(state.density.joint[: self.num_chains])
+        return self._posterior(state, draws, torch.stack(log_joint, 1))
+
+    def _posterior(self, state: _State, draws: list[Values], log_joint: Tensor) -> MarkovChains:
+        values = {name: _stack([d[name] for d in draws], name in state.texts) for name in draws[0]}
+        possible = (log_joint > -torch.inf).flatten(0, 1)  # (chain x draw, *kept)
+        count = possible.sum(0)
+        log_weights = torch.where(possible, -count.clamp(min=1).to(log_joint.dtype).log(), -torch.inf)
+        plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide)
+        return MarkovChains(
+            values=values,
+            log_weights=log_weights,
+            log_evidence=torch.where(count > 0, torch.nan, -torch.inf),
+            sites=plain.sites,
+            guide=self.guide,
+            log_joint=log_joint,
+            acceptance={move: accepted / tried for move, (accepted, tried) in state.tally.items()},
+        )
+
+
+class _State:
+    """The chains between two moves; chain c at temperature k is particle ``k * num_chains + c``."""
+
+    def __init__(self, algorithm: MetropolisHastings, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.algorithm = algorithm
+        both = [algorithm.model] if algorithm.guide is None else [algorithm.guide, algorithm.model]
+        nesting = programs.plate_nesting(both, args, kwargs, algorithm.max_plate_nesting)
+        ladder = algorithm.temperatures
+        chains = len(ladder) * algorithm.num_chains
+        self.setting = Setting(algorithm.model, algorithm.guide, args, kwargs, nesting, chains)
+        self.proposal, target, start = draw(self.setting, {})
+        if algorithm.guide is not None:
+            programs.match(target, self.proposal)
+        self.plates: Plates = start.plates
+        self.values, self.density, self.log_q = start.values, start.density, start.log_q
+        self.subsamples = {n: v for n, v in programs.values(self.proposal).items() if n not in self.values}
+        self.texts = {n for n, node in programs.latents(self.proposal).items() if hasattr(node["fn"], "prefix_scores")}
+        beta = 1 / torch.tensor(ladder, dtype=torch.float64)
+        self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
+        self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
+        weighted = Weighted(self.density.joint, programs.values(self.proposal), target, self.proposal, self.plates)
+        check_axes(algorithm.model, args, kwargs, weighted)
+
+    def step(self) -> None:
+        """One move of every chain, and one attempt to exchange neighbouring temperatures."""
+        moves = self.algorithm.moves
+        move = list(moves)[int(torch.multinomial(torch.tensor(list(moves.values())), 1))]
+        if move == "regrowth":
+            site = list(self.values)[int(torch.randint(len(self.values), ()))]
+            self._accept(move, regrowth(self.setting, self.values | self.subsamples, site))
+        else:
+            self._accept(move, independence(self.setting, self.values, self.log_q, self.subsamples))
+        if len(self.algorithm.temperatures) > 1:
+            self._swap()
+
+    def _accept(self, move: str, new: Proposal) -> None:
+        log_old, log_new = (d.tempered(self.beta) for d in (self.density, new.density))
+        accepted = accept(log_old, log_new, new.log_ratio)
+        self.values = select(self.plates, accepted, new.values, self.values)
+        self.density = new.density.where(accepted, self.density)
+        # An independence move knows q of all sites, before and after; a regrowth of one site does not.
+        self.log_q = None if new.log_q is None else torch.where(accepted, new.log_q, new.log_q + new.log_ratio)
+        self._count(move, accepted[: self.algorithm.num_chains])
+
+    def _count(self, move: str, accepted: Tensor) -> None:
+        total, tried = self.tally.get(move, (0, 0))
+        self.tally[move] = total + accepted.sum(0), tried + len(accepted)
+
+    def _swap(self) -> None:
+        r"""Neighbours k, k+1 exchange states with probability
+        :math:`\min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))`,
+        pairs from even and from odd k by turns, at random.
+        """
+        K, C = len(self.algorithm.temperatures), self.algorithm.num_chains
+        first = int(torch.randint(2, ())) if K > 2 else 0
+        likelihood = self.density.likelihood.masked_fill(self.density.prior == -torch.inf, -torch.inf)
+        beta, likelihood = (x.unflatten(0, (K, C)) for x in (self.beta, likelihood))
+        cold, hot = slice(first, K - 1, 2), slice(first + 1, K, 2)
+        log_ratio = (beta[cold] - beta[hot]) * (likelihood[hot] - likelihood[cold])
+        swapped = torch.rand(log_ratio.shape, dtype=torch.float64, device=log_ratio.device).log() < log_ratio
+        index = torch.arange(K * C, device=beta.device).view(K, C, *[1] * len(self.plates.sizes))
+        index = index.expand(K, C, *self.plates.sizes).clone()
+        index[cold], index[hot] = (
+            torch.where(swapped, index[hot], index[cold]), torch.where(swapped, index[cold], index[hot])
+        )  # fmt: skip
+        chosen = index.flatten(0, 1)
+        self.values = {name: self.plates.take(v, chosen) for name, v in self.values.items()}
+        self.density = Density(*(x.gather(0, chosen) for x in self.density))
+        self.log_q = None if self.log_q is None else self.log_q.gather(0, chosen)
+        self._count("swap", swapped.flatten(0, 1))
+
+
+def _stack(values: list[Tensor], is_text: bool) -> Tensor:
+    """Draws (chain, ...) as one tensor (chain x draw, ...)."""
+    if is_text:
+        width = max(v.shape[-1] for v in values)
+        values = [text.pad(v, width) for v in values]
+    return torch.stack(values, 1).flatten(0, 1)
+
+
+def _arviz(name: str, statistic: Tensor) -> Tensor:
+    """A diagnostic of (chain, draw, *plates) by arviz, (*plates); NaN for what never changes."""
+    chains, draws = statistic.shape[:2]
+    if draws < 4 or (chains < 2 and name == "rhat"):
+        return torch.full(statistic.shape[2:], torch.nan, dtype=torch.float64)
+    import arviz  # slow to import, and only needed here
+
+    with warnings.catch_warnings():
+        # Division by a variance of zero; and more chains than draws are no mistake here.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        dataset = arviz.convert_to_dataset({"x": statistic.double().cpu().numpy()})
+        found = torch.from_numpy(getattr(arviz, name)(dataset)["x"].values.copy())
+    return found.masked_fill((statistic == statistic[0, 0]).all(0).all(0).cpu(), torch.nan)
