@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import text
 from . import programs
 from .log_weights import normalised
+from .partial import only
 from .posterior import Index, Posterior
 from .programs import Program, Replay
 from .weights import Plates, kept_plates, site_log_prob
@@ -66,9 +67,9 @@ class Predictive:
 class Prediction:
     r"""C candidate values of a site under every particle.
 
-    ``log_probs`` (C, N, *plates) are log p(y_c | x, z_n), ``log_weights`` (N, *plates) normalised.  Everything but
-    `log_prob` and `vote` is given that the answer is one of the candidates: particles are weighed by the mass
-    :math:`m_n = \sum_c p(y_c \mid z_n)` that they leave them, and
+    ``log_probs`` (C, N, *plates) are log p(y_c | x, z_n), ``log_weights`` (N, *plates) normalised; the plates are the
+    site's.  Everything but `log_prob` and `vote` is given that the answer is one of the candidates: particles are
+    weighed by the mass :math:`m_n = \sum_c p(y_c \mid z_n)` that they leave them, and
 
     .. math:: p_n(c) = p(y_c \mid z_n) / m_n, \qquad \bar p(c) = \sum_n w'_n \, p_n(c), \qquad w'_n \propto w_n m_n
 
@@ -164,7 +165,7 @@ def predict(
     values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
     # Latents are drawn once, whatever the candidate; what follows the site is not asked for.
     drawn, plates, log_weights = _run(
-        posterior, model, args, kwargs, sampler, num_particles, Observe({site: values[0]})
+        posterior, model, args, kwargs, sampler, num_particles, Observe({site: values[0]}), site=site
     )
     run = programs.trace(
         model,
@@ -208,8 +209,12 @@ def _run(
     sampler: str | None,
     num_particles: int | None,
     *handlers: Messenger,
+    site: str | None = None,
 ) -> tuple[Trace, Plates, Tensor]:
-    """The model under latents from the sampler, its kept plates, and normalised log weights (N, *plates)."""
+    """The model under latents from the sampler, its kept plates, and normalised log weights (N, *plates).
+
+    With ``site``, its plates.
+    """
     if sampler not in (None, "prior", "guide"):
         raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
     if sampler == "guide" and posterior.guide is None:
@@ -219,7 +224,8 @@ def _run(
     own = posterior.sites.plates
     guides = [posterior.guide] if sampler == "guide" and posterior.guide is not None else []
     nesting = max(own.nesting, programs.plate_nesting([*guides, model], args, kwargs))
-    plates = kept_plates([_sketch(model, args, kwargs, nesting)], nesting)
+    sketch = _sketch(model, args, kwargs, nesting)
+    plates = kept_plates([sketch if site is None else only(sketch, {site})], nesting)
     n = num_particles or posterior.num_particles
     log_weights = posterior.log_weights.new_full((n, *plates.sizes), -math.log(n))
     values: dict[str, Tensor] = {}
@@ -229,13 +235,13 @@ def _run(
         if num_particles is None and shared:
             by_axis = own.spread(posterior.log_weights.log_softmax(0))  # (N, *plate axes)
             log_weights = plates.reduce(_deeper(by_axis, nesting - own.nesting))[0]
-        else:  # one plate element's weights say nothing of joint particles: draw them
-            posterior = posterior.resample(n)
+        else:  # one plate element's weights say nothing of joint particles: draw each element's independently
+            posterior = posterior.resample(n, "systematic" if shared else "multinomial")
         values = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
     for guide in guides:
         values = programs.values(programs.trace(guide, args, kwargs, programs.Draw(), nesting=nesting, particles=n))
     run = programs.trace(model, args, kwargs, programs.Draw(), Replay(values), *handlers, nesting=nesting, particles=n)
-    return run, kept_plates([run], nesting), log_weights
+    return run, plates, log_weights
 
 
 def _deeper(x: Tensor, more: int) -> Tensor:
