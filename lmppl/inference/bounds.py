@@ -130,7 +130,7 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulated:
     with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     nodes = programs.scored(trace)
-    plates = kept_plates([trace], max([0, *(-f.dim for n in nodes.values() for f in n["cond_indep_stack"] if f.dim)]))
+    plates = kept_plates([trace], programs.nesting_of([trace]))
     for name, node in nodes.items():
         masked = node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
         tempered = not bool((torch.as_tensor(scale(node, plates), dtype=torch.float64) - 1).abs().max() < 1e-9)

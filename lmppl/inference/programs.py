@@ -136,13 +136,31 @@ def match(model: Trace, guide: Trace) -> None:
             raise SiteMismatch(f"guide: it does not sample {name!r}, a latent site of the model")
 
 
+def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Trace]:
+    """One run of each program with placeholders for texts, each under the values of those before it.
+
+    The network is never asked, and the random state is as before.
+    """
+    found, known = [], dict[str, Tensor]()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for program in programs:
+            with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
+                found.append(poutine.trace(program).get_trace(*args, **kwargs))
+            known |= values(found[-1])
+    return found
+
+
 def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The networks behind a program's text sites, each once: whose ``tokens_scored`` an algorithm costs."""
-    hidden = poutine.block(hide_fn=lambda msg: msg["type"] == "sample")
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), hidden, Sketch():
-        sketch = poutine.trace(program).get_trace(*args, **kwargs)
+    (sketch,) = sketches([program], args, kwargs)
     lms = [node["fn"].lm for node in scored(sketch).values() if hasattr(node["fn"], "lm")]
     return list({id(lm.network): lm.network for lm in lms}.values())
+
+
+def nesting_of(sketches: list[Trace]) -> int:
+    """How many axes the plates of these traces take."""
+    frames = [f for sketch in sketches for _, node in _samples(sketch) for f in node["cond_indep_stack"]]
+    return max([0, *(-f.dim for f in frames if f.vectorized)])
 
 
 def plate_nesting(
@@ -151,16 +169,7 @@ def plate_nesting(
     """How many axes the programs' own plates take: ``given``, or guessed from one run that never asks the network."""
     if given is not None and given != float("inf"):
         return int(given)
-    deepest = 0
-    known: dict[str, Tensor] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for program in programs:
-            with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
-                sketch = poutine.trace(program).get_trace(*args, **kwargs)
-            known |= values(sketch)
-            for _, node in _samples(sketch):
-                deepest = max([deepest, *(-f.dim for f in node["cond_indep_stack"] if f.vectorized)])
-    return deepest
+    return nesting_of(sketches(programs, args, kwargs))
 
 
 def cat_particles(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

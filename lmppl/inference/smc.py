@@ -20,7 +20,7 @@ from .programs import Node, Program, SiteMismatch
 from .resampling import SCHEMES, conditional
 from .twists import Twist, checked, log_twist
 from .validation import check_axes
-from .weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
+from .weights import Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,9 @@ class _State:
     ):
         self.smc, self.args, self.kwargs, self.retained = smc, args, kwargs, retained
         both = [smc.model] if smc.guide is None else [smc.guide, smc.model]
-        self.nesting = programs.plate_nesting(both, args, kwargs, smc.max_plate_nesting)
-        self.plates = _sketched_plates(both, args, kwargs, self.nesting)
+        sketches = programs.sketches(both, args, kwargs)
+        self.nesting = programs.nesting_of(sketches) if smc.max_plate_nesting is None else smc.max_plate_nesting
+        self.plates = kept_plates(sketches, self.nesting, subsampling=False)
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
         self.log_weights = torch.zeros(smc.num_particles, *self.plates.sizes)
@@ -209,18 +210,6 @@ class _State:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
         weighted = Weighted(self.log_weights, self.values, self.target, self.proposal, self.plates)
         check_axes(self.smc.model, self.args, self.kwargs, weighted)
-
-
-def _sketched_plates(both: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> Plates:
-    """The kept plates, learned from a run with placeholders for texts."""
-    values: dict[str, Tensor] = {}
-    traces = []
-    with torch.random.fork_rng(devices=[]):
-        for program in both:
-            handlers = (programs.Sketch(), programs.Replay(values))
-            traces.append(programs.trace(program, args, kwargs, *handlers, nesting=nesting, particles=1))
-            values |= programs.values(traces[-1])
-    return kept_plates(traces, nesting, subsampling=False)
 
 
 def _mismatch(site: Node | None, met: Node | None, target: Trace) -> str:
