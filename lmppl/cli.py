@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
-from .inference.compare import Algorithm, write_atomically
+from .inference.compare import Algorithm, sized
+from .inference.files import save_figure, write_atomically
 from .inference.quality import density_quality, outside_mass
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
@@ -84,7 +85,7 @@ def compare_command(
     gflownet = experiment.gflownet()
     if "gflownet" in chosen and checkpoint is None:
         _train(gflownet, experiment, exact, steps or experiment.recipe.length(quick), out, seed)
-    candidates = _candidates(chosen, experiment, _Sized(gflownet, particles))
+    candidates = _candidates(chosen, experiment, sized(gflownet, particles))
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
@@ -145,21 +146,6 @@ def sample_command(
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-class _Sized:
-    """A GFlowNet whose ``run`` takes this many particles."""
-
-    def __init__(self, gflownet: GFlowNet, num_particles: int):
-        self.gflownet, self.num_particles = gflownet, num_particles
-        self.density = gflownet.guide
-
-    @property
-    def training_tokens(self) -> int | None:
-        return self.gflownet.training_tokens or None
-
-    def run(self, *args: Any, **kwargs: Any) -> Posterior:
-        return self.gflownet.run(*args, num_particles=self.num_particles, **kwargs)
-
-
 def _choose(algorithms: str) -> list[str]:
     chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
     for name in chosen:
@@ -207,7 +193,7 @@ def _save(experiment: Experiment, out: Path) -> None:
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
-def _candidates(chosen: list[str], experiment: Experiment, gflownet: _Sized) -> dict[str, Algorithm]:
+def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dict[str, Algorithm]:
     """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
     found: dict[str, Algorithm] = {}
     model, n = experiment.model, gflownet.num_particles
@@ -281,7 +267,7 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
     axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
@@ -13,7 +14,7 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, compare
-from lmppl.inference.quality import density_quality, draw_quality, outside_mass
+from lmppl.inference.quality import density_quality, draw_quality, modes_drawn, outside_mass
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +121,76 @@ def test_outside_mass_is_the_weight_of_values_that_the_enumeration_lacks(task):
     assert torch.equal(outside_mass(exact, exact), torch.zeros(2))
     inside = exact.log_prob({"z": part.samples["z"]}).exp() * (part.log_weights > -torch.inf)
     assert torch.allclose(outside_mass(part, exact), 1 - inside.sum(0), atol=1e-5)
+
+
+def test_modes_are_the_probable_texts_of_the_posterior(task):
+    """By hand: of the texts with p >= 0.02, how many are drawn, and to how many q gives a tenth of p."""
+    _, model, guide, args, exact = task
+    drawn = exact.resample(6, "multinomial")
+    q = Completion(task[0], args[0], max_tokens=2, temperature=1.3).log_prob(exact.samples["z"]).exp()
+    for i in range(2):
+        modes = {t for t, p in exact.table("z", i) if p >= 0.02}
+        found = modes & {t for t, _ in drawn.table("z", i)}
+        assert float(modes_drawn(exact, drawn)[i]) == pytest.approx(len(found) / len(modes))
+        p = exact.probabilities[:, i]
+        expected = ((p >= 0.02) & (q[:, i] >= p / 10)).sum() / (p >= 0.02).sum()
+        assert float(density_quality(exact, guide, args, {}).modes[i]) == pytest.approx(float(expected))
+
+
+def test_seeds_make_and_measure_each_algorithm_anew(task):
+    _, model, guide, args, exact = task
+    made = []
+
+    def make(seed):
+        made.append(seed)
+        return Importance(model, guide, num_particles=50)
+
+    runs = {"made": make, "given": Importance(model, guide, num_particles=50)}
+    result = compare(model, runs, *args, exact=exact, seeds=[3, 5, 8], repetitions=2)
+    assert made == [3, 5, 8]
+    row, errors, evidence = result["given"], [], []
+    for seed in (3, 5, 8):
+        pyro.set_rng_seed(seed)
+        answers = torch.stack([runs["given"].run(*args).log_evidence for _ in range(2)])
+        evidence.append(answers)
+        errors.append((answers - exact.log_evidence).abs().double().mean())
+    errors = torch.stack(errors)
+    assert row.log_evidence_error == pytest.approx(float(errors.mean()), rel=1e-5)
+    assert row.sd["log_evidence_error"] == pytest.approx(float(errors.std()), rel=1e-4)
+    assert row.log_evidence_sd == pytest.approx(float(torch.cat(evidence).std(0).mean()), rel=1e-4)
+    assert result["made"] == dataclasses.replace(row, name="made", seconds=result["made"].seconds)
+    assert f"{row.log_evidence_error:.3f} ± {row.sd['log_evidence_error']:.3f}" in result.markdown()
+
+
+@pytest.mark.parametrize("unit", ["tokens", "seconds"])
+def test_budgets_buy_particles(task, tmp_path, unit):
+    lm, model, guide, args, exact = task
+    budgets = [200, 3000] if unit == "tokens" else [0.01, 0.05]
+    algorithms = {"prior": Importance(model), "SMC": SMC(model, guide)}
+    result = compare(model, algorithms, *args, exact=exact, seeds=1, budgets=budgets, unit=unit)
+    assert [(p.name, p.budget) for p in result.curves] == [(n, b) for n in algorithms for b in budgets]
+    for few, many in (result.curves[:2], result.curves[2:]):
+        assert few.num_particles < many.num_particles
+        if unit == "tokens":
+            # Texts have random lengths, so that a run costs what the pilot said within a fifth or so.
+            assert few.query_tokens == pytest.approx(200, rel=0.3) and many.query_tokens == pytest.approx(3000, rel=0.3)
+        assert 0 <= many.draws_tv <= 1 and many.log_evidence_error >= 0
+    assert algorithms["prior"].num_particles == 64  # the algorithm given is left as it was
+    result.save(tmp_path)
+    assert (tmp_path / "budget.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(json.loads((tmp_path / "comparison.json").read_text())["curves"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"unit": "hours"}, "unit"),
+        ({"budgets": [0]}, "budgets"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"seeds": []}, "seeds"),
+    ],
+)
+def test_bad_arguments_are_named(task, options, name):
+    _, model, _, args, _ = task
+    with pytest.raises(ValueError, match=name):
+        compare(model, {"prior": Importance(model)}, *args, **options)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
+import pyro
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from . import programs
+from .comparison import Comparison, Point, Row
 from .posterior import Posterior
 from .programs import Program
-from .quality import density_quality, draw_quality
+from .quality import density_quality, draw_quality, modes_drawn
+from .training import Trainer
+
+MOST_PARTICLES = 1_000_000
 
 
 class Algorithm(Protocol):
@@ -29,176 +29,87 @@ class Algorithm(Protocol):
     def run(self, *args: Any, **kwargs: Any) -> Posterior: ...
 
 
-@dataclass
-class Row:
-    """One algorithm's figures, averaged over plates and repetitions; None where a figure is not defined.
-
-    A query is the posterior of one observation (one plate element); ``break_even`` is the number of queries after which
-    training has cost fewer tokens than enumerating each.
-    """
-
-    name: str
-    num_particles: int | None = None
-    density_tv: float | None = None
-    forward_kl: float | None = None
-    reverse_kl: float | None = None
-    draws_tv: float | None = None
-    log_evidence: float | None = None
-    log_evidence_error: float | None = None
-    ess: float | None = None
-    khat: float | None = None
-    training_tokens: int | None = None
-    query_tokens: float | None = None
-    break_even: float | None = None
-
-
-@dataclass
-class Comparison:
-    """A table of algorithms; `print`, `plot` and `save` it."""
-
-    rows: list[Row]
-    unexplored: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def __getitem__(self, name: str) -> Row:
-        return next(row for row in self.rows if row.name == name)
-
-    def tables(self) -> list[Table]:
-        """The rows as rich tables: draws and evidence, densities, cost; what no row has a figure for is left out."""
-        found = []
-        for title, columns in _TABLES:
-            shown = [c for c in columns if any(getattr(row, c.field) is not None for row in self.rows)]
-            rows = [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
-            if not shown:
-                continue
-            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-            table.add_column("algorithm", no_wrap=True)
-            for column in shown:
-                table.add_column(column.title, justify="right", no_wrap=True)
-            for row in rows:
-                table.add_row(row.name, *(column.show(getattr(row, column.field)) for column in shown))
-            found.append(table)
-        return found
-
-    def print(self, console: Console | None = None) -> None:
-        """Print the tables and notes."""
-        console = console or Console()
-        for table in self.tables():
-            console.print(table)
-        for note in self.notes:
-            console.print(note, highlight=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Rows, unexplored mass and notes; numbers that are not finite are None."""
-        rows = [
-            {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in asdict(row).items()}
-            for row in self.rows
-        ]
-        return {"rows": rows, "unexplored": self.unexplored, "notes": self.notes}
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``comparison.json`` and ``comparison.png`` there, each whole or not at all."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "comparison.json", json.dumps(self.to_json(), indent=2).encode())
-        self.plot(directory / "comparison.png")
-
-    def plot(self, path: str | Path) -> None:
-        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm."""
-        from matplotlib.figure import Figure
-
-        panels = [("draws_tv", "TV of draws to the exact posterior"), ("density_tv", "TV of the density"),
-                  ("log_evidence_error", "|error of log evidence| (nats)"), ("ess", "ESS / N")]  # fmt: skip
-        panels = [p for p in panels if any(_finite(getattr(r, p[0])) for r in self.rows)]
-        figure = Figure(figsize=(4.2 * max(1, len(panels)), 0.42 * len(self.rows) + 1.6), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
-        names = [row.name for row in self.rows]
-        for axis, (key, title) in zip(axes, panels, strict=False):
-            for i, row in enumerate(self.rows):
-                value = getattr(row, key)
-                if _finite(value):
-                    axis.barh(i, value, color=f"C{i}")
-                    axis.annotate(f" {value:.3f}", (value, i), va="center", fontsize=8)
-            axis.set_title(title, fontsize=9)
-            axis.set_yticks(range(len(names)), names, fontsize=8)
-            axis.margins(x=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        axes[0].invert_yaxis()
-        path = Path(path)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as scratch:
-            figure.savefig(scratch, dpi=120)
-        os.replace(scratch.name, path)
+Factory: TypeAlias = Callable[[int], Algorithm]
 
 
 def compare(
     model: Program,
-    algorithms: Mapping[str, Algorithm],
+    algorithms: Mapping[str, Algorithm | Factory],
     *args: Any,
     exact: Any = None,
     exact_tokens: float | None = None,
     guides: Mapping[str, Program] | None = None,
     repetitions: int = 1,
+    seeds: int | Sequence[int] | None = None,
+    budgets: Sequence[float] = (),
+    unit: str = "tokens",
     progress: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Comparison:
     """Run each algorithm on the model, count its tokens, and hold its answer against the exact posterior.
 
-    :param algorithms: by name; each answers ``run(*args) -> Posterior``.
+    :param algorithms: by name; each answers ``run(*args) -> Posterior``.  Or a function of the seed that makes (and
+        trains) one, called once for every seed.
     :param exact: the exact `Posterior`, or an `Enumeration` to get it from; None: only what needs no truth is shown.
     :param exact_tokens: what a given exact posterior cost in tokens.
     :param guides: programs whose *density* is compared, by the name of their algorithm; by default the algorithm's own
-        ``density``, which importance sampling and GFlowNets have and SMC has not.
-    :param repetitions: runs of each algorithm to average over.
+        ``density``, which importance sampling and trained guides have and SMC has not.
+    :param repetitions: runs of each algorithm, for each seed, to average over.
+    :param seeds: how many (0, 1, ...), or which; figures are then means over seeds with their standard deviation.
+        None: one run of everything under the caller's generator.
+    :param budgets: what a query may cost, in ``unit``: each algorithm is run with as many particles as that buys, which
+        gives curves of quality against budget.
+    :param unit: of the budgets, "tokens" (through the network) or "seconds".
+
+    :raises ValueError: for a unit that is neither, a budget that is not positive, or no repetition or seed at all.
     """
-    networks = programs.networks(model, args, kwargs)
-    rows: list[Row] = []
+    if unit not in ("tokens", "seconds"):
+        raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")
+    if any(b <= 0 for b in budgets):
+        raise ValueError(f"budgets: must be positive, got {list(budgets)}")
+    chosen: list[int | None] = [None] if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
+    if repetitions < 1 or not chosen:
+        raise ValueError(f"repetitions, seeds: expected at least one of each, got {repetitions} and {seeds}")
+    meter = _Meter(programs.networks(model, args, kwargs))
     truth: Posterior | None = exact if isinstance(exact, Posterior) or exact is None else None
     if exact is not None and truth is None:
         _tell(progress, "enumeration")
-        before = _tokens(networks)
-        truth = exact.run(*args, **kwargs)
-        exact_tokens = _tokens(networks) - before
-    counts = []
-    for name, algorithm in algorithms.items():
+        truth, exact_tokens, _ = meter(lambda: exact.run(*args, **kwargs))
+    rows: list[Row] = []
+    curves: list[Point] = []
+    for name, given in algorithms.items():
         _tell(progress, name)
-        before = _tokens(networks)
-        answers = [algorithm.run(*args, **kwargs) for _ in range(repetitions)]
-        row = Row(name, num_particles=answers[0].num_particles)
-        row.query_tokens = (_tokens(networks) - before) / repetitions / answers[0].log_evidence.numel()
-        row.training_tokens = getattr(algorithm, "training_tokens", None)
-        evidence = torch.stack([a.log_evidence for a in answers])
-        row.log_evidence = _mean(evidence)
-        row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
-        khat = torch.stack([a.khat for a in answers])
-        row.khat = _mean(khat[khat.isfinite()])
-        if truth is not None:
-            row.log_evidence_error = _mean((evidence - truth.log_evidence).abs())
-            alive = [a for a in answers if bool((a.log_evidence != -torch.inf).all())]  # NaN: not estimated
-            if alive:
-                row.draws_tv = _mean(torch.stack([draw_quality(truth, a) for a in alive]))
-            guide = (guides or {}).get(name) or getattr(algorithm, "density", None)
-            if guide is not None:
-                _fill_density(row, truth, guide, args, kwargs)
-            counts.append(answers[0].num_particles)
+        of_seeds, points = [], []
+        evidence = []
+        for seed in chosen:
+            if seed is not None:
+                pyro.set_rng_seed(seed)
+            algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
+            row, estimates = _measure(
+                name, algorithm, meter, repetitions, truth, (guides or {}).get(name), args, kwargs
+            )
+            of_seeds.append(row)
+            evidence += estimates
+            points.append([_point(name, algorithm, meter, b, unit, truth, args, kwargs) for b in budgets])
+        row = _averaged(of_seeds)
+        if len(evidence) > 1:
+            row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
         rows.append(row)
+        curves += [_averaged_point(list(same)) for same in zip(*points, strict=True)]
     if truth is not None:
         exact_tokens = None if exact_tokens is None else exact_tokens / truth.log_evidence.numel()
-        for n in sorted(set(counts)):
-            draws = torch.stack([draw_quality(truth, truth.resample(n, "multinomial")) for _ in range(8)])
-            rows.append(Row(f"exact posterior, {n} draws", num_particles=n, draws_tv=_mean(draws)))
+        for n in sorted({row.num_particles for row in rows if row.num_particles}):
+            draws = [truth.resample(n, "multinomial") for _ in range(8)]
+            tv, modes = (_mean(torch.stack([f(truth, d) for d in draws])) for f in (draw_quality, modes_drawn))
+            rows.append(Row(f"exact posterior, {n} draws", num_particles=n, draws_tv=tv, draws_modes=modes))
+        log_z = _mean(truth.log_evidence)
         rows.append(
-            Row(
-                "enumeration",
-                draws_tv=0.0,
-                log_evidence=_mean(truth.log_evidence),
-                log_evidence_error=0.0,
-                query_tokens=exact_tokens,
-            )  # fmt: skip
+            Row("enumeration", draws_tv=0.0, log_evidence=log_z, log_evidence_error=0.0, query_tokens=exact_tokens)
         )
         for row in rows:
             if row.training_tokens and exact_tokens and row.query_tokens and exact_tokens > row.query_tokens:
                 row.break_even = row.training_tokens / (exact_tokens - row.query_tokens)
-    result = Comparison(rows, unexplored=_unexplored(truth))
+    result = Comparison(rows, unexplored=_unexplored(truth), curves=curves, unit=unit)
     if truth is None:
         result.notes.append(
             "No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good."
@@ -208,13 +119,128 @@ def compare(
     return result
 
 
-def _fill_density(row: Row, exact: Posterior, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    quality = density_quality(exact, guide, args, kwargs)
-    row.density_tv, row.forward_kl, row.reverse_kl = (_mean(x) for x in quality)
+def sized(algorithm: Algorithm, num_particles: int) -> Algorithm:
+    """The algorithm, with this many particles a query."""
+    if isinstance(getattr(algorithm, "num_particles", None), int) and not isinstance(algorithm, Trainer):
+        other: Any = copy.copy(algorithm)
+        other.num_particles = num_particles
+        return other
+    return _Sized(algorithm, num_particles)
 
 
-def _tokens(networks: list[Any]) -> int:
-    return sum(network.tokens_scored for network in networks)
+class _Sized:
+    """An algorithm whose ``run`` takes the number of particles, as trainers' do."""
+
+    def __init__(self, algorithm: Any, num_particles: int):
+        self.algorithm, self.num_particles = algorithm, num_particles
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.algorithm, name)
+
+    def run(self, *args: Any, **kwargs: Any) -> Posterior:
+        return self.algorithm.run(*args, num_particles=self.num_particles, **kwargs)
+
+
+class _Meter:
+    """Runs something and says what it cost in tokens and seconds."""
+
+    def __init__(self, networks: list[Any]):
+        self.networks = networks
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Any, int, float]:
+        tokens, start = sum(n.tokens_scored for n in self.networks), time.perf_counter()
+        answer = run()
+        return answer, sum(n.tokens_scored for n in self.networks) - tokens, time.perf_counter() - start
+
+
+def _measure(
+    name: str,
+    algorithm: Algorithm,
+    meter: _Meter,
+    repetitions: int,
+    truth: Posterior | None,
+    guide: Program | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Row, list[Tensor]]:
+    """One seed's figures, and its estimates of the log evidence (*plates)."""
+    answers, tokens, seconds = meter(lambda: [algorithm.run(*args, **kwargs) for _ in range(repetitions)])
+    queries = repetitions * answers[0].log_evidence.numel()
+    row = Row(name, num_particles=answers[0].num_particles)
+    row.query_tokens, row.seconds = tokens / queries, seconds / queries
+    row.training_tokens = getattr(algorithm, "training_tokens", None) or None
+    evidence = [a.log_evidence for a in answers]
+    row.log_evidence = _mean(torch.stack(evidence))
+    if row.log_evidence is not None:  # without an evidence the weights are no importance weights
+        row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
+        khat = torch.stack([a.khat for a in answers])
+        row.khat = _mean(khat[khat.isfinite()])
+    if truth is not None:
+        row.log_evidence_error = _mean((torch.stack(evidence) - truth.log_evidence).abs())
+        alive = [a for a in answers if bool((a.log_weights.amax(0) > -torch.inf).all())]
+        if alive:
+            row.draws_tv = _mean(torch.stack([draw_quality(truth, a) for a in alive]))
+            row.draws_modes = _mean(torch.stack([modes_drawn(truth, a) for a in alive]))
+        guide = guide or getattr(algorithm, "density", None)
+        if guide is not None:
+            quality = density_quality(truth, guide, args, kwargs)
+            row.density_tv, row.forward_kl, row.reverse_kl, row.density_modes = (_mean(x) for x in quality)
+    return row, [] if row.log_evidence is None else evidence
+
+
+def _point(
+    name: str,
+    algorithm: Algorithm,
+    meter: _Meter,
+    budget: float,
+    unit: str,
+    truth: Posterior | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Point:
+    """The algorithm with as many particles as the budget buys, by what a small run costs."""
+    pilot = 16
+    n = pilot
+    for _ in range(2):  # the second time, what does not grow with the particles weighs less
+        answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
+        cost = (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
+        n = max(1, min(MOST_PARTICLES, round(n * budget / max(cost, 1e-9))))
+    answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
+    queries = answer.log_evidence.numel()
+    point = Point(name, budget, n, tokens / queries, seconds / queries, None, None)
+    if truth is not None:
+        point.log_evidence_error = _mean((answer.log_evidence - truth.log_evidence).abs())
+        if bool((answer.log_weights.amax(0) > -torch.inf).all()):
+            point.draws_tv = _mean(draw_quality(truth, answer))
+    return point
+
+
+def _averaged(rows: list[Row]) -> Row:
+    """The mean of each figure over seeds, and its standard deviation."""
+    result = Row(rows[0].name)
+    for f in fields(Row):
+        if f.name in ("name", "sd"):
+            continue
+        values = [getattr(row, f.name) for row in rows if getattr(row, f.name) is not None]
+        if values:
+            mean = sum(values) / len(values)
+            setattr(result, f.name, round(mean) if isinstance(values[0], int) else mean)
+            if len(values) > 1 and f.name not in _WITHOUT_SPREAD:
+                result.sd[f.name] = float(torch.tensor(values, dtype=torch.float64).std())
+    return result
+
+
+_WITHOUT_SPREAD = ("num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
+
+
+def _averaged_point(points: list[Point]) -> Point:
+    first = points[0]
+    means = {}
+    for key in ("query_tokens", "seconds", "draws_tv", "log_evidence_error"):
+        values = [getattr(p, key) for p in points if getattr(p, key) is not None]
+        means[key] = sum(values) / len(values) if values else None
+    n = round(sum(p.num_particles for p in points) / len(points))
+    return Point(first.name, first.budget, n, **means)  # type: ignore[arg-type]
 
 
 def _tell(progress: Callable[[str], None] | None, what: str) -> None:
@@ -232,51 +258,3 @@ def _mean(x: Tensor) -> float | None:
 def _unexplored(truth: Posterior | None) -> float | None:
     left = getattr(truth, "unexplored", None)
     return None if left is None else float(torch.as_tensor(left).double().mean())
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
-        scratch.write(content)
-    os.replace(scratch.name, path)
-
-
-@dataclass(frozen=True)
-class _Column:
-    field: str
-    title: str
-    format: str = "{:.3f}"
-
-    def show(self, value: Any) -> str:
-        return "" if value is None else value if isinstance(value, str) else self.format.format(value)
-
-
-_TABLES = (
-    (
-        "Draws: weighted particles against the exact posterior",
-        (
-            _Column("num_particles", "N", "{:,d}"),
-            _Column("draws_tv", "TV"),
-            _Column("log_evidence", "log Z"),
-            _Column("log_evidence_error", "|error|"),
-            _Column("ess", "ESS/N"),
-            _Column("khat", "k-hat", "{:.2f}"),
-        ),
-    ),
-    (
-        "Density: q against the exact posterior p",
-        (_Column("density_tv", "TV"), _Column("forward_kl", "KL(p|q)"), _Column("reverse_kl", "KL(q|p)")),
-    ),
-    (
-        "Cost: tokens through the network",
-        (
-            _Column("training_tokens", "training", "{:,d}"),
-            _Column("query_tokens", "a query", "{:,.0f}"),
-            _Column("break_even", "queries to break even", "{:,.0f}"),
-        ),
-    ),
-)

@@ -14,6 +14,8 @@ from .posterior import Posterior
 from .programs import Program, Replay
 from .weights import log_density_of_latents
 
+MODE = 0.02  # a value of at least this posterior probability is a mode
+
 
 class DensityQuality(NamedTuple):
     """Of q against the exact posterior p, each (*plates)."""
@@ -21,6 +23,7 @@ class DensityQuality(NamedTuple):
     total_variation: Tensor
     forward_kl: Tensor  # KL(p || q)
     reverse_kl: Tensor  # KL(q || p), over the part of q inside the enumerated support
+    modes: Tensor  # share of the modes z with q(z) >= p(z) / 10; NaN where the posterior has none
 
 
 @torch.no_grad()
@@ -44,7 +47,7 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
     tv = 0.5 * ((q - p).abs().sum(0) + (1 - q.sum(0)).clamp(min=0))
     forward = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(0)
     reverse = torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q)).sum(0)
-    return DensityQuality(tv, forward, reverse)
+    return DensityQuality(tv, forward, reverse, _share(p >= MODE, q >= p / 10))
 
 
 def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:
@@ -56,6 +59,14 @@ def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:
     return (0.5 * difference.abs().sum(0)).reshape(exact.log_evidence.shape)
 
 
+def modes_drawn(exact: Posterior, posterior: Posterior) -> Tensor:
+    """The share of the exact posterior's modes that are among the particles of positive weight, (*plates)."""
+    kinds, drawn_kinds = _kinds(exact, posterior)
+    drawn = torch.zeros(int(max(kinds.max(), drawn_kinds.max())) + 1, kinds.shape[1], dtype=torch.long)
+    drawn.scatter_add_(0, drawn_kinds, (_flat(posterior.log_weights) > -torch.inf).long())
+    return _share(_flat(exact.probabilities) >= MODE, drawn.gather(0, kinds) > 0).reshape(exact.log_evidence.shape)
+
+
 def outside_mass(exact: Posterior, posterior: Posterior) -> Tensor:
     """The share of weighted particles that the enumeration has not: an estimate of what it misses, (*plates)."""
     kinds, drawn_kinds = _kinds(exact, posterior)
@@ -64,6 +75,11 @@ def outside_mass(exact: Posterior, posterior: Posterior) -> Tensor:
     known.scatter_add_(0, kinds, inside.long())
     outside = known.gather(0, drawn_kinds) == 0
     return (_flat(posterior.probabilities) * outside).sum(0).reshape(exact.log_evidence.shape)
+
+
+def _share(of: Tensor, having: Tensor) -> Tensor:
+    """Of the rows that are ``of``, the share that are ``having``, over axis 0; NaN where there is none."""
+    return (of & having).sum(0) / of.sum(0)
 
 
 def _flat(x: Tensor) -> Tensor:

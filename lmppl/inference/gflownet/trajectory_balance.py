@@ -83,8 +83,8 @@ class LogPartition(nn.Module):
 
     .. math:: \log Z_\psi(x) = b + w \cdot \tanh(P \bar e(x))
 
-    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix; b starts from the mean of
-    the first batch's u, w from zero.  Where the guide's first latent is no text, or its prompt differs between
+    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix; b starts from the mean
+    of the first batch's u, w from zero.  Where the guide's first latent is no text, or its prompt differs between
     particles, b alone serves all observations.
     """
 

@@ -1,0 +1,235 @@
+"""`Comparison`: the table, the plots and the file of figures that `compare` answers with."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .files import save_figure, write_atomically
+
+
+@dataclass
+class Row:
+    """One algorithm's figures, averaged over plates, repetitions and seeds; None where a figure is not defined.
+
+    A query is the posterior of one observation (one plate element); ``break_even`` is the number of queries after which
+    training has cost fewer tokens than enumerating each.  ``sd`` holds the standard deviation over seeds of each
+    figure, by field.
+    """
+
+    name: str
+    num_particles: int | None = None
+    draws_tv: float | None = None
+    draws_modes: float | None = None  # share of the posterior's modes that are among the draws
+    log_evidence: float | None = None
+    log_evidence_error: float | None = None
+    log_evidence_sd: float | None = None  # over repetitions and seeds, of one observation's estimate
+    ess: float | None = None
+    khat: float | None = None
+    density_tv: float | None = None
+    forward_kl: float | None = None
+    reverse_kl: float | None = None
+    density_modes: float | None = None  # share of the modes to which q gives at least a tenth of their probability
+    training_tokens: int | None = None
+    query_tokens: float | None = None
+    seconds: float | None = None  # per query
+    break_even: float | None = None
+    sd: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Point:
+    """The quality of one algorithm's draws at one budget a query: a point of a curve, averaged over seeds."""
+
+    name: str
+    budget: float
+    num_particles: int
+    query_tokens: float
+    seconds: float
+    draws_tv: float | None
+    log_evidence_error: float | None
+
+
+@dataclass
+class Comparison:
+    """A table of algorithms, and their quality against budget; `print`, `plot` and `save` it."""
+
+    rows: list[Row]
+    unexplored: float | None = None
+    notes: list[str] = field(default_factory=list)
+    curves: list[Point] = field(default_factory=list)
+    unit: str = "tokens"
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} is none of {[row.name for row in self.rows]}")
+
+    def tables(self) -> list[Table]:
+        """The rows as rich tables: draws and evidence, densities, cost; what no row has a figure for is left out."""
+        found = []
+        for title, columns in _TABLES:
+            shown, rows = self._filled(columns)
+            if not shown:
+                continue
+            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+            table.add_column("algorithm", no_wrap=True)
+            for column in shown:
+                table.add_column(column.title, justify="right", no_wrap=not any(column.field in r.sd for r in rows))
+            for row in rows:
+                table.add_row(row.name, *(column.show(row) for column in shown))
+            found.append(table)
+        return found
+
+    def markdown(self) -> str:
+        """The same tables in Markdown."""
+        lines = []
+        for title, columns in _TABLES:
+            shown, rows = self._filled(columns)
+            if shown:
+                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(c.title for c in shown) + " |"]
+                lines += ["|---|" + "---:|" * len(shown)]
+                lines += [f"| {row.name} | " + " | ".join(c.show(row) for c in shown) + " |" for row in rows]
+                lines.append("")
+        return "\n".join(lines)
+
+    def _filled(self, columns: tuple[_Column, ...]) -> tuple[list[_Column], list[Row]]:
+        shown = [c for c in columns if any(getattr(row, c.field) is not None for row in self.rows)]
+        return shown, [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the tables and notes."""
+        console = console or Console()
+        for table in self.tables():
+            console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows, curves, unexplored mass and notes; numbers that are not finite are None."""
+        return {
+            "rows": [_finite(asdict(row)) for row in self.rows],
+            "curves": [_finite(asdict(point)) for point in self.curves],
+            "unit": self.unit,
+            "unexplored": self.unexplored,
+            "notes": self.notes,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``comparison.json``, ``comparison.png`` and, with budgets, ``budget.png``, each whole or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "comparison.json", json.dumps(self.to_json(), indent=2).encode())
+        self.plot(directory / "comparison.png")
+        if self.curves:
+            self.plot_budget(directory / "budget.png")
+
+    def plot(self, path: str | Path) -> None:
+        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm."""
+        from matplotlib.figure import Figure
+
+        panels = [("draws_tv", "TV of draws to the exact posterior"), ("density_tv", "TV of the density"),
+                  ("log_evidence_error", "|error of log evidence| (nats)"), ("ess", "ESS / N")]  # fmt: skip
+        panels = [p for p in panels if any(_is_finite(getattr(r, p[0])) for r in self.rows)]
+        figure = Figure(figsize=(4.2 * max(1, len(panels)), 0.42 * len(self.rows) + 1.6), layout="constrained")
+        axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+        names = [row.name for row in self.rows]
+        for axis, (key, title) in zip(axes, panels, strict=False):
+            for i, row in enumerate(self.rows):
+                value = getattr(row, key)
+                if _is_finite(value):
+                    axis.barh(i, value, xerr=row.sd.get(key), color=f"C{i}", error_kw={"lw": 0.8})
+                    axis.annotate(f" {value:.3f}", (value + row.sd.get(key, 0.0), i), va="center", fontsize=8)
+            axis.set_title(title, fontsize=9)
+            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.margins(x=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[0].invert_yaxis()
+        save_figure(figure, path)
+
+    def plot_budget(self, path: str | Path) -> None:
+        """Lines: the draws' distance and the evidence's error against what a query costs."""
+        from matplotlib.figure import Figure
+
+        cost = "seconds" if self.unit == "seconds" else "query_tokens"
+        panels = [("draws_tv", "TV of draws to the exact posterior"),
+                  ("log_evidence_error", "|error of log evidence| (nats)")]  # fmt: skip
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axis, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
+            for name in dict.fromkeys(p.name for p in self.curves):
+                points = [p for p in self.curves if p.name == name and _is_finite(getattr(p, key))]
+                x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
+                axis.plot(x, y, "o-", ms=3, lw=1, label=name)
+            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].legend(frameon=False, fontsize=7)
+        save_figure(figure, path)
+
+
+def _is_finite(value: Any) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _finite(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+
+
+@dataclass(frozen=True)
+class _Column:
+    field: str
+    title: str
+    format: str = "{:.3f}"
+
+    def show(self, row: Row) -> str:
+        value = getattr(row, self.field)
+        if value is None:
+            return ""
+        shown = self.format.format(value)
+        return f"{shown} ± {self.format.format(row.sd[self.field])}" if self.field in row.sd else shown
+
+
+_TABLES = (
+    (
+        "Draws: weighted particles against the exact posterior",
+        (
+            _Column("num_particles", "N", "{:,d}"),
+            _Column("draws_tv", "TV"),
+            _Column("draws_modes", "modes", "{:.2f}"),
+        ),
+    ),
+    (
+        "Evidence and weights",
+        (
+            _Column("log_evidence", "log Z"),
+            _Column("log_evidence_error", "|error|"),
+            _Column("log_evidence_sd", "sd"),
+            _Column("ess", "ESS/N"),
+            _Column("khat", "k-hat", "{:.2f}"),
+        ),
+    ),
+    (
+        "Density: q against the exact posterior p",
+        (
+            _Column("density_tv", "TV"),
+            _Column("forward_kl", "KL(p,q)"),
+            _Column("reverse_kl", "KL(q,p)"),
+            _Column("density_modes", "modes", "{:.2f}"),
+        ),
+    ),
+    (
+        "Cost: tokens through the network",
+        (
+            _Column("training_tokens", "training", "{:,.0f}"),
+            _Column("query_tokens", "a query", "{:,.0f}"),
+            _Column("break_even", "queries to break even", "{:,.0f}"),
+        ),
+    ),
+)
