@@ -4,7 +4,11 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
-from .compare import Comparison, compare
+from .ancestry import Resampling, lineages, plot_ancestry, survivors
+from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
+from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate
+from .compare import compare
+from .comparison import Comparison
 from .enumeration import Enumerated, Enumeration
 from .gflownet import (
     DetailedBalance,
@@ -18,45 +22,60 @@ from .gflownet import (
     Prior,
     Proposal,
     RelativeTrajectoryBalance,
+    Replay,
     SubTB,
     Tempered,
     TrajectoryBalance,
     VarGrad,
 )
 from .importance import Importance
+from .markov import Automaton, Markov
 from .metropolis import MarkovChains, MetropolisHastings
 from .posterior import Posterior, ZeroEvidence
 from .predictive import Prediction, Predictive
 from .programs import SiteMismatch
-from .smc import SMC
+from .smc import SMC, Sequential
 from .training import Task, Trainer
 from .validation import AxesError
 
 __all__ = [
     "SMC",
+    "Automaton",
     "AxesError",
+    "Bounds",
     "Comparison",
     "DetailedBalance",
+    "Divergences",
     "Enumerated",
     "Enumeration",
     "EpsilonUniform",
     "Exploration",
     "GFlowNet",
     "Importance",
+    "Markov",
     "MarkovChains",
     "MetropolisHastings",
     "Mixture",
     "Objective",
     "OnPolicy",
+    "PolicyGradient",
     "PooledVarGrad",
     "Posterior",
     "Prediction",
     "Predictive",
     "Prior",
+    "Prompting",
     "Proposal",
     "RelativeTrajectoryBalance",
+    "Replay",
+    "Resampling",
+    "ReweightedWakeSleep",
+    "Sandwich",
+    "Sequential",
+    "Simulated",
     "SiteMismatch",
     "SubTB",
+    "SupervisedFineTuning",
     "Task",
     "Tempered",
     "Trainer",
@@ -64,4 +83,11 @@ __all__ = [
     "VarGrad",
     "ZeroEvidence",
     "compare",
+    "divergences",
+    "dreams",
+    "few_shot",
+    "lineages",
+    "plot_ancestry",
+    "simulate",
+    "survivors",
 ]
