@@ -68,6 +68,10 @@ class Trainer(ABC):
     ) -> dict[str, float]:
         """One update of the parameters; its metrics, "loss" among them."""
 
+    def arguments(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Of a batch, what model and guide are called with."""
+        return batch
+
     def descend(self, loss: Tensor) -> float:
         """One step of the optimiser down this loss; the norm of its gradient before clipping.
 
@@ -101,7 +105,7 @@ class Trainer(ABC):
 
     def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
         if task.model not in self._networks:
-            self._networks[task.model] = programs.networks(task.model, args, kwargs)
+            self._networks[task.model] = programs.networks(task.model, self.arguments(args, kwargs), kwargs)
         networks = self._networks[task.model]
         before = sum(network.tokens_scored for network in networks)
         metrics = self.update(task.model, task.guide, args, kwargs, step)
