@@ -119,9 +119,10 @@ class Markov:
     """
 
     def __init__(self, prior: Completion, factor: Automaton, order: int | None = None):
-        self.order = getattr(prior.lm.model.config, "order", None) if order is None else order
-        if not isinstance(self.order, int) or self.order < 0:
+        order = getattr(prior.lm.model.config, "order", None) if order is None else order
+        if not isinstance(order, int) or order < 0:
             raise ValueError(f"order: expected how many tokens back the language model looks, got {order}")
+        self.order: int = order
         if prior.batch_shape or prior.prompt.dim() != 1:
             raise ValueError(f"prior: expected one prompt, got the batch shape {tuple(prior.batch_shape)}")
         if callable(prior.allowed) and not isinstance(prior.allowed, Tensor):
@@ -131,7 +132,7 @@ class Markov:
         self.prior, self.factor = prior, factor
         self.width = prior.event_shape[0]
         self.next, logits = self._states()  # (S, V) each
-        S, V, A = *logits.shape, len(factor.final)
+        (S, V), A = logits.shape, len(factor.final)
         if S * A * V > STATES:
             raise ValueError(f"order, factor: {S} x {A} states are too many")
         rules, none = prior._rules(torch.Size()), torch.empty(S, 0, dtype=torch.long)
@@ -207,14 +208,16 @@ class Markov:
     @torch.no_grad()
     def _states(self) -> tuple[Tensor, Tensor]:
         """The states met from the prompt on, 0 first: their successors and logits, (S, V) each."""
-        lm, k = self.prior.lm, int(self.order)
+        lm, k = self.prior.lm, self.order
         V = lm.vocab_size
 
         def state(tokens: tuple[int, ...]) -> tuple[int, ...]:
             return tokens[len(tokens) - k :] if len(tokens) > k else tokens
 
         start = tuple(with_bos(lm, self.prior.prompt).tolist())
-        known, texts, following = {state(start): 0}, [()], []
+        known: dict[tuple[int, ...], int] = {state(start): 0}
+        texts: list[tuple[int, ...]] = [()]
+        following = []
         for path in texts:  # breadth first: the list grows while it is read
             row = []
             for v in range(V):
