@@ -1,0 +1,97 @@
+"""No algorithm is slower than its honest cost: tokens through the network, counted.
+
+A prompt is read once to draw from it and once by each site that scores what follows it; never once per particle.
+"""
+
+from __future__ import annotations
+
+import peft
+import pyro
+import pytest
+import torch
+from tiny import tiny_lm
+
+from lmppl.distributions import Completion
+from lmppl.inference import SMC, GFlowNet, Importance, PooledVarGrad, SubTB, VarGrad
+
+TOKENS, LONGER = 4, 150
+
+
+@pytest.fixture(scope="module")
+def views():
+    lm = tiny_lm(max_length=256)
+    return lm, lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
+
+
+def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
+    """Tokens of one run (of one step, if it is trained) of an algorithm on z ~ LM(x), y ~ LM(x z), w ~ LM(x)."""
+    lm, q = views
+    x = torch.randint(2, 8, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([[4, 5, 0]])
+
+    def model():
+        with pyro.plate("data", 1):
+            z = pyro.sample("z", Completion(lm, x, max_tokens=TOKENS))
+            pyro.sample("y", Completion(lm, lm.join(x, z), max_tokens=3), obs=y)
+            if side:
+                pyro.sample("w", Completion(lm, x, max_tokens=3), obs=y)
+
+    def guide():
+        with pyro.plate("data", 1):
+            pyro.sample("z", Completion(q, x, max_tokens=TOKENS))
+
+    pyro.set_rng_seed(0)
+    algorithm = make(model, guide, num_particles)
+    with pyro.validation_enabled(False):  # under validation one particle is run again
+        run = algorithm.step if isinstance(algorithm, GFlowNet) else algorithm.run
+        run()  # the first run of a network also verifies its attention
+        before = lm.tokens_scored
+        run()
+    return lm.tokens_scored - before
+
+
+def trained(kind):
+    def make(model, guide, n):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.0)  # the guide stays as it is
+        return GFlowNet(model, guide, kind(num_particles=n), optimizer=optimizer)
+
+    return make
+
+
+# How often a prompt is read: to draw z, to score z under the model (and under the guide, with gradient), to score y.
+ALGORITHMS = {
+    "importance, prior": (lambda m, g, n: Importance(m, num_particles=n), 2),
+    "importance, guide": (lambda m, g, n: Importance(m, g, num_particles=n), 3),
+    "SMC, prior": (lambda m, g, n: SMC(m, num_particles=n), 2),
+    "SMC, guide": (lambda m, g, n: SMC(m, g, num_particles=n), 3),
+    "VarGrad": (trained(VarGrad), 4),
+    "SubTB, all prefixes": (trained(SubTB), 4),
+    "pooled, all prefixes": (trained(PooledVarGrad), 4),
+}
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_prompt_is_not_read_per_particle(views, name):
+    make, times = ALGORITHMS[name]
+    for n in (4, 16):
+        more = cost(views, make, n, 20 + LONGER) - cost(views, make, n, 20)
+        # Texts have random lengths and share random beginnings: at most this much is not the prompt.
+        noise = times * n * (TOKENS + 3)
+        assert abs(more - times * LONGER) <= noise < n * LONGER
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_site_that_does_not_depend_on_the_latents_is_scored_once(views, name):
+    make, _ = ALGORITHMS[name]
+    for n in (4, 16):
+        assert cost(views, make, n, 20, side=True) - cost(views, make, n, 20) == 20 + 2  # its stop is not read
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_particles_cost_no_more_than_their_tokens(views, name):
+    """Per particle: its tokens to draw them, to score them, and again with the observation after each prefix."""
+    make, _ = ALGORITHMS[name]
+    each = (cost(views, make, 64, 20) - cost(views, make, 16, 20)) / 48
+    prefixes = (TOKENS + 1) if "prefixes" in name else 1
+    longest = 3 * TOKENS + prefixes * (TOKENS + 2)
+    assert each <= longest
