@@ -232,16 +232,17 @@ class Markov:
                 raise ValueError(f"order: {k} tokens of {V} give too many states")
         width = max(len(path) for path in texts)
         shortest = torch.tensor([p + (text.PAD,) * (width - len(p)) for p in texts], dtype=torch.long)
-        logits = self._logits(shortest)
+        logits = self._logits(self.prior.prompt, shortest)
         full = torch.tensor([len(key) == k for key in known])
         if bool(full.any()):
             keys = torch.tensor([key for key in known if len(key) == k], dtype=torch.long).view(int(full.sum()), k)
             detour = torch.cat([keys.flip(0)[:, :1] if k else keys, keys], 1)  # another history, the same last k tokens
-            if not torch.allclose(self._logits(detour), logits[full], rtol=1e-3, atol=1e-3):
+            if not torch.allclose(self._logits(detour, keys[:, :0]), logits[full], rtol=1e-3, atol=1e-3):
                 raise ValueError(f"order: the language model looks further back than {k} tokens")
         return torch.tensor(following), logits
 
-    def _logits(self, after: Tensor) -> Tensor:
-        """The network's logits (S, V) once the prompt and ``after`` (S, L) were read."""
-        context = text.cat(self.prior.prompt, after)
-        return score(self.prior.lm, context, context.new_zeros(1), lambda logits, _: logits[:, 0])
+    def _logits(self, prompt: Tensor, after: Tensor) -> Tensor:
+        """The network's logits (S, V) once it has read the prompt and ``after`` (S, L)."""
+        end = text.length(after)
+        value = text.cat(after, after.new_zeros(1))  # the last token stands for the one to come
+        return score(self.prior.lm, prompt, value, lambda logits, rows: logits[torch.arange(len(rows)), end[rows]])
