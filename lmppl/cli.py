@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
-from .inference.compare import Algorithm, sized
+from .inference.compare import Algorithm, Meter, particles_within, sized
 from .inference.files import save_figure, write_atomically
 from .inference.quality import density_quality, outside_mass
 from .language_model import LanguageModel
@@ -197,29 +197,21 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dic
     """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
     found: dict[str, Algorithm] = {}
     model, n = experiment.model, gflownet.num_particles
-    tokens = _tokens_a_query(experiment, gflownet)
+    meter = Meter([experiment.lm.network])
+    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])  # a query
+
+    def matched(algorithm: Algorithm) -> Algorithm:
+        return sized(algorithm, particles_within(algorithm, tokens, meter, args=experiment.test))
+
     if "gflownet" in chosen:
         found["GFlowNet"] = gflownet
     if "importance" in chosen:
-        size = _matched(experiment, Importance(model, num_particles=n), tokens)
-        found["importance sampling (prior)"] = Importance(model, num_particles=size)
+        found["importance sampling (prior)"] = matched(Importance(model))
     if "smc" in chosen:
-        size = _matched(experiment, SMC(model, num_particles=n, twist="stop"), tokens)
-        found["SMC (prior, stop twist)"] = SMC(model, num_particles=size, twist="stop")
+        found["SMC (prior, stop twist)"] = matched(SMC(model, twist="stop"))
     if "smc" in chosen and "gflownet" in chosen:
         found["SMC (GFlowNet)"] = SMC(model, experiment.guide, num_particles=n)
     return found
-
-
-def _tokens_a_query(experiment: Experiment, algorithm: Algorithm) -> int:
-    before = experiment.lm.tokens_scored
-    algorithm.run(*experiment.test)
-    return experiment.lm.tokens_scored - before
-
-
-def _matched(experiment: Experiment, pilot: Importance | SMC, tokens: int) -> int:
-    """How many particles of an algorithm cost about ``tokens`` a query."""
-    return max(1, round(pilot.num_particles * tokens / _tokens_a_query(experiment, pilot)))
 
 
 def _density_tv(exact: Posterior, experiment: Experiment) -> float:

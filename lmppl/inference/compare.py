@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor
 
 from . import programs
-from .comparison import Comparison, Point, Row
+from .comparison import Comparison, Point, Row, averaged
+from .metropolis import MetropolisHastings
 from .posterior import Posterior
 from .programs import Program
 from .quality import density_quality, draw_quality, modes_drawn
 from .training import Trainer
 
 MOST_PARTICLES = 1_000_000
+PILOTS = 16, 64  # particles
 
 
 class Algorithm(Protocol):
@@ -70,7 +71,7 @@ def compare(
     chosen: list[int | None] = [None] if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
     if repetitions < 1 or not chosen:
         raise ValueError(f"repetitions, seeds: expected at least one of each, got {repetitions} and {seeds}")
-    meter = _Meter(programs.networks(model, args, kwargs))
+    meter = Meter(programs.networks(model, args, kwargs))
     truth: Posterior | None = exact if isinstance(exact, Posterior) or exact is None else None
     if exact is not None and truth is None:
         _tell(progress, "enumeration")
@@ -91,7 +92,7 @@ def compare(
             of_seeds.append(row)
             evidence += estimates
             points.append([_point(name, algorithm, meter, b, unit, truth, args, kwargs) for b in budgets])
-        row = _averaged(of_seeds)
+        row = averaged(of_seeds)
         if len(evidence) > 1:
             row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
         rows.append(row)
@@ -120,7 +121,11 @@ def compare(
 
 
 def sized(algorithm: Algorithm, num_particles: int) -> Algorithm:
-    """The algorithm, with this many particles a query."""
+    """The algorithm, with this many particles a query (draws, for Markov chains)."""
+    if isinstance(algorithm, MetropolisHastings):
+        chains: Any = copy.copy(algorithm)
+        chains.num_samples = max(1, num_particles // algorithm.num_chains)
+        return chains
     if isinstance(getattr(algorithm, "num_particles", None), int) and not isinstance(algorithm, Trainer):
         other: Any = copy.copy(algorithm)
         other.num_particles = num_particles
@@ -141,7 +146,7 @@ class _Sized:
         return self.algorithm.run(*args, num_particles=self.num_particles, **kwargs)
 
 
-class _Meter:
+class Meter:
     """Runs something and says what it cost in tokens and seconds."""
 
     def __init__(self, networks: list[Any]):
@@ -156,7 +161,7 @@ class _Meter:
 def _measure(
     name: str,
     algorithm: Algorithm,
-    meter: _Meter,
+    meter: Meter,
     repetitions: int,
     truth: Posterior | None,
     guide: Program | None,
@@ -188,10 +193,29 @@ def _measure(
     return row, [] if row.log_evidence is None else evidence
 
 
+def particles_within(
+    algorithm: Algorithm,
+    budget: float,
+    meter: Meter,
+    unit: str = "tokens",
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> int:
+    """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each."""
+    cost = []
+    for n in PILOTS:
+        answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
+        cost.append((tokens if unit == "tokens" else seconds) / answer.log_evidence.numel())
+    each = (cost[1] - cost[0]) / (PILOTS[1] - PILOTS[0])
+    if each <= 0:
+        each = cost[1] / PILOTS[1]
+    return max(1, min(MOST_PARTICLES, round(PILOTS[1] + (budget - cost[1]) / each)))
+
+
 def _point(
     name: str,
     algorithm: Algorithm,
-    meter: _Meter,
+    meter: Meter,
     budget: float,
     unit: str,
     truth: Posterior | None,
@@ -199,12 +223,7 @@ def _point(
     kwargs: dict[str, Any],
 ) -> Point:
     """The algorithm with as many particles as the budget buys, by what a small run costs."""
-    pilot = 16
-    n = pilot
-    for _ in range(2):  # the second time, what does not grow with the particles weighs less
-        answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
-        cost = (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
-        n = max(1, min(MOST_PARTICLES, round(n * budget / max(cost, 1e-9))))
+    n = particles_within(algorithm, budget, meter, unit, args, kwargs)
     answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
     queries = answer.log_evidence.numel()
     point = Point(name, budget, n, tokens / queries, seconds / queries, None, None)
@@ -213,24 +232,6 @@ def _point(
         if bool((answer.log_weights.amax(0) > -torch.inf).all()):
             point.draws_tv = _mean(draw_quality(truth, answer))
     return point
-
-
-def _averaged(rows: list[Row]) -> Row:
-    """The mean of each figure over seeds, and its standard deviation."""
-    result = Row(rows[0].name)
-    for f in fields(Row):
-        if f.name in ("name", "sd"):
-            continue
-        values = [getattr(row, f.name) for row in rows if getattr(row, f.name) is not None]
-        if values:
-            mean = sum(values) / len(values)
-            setattr(result, f.name, round(mean) if isinstance(values[0], int) else mean)
-            if len(values) > 1 and f.name not in _WITHOUT_SPREAD:
-                result.sd[f.name] = float(torch.tensor(values, dtype=torch.float64).std())
-    return result
-
-
-_WITHOUT_SPREAD = ("num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
 
 
 def _averaged_point(points: list[Point]) -> Point:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -42,6 +43,24 @@ class Row:
     seconds: float | None = None  # per query
     break_even: float | None = None
     sd: dict[str, float] = field(default_factory=dict)
+
+
+def averaged(rows: list[Row]) -> Row:
+    """The mean of each figure over seeds, and its standard deviation."""
+    result = Row(rows[0].name)
+    for f in fields(Row):
+        if f.name in ("name", "sd"):
+            continue
+        values = [getattr(row, f.name) for row in rows if getattr(row, f.name) is not None]
+        if values:
+            mean = sum(values) / len(values)
+            setattr(result, f.name, round(mean) if isinstance(values[0], int) else mean)
+            if len(values) > 1 and f.name not in _WITHOUT_SPREAD:
+                result.sd[f.name] = float(torch.tensor(values, dtype=torch.float64).std())
+    return result
+
+
+_WITHOUT_SPREAD = ("num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
 
 
 @dataclass
