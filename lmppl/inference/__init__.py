@@ -9,6 +9,7 @@ from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, Supervise
 from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate
 from .compare import compare
 from .comparison import Comparison
+from .diagnose import Diagnosis, Finding, diagnose
 from .enumeration import Enumerated, Enumeration
 from .gflownet import (
     DetailedBalance,
@@ -45,11 +46,13 @@ __all__ = [
     "Bounds",
     "Comparison",
     "DetailedBalance",
+    "Diagnosis",
     "Divergences",
     "Enumerated",
     "Enumeration",
     "EpsilonUniform",
     "Exploration",
+    "Finding",
     "GFlowNet",
     "Importance",
     "Markov",
@@ -83,6 +86,7 @@ __all__ = [
     "VarGrad",
     "ZeroEvidence",
     "compare",
+    "diagnose",
     "divergences",
     "dreams",
     "few_shot",

@@ -3,6 +3,7 @@
 from .detailed_balance import DetailedBalance
 from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
 from .objective import Objective
+from .replay import Replay
 from .sub_tb import SubTB
 from .trainer import GFlowNet
 from .trajectory_balance import RelativeTrajectoryBalance, TrajectoryBalance
@@ -20,6 +21,7 @@ __all__ = [
     "Prior",
     "Proposal",
     "RelativeTrajectoryBalance",
+    "Replay",
     "SubTB",
     "Tempered",
     "TrajectoryBalance",

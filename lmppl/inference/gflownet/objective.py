@@ -76,9 +76,11 @@ class Objective(pyro.infer.ELBO):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         num_particles: int | None = None,
+        subsamples: Values | None = None,
     ) -> Values:
-        """Training samples: the values of every latent (and of subsamples), particles leading."""
-        source = Source(model, guide, args, kwargs, self._nesting(model, guide, args, kwargs), self.training_step)
+        """Training samples: the values of every latent (and of subsamples, perhaps given), particles leading."""
+        nesting = self.nesting(model, guide, args, kwargs)
+        source = Source(model, guide, args, kwargs, nesting, self.training_step, dict(subsamples or {}))
         with torch.no_grad():
             drawn = (self.exploration or OnPolicy()).draw(source, num_particles or self.num_particles)
         return drawn | source.subsamples
@@ -87,7 +89,7 @@ class Objective(pyro.infer.ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> list[Balance]:
         """u at these values: a `Balance` for each text site, one site cut at a time."""
-        nesting = self._nesting(model, guide, args, kwargs)
+        nesting = self.nesting(model, guide, args, kwargs)
         n = self.num_particles
         with torch.no_grad():
             drawn = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=n)
@@ -95,7 +97,7 @@ class Objective(pyro.infer.ELBO):
         sites = texts if self.uses_prefixes and texts else [None]
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
 
-    def _nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many axes the plates take: as given, or guessed once for each pair of programs."""
         if self.max_plate_nesting != float("inf"):
             return int(self.max_plate_nesting)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import programs
 from ..programs import Program
 from ..schedules import Schedule, checked
-from ..training import Trainer, standard_deviation
+from ..training import Task, Trainer, standard_deviation
 from ..weights import Balance
 from .exploration import Exploration, Tempered
 from .objective import Objective
+from .observations import Observations
+from .replay import Replay, demonstrations
 from .trajectory_balance import TrajectoryBalance
 from .var_grad import VarGrad
 
@@ -28,7 +34,7 @@ class GFlowNet(Trainer):
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
-    :param replay: reserved for a replay buffer; None.
+    :param replay: a `Replay` buffer, from which a part of the samples is drawn; None: all are drawn afresh.
     :param exploration: what to draw training samples from; default a quarter of the particles at temperature 1.5,
         unless the objective brings its own. None: the guide itself.
     :param reward_temperature: T in the target p(z, observed)^(1/T), a number or a function of the step; default the
@@ -53,15 +59,17 @@ class GFlowNet(Trainer):
         *,
         optimizer: Optimizer,
         num_particles: int | None = None,
-        replay: None = None,
+        replay: Replay | None = None,
         exploration: Exploration | str | None = "default",
         reward_temperature: Schedule | None = None,
         clip: float = 1.0,
         max_plate_nesting: int | None = None,
     ):
         super().__init__(model, guide, optimizer=optimizer, clip=clip, max_plate_nesting=max_plate_nesting)
-        if replay is not None:
-            raise ValueError("replay: this version has no replay buffer; leave it at None")
+        if replay is not None and not isinstance(replay, Replay):
+            raise ValueError(f"replay: expected a Replay or None, got {type(replay).__name__}")
+        self.replay = replay
+        self._of_fit: list[Task] = []
         self.objective = copy.copy(objective) if objective is not None else VarGrad()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
@@ -85,9 +93,70 @@ class GFlowNet(Trainer):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
     ) -> dict[str, float]:
         self.objective.training_step = step
-        values = self.objective.draw(model, guide, args, kwargs)
+        if self.replay is None:
+            values = self.objective.draw(model, guide, args, kwargs)
+            loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
+            return {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
+        seen = self._observations(model, guide, args, kwargs)
+        n = self.objective.num_particles
+        again = self.replay.available(seen, n, step)
+        values = self.objective.draw(model, guide, args, kwargs, n - again, seen.subsamples)
+        if again:
+            fresh = {name: values[name] for name in seen.sites}
+            stored = self.replay.draw(seen, again, step)
+            stored = {name: v.to(fresh[name].device) for name, v in stored.items()}
+            values |= programs.cat_particles([fresh, stored])
         loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
-        return {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
+        self.replay.add(seen, values, _whole(balances[0]), balances[0].guide)
+        metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
+        return metrics | {"replayed": float(again)}
+
+    def _observations(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], task: int | None = None
+    ) -> Observations:
+        assert self.replay is not None
+        if task is None:
+            task = next((i for i, t in enumerate(self._of_fit) if (t.model, t.guide) == (model, guide)), 0)
+        nesting = self.objective.nesting(model, guide, args, kwargs)
+        return self.replay.observations(model, guide, args, kwargs, nesting, task)
+
+    def _tasks(self, batches: Any) -> list[Task]:
+        self._of_fit = super()._tasks(batches)
+        return self._of_fit
+
+    def demonstrate(
+        self, *args: Any, values: Mapping[str, Any], task: int = 0, of: tuple[Program, Program] | None = None
+    ) -> None:
+        """Put values of latent sites, known to be good for the observations ``args``, into the replay buffer.
+
+        :param values: by site, a tensor (n, *plates, *event) or (*plates, *event), texts also as nested lists of
+            strings of these shapes (the site's stop is appended where it is missing).  Sites that are not given are
+            drawn from the guide.
+        :param task: which of the tasks of `fit` they belong to, where there are several; ``of``: its (model, guide).
+        :raises ValueError: without a replay buffer, for a site that is no latent, a shape that does not fit, and values
+            that the model says are impossible.
+        """
+        if self.replay is None:
+            raise ValueError("replay: there is no buffer to put demonstrations into; pass replay=Replay(...)")
+        model, guide = of or (self.model, self.guide)
+        seen = self._observations(model, guide, args, {}, task)
+        demonstrations(self.replay, seen, model, guide, args, values)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The replay buffer."""
+        if self.replay is None:
+            return {}, {}
+        tensors, own = self.replay.state()
+        return tensors, {"replay": own}
+
+    def restore(self, tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
+        if self.replay is not None and "replay" in own:
+            self.replay.restore(tensors, own["replay"])
+
+
+def _whole(b: Balance) -> Tensor:
+    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide says they are impossible."""
+    return b.log_p.detach().masked_fill(~b.last, -torch.inf).amax(0)
 
 
 def _summary(balances: list[Balance]) -> dict[str, float]:
