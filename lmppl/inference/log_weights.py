@@ -37,9 +37,9 @@ def pareto_khat(log_weights: Tensor) -> float:
     about `smallest_sample` :math:`= 10^{1/(1 - \max(0, k))}` particles, 10 at k = 0, 100 at 0.5, 2,200 at 0.7, and at
     k >= 1 it has no error that any N would bound.
 
-    NaN with fewer than 10 weights in the tail (N < 50), or where most of the tail is one and the same number; -inf
-    where all of it is.  Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Sections 2.4 and 3; the fit is Pyro's and
-    agrees with ``arviz.psislw``.
+    Equal texts have equal weights: those tied with the smallest of the tail are left out of it.  NaN for N < 50 or with
+    fewer than 10 distinct weights left, to which no tail can be fitted; -inf with none.  Source: Vehtari, Simpson,
+    Gelman, Yao and Gabry 2024, Sections 2.4 and 3; the fit is Pyro's and agrees with ``arviz.psislw``.
     """
     n = len(log_weights)
     tail = math.ceil(min(0.2 * n, 3 * n**0.5))
@@ -48,10 +48,13 @@ def pareto_khat(log_weights: Tensor) -> float:
     weights, _ = (log_weights - log_weights.max()).double().exp().sort()
     threshold = weights[-tail - 1]
     excess = weights[-tail:] - threshold
-    if float(excess[0]) <= 1e-12:  # ties: all weights alike, no tail
-        excess = excess[excess > 1e-12]
-        if len(excess) < 10:
-            return float("-inf") if len(excess) == 0 else float("nan")
+    tied = excess <= 1e-5 * threshold  # up to rounding: few distinct texts, or weights all alike
+    if int(tied.sum()) >= 3 or bool(excess[0] == 0):
+        excess = excess[~tied]
+        if not len(excess):
+            return float("-inf")
+    if int((excess.diff() > 1e-5 * threshold).sum()) < 9:
+        return float("nan")
     k, _ = fit_generalized_pareto(excess)
     return float(k)
 

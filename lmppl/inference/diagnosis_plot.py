@@ -1,0 +1,87 @@
+"""The picture of a diagnosis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .calibration import Calibration
+from .drift import Drift
+from .posterior import Posterior
+
+if TYPE_CHECKING:
+    from .diagnose import Diagnosis
+
+
+def draw(diagnosis: Diagnosis) -> Any:
+    """One row of panels, those for which there is something to show."""
+    from matplotlib.figure import Figure
+
+    panels: list[tuple[Any, Any]] = []
+    if diagnosis.calibration.positions:
+        panels += [(_positions, diagnosis.calibration), (_bounds, diagnosis.calibration)]
+    if diagnosis.posterior is not None and not hasattr(diagnosis.posterior, "unexplored"):
+        panels.append((_weights, diagnosis.posterior))
+    panels += [(_lengths, d) for d in diagnosis.drifts if d.name.startswith("length")][:1]
+    figure = Figure(figsize=(4.4 * max(1, len(panels)), 3.6), layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axis, (panel, what) in zip(axes, panels, strict=False):
+        panel(axis, what)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _positions(axis: Any, calibration: Calibration) -> None:
+    longest = 0
+    for name, x in calibration.positions.items():
+        x = x[~x.isnan()].sort().values
+        longest = max(longest, len(x))
+        grid = torch.linspace(0, 1, 201, dtype=x.dtype)
+        share = torch.searchsorted(x, grid, right=True) / max(1, len(x))
+        axis.plot(grid, share - grid, label=name, linewidth=1.2)
+    band = 1.63 / max(1, longest) ** 0.5  # Kolmogorov's 99%
+    axis.axhspan(-band, band, color="0.9", zorder=0)
+    axis.axhline(0, color="0.5", linewidth=0.8)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, -1.3 * band), max(high, 1.3 * band) + 0.6 * band)
+    axis.legend(fontsize=7, frameon=False, loc="upper left")
+    axis.set_xlabel("position of the truth among the draws", fontsize=8)
+    axis.set_title("calibration: share below minus uniform\n(band: 99% if correct)", fontsize=9)
+
+
+def _bounds(axis: Any, calibration: Calibration) -> None:
+    order = calibration.uppers.argsort()
+    lowers, uppers = calibration.lowers[order].double(), calibration.uppers[order].double()
+    rank = torch.arange(len(order))
+    axis.vlines(rank.numpy(), lowers.numpy(), uppers.numpy(), color="0.8", linewidth=1)
+    axis.plot(rank, uppers, "v", markersize=3, label="upper", color="C3")
+    axis.plot(rank, lowers, "^", markersize=3, label="lower", color="C0")
+    axis.legend(fontsize=7, frameon=False)
+    axis.set_xlabel("simulated data, sorted", fontsize=8)
+    axis.set_title("log evidence bounds (nats)", fontsize=9)
+
+
+def _weights(axis: Any, posterior: Posterior) -> None:
+    weights = posterior.log_weights.softmax(0).reshape(posterior.num_particles, -1).T[:8]
+    rank = torch.arange(1, posterior.num_particles + 1)
+    for w in weights:
+        axis.plot(rank, w.sort(descending=True).values.clamp(min=1e-12), linewidth=1.2)
+    axis.axhline(1 / posterior.num_particles, color="0.5", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    top = float(torch.nan_to_num(weights).max())
+    axis.set_ylim(1e-3 / posterior.num_particles, max(2.0 * top, 4 / posterior.num_particles))
+    axis.set_xlabel("particle, largest weight first", fontsize=8)
+    axis.set_title(f"normalised weights ({len(weights)} plate element(s); dashed: 1/N)", fontsize=9)
+
+
+def _lengths(axis: Any, drift: Drift) -> None:
+    longest = int(max(float(v.max()) for v in drift.values))
+    for label, x, w, shift in zip(("guide", "posterior"), drift.values, drift.weights, (-0.2, 0.2), strict=True):
+        share = torch.zeros(longest + 1, dtype=torch.float64)
+        share.scatter_add_(0, x.round().long().flatten(), (w / w.sum()).double().flatten())
+        axis.bar((torch.arange(longest + 1) + shift).tolist(), share.tolist(), width=0.4, label=label)
+    axis.legend(fontsize=7, frameon=False)
+    axis.set_xlabel("tokens", fontsize=8)
+    axis.set_title(drift.name, fontsize=9)
