@@ -100,21 +100,21 @@ def dreams(model: Program) -> Examples:
     def simulate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
             run = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-        dreamt, values = list(args), programs.values(run)
+        dreamt, values = list(args), {}
         for name, node in programs.latents(run).items():
             if not node["infer"].get("was_observed"):
+                values[name] = node["value"]
                 continue
-            observed, value = node["infer"]["obs"], values.pop(name)
             if node["infer"].get("_deterministic"):
                 continue
-            where = [i for i, arg in enumerate(args) if arg is observed]
+            where = [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
             if not where:
                 raise ValueError(
                     f"simulate: what the site {name!r} observes is none of the arguments, or it is a factor, which has "
                     "no forward run; write a function of your own"
                 )
             for i in where:
-                dreamt[i] = value
+                dreamt[i] = node["value"]
         return tuple(dreamt), values
 
     return simulate
