@@ -100,14 +100,14 @@ def test_what_is_right_passes(algorithm):
 
 
 def test_draws_that_are_too_narrow_fail():
-    found = diagnose(Exact(model, power=3.0), X, Y, simulations=4, repetitions=1)
+    found = diagnose(Exact(model, power=3.0), X, Y, simulations=4, num_particles=8, repetitions=1)
     assert found["SBC: log p(z)"].suspect and "too low" not in found["SBC: log p(z)"].meaning
     assert not found.ok
 
 
 def test_the_prior_is_caught_by_a_statistic_of_the_data_only():
     """On average over data its draws are calibrated: a rank of z alone does not see that it ignores them."""
-    found = diagnose(Prior(model), X, Y, simulations=8, repetitions=1)
+    found = diagnose(Prior(model), X, Y, simulations=6, num_particles=8, repetitions=1)
     assert not found["SBC: length of z"].suspect and not found["SBC: log p(z)"].suspect
     assert found["SBC: log p(observed)"].suspect
     assert "too low" in found["SBC: log p(observed)"].meaning
@@ -118,7 +118,9 @@ def test_a_guide_that_cannot_draw_the_truth_is_named():
         with pyro.plate("data", CELLS):
             pyro.sample("z", prior(x, allowed=ban(P, "b")))
 
-    found = diagnose(Importance(model, banned, 100), X, Y, simulate=observe, simulations=4, repetitions=1)
+    found = diagnose(
+        Importance(model, banned, 100), X, Y, simulate=observe, simulations=4, num_particles=8, repetitions=1
+    )
     assert found["SBC: log p(z)"].suspect
     assert found["evidence sandwich"].suspect and found["evidence sandwich"].value == torch.inf
 
@@ -175,7 +177,7 @@ def test_ordinary_sites_and_statistics_of_ones_own():
         return (samples["z"][..., 0] == P.token_id("a")).double()
 
     found = diagnose(
-        Enumeration(program), simulations=40, repetitions=1, num_particles=8, statistics={"a": begins_with_a}
+        Enumeration(program), simulations=30, repetitions=1, num_particles=8, statistics={"a": begins_with_a}
     )
     assert set(sbc(found)) == {"k", "length of z", "log p(z)", "log p(observed)", "a"}
     assert not any(sbc(found).values())
@@ -214,7 +216,7 @@ def test_an_evidence_that_is_too_high_is_found():
             posterior = Importance(self.model, num_particles=60).run(*args, **kwargs)
             return replace(posterior, log_evidence=posterior.log_evidence + 1.0)
 
-    found = diagnose(Boastful(model), X, Y, simulations=4, repetitions=1)
+    found = diagnose(Boastful(model), X, Y, simulations=4, num_particles=8, repetitions=1)
     assert found["evidence sandwich"].suspect and "wrong way round" in found["evidence sandwich"].meaning
 
 
@@ -269,7 +271,10 @@ def test_what_is_not_possible_is_said():
 
 
 def test_the_same_seed_gives_the_same_verdict_and_leaves_the_generator_alone(tmp_path):
-    algorithm, options = Importance(model, guide, 60), {"simulate": observe, "simulations": 2, "repetitions": 2}
+    algorithm, options = (
+        Importance(model, guide, 60),
+        {"simulate": observe, "simulations": 1, "num_particles": 8, "repetitions": 2},
+    )
     torch.manual_seed(7)
     a = diagnose(algorithm, X, Y, **options)
     state = torch.get_rng_state()

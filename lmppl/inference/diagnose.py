@@ -186,18 +186,17 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
     khats = torch.stack([a.khat for a in answers]).flatten()
     khats = khats[~khats.isnan()]
     if len(khats):
-        # One estimate spreads by some 0.2: the median, and whether a quarter of the plate elements are beyond use.
-        k, heavy = float(khats.median()), float((khats >= 0.7).double().mean())
-        need = smallest_sample(k)
+        # One estimate spreads by some 0.2, so that the largest of many says little: the upper quartile.
+        k = float(khats.sort().values[(3 * len(khats)) // 4 if len(khats) > 1 else 0])
         if k < 0.5:
-            meaning = "the weights have a finite variance"
+            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are alike"
+        elif k < 1:
+            meaning = f"heavy tail: an average needs some {smallest_sample(k):,.0f} particles"
         else:
-            meaning = (
-                f"heavy tail: an average needs some {need:,.0f} particles" if k < 1 else "heavy tail: no N would do"
-            )
-        if heavy > 0.25:
-            meaning += "; the proposal misses posterior mass" if k >= 0.7 else f", but not in {heavy:.0%} of cases"
-        result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7 or heavy > 0.25, k))
+            meaning = "heavy tail: no number of particles would do"
+        if k >= 0.7:
+            meaning += "; the proposal misses posterior mass"
+        result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7, k))
     else:
         result.findings.append(Finding("Pareto k-hat", "-", "not defined: too few distinct weights", None))
     evidence = torch.stack([a.log_evidence for a in answers]).double()  # (repetition, *plates)

@@ -78,6 +78,7 @@ def _weights(axis: Any, posterior: Posterior) -> None:
 
 def _lengths(axis: Any, drift: Drift) -> None:
     longest = int(max(float(v.max()) for v in drift.values))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     for label, x, w, shift in zip(("guide", "posterior"), drift.values, drift.weights, (-0.2, 0.2), strict=True):
         share = torch.zeros(longest + 1, dtype=torch.float64)
         share.scatter_add_(0, x.round().long().flatten(), (w / w.sum()).double().flatten())
