@@ -188,6 +188,7 @@ class Completion(TorchDistribution):
 
     def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
         prompts = self.prompt.reshape(self.prompt.shape[:-1].numel(), self.prompt.shape[-1])
+        prompts = text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
         used, index = torch.unique(index, return_inverse=True)
         distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
         return TokenSteps(self.lm, distinct, merged[index], rules, share)
