@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 
 from .. import text
-from ..constraints import Constraint, checked
+from ..constraints import Check, Constraint, checked
 from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
+from .rejection import RejectionSteps
 from .rules import Rules
 from .token_steps import TokenSteps
 
@@ -191,13 +192,18 @@ class Completion(TorchDistribution):
         prompts = text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
         used, index = torch.unique(index, return_inverse=True)
         distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
-        return TokenSteps(self.lm, distinct, merged[index], rules, share)
+        kind = RejectionSteps if isinstance(rules.allowed, Check) else TokenSteps
+        return kind(self.lm, distinct, merged[index], rules, share)
 
     @torch.no_grad()
     def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """A sample and its log-probability, both from the same KV-cached pass."""
+        return self._draw(sample_shape, exact=True)
+
+    def _draw(self, sample_shape: torch.Size | tuple[int, ...], exact: bool) -> tuple[Tensor, Tensor]:
         shape = torch.Size(sample_shape) + self.batch_shape
-        return self._grow(shape, torch.full((shape.numel(), self.event_shape[0]), text.PAD, device=self.prompt.device))
+        nothing = torch.full((shape.numel(), self.event_shape[0]), text.PAD, device=self.prompt.device)
+        return self._grow(shape, nothing, exact)
 
     @torch.no_grad()
     def regrow(self, value: Tensor, keep: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -225,8 +231,10 @@ class Completion(TorchDistribution):
             raise ValueError(f"keep: it keeps more tokens than the {self.event_shape[0]} of this text") from error
         return self._grow(shape, kept.expand(*shape, -1).reshape(shape.numel(), -1))
 
-    def _grow(self, shape: torch.Size, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts (*shape, *event) that begin with ``kept`` (rows, event), and log p of the rest, (*shape)."""
+    def _grow(self, shape: torch.Size, kept: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
+        """Texts (*shape, *event) that begin with ``kept`` (rows, event), and log p of the rest, (*shape); unless it
+        need not be ``exact``, where a `Check` estimates it.
+        """
         rows, width = kept.shape
         # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
         uniform = torch.rand(rows, width, device=kept.device)
@@ -237,6 +245,7 @@ class Completion(TorchDistribution):
         at_once = chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
         for chunk in (~whole).nonzero()[:, 0].split(at_once) if not bool(whole.all()) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
+            steps = steps.exactly() if exact else steps
             first = int(length[chunk].min())
             if first:  # what all rows keep, in one pass
                 steps.append(kept[chunk, :first])
@@ -255,9 +264,10 @@ class Completion(TorchDistribution):
         _refuse_nan(log_prob)
         return value.view(*shape, width), log_prob.view(shape)
 
+    @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
         """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient."""
-        return self.sample_and_log_prob(sample_shape)[0]
+        return self._draw(sample_shape, exact=False)[0]
 
     def placeholder(self) -> Tensor:
         """Some text of the right shape (*batch, *event), got without asking the network."""

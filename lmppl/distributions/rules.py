@@ -44,6 +44,10 @@ class Rules:
             epsilon=pick(self.epsilon),
         )
 
+    def within(self, allowed: Constraint | None) -> Rules:
+        """The same rules under another constraint."""
+        return replace(self, allowed=allowed)
+
     def is_stop(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.stop)
 

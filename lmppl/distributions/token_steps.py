@@ -35,6 +35,10 @@ class TokenSteps:
         self._pending: Tensor | None = None  # tokens appended but not yet sent through the network
         self._decoder = decoder(lm, contexts, index) if share is None else None
 
+    def exactly(self) -> TokenSteps:
+        """These steps, so that `draw` gives the log-probability itself, where it would estimate it."""
+        return self
+
     def _logits(self) -> Tensor:
         if self._share is not None:
             return self._share._logits()
@@ -71,7 +75,7 @@ class TokenSteps:
         if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~self.ended).any()):
             raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
         probs = logits[:, 0].softmax(-1)  # (R, V); one pass less over the vocabulary than by way of its logarithm
-        token = _invert(probs, uniform)
+        token = invert(probs, uniform)
         log_prob = probs.gather(1, token[:, None])[:, 0].log()
         return token.masked_fill(self.ended, text.PAD), log_prob.masked_fill(self.ended, 0.0)
 
@@ -100,10 +104,11 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
 
     Tokens of probability zero are never drawn, and a row's draw depends on its own numbers only.
     """
-    return _invert(log_probs.exp(), uniform)
+    return invert(log_probs.exp(), uniform)
 
 
-def _invert(probs: Tensor, uniform: Tensor) -> Tensor:
+def invert(probs: Tensor, uniform: Tensor) -> Tensor:
+    """`draw` from probabilities (R, V), which need not sum to 1."""
     cdf = probs.cumsum(-1)
     # u < 1 - 2^-23 keeps u * total below total after rounding, so that the index never falls off the end.
     at = uniform.clamp(max=1 - 2**-23).to(cdf.dtype)[:, None] * cdf[:, -1:]

@@ -33,6 +33,9 @@ class Growth:
             )
         self.width: int = guide["fn"].event_shape[0]
         self.q = guide["fn"].token_steps(self.shape)
+        tempered = not bool(torch.as_tensor(guide["scale"]).eq(1).all())
+        if retained is not None or (model is guide and tempered):  # an estimate of log q would not do
+            self.q = self.q.exactly()
         # One and the same site proposes and is weighed: its steps serve as both.
         self.p = self.q if model is guide else model["fn"].token_steps(self.shape, share=self.q)
         self.retained: Tensor | None = None

@@ -1,21 +1,39 @@
-"""Constraints on which token may come next, masked *inside* a distribution (a proposal, renormalised token by token).
-
-A constraint is a function ``prefix (..., t) -> BoolTensor (..., V)`` of the tokens drawn so far, or simply a
-``BoolTensor (V,)`` for one that ignores them.  A condition on the whole text is something else, a `pyro.factor` in the
-model: masking gives each token's mass to its allowed siblings, conditioning gives it to all allowed texts.
-"""
+"""Constraints as such: masks over the vocabulary, functions of the prefix, and what is asked of either."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .language_model import LanguageModel
+from ..language_model import LanguageModel
+from ..text import PAD
 
 Constraint: TypeAlias = Tensor | Callable[[Tensor], Tensor]
+
+
+class PrefixConstraint(ABC):
+    """A constraint that knows its vocabulary, so that it can be asked about whole texts too."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def __call__(self, prefix: Tensor) -> Tensor:
+        """The tokens allowed after ``prefix`` (..., t), BoolTensor (..., V)."""
+
+    def accepts(self, text: Tensor) -> Tensor:
+        """Whether whole texts (..., L) satisfy the constraint, BoolTensor (...)."""
+        return keeps(self, text, self.vocab_size)
+
+    def log_indicator(self, text: Tensor) -> Tensor:
+        """0 where a text (..., L) is accepted and -inf elsewhere, (...): a condition on the whole text.
+
+        >>> pyro.factor("condition", constraint.log_indicator(z))
+        """
+        return torch.zeros(text.shape[:-1], device=text.device).masked_fill(~self.accepts(text), -torch.inf)
 
 
 def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
@@ -68,3 +86,24 @@ def allowed_at(constraint: Constraint, prefix: Tensor, vocab_size: int) -> Tenso
             f"allowed: the function must return a BoolTensor (..., {vocab_size}); got {mask.dtype} {tuple(mask.shape)}"
         )
     return mask
+
+
+def keeps(constraint: Constraint, text: Tensor, vocab_size: int) -> Tensor:
+    """Whether every token of texts (..., L) is allowed after the tokens before it, BoolTensor (...)."""
+    kept = torch.ones(text.shape[:-1], dtype=torch.bool, device=text.device)
+    for t in range(text.shape[-1]):
+        asked = kept & (text[..., t] != PAD)
+        if not bool(asked.any()):
+            break
+        rows = text[asked]
+        mask = allowed_at(constraint, rows[:, :t], vocab_size).expand(len(rows), -1)
+        kept[asked] = mask.gather(1, rows[:, t, None])[:, 0]
+    return kept
+
+
+def distinct(prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows (n, t) of ``prefix`` (..., t), and which of them each is, (number of rows,)."""
+    rows = prefix.reshape(prefix.shape[:-1].numel(), prefix.shape[-1])
+    padded = torch.nn.functional.pad(rows, (0, 1))  # rows of no token at all would not be taken
+    found, index = torch.unique(padded, dim=0, return_inverse=True)
+    return found[:, :-1], index

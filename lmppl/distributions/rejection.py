@@ -1,0 +1,177 @@
+r"""Adaptive weighted rejection sampling: a token from p restricted to what a check passes, and the mass that passes.
+
+Tokens are drawn from p, those that the check rejected left out, until ``r`` draws have been accepted; the first
+accepted one is the token x.  Suppose that rejected tokens had been left in: then r accepted draws would have taken N
+draws in all, x would be independent of N, and (r - 1) / (N - 1) would be unbiased for the mass
+:math:`W = \sum_v p(v) c(v)`.  The draws that repeat a rejected token need no check, only their number is unknown:
+before draw k it is geometric, with the mass :math:`\rho_k` of the tokens rejected until then.  Its expectation is taken
+instead of drawing it:
+
+.. math:: \hat W = E\Big[\frac{r - 1}{N - 1}\Big]
+    = (r - 1) \int_0^1 s^{-2} \prod_{k=1}^{M} \frac{(1 - \rho_k) s}{1 - \rho_k s} \, ds,
+    \qquad E[\hat W f(x)] = \sum_v p(v) c(v) f(v) \text{ for every } f
+
+over the M draws made.  More tokens may be found out and left out at any time (`patience`): that too only changes which
+repeats are averaged over.  So log q = log p(x) - log W-hat is a proper weight for x.
+
+Source: Lipkin et al. 2025, "Fast controlled generation from language models with adaptive weighted rejection sampling";
+there the repeats are dealt with otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .. import text
+from ..constraints import Check
+from .token_steps import DeadEnd, TokenSteps, invert
+
+Ask = Callable[[Tensor, Tensor], Tensor]  # rows (r,), tokens (r,) -> BoolTensor (r,)
+Choose = Callable[[Tensor, Tensor, int], Tensor]  # what is left of p (r, V), rows (r,), k -> tokens (r,)
+
+
+class Accepted(NamedTuple):
+    """What `reject` returns, for every row."""
+
+    token: Tensor  # (R,), PAD where nothing passes
+    log_mass: Tensor  # (R,) log W-hat, -inf where nothing passes
+
+
+def reject(probs: Tensor, ask: Ask, choose: Choose, accepts: int = 2, patience: int = 64) -> Accepted:
+    """Tokens from ``probs`` (R, V), in double precision, restricted to what ``ask`` passes; all rows at once.
+
+    ``choose`` draws in proportion to what is left of ``probs``; k counts the rounds.  ``accepts`` is r.
+    """
+    R = len(probs)
+    left = probs / probs.sum(1, keepdim=True)
+    found = torch.full((R, accepts), text.PAD, device=probs.device)  # the accepted draws
+    hits, misses = (torch.zeros(R, dtype=torch.long, device=probs.device) for _ in range(2))
+    knows_all = torch.zeros(R, dtype=torch.bool, device=probs.device)
+    repeats = Repeats(R, probs.device)
+    live = torch.arange(R, device=probs.device)
+    for k in count():
+        mass = left[live].sum(1)  # 1 - rho
+        live, mass = live[mass > 0], mass[mass > 0]
+        if not len(live):
+            break
+        token = choose(left[live], live, k)
+        passed = knows_all[live] | (found[live] == token[:, None]).any(1)
+        new = (~passed).nonzero()[:, 0]
+        passed[new] = ask(live[new], token[new])
+        repeats.before(live, mass)
+        left[live[~passed], token[~passed]] = 0.0
+        misses[live[~passed]] += 1
+        found[live[passed], hits[live[passed]]] = token[passed]
+        hits[live[passed]] += 1
+        impatient = live[(misses[live] >= patience) & ~knows_all[live]]
+        if len(impatient):
+            row, other = left[impatient].nonzero().unbind(1)
+            row = impatient[row]
+            unknown = (found[row] != other[:, None]).all(1)
+            row, other = row[unknown], other[unknown]
+            failed = ~ask(row, other)
+            left[row[failed], other[failed]] = 0.0
+            knows_all[impatient] = True
+        live = live[hits[live] < accepts]
+    return Accepted(found[:, 0], repeats.log_expectation(accepts).masked_fill(hits < accepts, -torch.inf))
+
+
+class Repeats:
+    r"""log E[(r - 1) / (N - 1)], N the number of draws with the repeats of rejected tokens, for R rows.
+
+    The integral over s is a sum at equal steps h of logit s.  Its integrand has no pole nearer to the real line than
+    pi, whatever rho, and is bounded by 1 halfway there: the error is about :math:`e^{-\pi^2 / h}`, below 1e-16.
+    """
+
+    STEP, REACH = 0.25, 40.0
+
+    def __init__(self, rows: int, device: torch.device):
+        logit = torch.arange(-self.REACH, self.REACH, self.STEP, dtype=torch.double, device=device)
+        self.log_s, self.log_rest = logsigmoid(logit), logsigmoid(-logit)  # log s and log(1 - s), (S,)
+        self.log_integrand = self.log_rest - self.log_s + torch.zeros(rows, 1, device=device)  # ds = s (1 - s) dlogit
+
+    def before(self, rows: Tensor, mass: Tensor) -> None:
+        """A draw was made in these rows, while tokens of total probability 1 - ``mass`` were known to be rejected."""
+        log_mass = mass.log()[:, None]
+        outside = torch.logaddexp(self.log_rest, log_mass + self.log_s)  # 1 - rho s = (1 - s) + (1 - rho) s
+        self.log_integrand[rows] += log_mass + self.log_s - outside
+
+    def log_expectation(self, accepts: int) -> Tensor:
+        """(R,)"""
+        steps = torch.tensor(self.STEP * (accepts - 1), dtype=torch.double, device=self.log_integrand.device)
+        return self.log_integrand.logsumexp(1) + steps.log()
+
+
+class RejectionSteps(TokenSteps):
+    """Token steps under a `Check`: `draw` asks about candidates only, `log_probs` and `score` about all tokens."""
+
+    def exactly(self) -> TokenSteps:
+        steps = TokenSteps.__new__(TokenSteps)
+        steps.__dict__.update(self.__dict__)
+        return steps
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The next token of every row and log p(token) - log W-hat, both (R,), from one uniform number a row.
+
+        PAD and 0 in rows that have ended.  Raises DeadEnd where the check passes no token.
+        """
+        check, t = self.rules.allowed, self.prefix.shape[1]
+        assert isinstance(check, Check)
+        if self.rules.forced(t) or bool(self.rules.epsilon.any()):  # what is spread evenly depends on what passes
+            return super().draw(uniform)
+        rules = self.rules.within(check.within)
+        logits, dead = rules.permitted(self._logits()[:, None], self.prefix, t)
+        rows = (~self.ended).nonzero()[:, 0]
+        if dead is not None and bool(dead.expand(len(logits), 1, 1)[rows].any()):
+            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+        probs = logits[rows, 0].double().softmax(-1)  # (r, V)
+        late = (rules.max_tokens <= t).expand(len(self.ended))[rows] & bool(rules.stop.numel())  # a stop is certain
+        free = late & (rules.stop.numel() == 1)
+
+        def ask(row: Tensor, token: Tensor) -> Tensor:
+            passed = free[row].clone()
+            asked = ~passed
+            passed[asked] = check.ask(self.prefix[rows[row[asked]]], token[asked])
+            return passed
+
+        def choose(left: Tensor, row: Tensor, k: int) -> Tensor:
+            return invert(left, uniform[rows[row]] if k == 0 else scramble(uniform[rows[row]], k))
+
+        token, log_mass = reject(probs, ask, choose, check.num_accepts, check.patience)
+        dead_row = log_mass == -torch.inf
+        if bool((dead_row & ~late).any()):
+            raise DeadEnd(f"allowed: the check passes no token after {t} tokens; let a stop token pass there")
+        # Of several stops at the limit the check may forbid some, but never all.
+        token = torch.where(dead_row, invert(probs, uniform[rows]), token)
+        log_q = probs.gather(1, token[:, None])[:, 0].log() - log_mass.masked_fill(dead_row, 0.0)
+        tokens = torch.full_like(self.ended, text.PAD, dtype=torch.long)
+        log_probs = torch.zeros_like(uniform)
+        tokens[rows], log_probs[rows] = token, log_q.to(uniform.dtype)
+        return tokens, log_probs
+
+
+def scramble(uniform: Tensor, k: int) -> Tensor:
+    """The k-th of a stream of uniform numbers that starts from one, by the mixing of splitmix64; in double precision.
+
+    Each row has a stream of its own, so that its draws do not depend on how rows are put together.
+    """
+    state = (uniform.double() * 2**53).long() + _signed(k * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ _shifted(state, shift)) * _signed(factor)
+    return _shifted(state ^ _shifted(state, 31), 11).double() * 2**-53
+
+
+def _signed(x: int) -> int:
+    """The number modulo 2^64 as torch.long holds it."""
+    return (x + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """A logical shift to the right."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
