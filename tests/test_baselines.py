@@ -10,7 +10,7 @@ import peft
 import pyro
 import pytest
 import torch
-from problems import PRIOR, SEEN, A, X, Y, adapted, lm_guide, one_text, texts_of
+from problems import PRIOR, PROBLEMS, SEEN, A, X, Y, adapted, lm_guide, one_text, texts_of
 from reference import Law, Plain, tokens
 from tables import Table
 from tiny import tiny_lm
@@ -121,6 +121,17 @@ def assert_frequencies(counts: Tensor, p: Tensor, n: int) -> None:
     counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
     p = torch.cat([p[~rare], p[rare].sum()[None]])
     assert len(p) > 5 and ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_at_the_posterior_every_particle_weighs_the_evidence(lm, problem):
+    """Plates, several texts, ordinary latents, factors: u = log Z, so that every weight is 1/N and every advantage 0."""
+    found = PROBLEMS[problem](lm)
+    densities = Drawn(found.model, found.posterior(1.0), (), {}, 6).densities()
+    exact = Importance(found.model, found.posterior(1.0), 3).run()  # of u that does not vary
+    assert densities.u.shape == (6, *exact.log_evidence.shape)
+    assert (densities.u - exact.log_evidence).abs().max() < 1e-8
+    assert (densities.log_p <= densities.log_prior + 1e-9).all() or "far apart" in problem
 
 
 # Policy gradients -----------------------------------------------------------------------------------------------------
