@@ -193,7 +193,7 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
         elif k < 1:
             meaning = f"heavy tail: an average needs some {smallest_sample(k):,.0f} particles"
         else:
-            meaning = "heavy tail: no number of particles would do"
+            meaning = "heavy tail: no number of particles will do"
         if k >= 0.7:
             meaning += "; the proposal misses posterior mass"
         result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7, k))

@@ -93,7 +93,7 @@ def _stop(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tenso
         f"stop of {name}",
         q,
         p,
-        meaning if suspect else "guide's stop probability at its own ends -> the posterior's",
+        meaning if suspect else "the guide's stop probability, its texts -> the posterior's",
         suspect,
         values,
         weights,
