@@ -56,8 +56,11 @@ class Posterior:
 
     @classmethod
     def of(cls, trace: Trace, plates: Plates, log_weights: Tensor, guide: Program | None = None) -> Posterior:
-        """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates)."""
-        nodes = programs.latents(trace)
+        """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates).
+
+        Auxiliary sites are left out: summed over, they are no part of it.
+        """
+        nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         lms = {name: node["fn"].lm for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")}
         sites = Sites(
             plates,
@@ -71,7 +74,8 @@ class Posterior:
     @cached_property
     def samples(self) -> dict[str, Tensor]:
         """Each latent site's values, (N, *plates, ...)."""
-        return {name: self.sites.plates.lead(v, self.sites.event_dims[name]) for name, v in self.values.items()}
+        event_dims, plates = self.sites.event_dims, self.sites.plates
+        return {name: plates.lead(v, event_dims[name]) for name, v in self.values.items() if name in event_dims}
 
     @property
     def num_particles(self) -> int:

@@ -283,8 +283,9 @@ def balance(
         extra = {site: log_q_site}
     log_q = log_density_of_latents(guide_trace, plates, extra)
     with torch.no_grad():
-        if site is not None and where is not None:
-            extra = {site: _at(model_trace.nodes[site]["fn"].prefix_log_probs(value), where)}
+        if site is not None and where is not None:  # an auxiliary site may be the guide's alone
+            in_model = site in model_trace.nodes
+            extra = {site: _at(model_trace.nodes[site]["fn"].prefix_log_probs(value), where)} if in_model else {}
         log_p = log_density(model_trace, plates, known=extra)
         full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
@@ -294,9 +295,11 @@ def balance(
             # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
             valid = (plates.reduce(((at <= end) & stopped).double()) > 0) & (log_q != -torch.inf)
             last = plates.reduce((at < end).double()) == 0
-            if isinstance(mask := guide_trace.nodes[site]["mask"], Tensor):
-                valid = valid & (last | (plates.reduce(mask.double()) > 0))
-            stop, tokens = plates.reduce(stop_site.detach()).exp(), plates.reduce(where.double())
+            mask = guide_trace.nodes[site]["mask"]
+            if mask is not None:
+                valid = valid & (last | (plates.reduce(torch.as_tensor(mask).double()) > 0))
+            stop_site = scale_and_mask(stop_site.detach(), 1.0, mask)  # a text that is not there has ended for certain
+            stop, tokens = plates.reduce(stop_site).exp(), plates.reduce(where.double())
     valid = valid.expand(full)
     return Balance(
         site=site,

@@ -1,0 +1,346 @@
+"""Programs whose number of texts depends on earlier ones, by masks; and auxiliary sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import peft
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from problems import VOCAB, A, B
+from pyro import poutine
+from tables import Table
+from tiny import tiny_lm
+from torch import Tensor
+
+from lmppl import LanguageModel
+from lmppl.distributions import Completion
+from lmppl.inference import (
+    DetailedBalance,
+    Enumeration,
+    GFlowNet,
+    Importance,
+    PooledVarGrad,
+    Replay,
+    SubTB,
+    TrajectoryBalance,
+    VarGrad,
+)
+from lmppl.text import PAD, equal
+
+OBJECTIVES = [SubTB, DetailedBalance, VarGrad, PooledVarGrad]
+X = torch.tensor([[A, PAD], [B, A]])  # two questions
+Y = torch.tensor([[B, 0], [1, 0]])  # and their answers
+LIMITS = {"max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
+
+
+def goes_on(thought: Tensor) -> Tensor:
+    """A thought that is an "a" has a second one; the empty thought and all others have none."""
+    return thought[..., 0] == A
+
+
+def starts(thought: Tensor) -> Tensor:
+    """The other way round: the empty thought has a second one."""
+    return thought[..., 0] != A
+
+
+@dataclass
+class Tree:
+    """z1 ~ LM(x); z2 ~ LM(x z1) if z1 goes on; y ~ LM(x z1 z2) observed; ``joint`` (z1, z2, data) of all values."""
+
+    model: Callable
+    guide: Callable  # of two functions that give z1's and z2's distribution
+    support: Tensor
+    joint: Tensor  # log p(z1, z2, y), for a z2 that is not there: as if it were the first value, others -inf
+    alive: Tensor  # (z1,)
+
+
+def tree(lm: LanguageModel, alive: Callable[[Tensor], Tensor] = goes_on) -> Tree:
+    def last(z1, z2):
+        return torch.where(alive(z1)[..., None], z2, lm.encode("").new_full((1,), PAD))
+
+    def model():
+        with pyro.plate("data", 2):
+            z1 = pyro.sample("z1", Completion(lm, X, **LIMITS))
+            with poutine.mask(mask=alive(z1)):
+                z2 = pyro.sample("z2", Completion(lm, lm.join(X, z1), **LIMITS))
+            pyro.sample("y", Completion(lm, lm.join(X, z1, last(z1, z2)), max_tokens=2), obs=Y)
+
+    def guide(first: Callable, second: Callable):
+        def run():
+            with pyro.plate("data", 2):
+                z1 = pyro.sample("z1", first())
+                with poutine.mask(mask=alive(z1)):
+                    pyro.sample("z2", second(z1))
+
+        return run
+
+    support = Completion(lm, X[0], **LIMITS).enumerate_support()  # (K, 2)
+    K = len(support)
+    joint = torch.full((K, K, 2), -torch.inf, dtype=torch.float64)
+    with torch.no_grad():
+        for i, z1 in enumerate(support):  # plain loops: one text at a time
+            for k in range(2):
+                x = X[k][X[k] != PAD]
+                first = Completion(lm, x, **LIMITS).log_prob(z1)
+                if not alive(z1):
+                    joint[i, 0, k] = first + Completion(lm, lm.join(x, z1), max_tokens=2).log_prob(Y[k])
+                    continue
+                for j, z2 in enumerate(support):
+                    second = Completion(lm, lm.join(x, z1), **LIMITS).log_prob(z2)
+                    seen = Completion(lm, lm.join(x, z1, z2), max_tokens=2).log_prob(Y[k])
+                    joint[i, j, k] = first + second + seen
+    return Tree(model, guide, support, joint, alive(support))
+
+
+TREES = {
+    "a goes on": cache(tree),
+    "the empty thought goes on": cache(lambda lm: tree(lm, starts)),
+    "all go on": cache(lambda lm: tree(lm, lambda z: z[..., 0] >= 0)),
+    "none goes on": cache(lambda lm: tree(lm, lambda z: z[..., 0] < 0)),
+}
+
+
+def row_of(support: Tensor, value: Tensor) -> Tensor:
+    return equal(value[..., None, :], support).int().argmax(-1)
+
+
+def exact_guide(lm: LanguageModel, found: Tree, T: float = 1.0, tables: list[Tensor] | None = None) -> Callable:
+    """The posterior p^(1/T), or a guide of these tables: logits (data, z1) and (data, z1, z2)."""
+    joint = (found.joint / T).permute(2, 0, 1)  # (data, z1, z2)
+    first, second = (joint.logsumexp(-1), joint) if tables is None else tables
+    second = torch.where(found.alive[:, None], second, 0.0)
+
+    def pick(z1):
+        return second[torch.arange(2), row_of(found.support, z1)]
+
+    return found.guide(lambda: Table(lm, found.support, first), lambda z1: Table(lm, found.support, pick(z1)))
+
+
+def total_variation(found: Tree, tables: list[Tensor]) -> float:
+    with torch.no_grad():
+        first, second = tables[0].log_softmax(-1), tables[1].log_softmax(-1)
+        only = torch.full_like(second, -torch.inf)
+        only[..., 0] = 0.0
+        log_q = first[..., None] + torch.where(found.alive[:, None], second, only)
+        p = found.joint.permute(2, 0, 1).flatten(1).softmax(-1)
+        return (log_q.flatten(1).exp() - p).abs().sum(-1).max().item() / 2
+
+
+# Objectives -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("name", TREES)
+def test_the_loss_vanishes_at_the_posterior_and_not_elsewhere(lm, kind, name):
+    found = TREES[name](lm)
+    for T in (1.0, 2.0):
+        pyro.set_rng_seed(0)
+        assert abs(kind(num_particles=32, reward_temperature=T).loss(found.model, exact_guide(lm, found, T))) < 1e-6
+    pyro.set_rng_seed(0)
+    assert kind(num_particles=32).loss(found.model, exact_guide(lm, found, 1.5)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["a goes on", "the empty thought goes on"])
+def test_u_and_its_weights_equal_a_plain_double_loop(lm, name):
+    """Every (site, prefix, sample): log p, log q, what is valid and what the stop weighs, one value at a time."""
+    found = TREES[name](lm)
+    g = torch.Generator().manual_seed(0)
+    K = len(found.support)
+    tables = [
+        torch.randn(2, K, generator=g, dtype=torch.float64),
+        torch.randn(2, K, K, generator=g, dtype=torch.float64),
+    ]
+    guide = exact_guide(lm, found, tables=tables)
+    pyro.set_rng_seed(1)
+    objective = PooledVarGrad(num_particles=40)
+    drawn = objective.draw(found.model, guide, (), {})
+    rows = {s: row_of(found.support, drawn[s]) for s in ("z1", "z2")}  # (40, 2)
+    log_first, log_second = (t.log_softmax(-1) for t in tables)
+    empty = int(row_of(found.support, torch.tensor([0, PAD])))
+    for b in objective.balances(found.model, guide, (), {}, drawn):
+        assert b.log_p.shape == (2, 40, 2)
+        for n in range(40):
+            for k in range(2):
+                i, j = (int(rows[s][n, k]) for s in ("z1", "z2"))
+                real = found.alive[i]
+                lengths = int(found.support[i if b.site == "z1" else j][0] != 0)
+                ways = range(lengths + 1) if b.site == "z1" or real else [lengths]
+                for t in range(2):
+                    assert bool(b.valid[t, n, k]) == (t in ways), (b.site, t, i, j)
+                    if t not in ways:
+                        continue
+                    a, c = (i, j) if t == lengths else (empty, j) if b.site == "z1" else (i, empty)
+                    there = bool(found.alive[a])
+                    log_p = found.joint[a, c if there else 0, k]
+                    log_q = log_first[k, a] + (log_second[k, a, c] if there else 0.0)
+                    assert float(b.log_p[t, n, k]) == pytest.approx(float(log_p), abs=1e-9)
+                    assert float(b.log_q[t, n, k]) == pytest.approx(float(log_q), abs=1e-9)
+                    if b.site == "z2" and not real:  # a text that is not there has ended for certain
+                        assert float(b.stop[t, n, k]) == 1.0 and bool(b.last[t, n, k])
+                    else:
+                        own = log_first[k] if b.site == "z1" else log_second[k, i]
+                        stop = own[empty].exp() if t == 0 else torch.ones(())
+                        assert float(b.stop[t, n, k]) == pytest.approx(float(stop), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["a goes on", "the empty thought goes on"])
+def test_stop_weights_integrate_the_stopping_time_of_texts_that_are_there(lm, name):
+    """sum_t w_t f(z1, z2_1..t) over the prefixes of samples is unbiased for E_q f; what is not there counts once."""
+    found, n = TREES[name](lm), 4000
+    guide = exact_guide(lm, found, 2.0)
+    pyro.set_rng_seed(0)
+    objective = PooledVarGrad(num_particles=n)
+    drawn = objective.draw(found.model, guide, (), {})
+    b = objective.balances(found.model, guide, (), {}, drawn)[1]
+    alive = found.alive[row_of(found.support, drawn["z1"])]
+    estimate = (b.stop * b.valid * torch.where(alive, b.at + 2, 1.0)).sum(0)  # (n, 2)
+    q = (found.joint / 2.0).flatten(0, 1).softmax(0).view_as(found.joint)
+    length = (found.support[:, 0] != 0).double()
+    exact = (q * torch.where(found.alive[:, None], length + 2, 1.0)[..., None]).sum((0, 1))
+    assert b.site == "z2"
+    assert ((estimate.mean(0) - exact).abs() < 5 * estimate.std(0) / n**0.5).all()
+
+
+# Training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*OBJECTIVES, TrajectoryBalance])
+def test_training_reaches_the_exact_posterior(lm, kind):
+    found = TREES["a goes on" if kind in (VarGrad, SubTB) else "the empty thought goes on"](lm)
+    K = len(found.support)
+    tables = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, K), (2, K, K))]
+    gflownet = GFlowNet(
+        found.model,
+        lambda: exact_guide(lm, found, tables=tables)(),
+        kind(num_particles=12, **({"log_z_lr": 0.3} if kind is TrajectoryBalance else {})),
+        optimizer=torch.optim.Adam(tables, lr=0.2),
+    )
+    assert total_variation(found, tables) > 0.2
+    gflownet.fit([()], 100 if kind is SubTB else 60, progress=False)
+    assert total_variation(found, tables) < 0.05
+
+
+def test_importance_and_enumeration_agree_with_the_loops(lm):
+    """Evidence and marginals; a text that is not there follows what proposes it."""
+    found = TREES["a goes on"](lm)
+    log_z = found.joint.flatten(0, 1).logsumexp(0)
+    exact = Enumeration(found.model).run()
+    assert (exact.log_evidence - log_z).abs().max() < 1e-9
+    guide = exact_guide(lm, found, 1.0)
+    assert (Importance(found.model, guide, num_particles=4).run().log_evidence - log_z).abs().max() < 1e-9
+    p = found.joint.permute(2, 0, 1).flatten(1).softmax(-1).view(2, *found.joint.shape[:2]).sum(-1)
+    for k in range(2):
+        table = dict(exact.table("z1", k))
+        for i, z1 in enumerate(found.support):
+            assert table[lm.decode(z1)] == pytest.approx(float(p[k, i]), abs=1e-9)
+
+
+def test_an_adapter_learns_the_tree(lm):
+    """The same with a guide that is a language model: two thoughts, one adapter."""
+    found = TREES["a goes on"](lm)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        q = lm.with_adapter(peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+
+    def guide():
+        with pyro.plate("data", 2):
+            z1 = pyro.sample("z1", Completion(q, q.join(Y, X), **LIMITS))
+            with poutine.mask(mask=goes_on(z1)):
+                pyro.sample("z2", Completion(q, q.join(Y, X, z1), **LIMITS))
+
+    def tables():
+        with torch.no_grad():
+            first = Completion(q, q.join(Y, X), **LIMITS).log_prob(found.support[:, None])
+            z1, z2 = found.support[:, None, None], found.support[None, :, None]
+            second = Completion(q, q.join(Y, X, z1), **LIMITS).log_prob(z2)
+        return [first.T, second.permute(2, 0, 1)]
+
+    assert total_variation(found, tables()) > 0.15
+    optimizer = torch.optim.AdamW(q.trainable_parameters(), lr=2e-2)
+    GFlowNet(found.model, guide, optimizer=optimizer, replay=Replay()).fit([()], 60, progress=False)
+    assert total_variation(found, tables()) < 0.06
+
+
+# Auxiliary sites ----------------------------------------------------------------------------------------------------
+
+
+AUXILIARY = {"is_auxiliary": True}
+
+
+def with_auxiliary(lm: LanguageModel, kind: str, *, backward: bool = True) -> tuple[Callable, Callable, Tensor]:
+    """z ~ LM(x), y ~ LM(x z), and an auxiliary a ~ r(a | z) in the model (if ``backward``); a text or a category.
+
+    The model; a guide of q(a), q(z | a) made of tables (data, a) and (data, a, z); and the optimal log q(a, z).
+    """
+    support = Completion(lm, X[0], **LIMITS).enumerate_support()
+    K = len(support) if kind == "text" else 3
+    g = torch.Generator().manual_seed(0)
+    r = torch.randn(len(support), K, generator=g, dtype=torch.float64).log_softmax(-1)  # (z, a): any will do
+
+    def auxiliary(logits):
+        return Table(lm, support, logits) if kind == "text" else dist.Categorical(logits=logits)
+
+    def row(a):
+        return row_of(support, a) if kind == "text" else a
+
+    def model():
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", Completion(lm, X, **LIMITS))
+            if backward:
+                pyro.sample("a", auxiliary(r[row_of(support, z)]), infer=AUXILIARY)
+            pyro.sample("y", Completion(lm, lm.join(X, z), max_tokens=2), obs=Y)
+
+    def guide(first, second):
+        with pyro.plate("data", 2):
+            a = pyro.sample("a", auxiliary(first), infer=AUXILIARY)
+            pyro.sample("z", Table(lm, support, second[torch.arange(2), row(a)]))
+
+    with torch.no_grad():
+        z = support[:, None]
+        joint = Completion(lm, X, **LIMITS).log_prob(z) + Completion(lm, lm.join(X, z), max_tokens=2).log_prob(Y)
+    log_q = joint.T[:, None] + (r.T if backward else torch.zeros_like(r.T))  # (data, a, z)
+    return model, guide, log_q
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("a_is", ["text", "category"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_an_auxiliary_site_leaves_the_posterior_as_it_is(lm, kind, a_is, backward):
+    """The optimum is p(z | y) r(a | z), whatever r is; with no r in the model a is uniform."""
+    model, guide, log_q = with_auxiliary(lm, a_is, backward=backward)
+    objective = kind(num_particles=32)
+    pyro.set_rng_seed(0)
+    assert abs(objective.loss(model, lambda: guide(log_q.logsumexp(-1), log_q))) < 1e-6
+    assert objective.loss(model, lambda: guide(log_q.logsumexp(-1), 0.5 * log_q)) > 1e-3
+    marginal = log_q.flatten(1).softmax(-1).view_as(log_q).sum(1)  # (data, z)
+    found = Enumeration(with_auxiliary(lm, a_is, backward=False)[0]).run()
+    for k in range(2):
+        table = dict(found.table("z", k))
+        for i, z in enumerate(Completion(lm, X[0], **LIMITS).enumerate_support()):
+            assert table[lm.decode(z)] == pytest.approx(float(marginal[k, i]), abs=1e-9)
+
+
+def test_training_with_a_backward_policy_reaches_the_posterior(lm):
+    model, guide, log_q = with_auxiliary(lm, "text")
+    tables = [torch.zeros(s, dtype=torch.float64, requires_grad=True) for s in (log_q.shape[:2], log_q.shape)]
+    optimizer = torch.optim.Adam(tables, lr=0.2)
+    gflownet = GFlowNet(model, lambda: guide(*tables), optimizer=optimizer)
+    gflownet.fit([()], 60, progress=False)
+    with torch.no_grad():
+        found = tables[0].log_softmax(-1)[..., None] + tables[1].log_softmax(-1)
+        p = log_q.flatten(1).softmax(-1).view_as(log_q).sum(1)
+        assert float((found.exp().sum(1) - p).abs().sum(-1).max()) / 2 < 0.05
+    posterior = gflownet.run(num_particles=50)
+    assert set(posterior.samples) == {"z"}
+    error = (posterior.log_evidence - log_q.flatten(1).logsumexp(-1)).abs()
+    assert (error < 5 * (1 / posterior.ess - 1 / 50).clamp(min=1e-4).sqrt()).all()
