@@ -217,26 +217,30 @@ class _State:
 
     def _swap(self) -> None:
         r"""Neighbours k, k+1 exchange states with probability
-        :math:`\min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))`,
-        pairs from even and from odd k by turns, at random.
+        :math:`\min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))`:
+        first the pairs (0, 1), (2, 3), .., then (1, 2), (3, 4), ..
         """
         K, C = len(self.algorithm.temperatures), self.algorithm.num_chains
-        first = int(torch.randint(2, ())) if K > 2 else 0
-        likelihood = self.density.likelihood.masked_fill(self.density.prior == -torch.inf, -torch.inf)
-        beta, likelihood = (x.unflatten(0, (K, C)) for x in (self.beta, likelihood))
-        cold, hot = slice(first, K - 1, 2), slice(first + 1, K, 2)
-        log_ratio = (beta[cold] - beta[hot]) * (likelihood[hot] - likelihood[cold])
-        swapped = torch.rand(log_ratio.shape, dtype=torch.float64, device=log_ratio.device).log() < log_ratio
-        index = torch.arange(K * C, device=beta.device).view(K, C, *[1] * len(self.plates.sizes))
-        index = index.expand(K, C, *self.plates.sizes).clone()
-        index[cold], index[hot] = (
-            torch.where(swapped, index[hot], index[cold]), torch.where(swapped, index[cold], index[hot])
-        )  # fmt: skip
-        chosen = index.flatten(0, 1)
+        beta = self.beta.unflatten(0, (K, C))
+        for first in range(min(2, K - 1)):
+            likelihood = self.density.likelihood.masked_fill(self.density.prior == -torch.inf, -torch.inf)
+            likelihood = likelihood.unflatten(0, (K, C))
+            cold, hot = slice(first, K - 1, 2), slice(first + 1, K, 2)
+            log_ratio = (beta[cold] - beta[hot]) * (likelihood[hot] - likelihood[cold])  # (pair, chain, *kept)
+            swapped = torch.rand(log_ratio.shape, dtype=torch.float64, device=log_ratio.device).log() < log_ratio
+            index = torch.arange(K * C, device=beta.device).view(K, C, *[1] * len(self.plates.sizes))
+            index = index.expand(K, C, *self.plates.sizes)
+            chosen = index.clone()
+            chosen[cold] = torch.where(swapped, index[hot], index[cold])
+            chosen[hot] = torch.where(swapped, index[cold], index[hot])
+            self._reorder(chosen.flatten(0, 1))
+            self._count("swap", swapped.flatten(0, 1))
+
+    def _reorder(self, chosen: Tensor) -> None:
+        """Particle n becomes particle ``chosen[n]``, (particle, *kept)."""
         self.values = {name: self.plates.take(v, chosen) for name, v in self.values.items()}
         self.density = Density(*(x.gather(0, chosen) for x in self.density))
         self.log_q = None if self.log_q is None else self.log_q.gather(0, chosen)
-        self._count("swap", swapped.flatten(0, 1))
 
 
 def _stack(values: list[Tensor], is_text: bool) -> Tensor:
