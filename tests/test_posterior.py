@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion, NextToken, Table, TextTable
-from lmppl.inference import SMC, Enumerated, Enumeration, Importance, Posterior, ZeroEvidence
+from lmppl.inference import SMC, Enumerated, Enumeration, Importance, MetropolisHastings, Posterior, ZeroEvidence
 from lmppl.inference.log_weights import pareto_khat, smallest_sample
 from lmppl.inference.predictive import Prediction
 
@@ -379,7 +379,7 @@ def same(a: Posterior, b: Posterior, index) -> None:
         assert torch.equal(a.samples[name], b.samples[name])
         assert a.table(name, index) == b.table(name, index)
     for key in ("log_weights", "log_evidence", "ess", "probabilities"):
-        assert torch.equal(getattr(a, key), getattr(b, key))
+        torch.testing.assert_close(getattr(a, key), getattr(b, key), rtol=0, atol=0, equal_nan=True)
     assert torch.equal(a.khat.nan_to_num(9), b.khat.nan_to_num(9))
     both = []
     for posterior in (a, b):
@@ -405,6 +405,19 @@ def test_a_saved_posterior_answers_alike(tmp_path, exact, particles):
     same(mixed, Posterior.load(tmp_path / "mixed"), None)
     found = loaded.predict(model, LABELS, X, None)  # decoding needs an lm, scoring needs the model's
     torch.testing.assert_close(found.log_prob, exact.predict(model, LABELS, X, None).log_prob)
+
+
+def test_other_kinds_of_posterior_are_saved_as_far_as_they_are_tensors(tmp_path):
+    chains = MetropolisHastings(model, num_chains=2, num_samples=10, warmup=5).run(X, Y)
+    chains.save(tmp_path / "chains")
+    loaded = Posterior.load(tmp_path / "chains")
+    same(chains, loaded, 0)
+    assert torch.equal(loaded.log_joint, chains.log_joint) and loaded.acceptance.keys() == chains.acceptance.keys()
+    grown = SMC(model, num_particles=20, ess_threshold=1.0).run(X, Y)
+    assert grown.ancestry
+    grown.save(tmp_path / "grown")
+    loaded = Posterior.load(tmp_path / "grown")
+    assert type(loaded) is Posterior and loaded.table("z", 2) == grown.table("z", 2)
 
 
 def test_a_posterior_replaces_one_of_its_kind_whole_and_nothing_else(tmp_path, exact, particles, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -111,8 +111,9 @@ class Posterior:
         """Particles ``chosen`` (n, *plates), equally weighted."""
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
         n = len(chosen)
-        log_weights = (self.log_weights.logsumexp(0) - math.log(n)).expand(n, *self.log_evidence.shape)
-        return replace(self, values=values, log_weights=log_weights)
+        scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # where undefined, weights just sum to 1
+        log_weights = (scale - math.log(n)).expand(n, *self.log_evidence.shape)
+        return Posterior(values, log_weights, self.log_evidence, self.sites, self.guide)
 
     # -- marginals ---------------------------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ class Posterior:
     def save(self, path: str | Path) -> None:
         """Write a directory, whole or not at all: tensors as safetensors, the rest and all decoded texts as JSON.
 
-        The guide is a program and is not saved.
+        The guide is a program and is not saved, nor a particle ancestry.
         """
         from .posterior_files import save
 

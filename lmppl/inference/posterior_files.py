@@ -37,24 +37,24 @@ class Lookup:
 
 
 def save(posterior: Posterior, path: Path) -> None:
-    """Write ``path``, replacing a posterior that was there; ValueError where something else is."""
+    """Write ``path``, replacing a posterior that was there; ValueError where something else is.
+
+    A kind of posterior with fields that are not made of tensors is saved as a plain one.
+    """
     if path.exists() and not (path / REST).is_file():
         raise ValueError(f"path: {path} exists and is no saved posterior")
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
-    plain: dict[str, Any] = {}  # fields that are no tensors, and how many tensors make up one that is a tuple
-    for name in _others(type(posterior)):
-        value = getattr(posterior, name)
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
-            plain[name] = {"tensors": len(value)}
-            tensors |= {f"{name}.{i}": part for i, part in enumerate(value)}
-        else:
-            plain[name] = {"value": value}
+    try:
+        kind, extra = type(posterior).__name__, _flattened(posterior, _others(type(posterior)))
+    except TypeError:  # an ancestry, say
+        kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
+    tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
     rest = {
         "format": FORMAT,
-        "class": type(posterior).__name__,
-        "fields": plain,
+        "class": kind,
+        "empty": [
+            n for n in _others(type(posterior)) if isinstance(v := getattr(posterior, n), tuple | dict) and not v
+        ],
         "plates": vars(sites.plates),
         "event_dims": sites.event_dims,
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
@@ -96,19 +96,11 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
     lms = {} if lm is None else dict.fromkeys(rest["stops"], lm)
     stops = {site: torch.tensor(ids, dtype=torch.long) for site, ids in rest["stops"].items()}
     values = {name.removeprefix("values."): t for name, t in tensors.items() if name.startswith("values.")}
-    others: dict[str, Any] = {}
-    for name in _others(kind):
-        spec = rest["fields"].get(name)
-        if spec is None:
-            others[name] = tensors[name]
-        else:
-            others[name] = (
-                spec["value"] if "value" in spec else tuple(tensors[f"{name}.{i}"] for i in range(spec["tensors"]))
-            )
+    others: dict[str, Any] = {name: () if name in rest["empty"] else _gathered(tensors, name) for name in _others(kind)}
     n = len(others["log_weights"])
-    if set(values) != set(rest["event_dims"]) or tuple(others["log_weights"].shape) != (n, *sizes):
+    if not set(rest["event_dims"]) <= set(values) or tuple(others["log_weights"].shape) != (n, *sizes):
         raise ValueError("its tensors and its sites do not fit together")
-    if any(len(v) != n or v.dim() != 1 + plates.nesting + rest["event_dims"][k] for k, v in values.items()):
+    if any(len(values[k]) != n or values[k].dim() != 1 + plates.nesting + e for k, e in rest["event_dims"].items()):
         raise ValueError("the shapes of its values do not fit its weights")
     return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, stops), **others)
 
@@ -116,6 +108,30 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
 def _others(cls: type[Posterior]) -> list[str]:
     """Everything but the values and the sites; a guide is a program."""
     return [f.name for f in fields(cls) if f.name not in ("values", "sites", "guide")]
+
+
+def _flattened(posterior: Posterior, names: list[str]) -> dict[str, Tensor]:
+    """Fields that are tensors, or tuples or dicts of them; TypeError for others."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        value = getattr(posterior, name)
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, tuple) else None
+        found |= {name: value} if parts is None else {f"{name}.{key}": part for key, part in parts}
+    if not all(isinstance(value, Tensor) for value in found.values()):
+        raise TypeError("not only tensors")
+    return found
+
+
+def _gathered(tensors: dict[str, Tensor], name: str) -> Any:
+    """What `_flattened` made of one field."""
+    if name in tensors:
+        return tensors[name]
+    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    if not parts:
+        raise ValueError(f"it has no {name}")
+    if all(key.isdigit() for key in parts):
+        return tuple(parts[key] for key in sorted(parts, key=int))
+    return parts
 
 
 def _strings(posterior: Posterior, site: str) -> dict[str, str]:
