@@ -370,6 +370,17 @@ def test_arviz_summarises_numeric_sites():
     assert data.posterior["k"].values[0].tolist() == posterior.samples["k"].tolist()  # equal weights: as they are
 
 
+def test_arviz_keeps_chains_apart():
+    class Chains(Posterior):
+        num_chains = 2
+
+    k = torch.cat([torch.zeros(20), torch.ones(20)]) + 0.01 * torch.randn(40)  # stuck at two different values
+    plain = Importance(lambda: pyro.sample("k", dist.Normal(0.0, 1.0)), num_particles=40).run()
+    data = Chains({"k": k}, plain.log_weights, plain.log_evidence, plain.sites).to_arviz()
+    assert np.array_equal(data.posterior["k"].values, k.view(2, 20).numpy())
+    assert float(arviz.rhat(data)["k"]) > 1.5
+
+
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
