@@ -154,6 +154,12 @@ def draw(setting: Setting, subsamples: Values) -> tuple[Trace, Trace, Proposal]:
     return proposal, target, Proposal(values, density, torch.zeros_like(log_q), plates, log_q)
 
 
+def density(setting: Setting, values: Values) -> Density:
+    """The density of given values of all latent sites, subsamples among them."""
+    proposal, target = setting.propose(Replay(values), {})
+    return _density(proposal, target, setting.plates(proposal, target), {})
+
+
 def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
     """The Metropolis rule, BoolTensor (chain, *kept), from log pi(z), log pi(z') and log k(z | z') - log k(z' | z)."""
     log_alpha = log_new - log_old + log_ratio

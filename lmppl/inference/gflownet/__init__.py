@@ -2,6 +2,7 @@
 
 from .detailed_balance import DetailedBalance
 from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
+from .local_search import LocalSearch
 from .objective import Objective
 from .replay import Replay
 from .sub_tb import SubTB
@@ -14,6 +15,7 @@ __all__ = [
     "EpsilonUniform",
     "Exploration",
     "GFlowNet",
+    "LocalSearch",
     "Mixture",
     "Objective",
     "OnPolicy",
