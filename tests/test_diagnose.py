@@ -99,10 +99,11 @@ def test_what_is_right_passes(algorithm):
     assert len(found.calibration.positions["log p(z)"]) == 3 * CELLS
 
 
-def test_draws_that_are_too_narrow_fail():
+def test_draws_that_are_too_narrow_fail(tmp_path):
     found = diagnose(Exact(model, power=3.0), X, Y, simulations=4, num_particles=8, repetitions=1)
     assert found["SBC: log p(z)"].suspect and "too low" not in found["SBC: log p(z)"].meaning
     assert not found.ok
+    found.plot(tmp_path / "equal_weights.png")  # without a warning, which would be an error here
 
 
 def test_the_prior_is_caught_by_a_statistic_of_the_data_only():
@@ -246,9 +247,10 @@ def test_without_a_model_only_the_weights_are_judged():
     assert found["ESS / N"].value == pytest.approx(1.0) and any("no model" in note for note in found.notes)
 
 
-def test_zero_evidence_is_suspect():
+def test_zero_evidence_is_suspect(tmp_path):
     found = diagnose(Importance(model, num_particles=8), X, P.encode("ab"), simulations=2, repetitions=2)  # no stop
     assert found["ESS / N"].suspect and found["log evidence"].suspect and not found.drifts
+    found.plot(tmp_path / "nothing.png")
 
 
 def test_what_is_not_possible_is_said():

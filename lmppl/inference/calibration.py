@@ -74,10 +74,10 @@ def calibrate(
         posterior = with_model(algorithm, model).run(*inputs, **kwargs)
         bounds = Sandwich(model, guide, num_particles, ess_threshold=0).run(*inputs, exact_sample=truth, **kwargs)
         evidence = posterior.log_evidence
-        lowers.append(torch.where(evidence.isnan(), bounds.lower, evidence).flatten())
-        uppers.append(bounds.upper.flatten())
+        lowers.append(torch.where(evidence.isnan(), bounds.lower, evidence).flatten().cpu())
+        uppers.append(bounds.upper.flatten().cpu())
         for name, (drawn, true) in _compare(model, posterior, truth, inputs, kwargs, statistics or {}).items():
-            positions.setdefault(name, []).append(position(drawn, true, posterior).flatten())
+            positions.setdefault(name, []).append(position(drawn, true, posterior).flatten().cpu())
     return Calibration({name: torch.cat(x) for name, x in positions.items()}, torch.cat(lowers), torch.cat(uppers))
 
 
@@ -127,11 +127,11 @@ def _compare(
     trace = programs.trace(model, args, kwargs, Replay(values), nesting=plates.nesting, particles=n + 1)
     shape = (n + 1, *plates.sizes)
     found, samples = {}, {}
-    log_likelihood = torch.zeros(shape)
+    log_likelihoods = []
     for name, node in programs.scored(trace).items():
         log_p = site_log_prob(node, plates).expand(1, *shape)[0]
         if node["is_observed"]:
-            log_likelihood = log_likelihood + log_p
+            log_likelihoods.append(log_p)
             continue
         samples[name] = plates.lead(node["value"], node["fn"].event_dim)
         if hasattr(node["fn"], "prefix_scores"):
@@ -139,7 +139,8 @@ def _compare(
             found[f"log p({name})"] = log_p
         elif not node["fn"].event_dim:
             found[name] = _summed(samples[name], plates.sizes)
-    found["log p(observed)"] = log_likelihood
+    if log_likelihoods:
+        found["log p(observed)"] = torch.stack(log_likelihoods).sum(0)
     found |= {name: statistic(samples).expand(shape) for name, statistic in more.items()}
     return {name: (x[:-1].double(), x[-1].double()) for name, x in found.items()}
 

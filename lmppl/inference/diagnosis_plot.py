@@ -63,15 +63,17 @@ def _bounds(axis: Any, calibration: Calibration) -> None:
 
 
 def _weights(axis: Any, posterior: Posterior) -> None:
-    weights = posterior.log_weights.softmax(0).reshape(posterior.num_particles, -1).T[:8]
-    rank = torch.arange(1, posterior.num_particles + 1)
-    for w in weights:
-        axis.plot(rank, w.sort(descending=True).values.clamp(min=1e-12), linewidth=1.2)
-    axis.axhline(1 / posterior.num_particles, color="0.5", linewidth=0.8, linestyle="--")
+    n = posterior.num_particles
+    weights = posterior.log_weights.softmax(0).reshape(n, -1).T
+    weights = weights[~weights.isnan().any(1)][:8]  # NaN: zero evidence
+    # Limits before scales: equal weights have no range of their own.
+    axis.set_xlim(0.9, 1.1 * n + 0.1)
+    axis.set_ylim(1e-3 / n, max(2.0 * float(weights.max()) if len(weights) else 0.0, 4 / n))
     axis.set_xscale("log")
     axis.set_yscale("log")
-    top = float(torch.nan_to_num(weights).max())
-    axis.set_ylim(1e-3 / posterior.num_particles, max(2.0 * top, 4 / posterior.num_particles))
+    for w in weights:
+        axis.plot(range(1, n + 1), w.sort(descending=True).values.clamp(min=1e-12), linewidth=1.2)
+    axis.axhline(1 / n, color="0.5", linewidth=0.8, linestyle="--")
     axis.set_xlabel("particle, largest weight first", fontsize=8)
     axis.set_title(f"normalised weights ({len(weights)} plate element(s); dashed: 1/N)", fontsize=9)
 
