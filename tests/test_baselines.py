@@ -125,7 +125,7 @@ def assert_frequencies(counts: Tensor, p: Tensor, n: int) -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_at_the_posterior_every_particle_weighs_the_evidence(lm, problem):
-    """Plates, several texts, ordinary latents, factors: u = log Z, so that every weight is 1/N and every advantage 0."""
+    """Plates, several texts, ordinary latents, factors: u = log Z, so all weights are 1/N and all advantages 0."""
     found = PROBLEMS[problem](lm)
     densities = Drawn(found.model, found.posterior(1.0), (), {}, 6).densities()
     exact = Importance(found.model, found.posterior(1.0), 3).run()  # of u that does not vary
