@@ -391,6 +391,18 @@ def test_a_stop_that_cannot_come_is_a_dead_end():
         Completion(AB, "a", max_tokens=5, stop=".", allowed=regex(AB, "ab", stop=".")).sample((20,))
 
 
+def test_what_the_vocabulary_cannot_spell_is_a_dead_end():
+    """After "ab" only an "x" may come, which no token spells; after "ba" the text is complete."""
+    allowed = regex(AB, "abx|ba")
+    prefix = torch.tensor([[4], [5], [6]])
+    assert allowed(prefix).nonzero().tolist() == [[1, 0]] and allowed.accepts(prefix).tolist() == [False, True, False]
+    assert not bool(allowed(torch.tensor([4, 2])).any()) and not bool(allowed.accepts(torch.tensor([4, 2])))
+    fn = Completion(AB, "a", max_tokens=3, allowed=allowed)
+    assert (fn.log_prob(torch.tensor([[5, 0], [4, 0]])) > -torch.inf).tolist() == [True, False]
+    with pytest.raises(DeadEnd):
+        fn.sample((100,))
+
+
 def test_every_is_a_mask_where_its_parts_are():
     assert torch.equal(every(ban(AB, "a"), ban(AB, "b")), ban(AB, ["a", "b"]))
     one = regex(AB, "a")

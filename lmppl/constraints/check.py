@@ -53,9 +53,11 @@ class Check(PrefixConstraint):
 
     def ask(self, prefix: Tensor, token: Tensor) -> Tensor:
         """Whether each ``token`` (R,) may follow its ``prefix`` (R, t), BoolTensor (R,); `within` is not asked."""
+        if not len(token):
+            return torch.zeros_like(token, dtype=torch.bool)
         candidates, index = torch.unique(torch.cat([prefix, token[:, None]], 1), dim=0, return_inverse=True)
         answers = [self._answer(part[:, :-1], part[:, -1]) for part in candidates.split(_AT_ONCE)]
-        return torch.cat(answers)[index] if answers else token.new_zeros(0, dtype=torch.bool)
+        return torch.cat(answers)[index]
 
     def __call__(self, prefix: Tensor) -> Tensor:
         rows, index = distinct(prefix)

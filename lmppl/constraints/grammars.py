@@ -83,7 +83,9 @@ class Grammar(PrefixConstraint):
     """A constraint on the text that tokens spell, from a grammar in the Lark dialect of llguidance.
 
     An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is.  A stop is allowed
-    only where the text so ended is complete.  Special tokens are allowed nowhere else.
+    only where the text so ended is complete.  Special tokens are allowed nowhere else.  What is allowed can be
+    completed, if the vocabulary can spell it: one that lacks some characters, as the embedded ones do, may have tokens
+    to which nothing can be added (ban them, or meet a `DeadEnd`).
 
     Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
     step, particles may be reordered, and prefixes that occur several times are asked about once.
@@ -167,8 +169,10 @@ class Grammar(PrefixConstraint):
         return after if read == 1 else None
 
     def _checked(self, matcher: Any) -> None:
-        if matcher.is_error():
-            raise ValueError(f"{self.name}: {matcher.get_error().strip()}")
+        # Where no token of the vocabulary can follow, the matcher counts as in error too: there the mask is empty.
+        error = matcher.get_error()
+        if error and not error.startswith("NoExtension"):
+            raise ValueError(f"{self.name}: {error.strip()}")
 
 
 def _any_of(strings: Iterable[str], name: str) -> str:
