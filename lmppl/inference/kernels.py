@@ -10,14 +10,15 @@ for every chain and element of the kept plates by itself.  From a state of proba
   0 .. |z| - 1, and what follows z_1..z_t is drawn anew from q, the guide's site (the model's own without a guide).  At
   the last cut the stop alone is redrawn.  Old and new text share the cut, so that
 
-  .. math:: \frac{k(z \mid z')}{k(z' \mid z)} = \frac{|z|}{|z'|} \cdot \frac{q(z_{>t} \mid z_{\le t})}{q(z'_{>t} \mid z_{\le t})}
+  .. math:: \frac{k(z \mid z')}{k(z' \mid z)} =
+      \frac{|z|}{|z'|} \cdot \frac{q(z_{>t} \mid z_{\le t})}{q(z'_{>t} \mid z_{\le t})}
 
   is in detailed balance at each t, hence on average.  Texts of one site in plates that are not kept have a cut each and
   move together: the ratio is a product over them.  A latent site that is no text is redrawn from q whole.
 - *Independence*: all latent sites are drawn from the guide, and the ratio is q(z) / q(z').
 
 A text that the model masks does not count in p: it follows q, as it does under importance weights.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -235,7 +236,7 @@ def regrow(
     r"""One regrowth move of every particle, with the target :math:`p(z, observed)^{1/T}`.
 
     :param values: (particle, *plate axes, *event) of every latent site, with subsamples if there are any.
-    :param log_p: log p(z, observed) of these values, (particle, *kept).
+    :param log_p: log p(z, observed) of these values, (particle, *kept): ``density(...).joint``, or an earlier move's.
     :param site: which site to move; None: any latent site of the guide, evenly.
     :param temperature: T.
     """
