@@ -5,6 +5,7 @@ if __name__ != "lmppl.inference":
     raise ImportError("import lmppl.inference, not inference")
 
 from .ancestry import Resampling, lineages, plot_ancestry, survivors
+from .autoguide import AutoGuide
 from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
 from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate
 from .compare import compare
@@ -41,6 +42,7 @@ from .training import Task, Trainer
 from .validation import AxesError
 
 __all__ = [
+    "AutoGuide",
     "SMC",
     "Automaton",
     "AxesError",
