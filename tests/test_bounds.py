@@ -20,7 +20,6 @@ from lmppl.inference.bounds import Bounds, Sandwich, divergences, simulate
 from lmppl.inference.enumeration import Enumeration
 from lmppl.inference.posterior import Posterior
 from lmppl.inference.quality import density_quality
-from lmppl.inference.resampling import SCHEMES
 from lmppl.inference.smc import SMC
 
 RUNS = 400
@@ -91,7 +90,7 @@ def test_one_particle_gives_elbo_and_eubo():
         assert abs(float(found.mean() - expected)) <= 5 * float(found.std()) / RUNS**0.5
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["systematic", "residual"])
 def test_the_gap_closes_as_particles_are_added(scheme):
     program = Program(2, runs=RUNS)
     truth, gaps = exact_of(program), []
@@ -145,7 +144,8 @@ def test_a_guide_that_misses_the_sample_has_no_upper_bound():
     assert bool(missed.any()) and not bool(missed.all())
     bounds = Sandwich(program.model, guide, 4, 0.5).run(exact_sample=sample)
     assert torch.equal(bounds.upper == math.inf, missed) and not bool(bounds.lower.isnan().any())
-    assert bool((divergences(program.model, guide, bounds=bounds, exact_sample=sample).eubo == math.inf)[missed].all())
+    found = divergences(program.model, guide, bounds=bounds, exact_sample=sample, num_particles=20)
+    assert torch.equal(found.eubo == math.inf, missed)
 
 
 # -- simulated data --------------------------------------------------------------------------------------------------
