@@ -12,6 +12,7 @@ import torch
 from ngrams import ngram_lm
 from programs_by_hand import DOT, Program, contains
 from pyro import poutine
+from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl.constraints import ban
@@ -78,6 +79,44 @@ def test_both_bounds_and_the_unbiased_inverse(kind, guided, threshold, twist):
     bounds = sandwich.run(exact_sample=exact_of(program))
     assert bounds.lower.shape == bounds.upper.shape == (RUNS,)
     below_and_above(bounds, program.log_evidence)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_networks_with_a_cache_data_of_their_own_and_a_looser_guide(joint):
+    """Each datum has its own bounds; ``joint``: a factor over the data makes one evidence of them."""
+    runs = 200
+    lm, other = tiny_lm(vocab=4, dtype=torch.float64), tiny_lm("llama", vocab=4, seed=1, dtype=torch.float64)
+    x, y = lm.encode(["a", "b."]), lm.encode(["b", ""], stop="eos")
+
+    def program(size, lm, most, observes):
+        with pyro.plate("runs", size, dim=-2):
+            with pyro.plate("data", 2, dim=-1):
+                z = pyro.sample("z", Completion(lm, x, max_tokens=most, temperature=3.0))
+                if observes:
+                    pyro.sample("y", Completion(lm, lm.join(x, z), max_tokens=1, temperature=3.0), obs=y)
+            if joint and observes:
+                pyro.factor("alike", (contains(z, DOT).sum(-1, keepdim=True) == 1).double())
+
+    if joint:  # the pairs of texts, enumerated
+        fn = Completion(lm, x, max_tokens=2, temperature=3.0)
+        z = fn.enumerate_support()  # (K, 2, E)
+        seen = Completion(lm, lm.join(x, z), max_tokens=1, temperature=3.0).log_prob(y)
+        log_w = (fn.log_prob(z) + seen).detach()
+        has = contains(z, DOT)[:, 0]
+        pairs = log_w[:, None, 0] + log_w[None, :, 1] + (has[:, None] ^ has).double()
+        exact = pairs.logsumexp((0, 1))
+        drawn = torch.multinomial(pairs.flatten().softmax(0), runs, replacement=True)
+        sample = torch.stack([z[drawn // len(z), 0], z[drawn % len(z), 1]], 1)  # (runs, 2, E)
+    else:
+        truth = Enumeration(lambda: program(1, lm, 2, True)).run()
+        exact, sample = truth.log_evidence[0], truth.resample(runs, "multinomial").samples["z"][:, 0]
+    guide = lambda: program(runs, other, 3, False)  # noqa: E731
+    sandwich = Sandwich(lambda: program(runs, lm, 2, True), guide, 24, 0.7, twist="stop")
+    bounds = sandwich.run(exact_sample={"z": sample})
+    assert bounds.lower.shape == ((runs,) if joint else (runs, 2))
+    for datum in range(exact.numel()):
+        one = Bounds(*(b.reshape(1, runs, -1)[..., datum] for b in (bounds.lowers, bounds.uppers)))
+        below_and_above(one, exact.reshape(-1)[datum])
 
 
 def test_one_particle_gives_elbo_and_eubo():
