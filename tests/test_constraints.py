@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -261,6 +262,17 @@ def test_any_regular_expression(pattern):
     expected = torch.tensor([matches(pattern)(z, AB.vocabulary.decode(list(z))) for z in texts])
     assert torch.equal(keeps(allowed, tensor(texts), 8), expected)
     assert torch.equal(allowed.accepts(tensor(texts)), expected)
+
+
+@pytest.mark.parametrize("first", [0, 14, 28])
+def test_words_are_taken_as_they_are_written(first):
+    """No character of a word is a sign of the pattern's."""
+    marks = [*string.punctuation, " ", "\n", "\t", "é", "→", "\\n", "a/b", '"/'][first : first + 14]
+    lm = spelled_lm(*marks)
+    texts = torch.arange(1, len(marks) + 1)[:, None]
+    for i, mark in enumerate(marks):
+        assert words(lm, [mark]).accepts(texts).nonzero().tolist() == [[i]], mark
+        assert without(lm, [mark]).accepts(texts).tolist() == [mark not in other for other in marks], mark
 
 
 def test_a_text_without_a_stop_and_a_text_with_its_eos_are_the_same_text():

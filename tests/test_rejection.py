@@ -221,6 +221,19 @@ def test_samples_come_from_exactly_the_masked_distribution(kwargs):
     assert bool(((counts / n - p).abs() <= 5 * error + 1e-9).all())
 
 
+def test_where_tokens_are_also_drawn_evenly_the_log_probability_is_no_estimate():
+    """What is spread evenly goes to what passes, so that all of it must be known."""
+    fn = completion(allowed=check()).broadened(epsilon=0.4)
+    steps = fn.token_steps(torch.Size([50]))
+    token, log_q = steps.draw(torch.rand(50))
+    torch.testing.assert_close(log_q, steps.score(token).to(log_q.dtype))
+    estimated = completion(allowed=check()).token_steps(torch.Size([50]))
+    token, log_q = estimated.draw(torch.rand(50))
+    assert bool(((log_q - estimated.score(token)).abs() > 1e-3).any())
+    token, log_q = estimated.exactly().draw(torch.rand(50))
+    torch.testing.assert_close(log_q, estimated.score(token).to(log_q.dtype))
+
+
 def test_sample_and_log_prob_is_exact():
     fn = completion(allowed=check())
     z, log_prob = fn.sample_and_log_prob((40,))
@@ -250,8 +263,8 @@ def test_the_same_seed_gives_the_same_texts_however_they_are_chunked():
     ],
     ids=["check", "patience", "within", "every"],
 )
-@pytest.mark.parametrize("ess_threshold", [0.0, 0.9])
-def test_smc_with_checked_proposals_is_unbiased(allowed, ess_threshold):
+@pytest.mark.parametrize(("ess_threshold", "twist"), [(0.0, None), (0.9, None), (0.9, "stop")])
+def test_smc_with_checked_proposals_is_unbiased(allowed, ess_threshold, twist):
     """The model is unconstrained, its factor asks for the same texts and likes an "a"."""
     proposal = allowed()
 
@@ -266,7 +279,7 @@ def test_smc_with_checked_proposals_is_unbiased(allowed, ess_threshold):
         with pyro.plate("runs", RUNS):
             pyro.sample("z", completion(allowed=proposal))
 
-    posterior = SMC(model, guide, 6, ess_threshold).run()
+    posterior = SMC(model, guide, 6, ess_threshold, twist=twist).run()
     within(posterior.log_evidence.exp(), evidence(completion().log_prob, likes))
 
 
@@ -285,6 +298,11 @@ def test_a_model_that_has_the_check_itself(scale):
         z = z[completion(allowed=check()).log_prob(z) > -torch.inf]
         log_joint = scale * (completion(allowed=check()).log_prob(z) + 2.0 * contains(z, 2))
     within(posterior.log_evidence.exp(), float(log_joint.logsumexp(0).exp()))
+    apart = SMC(model, num_particles=6, ess_threshold=0.0).run()
+    drawn = apart.samples["z"]
+    log_p = completion(allowed=check()).log_prob(drawn).detach()
+    u = scale * (log_p + 2.0 * contains(drawn, 2)) - log_p
+    torch.testing.assert_close(apart.log_weights, u - math.log(6), rtol=1e-4, atol=1e-4)
 
 
 def test_importance_sampling_with_a_check_weighs_exactly():
