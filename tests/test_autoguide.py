@@ -193,11 +193,11 @@ def test_both_texts_are_trained_with_one_adapter():
     logits = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
     auto = AutoGuide(two.model, two.q, two.templates, args=two.args, ordinary=ordinary)
     assert auto.lm("z") is auto.lm("w") is two.q
-    optimizer = torch.optim.AdamW([{"params": auto.trainable_parameters()}, {"params": [logits], "lr": 0.1}], lr=2e-2)
+    optimizer = torch.optim.AdamW([{"params": auto.trainable_parameters()}, {"params": [logits], "lr": 0.1}], lr=4e-2)
     gflownet = GFlowNet(two.model, auto, optimizer=optimizer, replay=Replay())
     before = gflownet.evaluate(*two.args)["held_out_ess"]
     gflownet.fit([two.args], 60, progress=False)
-    assert before < 0.8 and gflownet.evaluate(*two.args)["held_out_ess"] > 0.9
+    assert before < 0.4 and gflownet.evaluate(*two.args)["held_out_ess"] > 0.75
 
 
 def test_training_reaches_the_posterior():

@@ -31,7 +31,7 @@ class AutoGuide:
 
     Plates, masks and the limits, stops, constraints and temperatures of the texts are the model's; all texts of one
     base model share one adapter.  Latent sites that are no texts are drawn from the model's prior.  No network runs
-    when it is built.
+    when it is built.  The model's own code runs in every call: a network that it asks to compute a factor is asked.
 
     :param model: a Pyro program.
     :param peft_config: a new adapter's configuration, the path of a saved one, or a `LanguageModel` with an adapter

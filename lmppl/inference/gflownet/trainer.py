@@ -116,7 +116,8 @@ class GFlowNet(Trainer):
     ) -> Observations:
         assert self.replay is not None
         if task is None:
-            task = next((i for i, t in enumerate(self._of_fit) if (t.model, t.guide) == (model, guide)), 0)
+            of_fit = [(t.model, t.guide) for t in self._of_fit]
+            task = of_fit.index((model, guide)) if (model, guide) in of_fit else len(of_fit)
         nesting = self.objective.nesting(model, guide, args, kwargs)
         return self.replay.observations(model, guide, args, kwargs, nesting, task)
 
