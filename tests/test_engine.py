@@ -261,6 +261,9 @@ def test_unusual_attention_is_right_or_falls_back(name):
         ]
         assert log_probs[p, n].tolist() == pytest.approx([float(e) for e in expected], abs=1e-4)
 
+    uncached = isinstance(decoder(lm, prompt[None], torch.zeros(1, dtype=torch.long)), Recomputing)
+    assert uncached == (name == "recurrent")
+
     d = Completion(lm, torch.stack([prompt, prompt.masked_fill(torch.arange(25) > 1, PAD)]), max_tokens=6, min_tokens=5)
     drawn, log_prob = d.sample_and_log_prob((4,))
     assert (d.log_prob(drawn) - log_prob).abs().max() < 1e-4

@@ -56,7 +56,9 @@ class Decoder:
         )
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
         # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
-        self.position = (self.position + T).clamp(max=self.lm.max_length and self.lm.max_length - 1)
+        self.position = self.position + T
+        if self.lm.max_length is not None:
+            self.position = self.position.clamp(max=self.lm.max_length - 1)
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:

@@ -105,7 +105,9 @@ class Trainer(ABC):
 
     def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
         if task.model not in self._networks:
-            self._networks[task.model] = programs.networks(task.model, self.arguments(args, kwargs), kwargs)
+            given = self.arguments(args, kwargs)
+            both = [n for p in (task.model, task.guide) for n in programs.networks(p, given, kwargs)]
+            self._networks[task.model] = list({id(n): n for n in both}.values())
         networks = self._networks[task.model]
         before = sum(network.tokens_scored for network in networks)
         metrics = self.update(task.model, task.guide, args, kwargs, step)
