@@ -107,7 +107,7 @@ def scale(node: Node, plates: Plates) -> Any:
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
     """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
     log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
-    if log_prob.isnan().any():
+    if scale_and_mask(log_prob, 1.0, node["mask"]).isnan().any():  # where the site is not there, anything goes
         raise ValueError(f"site {node['name']!r}: its log-probability is NaN")
     return plates.reduce(scale_and_mask(log_prob, scale(node, plates) if scaled else 1.0, node["mask"]))
 
