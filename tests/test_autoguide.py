@@ -196,8 +196,8 @@ def test_both_texts_are_trained_with_one_adapter():
     optimizer = torch.optim.AdamW([{"params": auto.trainable_parameters()}, {"params": [logits], "lr": 0.1}], lr=4e-2)
     gflownet = GFlowNet(two.model, auto, optimizer=optimizer, replay=Replay())
     before = gflownet.evaluate(*two.args)["held_out_ess"]
-    gflownet.fit([two.args], 60, progress=False)
-    assert before < 0.4 and gflownet.evaluate(*two.args)["held_out_ess"] > 0.75
+    gflownet.fit([two.args], 45, progress=False)
+    assert before < 0.4 and gflownet.evaluate(*two.args)["held_out_ess"] > 0.7
 
 
 def test_training_reaches_the_posterior():
@@ -207,8 +207,8 @@ def test_training_reaches_the_posterior():
         auto = AutoGuide(setup.task.model, CONFIG, TEMPLATE, args=setup.args)
     exact = Enumeration(setup.task.model).run(*setup.args)
     before = density_quality(exact, auto, setup.args, {}).total_variation
-    optimizer = torch.optim.AdamW(auto.trainable_parameters(), lr=2e-2)
-    GFlowNet(setup.task.model, auto, optimizer=optimizer).fit([setup.args], 120, progress=False)
+    optimizer = torch.optim.AdamW(auto.trainable_parameters(), lr=3e-2)
+    GFlowNet(setup.task.model, auto, optimizer=optimizer).fit([setup.args], 80, progress=False)
     after = density_quality(exact, auto, setup.args, {}).total_variation
     assert float(before.mean()) > 0.25 and float(after.max()) < 0.1
 
@@ -221,7 +221,7 @@ def test_svi_finds_its_parameters_whatever_the_store_holds():
     exact = Enumeration(setup.task.model).run(*setup.args)
     before = density_quality(exact, auto, setup.args, {}).total_variation
     svi = SVI(setup.task.model, auto, pyro.optim.Adam({"lr": 2e-2}), loss=PooledVarGrad(num_particles=16))
-    losses = [svi.step(*setup.args) for _ in range(50)]
+    losses = [svi.step(*setup.args) for _ in range(40)]
     after = density_quality(exact, auto, setup.args, {}).total_variation
     pyro.clear_param_store()
     assert float(after.mean()) < 0.5 * float(before.mean()) and sum(losses[-10:]) < sum(losses[:10])

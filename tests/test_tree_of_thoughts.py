@@ -271,7 +271,7 @@ def test_training_reaches_the_exact_posterior(lm, kind):
         optimizer=torch.optim.Adam(tables, lr=0.2),
     )
     assert total_variation(found, tables) > 0.2
-    gflownet.fit([()], 100 if kind is SubTB else 50, progress=False)
+    gflownet.fit([()], 100 if kind is SubTB else 80, progress=False)
     assert total_variation(found, tables) < 0.05
 
 
