@@ -352,7 +352,7 @@ def test_training_with_replay_reaches_the_exact_posterior():
     exact = Enumeration(problem.model).run(*problem.args)
     before = density_quality(exact, problem.guide, problem.args, {}).total_variation
     replay = Replay(capacity=32, priority="both", min_distance=0.1)
-    problem.gflownet(lr=2e-2, replay=replay).fit([problem.args], 150, progress=False)
+    problem.gflownet(lr=2e-2, replay=replay).fit([problem.args], 100, progress=False)
     after = density_quality(exact, problem.guide, problem.args, {}).total_variation
     assert float(before.mean()) > 0.3 and float(after.max()) < 0.1
 
@@ -415,7 +415,7 @@ def test_two_tasks_share_an_adapter_and_a_buffer_and_a_resumed_run_repeats(tmp_p
     assert [m["loss"] for m in rest] == [m["loss"] for m in expected[3:]]
 
     problem = Problem(vocab=5)
-    run(problem, 200)
+    run(problem, 140)
     for model, guide, _ in tasks(problem):
         exact = Enumeration(model).run(*problem.args)
         assert float(density_quality(exact, guide, problem.args, {}).total_variation.max()) < 0.1
