@@ -132,6 +132,10 @@ problems = st.builds(
 @settings(max_examples=8)
 @given(problem=problems, seed=st.integers(0, 99))
 def test_answers_are_those_of_enumeration(name, problem, seed):
+    check_against_enumeration(name, problem, seed)
+
+
+def check_against_enumeration(name: str, problem: Problem, seed: int) -> None:
     """The mean over independent runs of an unbiased estimate is within 5 standard errors of the truth.
 
     Importance sampling and SMC: of sum_n w_n 1[z_n = value] for Z p(value | y), and of Z itself.  Markov chains: of the
