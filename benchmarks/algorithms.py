@@ -47,10 +47,10 @@ from lmppl.inference import (
     dreams,
     few_shot,
 )
-from lmppl.inference.compare import Meter, particles_within, sized
-from lmppl.inference.comparison import Comparison, Row, averaged
+from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.compare.comparison import Comparison, Row, averaged
+from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.files import save_figure, write_atomically
-from lmppl.inference.quality import density_quality
 from lmppl.models import Experiment, Recipe, infilling
 
 RATES = 1e-3, 3e-3

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.inference.resampling import SCHEMES, systematic
-from lmppl.inference.smc import SMC
+from lmppl.inference.smc.smc import SMC
 
 REQUIRED = {"sampling": 1.0, "SMC": 0.9}
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
-from .inference.compare import Algorithm, Meter, particles_within, sized
+from .inference.compare.compare import Algorithm, Meter, particles_within, sized
+from .inference.compare.quality import density_quality, outside_mass
 from .inference.files import save_figure, write_atomically
-from .inference.quality import density_quality, outside_mass
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
 

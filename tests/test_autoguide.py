@@ -12,7 +12,7 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, AutoGuide, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay, programs
-from lmppl.inference.quality import density_quality
+from lmppl.inference.compare.quality import density_quality
 from lmppl.models.infilling import Infilling
 
 CONFIG = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")

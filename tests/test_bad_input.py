@@ -14,7 +14,7 @@ from lmppl.adapters import CheckpointError
 from lmppl.distributions import Completion, NextToken
 from lmppl.inference import Importance
 from lmppl.inference.gflownet import PooledVarGrad, SubTB, Tempered, VarGrad
-from lmppl.inference.posterior import ZeroEvidence
+from lmppl.inference.posterior.posterior import ZeroEvidence
 from lmppl.inference.programs import SiteMismatch
 from lmppl.text import PAD
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference.bounds import Bounds, Sandwich, divergences, simulate
-from lmppl.inference.enumeration import Enumeration
-from lmppl.inference.posterior import Posterior
-from lmppl.inference.quality import density_quality
-from lmppl.inference.smc import SMC
+from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.enumeration.enumeration import Enumeration
+from lmppl.inference.posterior.posterior import Posterior
+from lmppl.inference.smc.bounds import Bounds, Sandwich, divergences, simulate
+from lmppl.inference.smc.smc import SMC
 
 RUNS = 400
 KINDS = {

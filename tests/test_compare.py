@@ -14,7 +14,7 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, compare
-from lmppl.inference.quality import density_quality, draw_quality, modes_drawn, outside_mass
+from lmppl.inference.compare.quality import density_quality, draw_quality, modes_drawn, outside_mass
 
 
 @pytest.fixture(scope="module")

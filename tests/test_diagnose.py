@@ -22,7 +22,7 @@ from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, Importance, Posterior, diagnose, programs
-from lmppl.inference.calibration import calibrate, position, uniformity
+from lmppl.inference.diagnose.calibration import calibrate, position, uniformity
 from lmppl.inference.programs import Replay
 from lmppl.inference.weights import kept_plates, log_density
 

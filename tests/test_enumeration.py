@@ -17,7 +17,9 @@ from torch import Tensor
 from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion, NextToken
-from lmppl.inference import AxesError, Enumeration, Importance, ZeroEvidence, quality, token_tree
+from lmppl.inference import AxesError, Enumeration, Importance, ZeroEvidence
+from lmppl.inference.compare import quality
+from lmppl.inference.enumeration import token_tree
 
 LMS = [tiny_lm(vocab=5, seed=s, dtype=torch.float64) for s in range(3)]
 SEED = st.integers(0, 2)

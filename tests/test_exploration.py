@@ -30,8 +30,8 @@ from lmppl.inference import (
 )
 from lmppl.inference.gflownet import local_search
 from lmppl.inference.gflownet.exploration import Source, Values
-from lmppl.inference.kernels import Setting, density
-from lmppl.inference.schedules import linear
+from lmppl.inference.metropolis.kernels import Setting, density
+from lmppl.inference.training.schedules import linear
 from lmppl.text import equal
 
 N = 3000

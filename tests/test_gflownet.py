@@ -12,8 +12,8 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
-from lmppl.inference import checkpoint as checkpoints
-from lmppl.inference.quality import density_quality
+from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.training import checkpoint as checkpoints
 
 CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 

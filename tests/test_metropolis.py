@@ -20,7 +20,7 @@ from torch import Tensor
 from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, MetropolisHastings, ZeroEvidence
-from lmppl.inference.kernels import Setting, accept, independence, regrow
+from lmppl.inference.metropolis.kernels import Setting, accept, independence, regrow
 from lmppl.text import PAD
 
 EOS, DOT, A, B = range(4)

@@ -19,8 +19,8 @@ from torch import Tensor
 from lmppl import text
 from lmppl.distributions import Completion, NextToken, Table, TextTable
 from lmppl.inference import SMC, Enumerated, Enumeration, Importance, MetropolisHastings, Posterior, ZeroEvidence
-from lmppl.inference.log_weights import pareto_khat, smallest_sample
-from lmppl.inference.predictive import Prediction
+from lmppl.inference.posterior.log_weights import pareto_khat, smallest_sample
+from lmppl.inference.posterior.predictive import Prediction
 
 P = tiny_lm(vocab=5, seed=0, dtype=torch.float64)  # <eos> . a b c
 Q = tiny_lm(vocab=5, seed=1, dtype=torch.float64)
@@ -440,7 +440,7 @@ def test_a_posterior_replaces_one_of_its_kind_whole_and_nothing_else(tmp_path, e
         raise OSError("no space left")
 
     with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr("lmppl.inference.posterior_files.save_file", full_disk)
+        m.setattr("lmppl.inference.posterior.files.save_file", full_disk)
         particles.save(tmp_path / "p")
     same(exact, Posterior.load(tmp_path / "p"), 0)
     assert [f.name for f in tmp_path.iterdir()] == ["p"]

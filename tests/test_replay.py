@@ -16,7 +16,7 @@ from tiny import tiny_lm
 from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, OnPolicy, Replay, programs
-from lmppl.inference.quality import density_quality
+from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.weights import log_density
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import test_algorithms
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmppl.inference import SMC, Importance, MetropolisHastings, PolicyGradient, VarGrad, compare, diagnose
-from lmppl.inference.compare import Meter, particles_within, sized
-from lmppl.inference.quality import density_quality
+from lmppl.inference import SMC, Importance, MetropolisHastings, compare, diagnose
+from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.compare.quality import density_quality
 from lmppl.models import infilling
 
 pytestmark = pytest.mark.slow

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference.posterior import ZeroEvidence
+from lmppl.inference.posterior.posterior import ZeroEvidence
 from lmppl.inference.programs import SiteMismatch
 from lmppl.inference.resampling import SCHEMES
-from lmppl.inference.smc import SMC
+from lmppl.inference.smc.smc import SMC
 
 RUNS = 600
 LM = tiny_lm(vocab=6)  # <eos> . a b c d

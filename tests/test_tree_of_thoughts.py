@@ -19,16 +19,7 @@ from torch import Tensor
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
-from lmppl.inference import (
-    DetailedBalance,
-    Enumeration,
-    GFlowNet,
-    Importance,
-    PooledVarGrad,
-    Replay,
-    SubTB,
-    VarGrad,
-)
+from lmppl.inference import DetailedBalance, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay, SubTB, VarGrad
 from lmppl.text import PAD, equal
 
 OBJECTIVES = [SubTB, DetailedBalance, VarGrad, PooledVarGrad]

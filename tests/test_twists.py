@@ -10,7 +10,7 @@ from programs_by_hand import Program
 from torch import Tensor
 
 from lmppl.inference.resampling import SCHEMES
-from lmppl.inference.smc import SMC
+from lmppl.inference.smc.smc import SMC
 
 KINDS = {
     "one text": {"observes": False, "switches": False, "continues": False},

@@ -4,12 +4,9 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
-from .ancestry import Resampling, lineages, plot_ancestry, survivors
 from .autoguide import AutoGuide
 from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
-from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate
-from .compare import compare
-from .comparison import Comparison
+from .compare import Comparison, compare
 from .diagnose import Diagnosis, Finding, diagnose
 from .enumeration import Enumerated, Enumeration
 from .gflownet import (
@@ -34,10 +31,22 @@ from .gflownet import (
 from .importance import Importance
 from .markov import Automaton, Markov
 from .metropolis import MarkovChains, MetropolisHastings
-from .posterior import Posterior, ZeroEvidence
-from .predictive import Prediction, Predictive
+from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
 from .programs import SiteMismatch
-from .smc import SMC, Sequential
+from .smc import (
+    SMC,
+    Bounds,
+    Divergences,
+    Resampling,
+    Sandwich,
+    Sequential,
+    Simulated,
+    divergences,
+    lineages,
+    plot_ancestry,
+    simulate,
+    survivors,
+)
 from .training import Task, Trainer
 from .validation import AxesError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .posterior import Posterior
+from .posterior.posterior import Posterior
 from .programs import Program
 from .validation import check_axes
 from .weights import weigh

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from ..gflownet.objective import floored
 from ..programs import Program
-from ..schedules import Schedule, at, checked
-from ..training import Trainer
+from ..training.schedules import Schedule, at, checked
+from ..training.trainer import Trainer
 from ..weights import log_ratio
 from .densities import Densities, Drawn
 

@@ -11,7 +11,7 @@ import torch
 
 from .. import programs
 from ..importance import Importance
-from ..posterior import Posterior
+from ..posterior.posterior import Posterior
 from ..programs import Draw, Program, Replay, Sketch
 from ..weights import kept_plates
 

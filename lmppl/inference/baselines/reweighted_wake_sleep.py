@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..posterior import effective_sample_size
+from ..posterior.posterior import effective_sample_size
 from ..programs import Program
-from ..training import Trainer
+from ..training.trainer import Trainer
 from .densities import Densities, Drawn, log_likelihood
 from .supervised import Examples
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import programs
 from ..programs import Program
-from ..training import Trainer
+from ..training.trainer import Trainer
 from .densities import log_likelihood
 
 Examples: TypeAlias = Callable[..., tuple[tuple[Any, ...], Mapping[str, Tensor]]]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import programs
 from ..programs import Draw, Program, Replay, Temper
-from ..schedules import Schedule, at, checked
+from ..training.schedules import Schedule, at, checked
 
 Values: TypeAlias = dict[str, Tensor]
 

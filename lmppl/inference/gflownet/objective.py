@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import programs
 from ..programs import Program, Replay
-from ..schedules import Schedule, at, checked
+from ..training.schedules import Schedule, at, checked
 from ..weights import Balance, balance
 from .exploration import Exploration, OnPolicy, Source, Values
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import text
 from .. import programs
 from ..programs import Program, Sketch
-from ..schedules import Schedule, at, checked
+from ..training.schedules import Schedule, at, checked
 from ..weights import log_density
 from .exploration import Values
 from .observations import Observations, Tokens, merge, observe, parameters_of, split, tokens_of

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from .. import programs
 from ..programs import Program
-from ..schedules import Schedule, checked
-from ..training import Task, Trainer, standard_deviation
+from ..training.schedules import Schedule, checked
+from ..training.trainer import Task, Trainer, standard_deviation
 from ..weights import Balance
 from .exploration import Exploration, Tempered
 from .objective import Objective

@@ -13,12 +13,12 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ..distributions import Table
-from . import programs
+from ...distributions import Table
+from .. import programs
+from ..programs import Program
+from ..resampling import SCHEMES
+from ..weights import Plates
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
-from .programs import Program
-from .resampling import SCHEMES
-from .weights import Plates
 
 if TYPE_CHECKING:
     from .predictive import Prediction, Predictive
@@ -237,7 +237,7 @@ class Posterior:
 
         The guide is a program and is not saved, nor a particle ancestry.
         """
-        from .posterior_files import save
+        from .files import save
 
         save(self, Path(path))
 
@@ -248,7 +248,7 @@ class Posterior:
         ``lm`` decodes its texts; without one they are looked up among those that were saved.  Raises ValueError where
         ``path`` holds no saved posterior, or a damaged one.
         """
-        from .posterior_files import load
+        from .files import load
 
         return load(cls, Path(path), lm)
 

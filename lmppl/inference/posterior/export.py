@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .resampling import systematic
+from ..resampling import systematic
 
 if TYPE_CHECKING:
     from .posterior import Posterior

@@ -19,12 +19,12 @@ from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from . import programs
-from .posterior import Posterior
-from .programs import Program, Replay
+from .. import programs
+from ..posterior.posterior import Posterior
+from ..programs import Program, Replay
+from ..weights import kept_plates, log_density, log_density_of_latents, log_ratio, scale, weigh
 from .smc import SMC, run
 from .twists import Twist
-from .weights import kept_plates, log_density, log_density_of_latents, log_ratio, scale, weigh
 
 ExactSample = Posterior | Mapping[str, Tensor]
 

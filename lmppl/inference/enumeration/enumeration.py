@@ -12,15 +12,15 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .. import text
-from ..distributions import Completion
-from . import programs
-from .partial import advance
-from .posterior import Posterior
-from .programs import Node, Program, Sketch
+from ... import text
+from ...distributions import Completion
+from .. import programs
+from ..partial import advance
+from ..posterior.posterior import Posterior
+from ..programs import Node, Program, Sketch
+from ..validation import check_axes
+from ..weights import Plates, Weighted, kept_plates, log_density, scale, site_log_prob
 from .token_tree import Texts, explore, most_probable
-from .validation import check_axes
-from .weights import Plates, Weighted, kept_plates, log_density, scale, site_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)

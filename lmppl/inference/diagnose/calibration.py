@@ -17,12 +17,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .. import text
-from . import programs
-from .bounds import Sandwich, simulate
-from .posterior import Posterior
-from .programs import Program, Replay
-from .weights import site_log_prob
+from ... import text
+from .. import programs
+from ..posterior.posterior import Posterior
+from ..programs import Program, Replay
+from ..smc.bounds import Sandwich, simulate
+from ..weights import site_log_prob
 
 Statistic = Callable[[dict[str, Tensor]], Tensor]
 Simulate = Callable[[tuple[Any, ...], dict[str, Tensor]], tuple[Any, ...]]

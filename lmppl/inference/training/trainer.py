@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import programs
+from ..importance import Importance
+from ..posterior.posterior import Posterior, effective_sample_size
+from ..programs import Program
+from ..weights import weigh
 from . import checkpoint as checkpoints
-from . import programs
-from .importance import Importance
-from .posterior import Posterior, effective_sample_size
-from .programs import Program
-from .weights import weigh
 
 Batches: TypeAlias = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
 

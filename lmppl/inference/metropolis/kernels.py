@@ -33,11 +33,11 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .. import text
-from . import programs
-from .partial import only
-from .programs import Draw, Node, Program, Replay, Sketch
-from .weights import Plates, kept_plates, log_density
+from ... import text
+from .. import programs
+from ..partial import only
+from ..programs import Draw, Node, Program, Replay, Sketch
+from ..weights import Plates, kept_plates, log_density
 
 Values = dict[str, Tensor]
 

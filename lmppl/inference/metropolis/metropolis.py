@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import text
-from . import programs
+from ... import text
+from .. import programs
+from ..posterior.posterior import Posterior
+from ..programs import Program
+from ..validation import check_axes
+from ..weights import Plates, Weighted
 from .kernels import Density, Proposal, Setting, Values, accept, draw, independence, regrowth, select
-from .posterior import Posterior
-from .programs import Program
-from .validation import check_axes
-from .weights import Plates, Weighted
 
 MOVES = ("regrowth", "independence")
 
@@ -75,7 +75,7 @@ class MarkovChains(Posterior):
 
 
 class MetropolisHastings:
-    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are those of `lmppl.inference.kernels`.
+    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are those of `lmppl.inference.metropolis.kernels`.
 
     The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
     or rejects by itself.  Chains start from the guide (or the prior), and their first ``warmup`` moves are forgotten.

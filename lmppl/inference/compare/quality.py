@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..text import PAD
-from . import programs
-from .posterior import Posterior
-from .programs import Program, Replay
-from .weights import log_density_of_latents
+from ...text import PAD
+from .. import programs
+from ..posterior.posterior import Posterior
+from ..programs import Program, Replay
+from ..weights import log_density_of_latents
 
 MODE = 0.02  # a value of at least this posterior probability is a mode
 

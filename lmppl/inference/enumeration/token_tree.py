@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import text
-from ..engine.scoring import score, with_bos
+from ... import text
+from ...engine.scoring import score, with_bos
 
 BATCH = 4096  # nodes expanded at once in one tree
 EXPANSIONS = 10_000  # nodes that a tree may expand, or 8 times the support asked for where that is more

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .files import save_figure, write_atomically
+from ..files import save_figure, write_atomically
 
 
 @dataclass

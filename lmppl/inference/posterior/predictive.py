@@ -12,13 +12,13 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .. import text
-from . import programs
+from ... import text
+from .. import programs
+from ..partial import only
+from ..programs import Program, Replay
+from ..weights import Plates, kept_plates, site_log_prob
 from .log_weights import normalised
-from .partial import only
 from .posterior import Index, Posterior
-from .programs import Program, Replay
-from .weights import Plates, kept_plates, site_log_prob
 
 
 class Observe(Messenger):

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .. import text
+from ... import text
+from ..weights import Plates
 from .posterior import Posterior, Sites
-from .weights import Plates
 
 TENSORS, REST, FORMAT = "posterior.safetensors", "posterior.json", "lmppl posterior 1"
 P = TypeVar("P", bound=Posterior)

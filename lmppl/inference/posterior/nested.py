@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..distributions import Table, TextTable
+from ...distributions import Table, TextTable
 
 if TYPE_CHECKING:
     from .posterior import Posterior

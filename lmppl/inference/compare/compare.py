@@ -12,13 +12,13 @@ import pyro
 import torch
 from torch import Tensor
 
-from . import programs
+from .. import programs
+from ..metropolis.metropolis import MetropolisHastings
+from ..posterior.posterior import Posterior
+from ..programs import Program
+from ..training.trainer import Trainer
 from .comparison import Comparison, Point, Row, averaged
-from .metropolis import MetropolisHastings
-from .posterior import Posterior
-from .programs import Program
 from .quality import density_quality, draw_quality, modes_drawn
-from .training import Trainer
 
 MOST_PARTICLES = 1_000_000
 PILOTS = 16, 64  # particles

@@ -10,10 +10,10 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from .. import text
-from . import programs
-from .posterior import Posterior
-from .programs import Program, Replay
+from ... import text
+from .. import programs
+from ..posterior.posterior import Posterior
+from ..programs import Program, Replay
 
 
 @dataclass

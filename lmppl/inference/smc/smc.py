@@ -11,21 +11,21 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from . import programs
+from .. import programs
+from ..partial import advance, is_grown, keep_first, only
+from ..posterior.posterior import Posterior, effective_sample_size
+from ..programs import Node, Program, SiteMismatch
+from ..resampling import SCHEMES, conditional
+from ..validation import check_axes
+from ..weights import Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
 from .ancestry import Ancestry, Resampling
 from .growth import Growth
-from .partial import advance, is_grown, keep_first, only
-from .posterior import Posterior, effective_sample_size
-from .programs import Node, Program, SiteMismatch
-from .resampling import SCHEMES, conditional
 from .twists import Twist, checked, log_twist
-from .validation import check_axes
-from .weights import Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential(Posterior):
-    """Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.ancestry`."""
+    """Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`."""
 
     ancestry: Ancestry = field(repr=False)
 
@@ -51,7 +51,7 @@ class SMC:
     :param num_particles: N.
     :param ess_threshold: between 0 (never resample) and 1 (whenever weights differ).
     :param resampling: "systematic", "stratified", "multinomial" or "residual".
-    :param twist: psi, see `lmppl.inference.twists`: None, "stop", "flow" or a function prefix -> log psi.
+    :param twist: psi, see `lmppl.inference.smc.twists`: None, "stop", "flow" or a function prefix -> log psi.
     :param max_plate_nesting: guessed where not given.
 
     ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does

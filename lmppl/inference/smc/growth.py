@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import text
-from .partial import keep_first
-from .programs import Node, SiteMismatch
-from .weights import Plates, log_ratio, site_log_prob
+from ... import text
+from ..partial import keep_first
+from ..programs import Node, SiteMismatch
+from ..weights import Plates, log_ratio, site_log_prob
 
 
 class Growth:

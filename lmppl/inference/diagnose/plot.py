@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..posterior.posterior import Posterior
 from .calibration import Calibration
 from .drift import Drift
-from .posterior import Posterior
 
 if TYPE_CHECKING:
     from .diagnose import Diagnosis

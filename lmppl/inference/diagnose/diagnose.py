@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..posterior.log_weights import smallest_sample
+from ..posterior.posterior import Posterior
 from . import drift
 from .calibration import Calibration, Simulate, Statistic, calibrate, uniformity
-from .log_weights import smallest_sample
-from .posterior import Posterior
 
 LEVEL = 0.01  # how often calibration, all statistics together, finds fault with a correct algorithm
 
@@ -82,7 +82,7 @@ class Diagnosis:
 
     def plot(self, path: str | Path) -> None:
         """Write a PNG: calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's."""
-        from .diagnosis_plot import draw
+        from .plot import draw
 
         path = Path(path)
         figure = draw(self)

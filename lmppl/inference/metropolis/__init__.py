@@ -1,0 +1,5 @@
+"""Markov chain Monte Carlo and its kernels."""
+
+from .metropolis import MarkovChains, MetropolisHastings
+
+__all__ = ["MarkovChains", "MetropolisHastings"]

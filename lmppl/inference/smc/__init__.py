@@ -1,0 +1,20 @@
+"""Sequential Monte Carlo inside texts: twists, ancestry, and bounds of the evidence from both sides."""
+
+from .ancestry import Resampling, lineages, plot_ancestry, survivors
+from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate
+from .smc import SMC, Sequential
+
+__all__ = [
+    "Bounds",
+    "Divergences",
+    "Resampling",
+    "SMC",
+    "Sandwich",
+    "Sequential",
+    "Simulated",
+    "divergences",
+    "lineages",
+    "plot_ancestry",
+    "simulate",
+    "survivors",
+]
