@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 
 import pyro
 import pytest
@@ -163,17 +164,20 @@ def test_seeds_make_and_measure_each_algorithm_anew(task):
 
 
 @pytest.mark.parametrize("unit", ["tokens", "seconds"])
-def test_budgets_buy_particles(task, tmp_path, unit):
+def test_budgets_buy_particles(task, tmp_path, unit, monkeypatch):
     lm, model, guide, args, exact = task
-    budgets = [200, 3000] if unit == "tokens" else [0.01, 0.05]
+    monkeypatch.setattr(
+        time, "perf_counter", lambda: 1e-3 * lm.tokens_scored
+    )  # a network that reads 1,000 tokens a second
+    budgets = [200, 3000] if unit == "tokens" else [0.2, 3.0]
     algorithms = {"prior": Importance(model), "SMC": SMC(model, guide)}
     result = compare(model, algorithms, *args, exact=exact, seeds=1, budgets=budgets, unit=unit)
     assert [(p.name, p.budget) for p in result.curves] == [(n, b) for n in algorithms for b in budgets]
     for few, many in (result.curves[:2], result.curves[2:]):
         assert few.num_particles < many.num_particles
-        if unit == "tokens":
-            # Texts have random lengths, so that a run costs what the pilot said within a fifth or so.
-            assert few.query_tokens == pytest.approx(200, rel=0.3) and many.query_tokens == pytest.approx(3000, rel=0.3)
+        # Texts have random lengths, so that a run costs what the pilot said within a fifth or so.
+        assert few.query_tokens == pytest.approx(200, rel=0.3) and many.query_tokens == pytest.approx(3000, rel=0.3)
+        assert many.seconds == pytest.approx(1e-3 * many.query_tokens)
         assert 0 <= many.draws_tv <= 1 and many.log_evidence_error >= 0
     assert algorithms["prior"].num_particles == 64  # the algorithm given is left as it was
     result.save(tmp_path)

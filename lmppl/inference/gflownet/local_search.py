@@ -16,7 +16,7 @@ class LocalSearch(Exploration):
 
     .. math:: \min\Big(1, \Big(\frac{p(z', y)}{p(z, y)}\Big)^{1/T} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
 
-    for every particle and observation by itself; see `lmppl.inference.metropolis.kernels`.  Each costs about what a fresh draw and
+    for every particle and observation by itself; see `metropolis.kernels`.  Each costs about what a fresh draw and
     its reward cost; the moves' rewards are used for acceptance only.
 
     :param base: what the particles start from; default the guide.

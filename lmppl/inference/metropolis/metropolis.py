@@ -75,7 +75,7 @@ class MarkovChains(Posterior):
 
 
 class MetropolisHastings:
-    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are those of `lmppl.inference.metropolis.kernels`.
+    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are in `metropolis.kernels`.
 
     The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
     or rejects by itself.  Chains start from the guide (or the prior), and their first ``warmup`` moves are forgotten.
