@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv demo test test-slow lint format bench build clean
+.PHONY: .venv algorithms demo test test-slow lint format bench build clean
 
 .venv: $(INSTALLED)
 
@@ -34,6 +34,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+algorithms: $(INSTALLED)
+	$(BIN)/python -m benchmarks.algorithms
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py
