@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from .. import text
 from ..constraints import Check, Constraint, checked
 from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
+from ..tools import Tool
+from .insertions import Insertions
 from .rejection import RejectionSteps
 from .rules import Rules
 from .token_steps import TokenSteps
@@ -60,6 +62,8 @@ class Completion(TorchDistribution):
         exactly ``max_tokens`` tokens and no stop, so that the value says "the text begins with these tokens".
     :param allowed: a constraint on the next token, see `lmppl.constraints`.
     :param temperature: per token; a number, or a tensor broadcasting to the batch.
+    :param tools: what inserts tokens, see `lmppl.tools`; an inserted token has probability 1.  The first tool that
+        answers is heard.
 
     Shapes: ``batch_shape = prompt.shape[:-1]`` (broadcast with tensor parameters); ``event_shape = (max_tokens + 1,)``,
     ``(max_tokens,)`` without a stop.
@@ -88,11 +92,9 @@ class Completion(TorchDistribution):
         stop: str | int | Iterable[str | int] | Tensor | None = "eos",
         allowed: Constraint | Iterable[int] | None = None,
         temperature: float | Tensor = 1.0,
-        tools: tuple[()] = (),
+        tools: Sequence[Tool] = (),
         validate_args: bool | None = None,
     ):
-        if tools:
-            raise NotImplementedError("tools: tools that insert tokens are not part of this version")
         self.lm = lm
         self.prompt = as_text(lm, prompt, "prompt")
         device = self.prompt.device
@@ -106,6 +108,8 @@ class Completion(TorchDistribution):
         if bool((self.stop >= lm.vocab_size).any()):
             raise ValueError(f"stop: {stop!r} lies outside the vocabulary of {lm.vocab_size} tokens")
         self.allowed = checked(allowed, lm.vocab_size, device)
+        self.tools = tuple(tools)
+        self._insertions = Insertions(lm, self.tools, self.stop) if self.tools else None
         self._limit = int(self.max_tokens.max())
         parts = (self.prompt.shape[:-1], self.max_tokens.shape, self.min_tokens.shape, self.temperature.shape)
         try:
@@ -168,6 +172,7 @@ class Completion(TorchDistribution):
             self.allowed,
             self.lm.vocab_size,
             per_row(self._epsilon),
+            self._insertions,
         )
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -396,8 +401,17 @@ class Completion(TorchDistribution):
                 body = torch.cat([body.repeat(len(self.stop), 1), tail], 1)
             blocks.append(text.pad(body, self.event_shape[0]))
         support = torch.cat(blocks)
+        support = support if self._insertions is None else support[self._agrees(support)]
         support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])
         return support.expand(-1, *self.batch_shape, -1) if expand else support
+
+    def _agrees(self, value: Tensor) -> Tensor:
+        """Whether whole texts (K, L) have everything that tools insert: what the limit alone may cut off."""
+        assert self._insertions is not None
+        inserted = self._insertions(value)[:, :-1]
+        t = torch.arange(value.shape[1], device=value.device)
+        cut = torch.isin(value, self.stop) & torch.isin(t, self.max_tokens)
+        return ((inserted == text.PAD) | (inserted == value) | (value == text.PAD) | cut).all(-1)
 
 
 def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:

@@ -132,7 +132,7 @@ class RejectionSteps(TokenSteps):
             raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
         probs = logits[rows, 0].double().softmax(-1)  # (r, V)
         late = (rules.max_tokens <= t).expand(len(self.ended))[rows] & bool(rules.stop.numel())  # a stop is certain
-        free = late & (rules.stop.numel() == 1)
+        free = late & (rules.stop.numel() == 1) | (rules.inserted(self.prefix, t, 1)[rows, 0] != text.PAD)
 
         def ask(row: Tensor, token: Tensor) -> Tensor:
             passed = free[row].clone()

@@ -4,7 +4,7 @@
     (with epsilon > 0, log of (1 - epsilon) times that softmax + epsilon / number of permitted tokens)
 
 A stop token is forbidden before ``min_tokens``; after ``max_tokens`` stop tokens are all that is permitted and keep
-their relative probabilities.  Forbidden tokens get -inf exactly.
+their relative probabilities.  Forbidden tokens get -inf exactly.  Up to ``max_tokens``, what a tool inserts is certain.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import text
 from ..constraints import Constraint, allowed_at
+from .insertions import Insertions
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Rules:
     allowed: Constraint | None
     vocab_size: int
     epsilon: Tensor  # the share of each token's probability that is spread evenly over what is permitted
+    insertions: Insertions | None = None
 
     def select(self, rows: Tensor) -> Rules:
         """The rules of these rows."""
@@ -64,7 +66,8 @@ class Rules:
     def permitted(self, logits: Tensor, prefix: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
         """The logits at this temperature, -inf at forbidden tokens; and where nothing is permitted, (R, T, 1) or None.
 
-        ``logits`` (R, T, V); ``prefix`` (R, >= first+T-1) holds the tokens drawn so far, read by constraints only.
+        ``logits`` (R, T, V); ``prefix`` (R, >= first+T-1) holds the tokens drawn so far, read by constraints and tools
+        only.  An inserted token has logit 0, all others -inf.
         """
         T = logits.shape[1]
         if logits.dtype in (torch.float16, torch.bfloat16):
@@ -80,7 +83,28 @@ class Rules:
             dead = dead if bool(dead.any()) else None
             # torch.where is several times faster than masked_fill.
             logits = torch.where(forbidden if dead is None else forbidden & ~dead, -torch.inf, logits)
-        return (self._mixed(logits) if bool(self.epsilon.any()) else logits), dead
+        logits = self._mixed(logits) if bool(self.epsilon.any()) else logits
+        return (logits, dead) if self.insertions is None else self._with_inserted(logits, dead, prefix, first)
+
+    def _with_inserted(
+        self, logits: Tensor, dead: Tensor | None, prefix: Tensor, first: int
+    ) -> tuple[Tensor, Tensor | None]:
+        inserted = self.inserted(prefix, first, logits.shape[1])
+        at = inserted != text.PAD  # (R, T)
+        certain = logits.new_full((int(at.sum()), self.vocab_size), -torch.inf)
+        logits = logits.index_put((at,), certain.scatter(1, inserted[at][:, None], 0.0))
+        return logits, dead & ~at[..., None] if dead is not None else None
+
+    def inserted(self, prefix: Tensor, first: int, T: int) -> Tensor:
+        """The tokens that tools put at ``first .. first+T-1`` (R, T), PAD where there is none."""
+        if self.insertions is None:
+            return prefix.new_full((len(prefix), T), text.PAD)
+        inserted = self.insertions(prefix[:, : first + T - 1])[:, first:]
+        if not self.stop.numel():
+            return inserted
+        t = torch.arange(first, first + T, device=prefix.device)
+        limit = self.max_tokens[:, None] if self.max_tokens.dim() else self.max_tokens
+        return inserted.masked_fill(t >= limit, text.PAD)
 
     def _mixed(self, logits: Tensor) -> Tensor:
         """log of (1 - epsilon) softmax + epsilon uniform, over the permitted tokens."""

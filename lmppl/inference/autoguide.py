@@ -192,6 +192,7 @@ class _Writer(Messenger):
                 stop=fn.stop if fn.stop.numel() else None,
                 allowed=fn.allowed,
                 temperature=fn.temperature,
+                tools=fn.tools,
             ).expand(fn.batch_shape)
 
     def _pyro_post_sample(self, msg: Any) -> None:

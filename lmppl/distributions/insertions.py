@@ -1,0 +1,131 @@
+r"""Insertions: the tokens that tools put into a text, and where.
+
+Let :math:`f(z_{<t})` be the tokens that the first tool to answer inserts after :math:`z_{<t}` (none, if no tool does).
+What is *pending* after a prefix follows by recursion, o being the empty sequence:
+
+.. math:: w(z_{\le t}) = \begin{cases}
+        w_2 w_3 \dots & \text{if } w(z_{<t}) = w_1 w_2 \dots \text{ has two tokens or more, and } z_t = w_1 \\
+        f(z_{\le t}) & \text{otherwise}
+    \end{cases}, \qquad w(o) = f(o)
+
+so that tools are asked wherever no insertion is under way.  Then, with :math:`w_1` the first pending token,
+
+.. math:: p(z_t \mid z_{<t}) = \begin{cases}
+        1[z_t = w_1] & \text{if } w(z_{<t}) \neq o \text{ and } t \le max\_tokens \\
+        p_{LM}(z_t \mid z_{<t}) & \text{otherwise}
+    \end{cases}
+
+It normalises, as any law of the next token does.  It follows that
+
+- an insertion adds exactly 0 to log p, no gradient, and a text that disagrees with it has log p = -inf, in the model
+  and in the guide alike, on-policy and replayed: w is a function of the text only;
+- a prefix within an insertion cannot stop: ``stop_log_probs`` is -inf there;
+- inserted tokens count towards ``max_tokens``, where the stop is certain: what is still pending there is cut off.
+  ``min_tokens``, ``temperature``, exploration and constraints do not touch an insertion; a constraint is asked about
+  the whole text again after it;
+- drawing costs nothing beyond reading the inserted tokens, as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..constraints.masks import distinct
+from ..language_model import LanguageModel
+from ..text import PAD
+from ..tools import Tool
+
+Tokens = tuple[int, ...]
+
+
+class _Prefix(NamedTuple):
+    """A prefix that has been met: what is pending after it, and its continuations that have been met."""
+
+    pending: Tokens
+    next: dict[int, _Prefix]
+
+
+class Insertions:
+    """What tools insert, remembered in a tree of prefixes: they are asked once about each.
+
+    :raises ValueError: for tools that are no functions.
+    """
+
+    def __init__(self, lm: LanguageModel, tools: Iterable[Tool], stop: Tensor):
+        self.lm, self.tools, self.stops = lm, tuple(tools), frozenset(stop.tolist())
+        if not all(callable(tool) for tool in self.tools):
+            raise ValueError(f"tools: expected functions of the text so far, got {self.tools!r}")
+        self._root: _Prefix | None = None
+
+    def __call__(self, prefix: Tensor) -> Tensor:
+        """The token that must come after each prefix of texts (R, L): (R, L + 1), PAD where it is free.
+
+        Column t is about the first t tokens; PAD too where the text has stopped by then.
+        """
+        rows, index = distinct(prefix)
+        width = prefix.shape[-1] + 1
+        forced = [self._along(row) for row in rows.tolist()]
+        padded = [row + [PAD] * (width - len(row)) for row in forced]
+        return torch.tensor(padded, dtype=torch.long).view(len(rows), width).to(prefix.device)[index]
+
+    def _along(self, row: list[int]) -> list[int]:
+        if self._root is None:
+            self._root = _Prefix(self._asked([]), {})
+        at = self._root
+        forced = [at.pending[0] if at.pending else PAD]
+        for t, token in enumerate(row):
+            if token == PAD or token in self.stops:
+                break
+            if token not in at.next:
+                follows = len(at.pending) > 1 and at.pending[0] == token
+                at.next[token] = _Prefix(at.pending[1:] if follows else self._asked(row[: t + 1]), {})
+            at = at.next[token]
+            forced.append(at.pending[0] if at.pending else PAD)
+        return forced
+
+    def _asked(self, prefix: list[int]) -> Tokens:
+        """f(prefix): what the first tool that answers inserts."""
+        text = self.lm.vocabulary.decode(prefix)
+        for tool in self.tools:
+            output = tool(text)
+            if not (output is None or isinstance(output, str)):
+                raise ValueError(f"tools: {tool!r} answered {output!r} to {text!r}; expected a string or None")
+            tokens = self._written(prefix, text, output) if output else ()
+            if self.stops.intersection(tokens):
+                raise ValueError(
+                    f"tools: {tool!r} answered {output!r} to {text!r}, and part of that is a stop of this text"
+                )
+            if tokens:
+                return tokens
+        return ()
+
+    def _written(self, prefix: list[int], text: str, output: str) -> Tokens:
+        """``output`` as tokens that spell it after ``prefix``; none where the tokenizer cannot write it.
+
+        A tokenizer may put a space before whatever it encodes by itself, so that it must be encoded in context; one
+        whose decoder puts spaces between words spells it but for the spaces.
+        """
+        vocabulary = self.lm.vocabulary
+        spaced: Tokens = ()
+        for context in ("", text[-1:], text):
+            try:
+                head, whole = vocabulary.encode([context, context + output])
+            except ValueError:  # a closed vocabulary that lacks a word of it
+                continue
+            if whole[: len(head)] != head:
+                continue
+            tokens = whole[len(head) :]
+            spelled = vocabulary.decode([*prefix, *tokens])
+            if spelled == text + output:
+                return tokens
+            if not spaced and spelled.split() and _dense(spelled) == _dense(text + output):
+                spaced = tokens
+        return spaced
+
+
+def _dense(text: str) -> str:
+    return "".join(text.split())
