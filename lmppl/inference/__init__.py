@@ -8,6 +8,7 @@ from .autoguide import AutoGuide
 from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
 from .compare import Comparison, compare
 from .diagnose import Diagnosis, Finding, diagnose
+from .em import VariationalEM
 from .enumeration import Enumerated, Enumeration
 from .gflownet import (
     DetailedBalance,
@@ -97,6 +98,7 @@ __all__ = [
     "Trainer",
     "TrajectoryBalance",
     "VarGrad",
+    "VariationalEM",
     "ZeroEvidence",
     "compare",
     "diagnose",

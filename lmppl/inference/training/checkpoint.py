@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,19 @@ TENSORS, STATE = "training.safetensors", "training.json"
 
 def save(
     directory: Path,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     step: int,
     extra: dict[str, Any],
     own: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the optimiser, its parameters, ``step`` and an algorithm's ``own`` tensors, replacing what was there."""
+    """Write the optimisers, their parameters, ``step`` and an algorithm's ``own`` tensors, replacing what was there."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = {f"parameter.{i}": p.detach().clone().contiguous() for i, p in enumerate(parameters)}
+    owned = _owned(optimizer)
+    tensors = {f"parameter.{i}": p.detach().clone().contiguous() for i, (_, p) in enumerate(owned)}
     tensors |= {f"own.{name}": t.detach().clone().contiguous() for name, t in (own or {}).items()}
     numbers: dict[str, Any] = {}
-    for i, p in enumerate(parameters):
-        for key, value in optimizer.state.get(p, {}).items():
+    for i, (owner, p) in enumerate(owned):
+        for key, value in owner.state.get(p, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"state.{i}.{key}"] = value.detach().clone().contiguous()
             else:
@@ -45,24 +45,30 @@ def save(
         fresh.rename(directory)
 
 
-def load(directory: Path, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the optimiser and its parameters in place; what was saved beside them, and the algorithm's own tensors.
+def load(directory: Path, optimizer: Optimizer | Sequence[Optimizer]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Restore the optimisers and their parameters in place; what was saved beside them, and an algorithm's own tensors.
 
-    :raises ValueError: where the checkpoint's parameters are not this optimiser's.
+    :raises ValueError: where the checkpoint's parameters are not these optimisers'.
     """
     tensors = load_file(directory / TENSORS)
     state: dict[str, Any] = json.loads((directory / STATE).read_text())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    owned = _owned(optimizer)
     saved = [tensors[f"parameter.{i}"] for i in range(sum(name.startswith("parameter.") for name in tensors))]
     shapes = [tuple(t.shape) for t in saved]
-    if shapes != [tuple(p.shape) for p in parameters]:
+    if shapes != [tuple(p.shape) for _, p in owned]:
         raise ValueError(f"checkpoint: {directory} was written by another optimizer: its parameters differ in shape")
     with torch.no_grad():
-        for i, p in enumerate(parameters):
+        for i, (owner, p) in enumerate(owned):
             p.copy_(tensors[f"parameter.{i}"])
             prefix = f"state.{i}."
             restored: dict[str, Any] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             restored |= {n.split(".", 1)[1]: v for n, v in state["numbers"].items() if n.split(".", 1)[0] == str(i)}
             if restored:
-                optimizer.state[p] = restored
+                owner.state[p] = restored
     return state, {n.removeprefix("own."): t for n, t in tensors.items() if n.startswith("own.")}
+
+
+def _owned(optimizer: Optimizer | Sequence[Optimizer]) -> list[tuple[Optimizer, Tensor]]:
+    """Every parameter with the optimiser that holds it."""
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    return [(owner, p) for owner in optimizers for group in owner.param_groups for p in group["params"]]

@@ -91,6 +91,11 @@ class Trainer(ABC):
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
+    def optimizers(self) -> list[Optimizer]:
+        """All whose learning rates `fit` schedules and whose state it saves."""
+        return [self.optimizer]
+
+    @property
     def density(self) -> Program:
         """The program whose density approximates the posterior."""
         return self.guide
@@ -144,11 +149,12 @@ class Trainer(ABC):
         if steps < 1:
             raise ValueError(f"steps: must be at least 1, got {steps}")
         tasks = self._tasks(batches)
-        rates = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
         start, history = 0, []
         where = Path(checkpoint) if checkpoint is not None else None
         if where is not None and (where / checkpoints.STATE).exists():
-            saved, tensors = checkpoints.load(where, self.optimizer)
+            saved, tensors = checkpoints.load(where, self.optimizers)
             start, self.training_tokens = saved["step"], saved["training_tokens"]
             self.restore(tensors, saved.get("own", {}))
         log_file = Path(log) if log is not None else None
@@ -165,7 +171,7 @@ class Trainer(ABC):
             shown = bar.add_task("", total=steps, completed=start)
             for step in range(start, steps):
                 torch.manual_seed(seed * 1_000_003 + step)
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate * _decay(step, steps, warmup)
                 task = tasks[step % len(tasks)]
                 metrics = self._counted(task, task.batch(step // len(tasks)), {}, step)
@@ -178,13 +184,13 @@ class Trainer(ABC):
                     with log_file.open("a") as file:
                         file.write(json.dumps({"step": step, **metrics}) + "\n")
                 if where is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
-                    for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    for group, rate in zip(groups, rates, strict=True):
                         group["lr"] = rate
                     tensors, own = self.state()
                     extra = {"seed": seed, "training_tokens": self.training_tokens, "own": own}
-                    checkpoints.save(where, self.optimizer, step + 1, extra, tensors)
+                    checkpoints.save(where, self.optimizers, step + 1, extra, tensors)
                 bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         return history
 
