@@ -80,6 +80,7 @@ def _wake_sleep(wake: float, sleep: float) -> Make:
 
 
 TOLD = "supervised, told stories"
+SERVES = "VarGrad"  # as the guide of samplers
 # Objectives draw a quarter of their particles at temperature 1.5, unless they say otherwise.
 TRAINED: dict[str, Make] = {
     "VarGrad": _gflownet(VarGrad),
@@ -191,7 +192,7 @@ def _measure(name: str, rate: float, seed: int, tokens: int) -> dict[str, Any]:
     experiment, trainer, found = train(name, rate, seed, tokens, "test")
     exact, exact_tokens = _truth("test")
     algorithms: dict[str, Any] = {name: sized(trainer, PARTICLES)}
-    if name == "VarGrad":
+    if name == SERVES:
         model, guide = experiment.model, experiment.guide
         algorithms |= {
             "SMC, guide": SMC(model, guide, PARTICLES),
@@ -312,16 +313,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default=None, help="a choice, separated by semicolons, of trained guides")
+    parser.add_argument("--rate", type=float, default=None, help="this learning rate; default: the better of two")
     parser.add_argument("--runs", type=Path, default=Path("out/algorithms"))
     parser.add_argument("--out", type=Path, default=Path("docs/algorithms.md"))
     a = parser.parse_args()
     a.runs.mkdir(parents=True, exist_ok=True)
     names = list(TRAINED) if a.only is None else [n.strip() for n in a.only.split(";")]
     with ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
-        without = [pool.submit(untrained, seed, a.runs) for seed in range(a.seeds)]
-        trials = [pool.submit(select, name, rate, a.tokens, a.runs) for name in names for rate in rates(name)]
+        without = [pool.submit(untrained, seed, a.runs) for seed in range(a.seeds) if a.only is None]
+        trials = [pool.submit(select, name, rate, a.tokens, a.runs) for name in names for rate in rates(name)
+                  if a.rate is None]  # fmt: skip
         found = [trial.result() for trial in trials]
-        best = {n: min((f for f in found if f["name"] == n), key=lambda f: f["tv"])["rate"] for n in names}
+        best = {n: a.rate or min((f for f in found if f["name"] == n), key=lambda f: f["tv"])["rate"] for n in names}
         trained = [pool.submit(measure, n, best[n], seed, a.tokens, a.runs) for n in names for seed in range(a.seeds)]
         runs = [run.result() for run in trained]
         rest = [run.result() for run in without]
