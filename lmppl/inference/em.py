@@ -58,7 +58,8 @@ class VariationalEM(Trainer):
     draws, else ``log_evidence``), ``gap`` (``log_likelihood``, else ``log_evidence``, less ``elbo``), ``grad_norm``;
     with ``backtrack`` the ``gain`` in Q and the ``halvings``; those of a training E-step, ``e_`` before their names.
     What the E-step does not estimate is left out.  ``fit`` is that of `Trainer`: the learning rates of both optimisers
-    decay to zero, both are in the checkpoint.  A replay buffer of the E-step forgets its rewards by itself when theta moves.
+    decay to zero, both are in the checkpoint.  A replay buffer of the E-step forgets its rewards by itself when theta
+    moves.
 
     :raises ValueError: where E-step and M-step would move each other's parameters, where theta has no part in the
         model, and for a subsampled plate that does not enclose every site.
