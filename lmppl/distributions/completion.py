@@ -384,7 +384,7 @@ class Completion(TorchDistribution):
         :raises ValueError: where there are more than a million.
         """
         ids = torch.arange(self.lm.vocab_size, device=self.prompt.device)
-        if isinstance(self.allowed, Tensor):
+        if isinstance(self.allowed, Tensor) and self._insertions is None:
             ids = ids[self.allowed]
         content = ids[~torch.isin(ids, self.stop)]
         shortest = int(self.min_tokens.min()) if self.stop.numel() else int(self.max_tokens.min())
@@ -406,12 +406,14 @@ class Completion(TorchDistribution):
         return support.expand(-1, *self.batch_shape, -1) if expand else support
 
     def _agrees(self, value: Tensor) -> Tensor:
-        """Whether whole texts (K, L) have everything that tools insert: what the limit alone may cut off."""
+        """Whether whole texts (K, L) have what tools insert, cut off by the limit alone, and else what is allowed."""
         assert self._insertions is not None
         inserted = self._insertions(value)[:, :-1]
-        t = torch.arange(value.shape[1], device=value.device)
-        cut = torch.isin(value, self.stop) & torch.isin(t, self.max_tokens)
-        return ((inserted == text.PAD) | (inserted == value) | (value == text.PAD) | cut).all(-1)
+        stops = torch.isin(value, self.stop)
+        free = stops | (self.allowed[value.clamp(min=0)] if isinstance(self.allowed, Tensor) else True)
+        cut = stops & torch.isin(torch.arange(value.shape[1], device=value.device), self.max_tokens)
+        agrees = torch.where(inserted == text.PAD, free, inserted == value)
+        return (agrees | cut | (value == text.PAD)).all(-1)
 
 
 def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:

@@ -58,6 +58,11 @@ class TokenSteps:
             return result
         return self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
 
+    @property
+    def inserting(self) -> Tensor:
+        """BoolTensor (R,): whether the next token is a tool's."""
+        return self.rules.inserted(self.prefix, self.prefix.shape[1], 1)[:, 0] != text.PAD
+
     def score(self, tokens: Tensor) -> Tensor:
         """(R,) log-probability that ``tokens`` come next; unspecified in rows that have ended."""
         return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]

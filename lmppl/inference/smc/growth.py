@@ -38,6 +38,7 @@ class Growth:
             self.q = self.q.exactly()
         # One and the same site proposes and is weighed: its steps serve as both.
         self.p = self.q if model is guide else model["fn"].token_steps(self.shape, share=self.q)
+        self.log_psi: Tensor | None = None  # the twist's last (particle, *kept), where it is "stop" or "flow"
         self.retained: Tensor | None = None
         if retained is not None:
             nothing = torch.full((*self.shape, self.width), text.PAD, device=self.q.prefix.device)
@@ -56,6 +57,12 @@ class Growth:
     def value(self) -> Tensor:
         """The texts, padded to the guide's event: (particle, *plate axes, width)."""
         return text.pad(self.prefix, self.width)
+
+    @property
+    def inserting(self) -> Tensor:
+        """Whether a tool is writing a text of the particle, (particle, *kept)."""
+        rows = self.p.inserting | self.q.inserting
+        return self.plates.reduce(rows.view(self.shape).double())[0] > 0
 
     def step(self) -> Tensor:
         """Draw a token for every text; the particles' log increments, (particle, *kept)."""
@@ -110,6 +117,8 @@ class Growth:
         self.q.select(index)
         if self.p is not self.q:
             self.p.select(index)
+        if self.log_psi is not None:
+            self.log_psi = self.log_psi.gather(0, chosen)
         for node in (self.model, self.guide):
             for key in ("scale", "mask"):
                 node[key] = self._take(node[key], chosen)

@@ -8,7 +8,8 @@ r"""Twists: scores psi of a prefix by which SMC resamples, looking ahead; the we
 * a function: prefix (particle, *plates, t) -> log psi (particle, *plates), of the text site that is being grown; with
   a second argument it gets the values of the sites before it, by name, (particle, *plates, ...) each.
 
-For a text that has ended, "stop" and "flow" are the factors and observations that follow.
+For a text that has ended, "stop" and "flow" are the factors and observations that follow.  Where a tool is writing, no
+text can stop, and they stay what they were before.
 """
 
 from __future__ import annotations
@@ -45,14 +46,19 @@ def log_twist(
     if callable(twist):
         prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
         log_psi = twist(prefix, before) if _wants_values(twist) else twist(prefix)
-        if log_psi.shape[: len(kept)] != kept:
-            raise ValueError(f"twist: it returned the shape {tuple(log_psi.shape)}; expected {kept}")
+        if not isinstance(log_psi, Tensor) or log_psi.shape[: len(kept)] != kept:
+            found = tuple(log_psi.shape) if isinstance(log_psi, Tensor) else type(log_psi).__name__
+            raise ValueError(f"twist: it returned {found}; expected a tensor of shape {kept}")
         return positive(log_psi.reshape(*kept, -1).sum(-1))
     value, log_p, log_q = growth.stop()
-    if not bool(log_p.isfinite().any()):  # none can stop here
-        return torch.zeros(kept)
-    log_psi = log_p + log_following(value)
-    return positive((log_psi - log_q if twist == "flow" else log_psi).expand(kept))
+    log_psi = torch.zeros(kept)
+    if bool(log_p.isfinite().any()):  # one can stop here
+        log_psi = log_p + log_following(value)
+        log_psi = positive((log_psi - log_q if twist == "flow" else log_psi).expand(kept))
+    if growth.log_psi is not None:
+        log_psi = torch.where(growth.inserting, growth.log_psi, log_psi)
+    growth.log_psi = log_psi
+    return log_psi
 
 
 def _wants_values(twist: Callable[..., Tensor]) -> bool:
