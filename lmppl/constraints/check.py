@@ -44,6 +44,8 @@ class Check(PrefixConstraint):
         accepts: int = 2,
         patience: int = 64,
     ):
+        if not callable(predicate):
+            raise ValueError(f"predicate: expected a function of prefix and token, got {predicate!r}")
         if accepts < 2 or patience < 1:
             raise ValueError(f"accepts, patience: must be at least 2 and 1, got {accepts} and {patience}")
         self.lm, self.predicate, self.within = lm, predicate, within

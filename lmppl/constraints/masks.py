@@ -44,7 +44,10 @@ def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
         >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=only(lm, [" red", " apple", "."]))
     """
     mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
-    mask[lm.stop_ids(list(tokens))] = True
+    try:
+        mask[lm.stop_ids(list(tokens))] = True
+    except ValueError as error:
+        raise ValueError(f"tokens: {error}") from error
     return mask
 
 

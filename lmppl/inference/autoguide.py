@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -139,12 +138,7 @@ class AutoGuide:
 
     def _register(self) -> None:
         """Tell `pyro.infer.SVI` of the parameters; a namesake's entry in the store is replaced."""
-        store = pyro.get_param_store()
-        for i, p in enumerate(self.trainable_parameters()):
-            name = f"{self.name}.{i}"
-            if name in store and store[name].unconstrained() is not p:
-                store[name] = p
-            pyro.param(name, p)
+        programs.register(self.name, self.trainable_parameters())
 
 
 class _Hidden(Messenger):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .arguments import at_least, is_program
 from .posterior.posterior import Posterior
 from .programs import Program
 from .validation import check_axes
@@ -33,8 +34,8 @@ class Importance:
         *,
         max_plate_nesting: int | None = None,
     ):
-        if num_particles < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        is_program(model=model, guide=guide or model)
+        at_least(1, num_particles=num_particles)
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.max_plate_nesting = max_plate_nesting
 

@@ -5,7 +5,7 @@ A vectorised run gives every site the shape (prefix, particle, *plates): the pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,7 @@ from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import text
 
@@ -155,6 +155,16 @@ def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     (sketch,) = sketches([program], args, kwargs)
     lms = [node["fn"].lm for node in scored(sketch).values() if hasattr(node["fn"], "lm")]
     return list({id(lm.network): lm.network for lm in lms}.values())
+
+
+def register(name: str, parameters: Iterable[nn.Parameter]) -> None:
+    """Tell `pyro.infer.SVI` of parameters, as ``name.0``, ``name.1``, ..; a namesake in Pyro's store is replaced."""
+    store = pyro.get_param_store()
+    for i, p in enumerate(parameters):
+        key = f"{name}.{i}"
+        if key in store and store[key].unconstrained() is not p:
+            store[key] = p
+        pyro.param(key, p)
 
 
 def nesting_of(sketches: list[Trace]) -> int:

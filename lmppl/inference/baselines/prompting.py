@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import programs
+from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior
 from ..programs import Draw, Program, Replay, Sketch
@@ -53,8 +54,8 @@ class Prompting:
         weighted: bool = False,
         max_plate_nesting: int | None = None,
     ):
-        if num_particles < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        is_program(model=model, guide=guide)
+        at_least(1, num_particles=num_particles)
         self.model, self.guide, self.num_particles, self.weighted = model, guide, num_particles, weighted
         self.max_plate_nesting = max_plate_nesting
 
@@ -67,8 +68,7 @@ class Prompting:
     def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
         """The particles for these arguments."""
         n = self.num_particles if num_particles is None else num_particles
-        if n < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {n}")
+        at_least(1, num_particles=n)
         if self.weighted:
             nesting = self.max_plate_nesting
             return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..arguments import at_least
 from ..posterior.posterior import effective_sample_size
 from ..programs import Program
 from ..training.trainer import Trainer
@@ -62,8 +63,7 @@ class ReweightedWakeSleep(Trainer):
         max_plate_nesting: int | None = None,
     ):
         super().__init__(model, guide, optimizer=optimizer, clip=clip, max_plate_nesting=max_plate_nesting)
-        if num_particles < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        at_least(1, num_particles=num_particles)
         if wake < 0 or sleep < 0 or wake + sleep == 0:
             raise ValueError(f"wake, sleep: weights must not be negative nor both zero, got {wake} and {sleep}")
         if sleep > 0 and simulate is None:

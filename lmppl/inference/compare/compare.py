@@ -66,8 +66,14 @@ def compare(
     """
     if unit not in ("tokens", "seconds"):
         raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")
-    if any(b <= 0 for b in budgets):
-        raise ValueError(f"budgets: must be positive, got {list(budgets)}")
+    if not isinstance(algorithms, Mapping) or not all(hasattr(a, "run") or callable(a) for a in algorithms.values()):
+        raise ValueError(f"algorithms: expected a dict of algorithms, or of functions of the seed, got {algorithms!r}")
+    if exact is not None and not isinstance(exact, Posterior) and not hasattr(exact, "run"):
+        raise ValueError(f"exact: expected a Posterior or an Enumeration, got {exact!r}")
+    if unknown := set(guides or ()) - set(algorithms):
+        raise ValueError(f"guides: {sorted(unknown)} are none of the algorithms {list(algorithms)}")
+    if not isinstance(budgets, Sequence) or not all(b > 0 for b in budgets):
+        raise ValueError(f"budgets: expected a list of positive numbers, got {budgets!r}")
     chosen: list[int | None] = [None] if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
     if repetitions < 1 or not chosen:
         raise ValueError(f"repetitions, seeds: expected at least one of each, got {repetitions} and {seeds}")
@@ -86,6 +92,8 @@ def compare(
             if seed is not None:
                 pyro.set_rng_seed(seed)
             algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
+            if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
+                meter.watch(programs.networks(guide, args, kwargs))
             row, estimates = _measure(
                 name, algorithm, meter, repetitions, truth, (guides or {}).get(name), args, kwargs
             )
@@ -150,12 +158,21 @@ class Meter:
     """Runs something and says what it cost in tokens and seconds."""
 
     def __init__(self, networks: list[Any]):
-        self.networks = networks
+        self.networks: dict[int, Any] = {}
+        self.watch(networks)
+
+    def watch(self, networks: list[Any]) -> None:
+        """Count these networks too."""
+        self.networks |= {id(n): n for n in networks}
+
+    @property
+    def tokens(self) -> int:
+        return sum(n.tokens_scored for n in self.networks.values())
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, int, float]:
-        tokens, start = sum(n.tokens_scored for n in self.networks), time.perf_counter()
+        tokens, start = self.tokens, time.perf_counter()
         answer = run()
-        return answer, sum(n.tokens_scored for n in self.networks) - tokens, time.perf_counter() - start
+        return answer, self.tokens - tokens, time.perf_counter() - start
 
 
 def _measure(

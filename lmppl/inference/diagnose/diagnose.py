@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..arguments import at_least
+from ..files import save_figure
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from . import drift
@@ -84,11 +84,7 @@ class Diagnosis:
         """Write a PNG: calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's."""
         from .plot import draw
 
-        path = Path(path)
-        figure = draw(self)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as scratch:
-            figure.savefig(scratch, dpi=120)
-        os.replace(scratch.name, path)
+        save_figure(draw(self), path)
 
 
 def diagnose(
@@ -126,11 +122,8 @@ def diagnose(
         diagnosis.print()
         diagnosis.plot("diagnosis.png")
     """
-    for name, value, least in (
-        ("repetitions", repetitions, 1), ("simulations", simulations, 0), ("num_particles", num_particles, 1)
-    ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+    at_least(1, repetitions=repetitions, num_particles=num_particles)
+    at_least(0, simulations=simulations)
     if not hasattr(algorithm, "run"):
         raise ValueError(f"algorithm: {type(algorithm).__name__} has no run(*args)")
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -71,7 +71,7 @@ def _measure(trace: Trace, name: str, posterior: Posterior) -> tuple[Tensor, Ten
 
 def _length(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Drift:
     (q, error_q, _), (p, error_p, sd) = (_moments(*x) for x in zip(values, weights, strict=True))
-    significant = abs(p - q) > 3 * math.hypot(error_q, error_p)
+    significant = abs(p - q) > max(3 * math.hypot(error_q, error_p), 1e-6 * (1 + q))  # beyond rounding
     suspect = significant and abs(p - q) > 0.5 * sd
     meaning = f"tokens: the guide's texts are too {'short' if p > q else 'long'}"
     return Drift(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import text
 from ...distributions import Completion
 from .. import programs
+from ..arguments import at_least, is_program
 from ..partial import advance
 from ..posterior.posterior import Posterior
 from ..programs import Node, Program, Sketch
@@ -39,11 +40,6 @@ class Enumerated(Posterior):
         """NaN: these are no draws."""
         return torch.full_like(self.log_evidence, torch.nan)
 
-    def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
-        """``n`` draws of the exact posterior, as equally weighted particles."""
-        plain = Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide)
-        return plain.resample(n, scheme)
-
     def log_prob(self, values: Mapping[str, Tensor] | Tensor) -> Tensor:
         """The log posterior of given values of every latent site (of the only one, as a tensor).
 
@@ -57,6 +53,9 @@ class Enumerated(Posterior):
             values = {names[0]: values}
         if set(values) != set(names):
             raise ValueError(f"values: expected the sites {names}, got {list(values)}")
+        for name, value in values.items():
+            if name in self.sites.decoders and value.is_floating_point():
+                raise ValueError(f"values: those of {name!r} are {value.dtype}, expected a text, a LongTensor")
         single = values[names[0]].dim() < self.samples[names[0]].dim()
         known, asked = [], []
         for name in names:
@@ -64,7 +63,11 @@ class Enumerated(Posterior):
             if self.sites.event_dims[name] == 1 and name in self.sites.decoders:
                 width = max(int(text.length(x).max()) if x.numel() else 0 for x in (support, value))
                 support, value = text.pad(support, width), text.pad(value, width)
-            value = value.expand(len(value), *support.shape[1:])
+            try:
+                value = value.expand(len(value), *support.shape[1:])
+            except RuntimeError as error:
+                expected = f"(n, *{tuple(support.shape[1:])})"
+                raise ValueError(f"values: those of {name!r} are {tuple(value.shape)}, expected {expected}") from error
             right = self.log_evidence.dim() + 1
             known.append(support.flatten(right) if support.dim() > right else support[..., None])
             asked.append(value.flatten(right) if value.dim() > right else value[..., None])
@@ -118,8 +121,8 @@ class Enumeration:
         factor_bound: float | Tensor | None = None,
         max_plate_nesting: int | None = None,
     ):
-        if max_support < 1:
-            raise ValueError(f"max_support: must be at least 1, got {max_support}")
+        is_program(model=model)
+        at_least(1, max_support=max_support)
         if not 0 < mass <= 1:
             raise ValueError(f"mass: must lie in (0, 1], got {mass}")
         self.model, self.max_support, self.mass = model, max_support, mass

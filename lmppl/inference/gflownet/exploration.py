@@ -11,6 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from .. import programs
+from ..arguments import is_program
 from ..programs import Draw, Program, Replay, Temper
 from ..training.schedules import Schedule, at, checked
 
@@ -69,6 +70,7 @@ class Proposal(Exploration):
     """Any program with the guide's latent sites, called with the same arguments."""
 
     def __init__(self, program: Program):
+        is_program(program=program)
         self.program = program
 
     def draw(self, source: Source, num_particles: int) -> Values:
@@ -145,6 +147,9 @@ class Mixture(Exploration):
     def __init__(self, *parts: tuple[Exploration, Schedule]):
         if not parts:
             raise ValueError("parts: a mixture needs at least one (exploration, weight)")
+        for part in parts:
+            if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[0], Exploration):
+                raise ValueError(f"parts: expected pairs (exploration, weight), got {part!r}")
         self.parts = [(e, checked(w, "weight", lambda x: x >= 0, "must not be negative")) for e, w in parts]
 
     def draw(self, source: Source, num_particles: int) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import programs
+from ..arguments import at_least, instance_of
 from ..metropolis.kernels import Setting, density, regrow
 from ..training.schedules import Schedule, at, checked
 from .exploration import Exploration, OnPolicy, Source, Values
@@ -40,9 +41,9 @@ class LocalSearch(Exploration):
         fraction: Schedule = 0.5,
         temperature: Schedule = 1.0,
     ):
-        if moves < 1:
-            raise ValueError(f"moves: must be at least 1, got {moves}")
+        at_least(1, moves=moves)
         self.base, self.moves = base or OnPolicy(), moves
+        instance_of(Exploration, base=self.base)
         self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
         self.temperature = checked(temperature, "temperature", lambda t: t > 0, "must be positive")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import programs
+from ..arguments import at_least, instance_of
 from ..programs import Program, Replay
 from ..training.schedules import Schedule, at, checked
 from ..weights import Balance, balance
@@ -47,12 +48,15 @@ class Objective(pyro.infer.ELBO):
         max_plate_nesting: int | float = float("inf"),
     ):
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
-        if num_particles < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        at_least(self.least_particles, num_particles=num_particles)
         if prefixes != "all" and (not isinstance(prefixes, int) or prefixes < 2):
             raise ValueError(f"prefixes: expected 'all' or an integer >= 2, got {prefixes!r}")
         self.prefixes = None if prefixes == "all" else int(prefixes)
+        if exploration is not None:
+            instance_of(Exploration, exploration=exploration)
         self.exploration = exploration
+        if not floor > 0:
+            raise ValueError(f"floor: must be positive, got {floor}")
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
         self.training_step = 0  # what schedules are asked about
@@ -60,6 +64,7 @@ class Objective(pyro.infer.ELBO):
         self._guessed: tuple[Program, Program, int] | None = None
 
     uses_prefixes = True
+    least_particles = 1
     max_plate_nesting: int | float
 
     @abstractmethod

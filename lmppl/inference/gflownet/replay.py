@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..arguments import at_least
 from ..programs import Program, Sketch
 from ..training.schedules import Schedule, at, checked
 from ..weights import log_density
@@ -71,14 +72,15 @@ class Replay:
         key: Callable[..., Iterable[Any]] | None = None,
         max_observations: int | None = None,
     ):
-        if capacity < 1:
-            raise ValueError(f"capacity: must be at least 1, got {capacity}")
+        at_least(1, capacity=capacity)
+        if max_observations is not None:
+            at_least(1, max_observations=max_observations)
         if priority not in PRIORITIES:
             raise ValueError(f"priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
         if not 0 <= min_distance < 1:
             raise ValueError(f"min_distance: must lie in [0, 1), got {min_distance}")
-        if max_observations is not None and max_observations < 1:
-            raise ValueError(f"max_observations: must be at least 1, got {max_observations}")
+        if key is not None and not callable(key):
+            raise ValueError(f"key: expected a function of the program's arguments, got {key!r}")
         self.capacity, self.priority, self.min_distance = capacity, priority, min_distance
         self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
         self.temperature = checked(temperature, "temperature", lambda t: t > 0, "must be positive")

@@ -29,7 +29,7 @@ class SubTB(Objective):
 
     def __init__(self, lam: float = 1.0, prefixes: int | str = "all", num_particles: int = 16, **kwargs: Any):
         super().__init__(prefixes=prefixes, num_particles=num_particles, **kwargs)
-        if lam <= 0:
+        if not lam > 0:
             raise ValueError(f"lam: must be positive, got {lam}")
         self.lam = lam
 

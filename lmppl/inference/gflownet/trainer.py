@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import programs
+from ..arguments import at_least, instance_of
 from ..programs import Program
 from ..training.schedules import Schedule, checked
 from ..training.trainer import Task, Trainer, standard_deviation
@@ -66,14 +67,19 @@ class GFlowNet(Trainer):
         max_plate_nesting: int | None = None,
     ):
         super().__init__(model, guide, optimizer=optimizer, clip=clip, max_plate_nesting=max_plate_nesting)
-        if replay is not None and not isinstance(replay, Replay):
-            raise ValueError(f"replay: expected a Replay or None, got {type(replay).__name__}")
+        if replay is not None:
+            instance_of(Replay, replay=replay)
+        if objective is not None:
+            instance_of(Objective, objective=objective)
+        if exploration is not None and exploration != "default":
+            instance_of(Exploration, exploration=exploration)
         self.replay = replay
         self._of_fit: list[Task] = []
         self.objective = copy.copy(objective) if objective is not None else VarGrad()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
+            at_least(self.objective.least_particles, num_particles=num_particles)
             self.objective.num_particles = num_particles
         if reward_temperature is not None:
             name = "reward_temperature"

@@ -24,8 +24,9 @@ class TrajectoryBalance(Objective):
     .. math:: \mathcal L = \frac1N \sum_n \big(u(z_n) - \log Z_\psi(x)\big)^2
 
     :param log_z: None: learned, by a `LogPartition` that reads the guide's first prompt; give its `parameters` to the
-        optimiser (`GFlowNet` does).  Or a number, a tensor (*kept plates), or a function of the program's arguments,
-        a module for instance, that answers one; under a reward temperature T, the log of the sum of p^(1/T).
+        optimiser (`GFlowNet` and `pyro.infer.SVI` do).  Or a number, a tensor (*kept plates), or a function of the
+        program's arguments, a module for instance, that answers one; under a reward temperature T, the log of the sum
+        of p^(1/T).
     :param log_z_lr: the learning rate that `GFlowNet` gives the learned log Z.
 
     With the log Z that fits a batch best, the mean of u, it is `VarGrad`; what it learns more slowly than VarGrad it
@@ -38,6 +39,8 @@ class TrajectoryBalance(Objective):
 
     def __init__(self, log_z: LogZ = None, log_z_lr: float = 1e-2, **kwargs: Any):
         super().__init__(**kwargs)
+        if not (log_z is None or isinstance(log_z, int | float | Tensor) or callable(log_z)):
+            raise ValueError(f"log_z: expected None, a number, a tensor or a function, got {log_z!r}")
         self.learned = LogPartition() if log_z is None else None
         self.log_z, self.log_z_lr = log_z, log_z_lr
         self._given: Tensor | None = None
@@ -53,6 +56,11 @@ class TrajectoryBalance(Objective):
         if self.learned is None:
             self._given = torch.as_tensor(self.log_z(*args, **kwargs) if callable(self.log_z) else self.log_z)
         return super().loss_at(model, guide, args, kwargs, values)
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """As every objective's; what is learned of log Z is shown to `pyro.infer.SVI`."""
+        programs.register("log_z", self.parameters())
+        return super().loss_and_grads(model, guide, *args, **kwargs)
 
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
         if self.learned is not None:

@@ -20,6 +20,7 @@ class VarGrad(Objective):
     """
 
     uses_prefixes = False
+    least_particles = 2  # one sample has no variance, and would teach nothing
 
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
         return weighted_variance(u, balance.valid.to(u.dtype))

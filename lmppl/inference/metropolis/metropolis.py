@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior
 from ..programs import Program
 from ..validation import check_axes
@@ -59,10 +60,13 @@ class MarkovChains(Posterior):
 
     @property
     def ess(self) -> Tensor:
-        """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation."""
+        """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation; 0 where all
+        draws have probability zero.
+        """
         ess = torch.stack(list(self.mcmc_ess.values()))
         least = ess.nan_to_num(nan=torch.inf).amin(0)
-        return torch.where(ess.isnan().all(0), torch.nan, least)
+        least = torch.where(ess.isnan().all(0), torch.nan, least)
+        return least.masked_fill(self.log_evidence == -torch.inf, 0.0)
 
     @property
     def khat(self) -> Tensor:
@@ -119,11 +123,9 @@ class MetropolisHastings:
         temperatures: Sequence[float] | None = None,
         max_plate_nesting: int | None = None,
     ):
-        for name, value, least in [
-            ("num_chains", num_chains, 1), ("num_samples", num_samples, 1), ("warmup", warmup, 0), ("thin", thin, 1)
-        ]:  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}: must be at least {least}, got {value}")
+        is_program(model=model, guide=guide or model)
+        at_least(1, num_chains=num_chains, num_samples=num_samples, thin=thin)
+        at_least(0, warmup=warmup)
         moves = {moves: 1.0} if isinstance(moves, str) else dict(moves)
         if not set(moves) <= set(MOVES) or min(moves.values(), default=-1.0) < 0 or sum(moves.values()) <= 0:
             raise ValueError(f"moves: expected one of {MOVES} or a dict of their probabilities, got {moves}")

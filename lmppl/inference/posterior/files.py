@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ... import text
+from ..files import fresh_directory
 from ..weights import Plates
 from .posterior import Posterior, Sites
 
@@ -60,15 +60,9 @@ def save(posterior: Posterior, path: Path) -> None:
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
         "stops": {site: stop.tolist() for site, stop in sites.stops.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
+    with fresh_directory(path) as fresh:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
         (fresh / REST).write_text(json.dumps(rest))
-        if path.exists():
-            path.rename(Path(scratch) / "old")
-        fresh.rename(path)
 
 
 def load(cls: type[P], path: Path, lm: Any = None) -> P:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...distributions import Table
 from .. import programs
+from ..arguments import at_least, plate_element
 from ..programs import Program
 from ..resampling import SCHEMES
 from ..weights import Plates
@@ -103,8 +104,9 @@ class Posterior:
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
         """``n`` equally weighted particles, each plate element resampled by itself; ``scheme`` as in `resampling`."""
         n = self.num_particles if n is None else n
-        if n < 1 or scheme not in SCHEMES:
-            raise ValueError(f"n, scheme: expected n >= 1 and one of {sorted(SCHEMES)}, got {n} and {scheme!r}")
+        at_least(1, n=n)
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
         return self.take(SCHEMES[scheme](self.probabilities, n))
 
     def take(self, chosen: Tensor) -> Posterior:
@@ -129,6 +131,8 @@ class Posterior:
         ``site`` may be several sites: then their joint values, as tuples.  ``index`` picks a plate element; it is
         needed where there is more than one.
         """
+        if not isinstance(site, str | list | tuple) or not site:
+            raise ValueError(f"site: expected a latent site or a list of them, got {site!r}")
         names = [site] if isinstance(site, str) else list(site)
         at: tuple[Any, ...] = (slice(None), *self._element(index))
         columns = [self._strings(name, self._checked(name)[at]) for name in names]
@@ -170,15 +174,7 @@ class Posterior:
         return self.samples[site]
 
     def _element(self, index: Index) -> tuple[int, ...]:
-        plates = self.log_weights.shape[1:]
-        if index is None:
-            if plates.numel() > 1:
-                raise ValueError(f"index: the posterior has plates of shape {tuple(plates)}; say which element")
-            return (0,) * len(plates)
-        index = (index,) if isinstance(index, int) else index
-        if len(index) != len(plates):
-            raise ValueError(f"index: expected {len(plates)} numbers for plates of shape {tuple(plates)}, got {index}")
-        return index
+        return plate_element(index, self.log_weights.shape[1:])
 
     def _strings(self, site: str, value: Tensor) -> list[str]:
         strings = self.sites.decoders[site](value) if site in self.sites.decoders else [str(v.tolist()) for v in value]

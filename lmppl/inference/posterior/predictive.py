@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..arguments import at_least
 from ..partial import only
 from ..programs import Program, Replay
 from ..weights import Plates, kept_plates, site_log_prob
@@ -187,6 +188,8 @@ def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str],
     if isinstance(candidates, Tensor):
         is_text = hasattr(fn, "prefix_scores") and candidates.dim() == 2
         return (fn.lm.decode(candidates) if is_text else [str(c.tolist()) for c in candidates]), candidates
+    if isinstance(candidates, str):
+        raise ValueError(f"candidates: expected several strings or a tensor, got the string {candidates!r}")
     strings = list(candidates)
     if not hasattr(fn, "lm") or not all(isinstance(s, str) for s in strings):
         raise ValueError("candidates: strings are for a text site; give its values as a tensor (C, ...)")
@@ -219,8 +222,8 @@ def _run(
         raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
     if sampler == "guide" and posterior.guide is None:
         raise ValueError("sampler: this posterior was made without a guide")
-    if num_particles is not None and num_particles < 1:
-        raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+    if num_particles is not None:
+        at_least(1, num_particles=num_particles)
     own = posterior.sites.plates
     guides = [posterior.guide] if sampler == "guide" and posterior.guide is not None else []
     nesting = max(own.nesting, programs.plate_nesting([*guides, model], args, kwargs))

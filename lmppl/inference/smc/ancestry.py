@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ..arguments import plate_element
+from ..files import save_figure
 
 
 class Resampling(NamedTuple):
@@ -63,13 +64,7 @@ def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, 
     from matplotlib.figure import Figure
 
     line = lineages(ancestry)  # (R, N, *plates)
-    plates = line.shape[2:]
-    if index is None and plates.numel() > 1:
-        raise ValueError(f"index: the particles have plates of shape {tuple(plates)}; say which element")
-    index = (0,) * len(plates) if index is None else (index,) if isinstance(index, int) else index
-    if len(index) != len(plates):
-        raise ValueError(f"index: expected {len(plates)} numbers for plates of shape {tuple(plates)}, got {index}")
-    at: tuple[int | slice, ...] = (slice(None), *index)
+    at: tuple[int | slice, ...] = (slice(None), *plate_element(index, line.shape[2:]))
     rounds, particles = line.shape[:2]
     figure = Figure(figsize=(1.5 + 0.5 * rounds, 1.2 + 0.12 * particles), layout="constrained")
     axis = figure.subplots()
@@ -83,7 +78,4 @@ def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, 
     axis.set_xticks(range(rounds + 1), [*(f"{e.site} {e.token}" for e in ancestry), "end"], rotation=90, fontsize=7)
     axis.set(xlim=(-0.2, rounds + 0.2), ylim=(particles - 0.5, -0.5), xlabel="before token", ylabel="particle")
     axis.spines[["top", "right"]].set_visible(False)
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".png", delete=False) as scratch:
-        figure.savefig(scratch, dpi=120)
-    os.replace(scratch.name, path)
+    save_figure(figure, path)

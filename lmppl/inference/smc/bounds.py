@@ -20,6 +20,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from .. import programs
+from ..arguments import at_least
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
 from ..weights import kept_plates, log_density, log_density_of_latents, log_ratio, scale, weigh
@@ -93,8 +94,7 @@ class Sandwich:
         repetitions: int = 1,
         max_plate_nesting: int | None = None,
     ):
-        if repetitions < 1:
-            raise ValueError(f"repetitions: must be at least 1, got {repetitions}")
+        at_least(1, repetitions=repetitions)
         self.repetitions = repetitions
         self.smc = SMC(
             model, guide, num_particles, ess_threshold, resampling, twist, max_plate_nesting=max_plate_nesting
@@ -170,6 +170,7 @@ def divergences(
 
     The intervals carry the Monte Carlo error of the ELBO, the EUBO and the bounds, and are cut off at zero.
     """
+    at_least(1, num_particles=num_particles)
     elbo = weigh(model, guide, args, kwargs, num_particles).u.mean(0)
     values = _draw(exact_sample, num_particles)
     n = num_particles if isinstance(exact_sample, Posterior) else 1
@@ -184,6 +185,8 @@ def divergences(
 
 
 def _draw(exact_sample: ExactSample, n: int) -> Mapping[str, Tensor]:
+    if not isinstance(exact_sample, Posterior | Mapping):
+        raise ValueError(f"exact_sample: expected a Posterior or the latent values by site, got {exact_sample!r}")
     return exact_sample.resample(n).values if isinstance(exact_sample, Posterior) else exact_sample
 
 

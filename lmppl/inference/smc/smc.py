@@ -12,6 +12,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
+from ..arguments import at_least, is_program
 from ..partial import advance, is_grown, keep_first, only
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Node, Program, SiteMismatch
@@ -28,11 +29,6 @@ class Sequential(Posterior):
     """Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`."""
 
     ancestry: Ancestry = field(repr=False)
-
-    def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
-        """``n`` equally weighted particles, without their ancestry."""
-        plain = Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide)
-        return plain.resample(n, scheme)
 
 
 class SMC:
@@ -75,8 +71,8 @@ class SMC:
         *,
         max_plate_nesting: int | None = None,
     ):
-        if num_particles < 1:
-            raise ValueError(f"num_particles: must be at least 1, got {num_particles}")
+        is_program(model=model, guide=guide or model)
+        at_least(1, num_particles=num_particles)
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold: must lie between 0 and 1, got {ess_threshold}")
         if resampling not in SCHEMES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ..files import fresh_directory
 
 TENSORS, STATE = "training.safetensors", "training.json"
 
@@ -24,7 +25,6 @@ def save(
     own: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the optimisers, their parameters, ``step`` and an algorithm's ``own`` tensors, replacing what was there."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
     owned = _owned(optimizer)
     tensors = {f"parameter.{i}": p.detach().clone().contiguous() for i, (_, p) in enumerate(owned)}
     tensors |= {f"own.{name}": t.detach().clone().contiguous() for name, t in (own or {}).items()}
@@ -35,14 +35,9 @@ def save(
                 tensors[f"state.{i}.{key}"] = value.detach().clone().contiguous()
             else:
                 numbers[f"{i}.{key}"] = value
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as scratch:
-        fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
+    with fresh_directory(directory) as fresh:
         save_file(tensors, fresh / TENSORS)
         (fresh / STATE).write_text(json.dumps({"step": step, "numbers": numbers, **extra}))
-        if directory.exists():
-            directory.rename(Path(scratch) / "old")
-        fresh.rename(directory)
 
 
 def load(directory: Path, optimizer: Optimizer | Sequence[Optimizer]) -> tuple[dict[str, Any], dict[str, Tensor]]:

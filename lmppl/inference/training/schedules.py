@@ -27,8 +27,8 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 def checked(schedule: Schedule, name: str, holds: Callable[[float], bool], otherwise: str) -> Schedule:
     """The schedule, if the condition ``holds`` for its value; a function is checked whenever it is asked."""
     if not callable(schedule):
-        if not holds(schedule):
-            raise ValueError(f"{name}: {otherwise}, got {schedule}")
+        if not isinstance(schedule, int | float) or not holds(schedule):
+            raise ValueError(f"{name}: {otherwise}, got {schedule!r}")
         return schedule
 
     def function(step: int) -> float:

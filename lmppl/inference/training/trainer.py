@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import programs
+from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -31,7 +32,12 @@ class Task(NamedTuple):
     batches: Batches
 
     def batch(self, step: int) -> tuple[Any, ...]:
-        return self.batches(step) if callable(self.batches) else self.batches[step % len(self.batches)]
+        found = self.batches(step) if callable(self.batches) else self.batches[step % len(self.batches)]
+        if not isinstance(found, tuple | list):
+            raise ValueError(
+                f"batches: each is a tuple of arguments of model and guide, [(x, y), ...]; got a {type(found).__name__}"
+            )
+        return tuple(found)
 
 
 class Trainer(ABC):
@@ -57,10 +63,13 @@ class Trainer(ABC):
     ):
         if not isinstance(optimizer, Optimizer):
             raise ValueError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+        is_program(model=model, guide=guide)
+        if not clip > 0:
+            raise ValueError(f"clip: must be positive, got {clip}")
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
         self.max_plate_nesting = max_plate_nesting
         self.training_tokens = 0
-        self._networks: dict[Program, list[Any]] = {}
+        self._networks: dict[tuple[Program, Program], list[Any]] = {}
 
     @abstractmethod
     def update(
@@ -109,11 +118,12 @@ class Trainer(ABC):
         return self._counted(Task(self.model, self.guide, [args]), args, kwargs, self._steps - 1)
 
     def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
-        if task.model not in self._networks:
+        programs_of = (task.model, task.guide)
+        if programs_of not in self._networks:
             given = self.arguments(args, kwargs)
-            both = [n for p in (task.model, task.guide) for n in programs.networks(p, given, kwargs)]
-            self._networks[task.model] = list({id(n): n for n in both}.values())
-        networks = self._networks[task.model]
+            both = [n for p in programs_of for n in programs.networks(p, given, kwargs)]
+            self._networks[programs_of] = list({id(n): n for n in both}.values())
+        networks = self._networks[programs_of]
         before = sum(network.tokens_scored for network in networks)
         metrics = self.update(task.model, task.guide, args, kwargs, step)
         self.training_tokens += sum(network.tokens_scored for network in networks) - before
@@ -146,8 +156,8 @@ class Trainer(ABC):
         :param checkpoint: a directory, written every ``checkpoint_every`` steps and resumed from where it exists.
         :returns: the metrics of every step run by this call.
         """
-        if steps < 1:
-            raise ValueError(f"steps: must be at least 1, got {steps}")
+        at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+        at_least(0, warmup=warmup)
         tasks = self._tasks(batches)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group.get("initial_lr", group["lr"]) for group in groups]
@@ -199,7 +209,7 @@ class Trainer(ABC):
             return [Task(self.model, self.guide, batches)]
         if not len(batches):
             raise ValueError("batches: there is no batch to train on")
-        if all(len(b) == 3 and callable(b[0]) and callable(b[1]) for b in batches):
+        if all(isinstance(b, tuple | list) and len(b) == 3 and callable(b[0]) and callable(b[1]) for b in batches):
             return [Task(*b) for b in batches]
         return [Task(self.model, self.guide, batches)]
 

@@ -1,0 +1,44 @@
+"""What is asked of arguments: a ValueError names the one that is wrong, its value, and what was expected."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+
+
+def at_least(least: int, **counts: Any) -> None:
+    """Each is an integer, and not below ``least``."""
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: must be at least {least}, an integer, got {value!r}")
+
+
+def instance_of(kind: type, **given: Any) -> None:
+    """Each is an instance of ``kind``: a class in its place, or its name, is a common slip."""
+    for name, value in given.items():
+        if not isinstance(value, kind):
+            found = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+            raise ValueError(f"{name}: expected a {kind.__name__} instance, got {found}")
+
+
+def is_program(**given: Any) -> None:
+    """Each is a Pyro program: something to call."""
+    for name, value in given.items():
+        if not callable(value):
+            raise ValueError(f"{name}: expected a Pyro program, a function or a module, got {value!r}")
+
+
+def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
+    """Which element of plates of these sizes is meant; None: the only one there is."""
+    if index is None:
+        if plates.numel() > 1:
+            raise ValueError(f"index: there are plates of shape {tuple(plates)}; say which element")
+        return (0,) * len(plates)
+    found = index if isinstance(index, tuple | list) else (index,)
+    if len(found) != len(plates) or not all(
+        isinstance(i, Integral) and -n <= int(i) < n for i, n in zip(found, plates, strict=True)
+    ):
+        raise ValueError(f"index: expected {len(plates)} numbers within plates of shape {tuple(plates)}, got {index!r}")
+    return tuple(int(i) for i in found)
