@@ -109,6 +109,21 @@ def test_compare_counts_tokens_and_keeps_the_truth_beside(task, tmp_path):
     assert "…" not in printed and f"{result['SMC'].log_evidence:.3f}" in printed
 
 
+def test_the_tokens_of_a_guide_with_a_network_of_its_own_are_counted(task):
+    """Same prompts and limits: what the guide's network reads comes on top of what the model's reads."""
+    lm, model, guide, args, _ = task
+    other = tiny_lm(seed=5)
+
+    def stranger(x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(other, x, max_tokens=2))
+
+    before = lm.tokens_scored + other.tokens_scored
+    result = compare(model, {"stranger": Importance(model, stranger, num_particles=40)}, *args)
+    counted = lm.tokens_scored + other.tokens_scored - before
+    assert other.tokens_scored > 0 and result["stranger"].query_tokens * 2 == pytest.approx(counted)
+
+
 def test_without_a_truth_the_comparison_says_so(task):
     _, model, _, args, _ = task
     result = compare(model, {"prior": Importance(model, num_particles=50)}, *args)

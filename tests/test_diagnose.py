@@ -147,6 +147,17 @@ def test_drift_of_length_and_stop():
     assert not sbc(found)
 
 
+def test_texts_that_are_all_of_one_length_do_not_drift():
+    """Weights in single precision do not add up to exactly one; that is no difference of lengths."""
+
+    def fixed():
+        z = pyro.sample("z", prior(X[0], min_tokens=3, max_tokens=3))
+        pyro.factor("f", (z == 2).sum(-1).float())
+
+    (length,) = diagnose(Importance(fixed, num_particles=301), simulations=0, repetitions=1).drifts
+    assert length.posterior == pytest.approx(3.0) and not length.suspect
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_positions_are_uniform_for_exchangeable_draws(n, seed):

@@ -148,6 +148,17 @@ def test_training_tokens_count_what_went_through_the_network():
     assert gflownet.training_tokens - counted == task.lm.tokens_scored - before > 0
 
 
+def test_training_tokens_count_every_guide_of_one_model():
+    """Two tasks with the same model; the second guide has a network of its own."""
+    task, other = Task(), Task()
+    gflownet = task.gflownet()
+    before = task.lm.tokens_scored + other.lm.tokens_scored
+    tasks = [(task.model, guide, [task.args]) for guide in (task.guide, other.guide)]
+    gflownet.fit(tasks, 2, progress=False)
+    assert other.lm.tokens_scored > 0
+    assert gflownet.training_tokens == task.lm.tokens_scored + other.lm.tokens_scored - before
+
+
 def test_the_objective_given_is_not_changed():
     objective = PooledVarGrad(num_particles=4)
     task = Task()

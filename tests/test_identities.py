@@ -205,6 +205,20 @@ def test_log_z_is_learned_together_with_the_guide(lm):
     assert float(exact.log_evidence.diff().abs()) > 0.5  # one number for both would not do
 
 
+def test_svi_learns_log_z_too(lm):
+    """Where u is 1 above the learned number and the guide cannot change, descent finds that number: the guide's u."""
+    found, objective = one_text(lm), TrajectoryBalance(num_particles=8)
+    guide = found.posterior(1.0)
+    svi = pyro.infer.SVI(found.model, guide, pyro.optim.Adam({"lr": 0.05}), loss=objective)
+    svi.step()
+    with torch.no_grad():
+        objective.learned.bias.sub_(1.0)
+    start = svi.evaluate_loss()
+    for _ in range(60):
+        svi.step()
+    assert svi.evaluate_loss() < 0.1 * start
+
+
 @pytest.mark.parametrize("log_z", [torch.zeros(3), lambda: torch.zeros(2, 2)])
 def test_a_log_z_of_the_wrong_shape_is_named(lm, log_z):
     with pytest.raises(ValueError, match="log_z"):

@@ -550,6 +550,7 @@ def test_chains_that_start_at_probability_zero(moves):
     assert bool((of_chain.diff(dim=1) >= 0).all())  # no chain goes back
     assert chains.table("z", 0) == [("bb", pytest.approx(1.0))]
     assert chains.log_evidence[0].isnan() and chains.log_evidence[1] == -torch.inf
+    assert chains.ess[0] > 0 and chains.ess[1] == 0
     with pytest.raises(ZeroEvidence):
         chains.table("z", 1)
 
