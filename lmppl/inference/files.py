@@ -15,6 +15,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as scratch:
         figure.savefig(scratch, dpi=120)
+    os.chmod(scratch.name, 0o644)  # temporary files are private
     os.replace(scratch.name, path)
 
 
@@ -35,4 +36,5 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as scratch:
         scratch.write(content)
+    os.chmod(scratch.name, 0o644)  # temporary files are private
     os.replace(scratch.name, path)

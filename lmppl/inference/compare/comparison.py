@@ -60,7 +60,7 @@ def averaged(rows: list[Row]) -> Row:
     return result
 
 
-_WITHOUT_SPREAD = ("num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
+_WITHOUT_SPREAD = ("khat", "num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
 
 
 @dataclass
@@ -114,7 +114,8 @@ class Comparison:
         for title, columns in _TABLES:
             shown, rows = self._filled(columns)
             if shown:
-                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(c.title for c in shown) + " |"]
+                titles = [c.title.replace("|", "\\|") for c in shown]
+                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
                 lines += ["|---|" + "---:|" * len(shown)]
                 lines += [f"| {row.name} | " + " | ".join(c.show(row) for c in shown) + " |" for row in rows]
                 lines.append("")
