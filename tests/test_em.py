@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from itertools import combinations
 
 import peft
@@ -200,9 +201,9 @@ def test_a_subsampled_plate_that_leaves_a_latent_out_is_refused():
 # -- the E-steps -------------------------------------------------------------------------------------------------------
 
 E_STEPS = {
-    "importance": lambda t: Importance(t.model, t.guide, num_particles=400),
+    "importance": lambda t: Importance(t.model, t.guide, num_particles=1000),
     "SMC": lambda t: SMC(t.model, num_particles=400, ess_threshold=0.8),
-    "Metropolis": lambda t: MetropolisHastings(t.model, num_chains=100, num_samples=1, warmup=15),
+    "Metropolis": lambda t: MetropolisHastings(t.model, num_chains=100, num_samples=1, warmup=12),
     "guide": lambda t: t.gflownet(lr=0.0, num_particles=2),
 }
 
@@ -212,10 +213,10 @@ def test_every_e_step_gives_the_gradient_of_the_likelihood(name):
     """The length of the gradient along the true one, whose bias of order 1/N is far below the standard error."""
     task = Task()
     expected = task.gradient(task.log_joint().logsumexp(0).sum())
-    em = task.still(E_STEPS[name](task), num_particles=400)
-    along = torch.stack([task.ascent(em) @ expected / (expected @ expected) for _ in range(8)])
-    error = along.std() / 8**0.5
-    assert error < 0.06 and abs(along.mean() - 1) < 5 * error
+    em = task.still(E_STEPS[name](task), num_particles=1000)
+    along = torch.stack([task.ascent(em) @ expected / (expected @ expected) for _ in range(10)])
+    error = along.std() / 10**0.5
+    assert error < 0.03 and abs(along.mean() - 1) < 5 * error
 
 
 def test_without_weights_the_gradient_is_the_elbos():
@@ -248,7 +249,7 @@ def test_without_weights_the_gradient_is_the_elbos():
 def test_exact_em_with_backtracking_never_falls():
     def rounds(n: int, backtrack: bool) -> tuple[list[float], list[dict[str, float]]]:
         task = Task()
-        em = VariationalEM(task.model, None, Enumeration(task.model), SGD(task.theta, lr=1.0), backtrack=backtrack)
+        em = VariationalEM(task.model, None, Enumeration(task.model), SGD(task.theta, lr=0.3), backtrack=backtrack)
         metrics = [em.step(*task.args) for _ in range(n)]
         return [m["log_evidence"] for m in metrics] + [task.log_likelihood()], metrics
 
@@ -276,27 +277,29 @@ def test_several_m_steps_climb_the_same_surrogate():
         assert (q * (other.log_joint() - start)).sum().item() == pytest.approx(b["gain"], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["GFlowNet", "wake-sleep", "SMC"])
+ENDS = {
+    "exact": lambda t: Enumeration(t.model),
+    "GFlowNet": lambda t: t.gflownet(),
+    "wake-sleep": lambda t: ReweightedWakeSleep(t.model, t.guide, optimizer=ADAM(t.phi, lr=1e-2)),
+    "SMC": lambda t: SMC(t.model, num_particles=32),
+}
+
+
+@cache
+def end(name: str) -> float:
+    """Nats an observation after 30 rounds: two prompts seen with two endings each, so that -log 2 is the best."""
+    task = Task(x=["ab", "ab", "b", "b"], y=["cb", "", "a", "cb"])
+    assert task.log_likelihood() / 4 < -4
+    e_step = ENDS[name](task)
+    em = VariationalEM(task.model, getattr(e_step, "guide", None), e_step, ADAM(task.theta, lr=3e-2))
+    em.fit([task.args], 30, progress=False)
+    return task.log_likelihood() / 4
+
+
+@pytest.mark.parametrize("name", ["GFlowNet", pytest.param("wake-sleep", marks=pytest.mark.slow), "SMC"])
 def test_amortised_and_sampled_em_end_near_exact_em(name):
-    """Two prompts seen with two endings each, so that log 2 nats an observation is the best there is."""
-    e_steps = {
-        "exact": lambda t: Enumeration(t.model),
-        "GFlowNet": lambda t: t.gflownet(),
-        "wake-sleep": lambda t: ReweightedWakeSleep(t.model, t.guide, optimizer=ADAM(t.phi, lr=1e-2)),
-        "SMC": lambda t: SMC(t.model, num_particles=32),
-    }
-
-    def end(name: str, rounds: int) -> float:
-        task = Task(x=["ab", "ab", "b", "b"], y=["cb", "", "a", "cb"])
-        e_step = e_steps[name](task)
-        em = VariationalEM(task.model, getattr(e_step, "guide", None), e_step, ADAM(task.theta, lr=3e-2))
-        em.fit([task.args], rounds, progress=False)
-        return task.log_likelihood() / 4
-
-    before = Task(x=["ab", "ab", "b", "b"], y=["cb", "", "a", "cb"]).log_likelihood() / 4
-    exact, found = end("exact", 30), end(name, 30)
-    assert before < -4 and -0.8 < exact < -math.log(2)
-    assert abs(found - exact) < 0.1
+    assert -0.8 < end("exact") < -math.log(2)
+    assert abs(end(name) - end("exact")) < 0.1
 
 
 # -- who moves what ----------------------------------------------------------------------------------------------------
@@ -423,13 +426,13 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
 
 
 def test_a_guide_that_sees_y_teaches_a_model_to_predict_it():
-    """y follows x in the alphabet 85 times in 100, else any other letter; 60 pairs to learn from, 200 to predict."""
+    """y follows x in the alphabet 85 times in 100, else any other letter; 60 pairs to learn from, 100 to predict."""
     lm = tiny_lm(vocab=6, seed=3, dtype=torch.float64)
     p, q = adapter(lm, 1), adapter(lm, 2)
     generator = torch.Generator().manual_seed(0)
     letters = list("abcd")
-    code = torch.randint(4, (260,), generator=generator)
-    shift = torch.multinomial(torch.tensor([0.05, 0.85, 0.05, 0.05]), 260, replacement=True, generator=generator)
+    code = torch.randint(4, (160,), generator=generator)
+    shift = torch.multinomial(torch.tensor([0.05, 0.85, 0.05, 0.05]), 160, replacement=True, generator=generator)
     x, y = lm.encode([letters[i] for i in code]), lm.encode([letters[i] for i in (code + shift) % 4])
     entropy = -0.85 * math.log(0.85) - 0.15 * math.log(0.05)
 

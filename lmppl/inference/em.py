@@ -63,7 +63,7 @@ class VariationalEM(Trainer):
 
     :raises ValueError: where E-step and M-step would move each other's parameters, where theta has no part in the
         model, and for a subsampled plate that does not enclose every site.
-    :raises FloatingPointError: where Q or its gradient is not finite; theta is then as before.
+    :raises FloatingPointError: where Q or its gradient is not finite; that step moves nothing.
 
     Sources: Neal and Hinton 1998; Hu et al. 2024, Section 3.4; Burda et al. 2016 for the weights.
 
@@ -114,12 +114,7 @@ class VariationalEM(Trainer):
         own = getattr(e_step, "guide", None)
         if guide is not None and own is not None and guide != own:
             raise ValueError("guide: it is another than the one that e_step was built with")
-        counts = {
-            "e_steps": e_steps,
-            "m_steps": m_steps,
-            "num_particles": num_particles,
-            "max_particles": max_particles,
-        }
+        counts = dict(e_steps=e_steps, m_steps=m_steps, num_particles=num_particles, max_particles=max_particles)
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}: must be at least 1, got {count}")
@@ -129,12 +124,8 @@ class VariationalEM(Trainer):
             model, guide or own or model, optimizer=m_optimizer, clip=clip, max_plate_nesting=max_plate_nesting
         )
         self.e_step, self.exact = e_step, exact
-        self.e_steps, self.m_steps, self.num_particles, self.max_particles = (
-            e_steps,
-            m_steps,
-            num_particles,
-            max_particles,
-        )
+        self.e_steps, self.m_steps = e_steps, m_steps
+        self.num_particles, self.max_particles = num_particles, max_particles
         self.weighted, self.backtrack = weighted, backtrack
 
     def update(
@@ -318,5 +309,5 @@ def _check(name: str, algorithm: Any, model: Program) -> None:
         raise ValueError(
             f"{name}: expected a Trainer or an algorithm with .run(*args) -> Posterior, got {type(algorithm).__name__}"
         )
-    if getattr(algorithm, "model", model) != model:
+    if getattr(algorithm, "model", None) != model:
         raise ValueError(f"{name}: it was built with another model")
