@@ -100,6 +100,10 @@ RUNS = {
     "exact": ("exact", lambda: compare(model, {}, X, Y, exact=3.0)),
     "guides": ("guides", lambda: compare(model, {}, X, Y, guides={"b": guide})),
     "budgets": ("budgets", lambda: compare(model, {}, X, Y, budgets=100)),
+    "budgets: of what has no particles": (
+        "budgets",
+        lambda: compare(model, {"exact": Enumeration(model)}, X, Y, budgets=[100]),
+    ),
     "repetitions": ("repetitions", lambda: diagnose(Importance(model), X, Y, repetitions=1.5)),
     "exact_sample": ("exact_sample", lambda: Sandwich(model, num_particles=1).run(X, Y, exact_sample=3)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -138,6 +139,8 @@ def sized(algorithm: Algorithm, num_particles: int) -> Algorithm:
         other: Any = copy.copy(algorithm)
         other.num_particles = num_particles
         return other
+    if "num_particles" not in inspect.signature(algorithm.run).parameters:
+        raise ValueError(f"budgets: {type(algorithm).__name__} has no number of particles to fit to one")
     return _Sized(algorithm, num_particles)
 
 
