@@ -201,9 +201,8 @@ def test_a_subsampled_plate_that_leaves_a_latent_out_is_refused():
 # -- the E-steps -------------------------------------------------------------------------------------------------------
 
 E_STEPS = {
-    "importance": lambda t: Importance(t.model, t.guide, num_particles=1000),
     "SMC": lambda t: SMC(t.model, num_particles=400, ess_threshold=0.8),
-    "Metropolis": lambda t: MetropolisHastings(t.model, num_chains=100, num_samples=1, warmup=12),
+    "Metropolis": lambda t: MetropolisHastings(t.model, num_chains=60, num_samples=1, warmup=12),
     "guide": lambda t: t.gflownet(lr=0.0, num_particles=2),
 }
 
