@@ -91,6 +91,8 @@ class Rules:
     ) -> tuple[Tensor, Tensor | None]:
         inserted = self.inserted(prefix, first, logits.shape[1])
         at = inserted != text.PAD  # (R, T)
+        if not bool(at.any()):
+            return logits, dead
         certain = logits.new_full((int(at.sum()), self.vocab_size), -torch.inf)
         logits = logits.index_put((at,), certain.scatter(1, inserted[at][:, None], 0.0))
         return logits, dead & ~at[..., None] if dead is not None else None
