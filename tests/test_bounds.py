@@ -153,7 +153,7 @@ def test_the_posterior_as_proposal_leaves_no_gap(threshold):
 
 def test_the_retained_particle_is_kept_to_its_end(monkeypatch):
     """Particle 0 of a conditional run is the exact sample, whatever was resampled."""
-    import lmppl.inference.bounds as module
+    import lmppl.inference.smc.bounds as module
 
     program = Program(2, runs=50)
     sample = exact_of(program).resample(1)
