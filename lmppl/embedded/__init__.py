@@ -3,15 +3,19 @@
 On each the exact posterior is known, so every algorithm can be held against the truth within minutes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from . import numbers as _numbers
 from . import stories as _stories
+from .numbers import Bounds
 from .stories import Story
 
-__all__ = ["Story", "data", "path"]
+__all__ = ["Bounds", "Story", "data", "path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_DATA = {"stories": _stories.stories}
+_DATA: dict[str, Callable[[str], list[Any]]] = {"stories": _stories.stories, "numbers": _numbers.bounds}
 
 
 def path(name: str) -> Path:
@@ -25,10 +29,11 @@ def path(name: str) -> Path:
     return _WEIGHTS / name
 
 
-def data(name: str, split: str) -> list[Story]:
-    """The stories of a split ("train", "validation" or "test"), the same on every call.
+def data(name: str, split: str) -> list[Any]:
+    """The stories, or the bounds of "numbers", of a split ("train", "validation" or "test"), the same on every call.
 
-    No (place, verb) pair of one split appears in another. Raises ValueError for an unknown name or split.
+    No (place, verb) pair of one split appears in another, and no pair of bounds. Raises ValueError for an
+    unknown name or split.
     """
     if name not in _DATA:
         raise ValueError(f"name={name!r}: expected one of {_listed(_DATA)}")

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from . import corpus, gates, tokenizer
+from . import corpus, gates, numbers, tokenizer
 from .stories import stories
 
 
@@ -34,7 +35,20 @@ class Recipe(NamedTuple):
 RECIPES = {
     "stories": Recipe(),
     "places": Recipe(heads=8, scale=0.08),  # not shipped: learns what a place offers, see docs/infilling.md
+    "numbers": Recipe(width=48, context=32, rows=128, steps=1200),
 }
+
+
+class Source(NamedTuple):
+    """What a language model reads, and how it is judged."""
+
+    words: tuple[str, ...]
+    rows: Callable[[Random, Callable[[str], list[int]], int], Iterator[list[int]]]
+    report: Callable[[GPT2LMHeadModel, PreTrainedTokenizerFast, int], object]
+
+
+STORIES = Source(corpus.WORDS, corpus.rows, lambda lm, words, n: gates.report(lm, words, stories("test")[:n]))
+SOURCES = {"stories": STORIES, "places": STORIES, "numbers": Source(numbers.WORDS, numbers.rows, numbers.report)}
 
 
 def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
@@ -58,7 +72,9 @@ def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     )
 
 
-def train(recipe: Recipe, seed: int, log=print) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+def train(
+    recipe: Recipe, seed: int, log=print, source: Source = STORIES
+) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     """Next-token training on an endless corpus: AdamW, warm-up, cosine decay to zero, clipping at 1.
 
     One thread, and a random state of its own: the same seed gives the same weights.
@@ -68,9 +84,9 @@ def train(recipe: Recipe, seed: int, log=print) -> tuple[GPT2LMHeadModel, PreTra
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            words = tokenizer.build(corpus.WORDS, recipe.context)
+            words = tokenizer.build(source.words, recipe.context)
             model = fresh(recipe, words).train()
-            stream = corpus.rows(Random(seed), words.encode, recipe.context)
+            stream = source.rows(Random(seed), words.encode, recipe.context)
             optimizer = torch.optim.AdamW(
                 model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
             )
@@ -131,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--check", type=int, default=16, metavar="N", help="measure the gates on N test stories (16)")
+    parser.add_argument(
+        "--check", type=int, default=16, metavar="N", help="measure the gates on N test observations (16)"
+    )
     options = parser.parse_args(argv)
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: expected at least 1")
@@ -146,12 +164,12 @@ def main(argv: list[str] | None = None) -> None:
     def progress(line: str) -> None:
         print(f"\r{line}   ", end="", file=sys.stderr, flush=True)
 
-    model, words = train(recipe, options.seed, progress)
+    model, words = train(recipe, options.seed, progress, SOURCES[options.name])
     print(file=sys.stderr)
     save(model, words, options.out)
     print(f"wrote {options.out}")
     if options.check > 0:
-        print(gates.report(model, words, stories("test")[: options.check]))
+        print(SOURCES[options.name].report(model, words, options.check))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,18 @@ if __name__ != "lmppl.models":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.models, not models")
 
-from . import infilling
+from collections.abc import Callable
+
+from . import infilling, random_number
 from .experiment import Experiment, Recipe
 from .infilling import Infilling
+from .random_number import RandomNumber
 
-EXPERIMENTS = {"infilling": infilling.experiment}
+EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
+    "infilling": infilling.experiment,
+    "random_number": random_number.experiment,
+    "random_number_bounds": random_number.bounds_experiment,
+    "random_number_valid": random_number.valid_experiment,
+}
 
-__all__ = ["EXPERIMENTS", "Experiment", "Infilling", "Recipe"]
+__all__ = ["EXPERIMENTS", "Experiment", "Infilling", "RandomNumber", "Recipe"]

@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import torch
 
-from ..inference import Enumeration, GFlowNet, Objective, VarGrad
+from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
 from ..language_model import LanguageModel
 
@@ -24,6 +24,7 @@ class Recipe:
     particles: int = 16
     learning_rate: float = 1e-3
     objective: Callable[[], Objective] = VarGrad
+    replay: Callable[[], Replay] | None = None
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
 
     def length(self, quick: bool) -> int:
@@ -64,4 +65,5 @@ class Experiment:
             self.recipe.objective(),
             optimizer=optimizer,
             num_particles=self.recipe.particles,
+            replay=self.recipe.replay and self.recipe.replay(),
         )

@@ -1,0 +1,158 @@
+"""The random number: the truth by hand, the digit LM's gates, a short training, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lmppl import LanguageModel, cli, embedded
+from lmppl.distributions import Completion
+from lmppl.embedded import Bounds, build, numbers
+from lmppl.inference import Enumeration, Importance
+from lmppl.inference.compare.quality import density_quality
+from lmppl.models import EXPERIMENTS, RandomNumber, Recipe
+from lmppl.models.random_number import FIXED_RECIPE, experiment, number_in, read_bounds, tensors
+
+PAIRS = [Bounds(0, 100), Bounds(37, 52)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return LanguageModel.embedded("numbers")
+
+
+def log_priors(lm, pair):
+    """log p(n) of every valid number, by scoring its digits."""
+    answers = [f"{n}." for n in range(pair.a, pair.b + 1)]
+    return Completion(lm, lm.encode(pair.prompt), max_tokens=3, stop=(".", "eos")).log_prob(lm.encode(answers))
+
+
+@pytest.mark.parametrize("target", ["uniform", "valid"])
+def test_enumeration_is_the_truth_by_hand(lm, target):
+    exact = Enumeration(RandomNumber(lm, target=target).digits).run(*tensors(PAIRS))
+    assert not exact.unexplored.any()
+    for i, pair in enumerate(PAIRS):
+        log_p = log_priors(lm, pair).detach().double()
+        by_hand = torch.zeros_like(log_p) if target == "uniform" else log_p
+        assert exact.log_evidence[i].item() == pytest.approx(by_hand.logsumexp(0).item(), abs=1e-4)
+        found = {number_in(s): p for s, p in exact.table("z", i) if p > 0}
+        assert set(found) == set(range(pair.a, pair.b + 1))
+        truth = by_hand.softmax(0)
+        for n, p in found.items():
+            assert p == pytest.approx(truth[n - pair.a].item(), rel=1e-4)
+
+
+def test_the_digits_have_the_joint_of_the_model(lm):
+    """Enumerating a program restricted to digits leaves nothing out: where both can be, their joints agree."""
+    for target in ("uniform", "valid"):
+        task = RandomNumber(lm, target=target)
+        exact = Enumeration(task.digits).run(*tensors(PAIRS))
+        drawn = Importance(task.model, num_particles=4000).run(*tensors(PAIRS))
+        u = drawn.log_weights + math.log(4000)  # log p(z, valid) - log p(z), whose exponential has the evidence as mean
+        error = u.exp().std(0) / 4000**0.5
+        assert ((u.exp().mean(0) - exact.log_evidence.exp()).abs() < 5 * error).all(), (target, error)
+
+
+def test_what_is_a_valid_number(lm):
+    answers = ["0.", "7.", "07.", "100.", "101.", ".", "4", "random.", "42."]
+    task = RandomNumber(lm)
+    a, b = tensors([Bounds(0, 100)])
+    valid = task.valid(lm.encode(answers)[:, None], a, b)[:, 0]
+    assert [s for s, v in zip(answers, valid.tolist(), strict=True) if v] == ["0.", "7.", "100.", "42."]
+    hidden = torch.cat([lm.encode("4"), lm.encode("", stop="eos"), lm.encode("2.")])
+    assert task.valid(hidden[None, None], a, b).item()  # it reads as 42 ...
+    completion = Completion(lm, lm.encode([PAIRS[0].prompt]), max_tokens=3, stop=(".", "eos"))
+    assert completion.log_prob(hidden).item() == -math.inf  # ... and cannot be said
+
+
+def test_no_pair_is_in_two_splits():
+    splits = [set(embedded.data("numbers", s)) for s in ("train", "validation", "test")]
+    assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
+    everything = set().union(*splits)
+    assert numbers.FIXED not in everything and len(everything) == sum(map(len, splits)) == 92 * 93 // 2 - 1
+    assert min(len(s) for s in splits) > 400
+    with pytest.raises(ValueError, match="split='dev'"):
+        embedded.data("numbers", "dev")
+
+
+def test_the_gates_hold(lm):
+    path = embedded.path("numbers")
+    assert sum(file.stat().st_size for file in path.iterdir()) < 4e5
+    model, words = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    report = numbers.report(model, words, 8)
+    assert report.passed, report
+    for pair in PAIRS:  # the gates' plain passes say what the package says
+        plain = numbers.log_prior(model, words, pair)
+        torch.testing.assert_close(plain, log_priors(lm, pair).detach(), atol=1e-2, rtol=0)
+
+
+def test_half_of_the_corpus_is_valid():
+    from random import Random
+
+    random, n, pair = Random(0), 10_000, Bounds(10, 60)
+    said = [number_in(numbers.answer(random, *pair) + ".") for _ in range(n)]
+    valid = sum(pair.a <= m <= pair.b for m in said)
+    assert abs(valid - n * numbers.VALID) < 5 * (n * 0.25) ** 0.5
+
+
+def test_a_short_training_lowers_the_divergence(lm):
+    """To less than a third of the language model's own in 40 steps."""
+    recipe = Recipe(steps=40, observations=1, particles=64, objective=FIXED_RECIPE.objective, learning_rate=2e-3)
+    made = experiment(recipe=recipe)
+    exact = made.exact.run(*made.test)
+
+    def divergence():
+        return density_quality(exact, made.guide, made.test, {}).forward_kl.item()
+
+    before = divergence()
+    assert before == pytest.approx(2.15, abs=0.01)
+    made.gflownet().fit(made.batches, recipe.steps, progress=False)
+    assert divergence() < before / 3
+
+
+def test_the_command_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bounds.txt").write_text("20 31\n")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lmppl", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capfd.readouterr().err
+
+    run("compare", "random_number", "--data", "bounds.txt", "--steps", "2", "--particles", "64")
+    result = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert result["unexplored"] == 0
+    enumeration = result["rows"][-1]
+    assert enumeration["log_evidence"] == pytest.approx(math.log(12), abs=1e-4)
+    run("sample", "random_number", "--data", "bounds.txt", "--checkpoint", "out/adapter", "--particles", "8")
+    assert "between 20 and 31" in capfd.readouterr().out
+    assert {"random_number", "random_number_bounds", "random_number_valid"} <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("text", ["", "1\n", "5 3\n", "-1 4\n", "a b\n"])
+def test_a_file_that_holds_no_bounds(tmp_path, text):
+    (tmp_path / "bounds.txt").write_text(text)
+    with pytest.raises(ValueError, match="data: .*bounds.txt"):
+        read_bounds(tmp_path / "bounds.txt")
+
+
+def test_arguments_out_of_range(lm):
+    with pytest.raises(ValueError, match="target"):
+        RandomNumber(lm, target="normal")
+    with pytest.raises(ValueError, match="guide_lm"):
+        RandomNumber(lm).guide(*tensors(PAIRS))
+
+
+def test_the_seed_decides_the_weights(tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        build.main(["numbers", "--seed", str(seed), "--steps", "2", "--check", "0", "--out", str(tmp_path / out)])
+        torch.rand(1)  # the caller's random state plays no part
+    a, b, c = (AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict() for out in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
