@@ -64,6 +64,20 @@ def test_compare_train_and_sample(tmp_path, lmppl):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
 
 
+def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
+    run = lmppl("compare", "continuation", "--steps", "2", "--particles", "4", "--algorithms", "gflownet")
+    assert run.returncode == 0 and "Target: p(z|x)^(1/T), T = 0.8." in run.stdout, run.stderr
+    row = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"][0]
+    assert 0.03 < row["density_tv"] < 0.1  # two steps: still the language model itself
+    run = lmppl("sample", "continuation", "--checkpoint", "out/adapter", "--observations", "1", "--particles", "4")
+    assert run.returncode == 0 and "Story:" in run.stdout
+    (tmp_path / "prompts.txt").write_text("Tom had a dog.\nMia saw a cat.\n\nThe sun was hot.\n")
+    run = lmppl(
+        "train", "continuation", "--lm", str(checkpoint), "--data", "prompts.txt", "--steps", "2", "--out", "train"
+    )
+    assert run.returncode == 0 and (tmp_path / "train" / "adapter" / "adapter_config.json").is_file(), run.stderr
+
+
 def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl):
     (tmp_path / "stories.txt").write_text(STORIES)
     run = lmppl(
@@ -88,6 +102,7 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["compare", "infilling", "--data", "two.txt"], "line 1"),
         (["compare", "infilling", "--data", "stories.txt"], "cannot be encoded"),  # not the embedded LM's words
         (["sample", "infilling", "--checkpoint", "nowhere"], "nowhere"),
+        (["train", "continuation", "--data", "empty.txt"], "no prompt"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):

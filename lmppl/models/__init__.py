@@ -6,16 +6,20 @@ if __name__ != "lmppl.models":
 
 from collections.abc import Callable
 
-from . import infilling, random_number
+from . import continuation, infilling, random_number, reverse
+from .continuation import Continuation
 from .experiment import Experiment, Recipe
 from .infilling import Infilling
 from .random_number import RandomNumber
+from .reverse import Reverse
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "infilling": infilling.experiment,
+    "continuation": continuation.experiment,
+    "reverse": reverse.experiment,
     "random_number": random_number.experiment,
     "random_number_bounds": random_number.bounds_experiment,
     "random_number_valid": random_number.valid_experiment,
 }
 
-__all__ = ["EXPERIMENTS", "Experiment", "Infilling", "RandomNumber", "Recipe"]
+__all__ = ["EXPERIMENTS", "Continuation", "Experiment", "Infilling", "RandomNumber", "Recipe", "Reverse"]

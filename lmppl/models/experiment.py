@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -12,6 +12,9 @@ import torch
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
 from ..language_model import LanguageModel
+
+T = TypeVar("T")
+TEST_OBSERVATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ class Recipe:
     objective: Callable[[], Objective] = VarGrad
     replay: Callable[[], Replay] | None = None
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+
+    def passes(self, count: int, seed: int = 0) -> Callable[[int], torch.Tensor]:
+        """Which of ``count`` observations a step trains on: a pass in an order of its own, then another."""
+        size = min(self.observations, count)
+
+        def chosen(step: int) -> torch.Tensor:
+            epoch, at = divmod(step, max(1, count // size))
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
+            return order[at * size : (at + 1) * size]
+
+        return chosen
 
     def length(self, quick: bool) -> int:
         """How many steps to train."""
@@ -67,3 +81,11 @@ class Experiment:
             num_particles=self.recipe.particles,
             replay=self.recipe.replay and self.recipe.replay(),
         )
+
+
+def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
+    """The last eighth to validate on and the eighth before it to test on; one or two observations serve all three."""
+    n = max(1, min(TEST_OBSERVATIONS, len(observations) // 8))
+    if len(observations) < 3:
+        return observations, observations[-1:], observations[-1:]
+    return observations[: -2 * n], observations[-n:], observations[-2 * n : -n]

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyro
-import torch
 from torch import Tensor
 
 from .. import embedded
@@ -19,7 +18,7 @@ from ..embedded import Story
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe
+from .experiment import Experiment, Recipe, split
 
 TEMPLATE = "Ending:{y}\nBeginning:{x}\nMiddle:"
 TEST_STORIES, HELD_OUT_STORIES = 16, 16
@@ -122,13 +121,10 @@ def experiment(
         exact = None
     encoded = task.encode(train)
 
+    chosen = recipe.passes(len(train), seed)
+
     def batches(step: int) -> tuple[Tensor, Tensor]:
-        """A pass over the stories in an order of its own, then another."""
-        size = min(recipe.observations, len(train))
-        epoch, at = divmod(step, max(1, len(train) // size))
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed * 7919 + epoch))
-        chosen = order[at * size : (at + 1) * size]
-        return encoded[0][chosen], encoded[1][chosen]
+        return encoded[0][chosen(step)], encoded[1][chosen(step)]
 
     return Experiment(
         name="infilling",
@@ -143,11 +139,3 @@ def experiment(
         exact=exact,
         recipe=recipe,
     )
-
-
-def split(stories: list[Story]) -> tuple[list[Story], list[Story], list[Story]]:
-    """The last eighth to validate on and the eighth before it to test on; one story serves all three."""
-    n = max(1, min(TEST_STORIES, len(stories) // 8))
-    if len(stories) < 3:
-        return stories, stories[-1:], stories[-1:]
-    return stories[: -2 * n], stories[-n:], stories[-2 * n : -n]

@@ -1,0 +1,121 @@
+"""The usual ways to decode from a language model, for comparison, and two measures of what they give."""
+
+from __future__ import annotations
+
+import torch
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .. import text
+from ..distributions import Completion, NextToken
+from ..engine.scoring import with_bos
+from ..language_model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    lm: LanguageModel, x: Tensor, n: int, *, max_tokens: int, stop: str | int = ".", **options: object
+) -> Tensor:
+    """``n`` continuations of each prompt by Hugging Face `generate`, as texts (n, B, max_tokens + 1) that end in stop.
+
+    ``options`` are those of a `GenerationConfig`, e.g. ``do_sample=True, top_p=0.9`` or ``num_beams=16``: the base
+    weights, with no adapter.  Where a method gives one answer (greedy), it is repeated.  Prompts x (B, L).
+    """
+    end = lm.token_id(stop)
+    single = not options.get("do_sample") and not options.get("num_beams")
+    untouched = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if options.get("do_sample") else {}
+    config = GenerationConfig(
+        max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end, num_return_sequences=1 if single else n,
+        **untouched | options,
+    )  # fmt: skip
+    lm.network.activate(None)
+    columns = []
+    for row in with_bos(lm, x):
+        prompt = row[row != text.PAD][None]  # (1, L)
+        out = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        columns.append(ended(out[:, prompt.shape[1] :], end, max_tokens).expand(n, -1))
+    return torch.stack(columns, 1)
+
+
+@torch.no_grad()
+def beams(
+    lm: LanguageModel,
+    x: Tensor,
+    n: int,
+    *,
+    max_tokens: int,
+    stop: str | int = ".",
+    groups: int = 1,
+    penalty: float = 1.0,
+) -> Tensor:
+    r"""Diverse beam search: ``n`` texts for each prompt, (n, B, max_tokens + 1), in ``groups`` of equally many beams.
+
+    At every step a group chooses the continuations of its beams with the largest
+
+    .. math:: \log p(z_{1..t} \mid x) - penalty \cdot \#\{\text{beams of earlier groups that chose } z_t \text{ now}\}
+
+    so that one group is plain beam search.  Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
+
+    :raises ValueError: naming ``groups``, where it does not divide ``n``.
+    """
+    if groups < 1 or n % groups:
+        raise ValueError(f"groups: {groups} does not divide the {n} beams")
+    end, width, count = lm.token_id(stop), n // groups, len(x)
+    z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
+    log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
+    log_p[..., 0] = 0.0  # one empty text; the others are its copies
+    for t in range(max_tokens):
+        over = (z == end).any(-1)  # (B, G, K)
+        gain = NextToken(lm, text.cat(x[:, None, None], z)).logits  # (B, G, K, V)
+        stay = torch.full_like(gain, -torch.inf)
+        stay[..., end] = 0.0  # a finished text has one continuation: itself
+        total = log_p[..., None] + torch.where(over[..., None], stay, gain)
+        used = torch.zeros_like(total[:, 0, 0])  # (B, V)
+        for g in range(groups):
+            charged = total[:, g] - penalty * used[:, None].masked_fill(over[:, g, :, None], 0.0)
+            chosen = charged.flatten(1).topk(width).indices  # (B, K)
+            beam, token = chosen // gain.shape[-1], chosen % gain.shape[-1]
+            log_p[:, g] = total[:, g].flatten(1).gather(1, chosen)
+            old = over[:, g].gather(1, beam)
+            z[:, g] = z[:, g].gather(1, beam[..., None].expand(-1, -1, max_tokens))
+            z[:, g, :, t] = torch.where(old, text.PAD, token)
+            used.scatter_add_(1, token, (~old).to(used.dtype))
+        if bool((z == end).any(-1).all()):
+            break
+    return ended(z.flatten(1, 2).transpose(0, 1), end, max_tokens)
+
+
+def ended(z: Tensor, end: int, max_tokens: int) -> Tensor:
+    """Texts (..., L) up to their first ``end``, which is appended where there is none: (..., max_tokens + 1)."""
+    z = text.pad(z[..., :max_tokens], max_tokens + 1)
+    before = (z == end).int().cumsum(-1) == 0
+    z = z.masked_fill(~before, text.PAD)
+    return z.scatter(-1, text.length(z)[..., None], end)
+
+
+@torch.no_grad()
+def log_likelihood(lm: LanguageModel, x: Tensor, z: Tensor, *, max_tokens: int, stop: str | int = ".") -> Tensor:
+    """log p(z | x) under ``lm`` itself, whoever proposed z (n, B, E): (n, B)."""
+    return Completion(lm, x, max_tokens=max_tokens, stop=stop).log_prob(z)
+
+
+def distinct(z: Tensor) -> Tensor:
+    """The share of distinct texts among each prompt's: (n, B, E) -> (B,)."""
+    return torch.tensor([len(torch.unique(column, dim=0)) / len(z) for column in z.unbind(1)])
+
+
+def edit_distance(z: Tensor) -> Tensor:
+    """The mean normalised edit distance, in tokens, between each prompt's texts: (n, B, E) -> (B,); 0 to 1.
+
+    :raises ValueError: for fewer than two texts.
+    """
+    n = len(z)
+    if n < 2:
+        raise ValueError(f"z: {n} texts have no pairs")
+    means = []
+    for column in z.unbind(1):
+        rows = [[i for i in ids if i != text.PAD] for ids in column.tolist()]
+        means.append(float(cdist(rows, rows, scorer=Levenshtein.normalized_distance).sum()) / (n * (n - 1)))
+    return torch.tensor(means)

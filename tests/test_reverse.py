@@ -1,0 +1,57 @@
+"""Reverse inference: the posterior by plain loops, and the embedded experiment's parts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from reference import Law, Plain, tokens
+from tiny import tiny_lm
+
+from lmppl.inference import Enumeration, Importance
+from lmppl.models import EXPERIMENTS, Reverse
+
+MAX_TOKENS = 2
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    lm = tiny_lm(vocab=5)
+    return lm, Reverse(lm, lm, prefix="a", max_tokens=MAX_TOKENS, template="{y}b"), lm.encode(["ab", "c."])
+
+
+def test_the_enumerated_posterior_is_that_of_plain_loops(tiny):
+    lm, task, y = tiny
+    exact = Enumeration(task.model).run(y)
+    plain, prefix, end = Plain(lm), tokens(task.prefix), lm.token_id(".")
+    prior = Law(plain, prefix, MAX_TOKENS, stops=(end,)).support()
+    for i, seen in enumerate(tokens(row) for row in y):
+        joint = {}
+        for x, log_p in prior.items():
+            told = prefix + tuple(v for v in x if v != lm.eos_id)  # the text goes on
+            joint[x] = math.exp(log_p + Law(plain, told, len(seen), stops=()).log_prob(seen))
+        found = {tokens(x): float(p) for x, p in zip(exact.samples["x"][:, i], exact.probabilities[:, i], strict=True)}
+        assert float(exact.log_evidence[i]) == pytest.approx(math.log(sum(joint.values())), abs=1e-4)
+        assert all(found[x] == pytest.approx(p / sum(joint.values()), abs=1e-4) for x, p in joint.items())
+
+
+def test_importance_sampling_estimates_the_evidence_with_and_without_the_guide(tiny):
+    """The mean of N weights, whose standard error is their spread over sqrt(N), within 5 of them."""
+    _, task, y = tiny
+    truth, n = Enumeration(task.model).run(y).log_evidence.exp(), 3000
+    for guide in (None, task.guide):
+        weights = Importance(task.model, guide, num_particles=n).run(y).log_weights.exp() * n
+        assert bool(((weights.mean(0) - truth).abs() < 5 * weights.std(0) / n**0.5).all())
+
+
+def test_the_guide_reads_the_ending_and_the_model_does_not_before_it():
+    experiment = EXPERIMENTS["reverse"]()
+    (y,) = experiment.test
+    assert experiment.site == "x" and len(y) == 16
+    assert experiment.lm.decode(y[0]).count(".") == 2  # the middle and the ending
+    posterior = Importance(experiment.model, num_particles=4).run(y[:2])
+    assert all(s.endswith(".") for s in sum(experiment.lm.decode(posterior.samples["x"]), []))
+    with pytest.raises(ValueError, match="guide_lm"):
+        Reverse(experiment.lm).guide(y)
+    with pytest.raises(ValueError, match="data"):
+        EXPERIMENTS["reverse"](experiment.lm)
