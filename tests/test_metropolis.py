@@ -614,3 +614,10 @@ def test_diagnostics_that_are_not_defined():
 def test_arguments_are_named_in_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MetropolisHastings(mixing(0.0), **wrong)
+
+
+def test_a_model_without_latents_is_named():
+    lm = tiny_lm(vocab=5)
+    text = torch.tensor([[2, 0]])
+    with pytest.raises(ValueError, match="model: it has no latent site"):
+        MetropolisHastings(lambda: pyro.sample("y", Completion(lm, text[:, :1], max_tokens=1), obs=text)).run()

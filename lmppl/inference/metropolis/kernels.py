@@ -182,6 +182,8 @@ def select(plates: Plates, accepted: Tensor, new: Values, old: Values) -> Values
 
 def _density(proposal: Trace, target: Trace, plates: Plates, known: Values) -> Density:
     latent = programs.latents(target)
+    if not latent:
+        raise ValueError("model: it has no latent site, so that there is nothing to sample")
     prior = log_density(only(target, set(latent)), plates, known=known)
     for name, node in latent.items():  # a row that the model masks follows q
         out = torch.as_tensor(_counts(node)).logical_not()
