@@ -210,7 +210,7 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dic
     if "smc" in chosen:
         found["SMC (prior, stop twist)"] = matched(SMC(model, twist="stop"))
     if "smc" in chosen and "gflownet" in chosen:
-        found["SMC (GFlowNet)"] = SMC(model, experiment.guide, num_particles=n)
+        found["SMC (GFlowNet, flow twist)"] = SMC(model, experiment.guide, num_particles=n, twist="flow")
     return found
 
 

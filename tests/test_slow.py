@@ -37,7 +37,7 @@ def test_a_guide_trained_for_a_minute_is_near_the_posterior_of_unseen_stories(tr
 
 
 def test_a_trained_guide_makes_smc_better_at_the_same_cost(trained):
-    """As proposal: the evidence's spread falls to a fraction; with its flow as twist, to less than without."""
+    """As proposal: the evidence's spread falls; with its flow as twist too, to a fraction."""
     experiment, exact, _ = trained
     model, guide, args = experiment.model, experiment.guide, experiment.test
     meter = Meter([experiment.lm.network])
@@ -58,19 +58,21 @@ def test_a_trained_guide_makes_smc_better_at_the_same_cost(trained):
         exact=exact,
         repetitions=8,
     )
-    for name in ("guide", "guide, flow"):
-        for other in ("prior", "prior, stop"):
-            assert result[name].log_evidence_sd < 0.5 * result[other].log_evidence_sd
+    for other in ("prior", "prior, stop"):
+        for name in ("guide", "guide, flow"):
+            assert result[name].log_evidence_sd < result[other].log_evidence_sd
             assert result[name].draws_tv < result[other].draws_tv - 0.2
+        assert result["guide, flow"].log_evidence_sd < 0.2 * result[other].log_evidence_sd
     assert result["guide, flow"].log_evidence_sd < result["guide"].log_evidence_sd
 
 
 def test_diagnose_tells_a_trained_guide_from_the_prior(trained):
     experiment, _, _ = trained
     args = experiment.test
-    assert diagnose(Importance(experiment.model, experiment.guide, 128), *args, seed=0, simulations=0)["ESS / N"].ok
+    guided = diagnose(Importance(experiment.model, experiment.guide, 128), *args, seed=0, simulations=0)
+    assert guided["ESS / N"].suspect is False
     prior = diagnose(Importance(experiment.model, num_particles=128), *args, seed=0, simulations=0)
-    assert not prior["ESS / N"].ok and not prior.ok
+    assert prior["ESS / N"].suspect is True and not prior.ok
 
 
 def test_markov_chains_with_a_trained_guide_mix_and_from_the_prior_do_not(trained):
