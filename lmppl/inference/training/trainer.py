@@ -69,6 +69,7 @@ class Trainer(ABC):
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
         self.max_plate_nesting = max_plate_nesting
         self.training_tokens = 0
+        self._steps = 0  # taken by `step`, one by one: what schedules are asked about
         self._networks: dict[tuple[Program, Program], list[Any]] = {}
 
     @abstractmethod
@@ -114,7 +115,7 @@ class Trainer(ABC):
 
         :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
         """
-        self._steps = getattr(self, "_steps", 0) + 1
+        self._steps += 1
         return self._counted(Task(self.model, self.guide, [args]), args, kwargs, self._steps - 1)
 
     def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
