@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo test test-slow lint format bench build clean
+.PHONY: .venv algorithms demo paper test test-slow lint format bench build clean
 
 .venv: $(INSTALLED)
 
@@ -37,6 +37,9 @@ format: $(INSTALLED)
 
 algorithms: $(INSTALLED)
 	$(BIN)/python -m benchmarks.algorithms
+
+paper: $(INSTALLED)
+	$(BIN)/python -m benchmarks.paper
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/sampling.py

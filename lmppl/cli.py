@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from pathlib import Path
@@ -19,9 +20,11 @@ from .inference.compare.quality import density_quality, outside_mass
 from .inference.files import save_figure, write_atomically
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
+from .models.experiment import SETTINGS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
+COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "options"}
 ALGORITHMS = ("importance", "smc", "gflownet")
 PARTICLES = 64
 REPETITIONS = 4
@@ -31,6 +34,10 @@ OUTSIDE_DRAWS = 10_000
 Model = Annotated[str, typer.Argument(help="Which model; `lmppl list` names them.")]
 Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Observations of your own, e.g. a story a line.")]
+Setting = Annotated[str, typer.Option("--setting", help="The target: posterior, or the paper's released setting.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the model, e.g. temperature=0.9.")
+]
 Out = Annotated[Path, typer.Option("--out", help="Where results go.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; default: the recipe's.")]
@@ -64,6 +71,8 @@ def compare_command(
     model: Model,
     lm: Lm = None,
     data: Data = None,
+    setting: Setting = SETTINGS[0],
+    options: Options = None,
     algorithms: Annotated[str, typer.Option(help="A comma-separated choice.")] = ",".join(ALGORITHMS),
     out: Out = Path("out"),
     steps: Steps = None,
@@ -78,7 +87,7 @@ def compare_command(
     """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior."""
     torch.set_num_threads(threads)
     chosen = _choose(algorithms)
-    experiment = _experiment(model, lm, data, seed, checkpoint)
+    experiment = _experiment(model, lm, data, seed, checkpoint, setting, options)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     exact, exact_tokens = _truth(experiment)
@@ -105,6 +114,8 @@ def train_command(
     model: Model,
     lm: Lm = None,
     data: Data = None,
+    setting: Setting = SETTINGS[0],
+    options: Options = None,
     out: Out = Path("out/train"),
     steps: Steps = None,
     seed: Seed = 0,
@@ -112,7 +123,7 @@ def train_command(
 ) -> None:
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
     torch.set_num_threads(threads)
-    experiment = _experiment(model, lm, data, seed)
+    experiment = _experiment(model, lm, data, seed, None, setting, options)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
     gflownet.fit(
@@ -132,12 +143,14 @@ def sample_command(
     checkpoint: Annotated[Path, typer.Option(help="The adapter that `lmppl train` or `compare` saved.")],
     lm: Lm = None,
     data: Data = None,
+    setting: Setting = SETTINGS[0],
+    options: Options = None,
     particles: Annotated[int, typer.Option(min=1)] = PARTICLES,
     observations: Annotated[int, typer.Option(min=1, help="How many test observations to show.")] = 4,
     seed: Seed = 0,
 ) -> None:
     """Sample latent texts for unseen observations from a trained guide."""
-    experiment = _experiment(model, lm, data, seed, checkpoint)
+    experiment = _experiment(model, lm, data, seed, checkpoint, setting, options)
     torch.manual_seed(seed)
     posterior = experiment.gflownet().run(*experiment.test, num_particles=particles)
     console.print(sample_text(experiment, posterior, None, observations), highlight=False, markup=False)
@@ -156,13 +169,39 @@ def _choose(algorithms: str) -> list[str]:
     return chosen
 
 
-def _experiment(model: str, lm: str | None, data: Path | None, seed: int, checkpoint: Path | None = None) -> Experiment:
+def _experiment(
+    model: str,
+    lm: str | None,
+    data: Path | None,
+    seed: int,
+    checkpoint: Path | None,
+    setting: str,
+    options: list[str] | None,
+) -> Experiment:
     if model not in EXPERIMENTS:
         raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     loaded = None if lm is None else LanguageModel.from_pretrained(lm)
-    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint)
+    own = _own_options(model, options or [])
+    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, **own)
+
+
+def _own_options(model: str, options: list[str]) -> dict[str, Any]:
+    """What a model's `experiment` takes besides what all of them take: numbers as numbers, the rest as text."""
+    known = [p for p in inspect.signature(EXPERIMENTS[model]).parameters if p not in COMMON]
+    found: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in known or not equals:
+            raise Failure(
+                f"--set {option}: expected NAME=VALUE with a name of {', '.join(known) or 'none'} for {model}"
+            )
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:

@@ -21,7 +21,7 @@ from ..distributions import Completion
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe, split
+from .experiment import Experiment, Recipe, paper_setting, split
 
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
 PLAIN, CONDITIONED = "{x}", "Temperature {T}. {x}"  # guides' prompts
@@ -134,6 +134,7 @@ def experiment(
     recipe: Recipe | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    setting: str = "posterior",
     temperature: float | Sequence[float] = TEMPERATURES[0],
     max_tokens: int | None = None,
 ) -> Experiment:
@@ -145,12 +146,13 @@ def experiment(
 
     :raises ValueError: for another language model without ``data``, or prompts too long for its context.
     """
+    paper_setting(setting)  # the posterior, too
     recipe, several = recipe or Recipe(), temperatures(temperature)
     if lm is not None and data is None:
         raise ValueError("data: another language model needs prompts of its own, a file with a prompt a line")
     known = data is None  # the target can be enumerated
     lm = lm or LanguageModel.embedded("stories")
-    guide_lm = recipe.guide_lm(lm, seed) if checkpoint is None else lm.with_adapter(checkpoint)
+    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     train, held_out, test = embedded_prompts() if data is None else split(read_prompts(data))
     template: str = PLAIN
     write: Callable[[float], str] = "{:g}".format

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
 import torch
+from pyro import poutine
 
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
 from ..language_model import LanguageModel
 
 T = TypeVar("T")
+SETTINGS = "posterior", "paper"
 TEST_OBSERVATIONS = 16
 
 
@@ -45,8 +48,10 @@ class Recipe:
         """How many steps to train."""
         return self.quick_steps if quick else self.steps
 
-    def guide_lm(self, lm: LanguageModel, seed: int = 0) -> LanguageModel:
-        """``lm`` with a fresh adapter of this recipe."""
+    def guide_lm(self, lm: LanguageModel, seed: int = 0, checkpoint: str | Path | None = None) -> LanguageModel:
+        """``lm`` with a fresh adapter of this recipe, or with the adapter saved at ``checkpoint``."""
+        if checkpoint is not None:
+            return lm.with_adapter(checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return lm.with_adapter(peft.LoraConfig(**self.adapter))
@@ -89,3 +94,25 @@ def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
     if len(observations) < 3:
         return observations, observations[-1:], observations[-1:]
     return observations[: -2 * n], observations[-n:], observations[-2 * n : -n]
+
+
+def paper_setting(setting: str) -> bool:
+    """Whether the target is the paper's released setting rather than the posterior.
+
+    :raises ValueError: for a setting that is neither.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
+    return setting == "paper"
+
+
+def tempered(model: Program, temperature: float) -> Program:
+    r"""The model with its joint to the power 1 / temperature: what training ends at for a final reward temperature."""
+    if temperature == 1:
+        return model
+
+    def program(*args: Any) -> Any:
+        with poutine.scale(scale=1 / temperature):
+            return model(*args)
+
+    return program

@@ -18,11 +18,12 @@ from ..embedded import Story
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe, split
+from .experiment import Experiment, Recipe, paper_setting, split, tempered
 
 TEMPLATE = "Ending:{y}\nBeginning:{x}\nMiddle:"
 TEST_STORIES, HELD_OUT_STORIES = 16, 16
 LONGEST_MIDDLE = 24
+PAPER_TEMPERATURE = 0.85  # the final reward temperature of the paper's released setting
 
 
 class Infilling:
@@ -95,6 +96,7 @@ def experiment(
     recipe: Recipe | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    setting: str = "posterior",
     template: str = TEMPLATE,
 ) -> Experiment:
     """The missing middle sentence of a story, given its beginning and its end.
@@ -108,12 +110,13 @@ def experiment(
     if lm is not None and data is None:
         raise ValueError("data: another language model needs stories of its own, a file with a story a line")
     lm = lm or LanguageModel.embedded("stories")
-    guide_lm = recipe.guide_lm(lm, seed) if checkpoint is None else lm.with_adapter(checkpoint)
+    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
+    temperature = PAPER_TEMPERATURE if paper_setting(setting) else 1.0
     if data is None:
         train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
         held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]
         task = Infilling(lm, guide_lm, template=template)
-        exact = Enumeration(Infilling(lm).model, mass=0.998)
+        exact = Enumeration(tempered(task.model, temperature), mass=0.998)
     else:
         train, held_out, test = split(read_stories(data))
         longest = int(length(lm.encode([s.z for s in train])).max())
@@ -130,7 +133,7 @@ def experiment(
         name="infilling",
         lm=lm,
         guide_lm=guide_lm,
-        model=task.model,
+        model=tempered(task.model, temperature),
         guide=task.guide,
         batches=batches,
         held_out=task.encode(held_out),
@@ -138,4 +141,7 @@ def experiment(
         describe=lambda i: f"{test[i].x} [...]{test[i].y}    (told: {test[i].z.strip()})",
         exact=exact,
         recipe=recipe,
+        target="the posterior"
+        if temperature == 1
+        else f"p(z|x, y) to the power 1 / {temperature:g}, the paper's setting",
     )

@@ -24,7 +24,7 @@ from ..embedded.numbers import FIXED, MAX_TOKENS
 from ..inference import Enumeration, Mixture, Prior, Replay, Tempered, VarGrad
 from ..inference.training.schedules import linear
 from ..language_model import LanguageModel
-from .experiment import Experiment, Recipe
+from .experiment import Experiment, Recipe, paper_setting
 
 TARGETS = "uniform", "valid"
 TEST_PAIRS = 16
@@ -159,6 +159,7 @@ def experiment(
     recipe: Recipe | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    setting: str = "posterior",
     target: str = "uniform",
     unseen: bool = False,
 ) -> Experiment:
@@ -171,6 +172,7 @@ def experiment(
     """
     if unseen and data is not None:
         raise ValueError("data: `unseen` has pairs of its own")
+    paper_setting(setting)  # the posterior, too
     recipe = recipe or (BOUNDS_RECIPE if unseen else FIXED_RECIPE)
     train = held_out = test = [FIXED] if data is None else read_bounds(data)
     if unseen:
@@ -178,7 +180,7 @@ def experiment(
         held_out, test = held_out[:TEST_PAIRS], test[:TEST_PAIRS]
     own = lm is None
     lm = lm or LanguageModel.embedded("numbers")
-    guide_lm = recipe.guide_lm(lm, seed) if checkpoint is None else lm.with_adapter(checkpoint)
+    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     task = RandomNumber(lm, guide_lm, target=target)
     a, b = tensors(train)
 

@@ -17,7 +17,7 @@ from ..embedded import Story
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe, split
+from .experiment import Experiment, Recipe, paper_setting, split
 from .infilling import read_stories
 
 PREFIX = "Beginning:"
@@ -80,6 +80,7 @@ def experiment(
     recipe: Recipe | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    setting: str = "posterior",
 ) -> Experiment:
     """The beginning of a story, given how it goes on.
 
@@ -88,11 +89,12 @@ def experiment(
 
     :raises ValueError: for another language model without ``data``: the embedded stories are written in its vocabulary.
     """
+    paper_setting(setting)  # the posterior, too
     recipe = recipe or Recipe()
     if lm is not None and data is None:
         raise ValueError("data: another language model needs stories of its own, a file with a story a line")
     lm = lm or LanguageModel.embedded("stories")
-    guide_lm = recipe.guide_lm(lm, seed) if checkpoint is None else lm.with_adapter(checkpoint)
+    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if data is None:
         train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
         held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]

@@ -1,0 +1,65 @@
+"""One experiment of the paper: units of work that run apart and are kept, and the section that they make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+Figures = dict[str, Any]  # what one run of a cell found; JSON
+Results = dict[str, list[Figures]]  # of every cell that has run, one a seed
+
+
+@dataclass(frozen=True)
+class Study:
+    """One experiment.
+
+    :param name: short; its files are named after it.
+    :param title: the section's.
+    :param cells: units of work that run apart, usually a method each; each is run for every seed.
+    :param run: ``run(cell, seed, short) -> figures`` that JSON can hold; ``short`` is for tests, seconds in all.
+    :param report: the results of complete cells to Markdown: a table, then one sentence a claim.
+    :param plot: a picture of the results, shown under the table.
+    """
+
+    name: str
+    title: str
+    cells: tuple[str, ...]
+    run: Callable[[str, int, bool], Figures]
+    report: Callable[[Results], str]
+    plot: Callable[[Results, Path], None] | None = None
+
+
+def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:
+    """Mean and, in brackets, standard deviation of one figure over seeds; infinite where one is (JSON has null for it)."""
+    values = [math.inf if r[key] is None else r[key] * scale for r in runs]
+    if not all(map(math.isfinite, values)):
+        return "infinite"
+    shown = (
+        f"{mean(values):.{digits}f}" if abs(mean(values)) >= 10**-digits or not any(values) else f"{mean(values):.1e}"
+    )
+    return shown if len(values) < 2 else f"{shown} ({stdev(values):.{digits}f})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """The mean of paired differences and the half-width of its 95% interval, by Student's t."""
+    from scipy.stats import t
+
+    d = [a - b for a, b in zip(ours, theirs, strict=True)]
+    half = math.inf if len(d) < 2 else float(t.ppf(0.975, len(d) - 1)) * stdev(d) / math.sqrt(len(d))
+    return mean(d), half
+
+
+def verdict(claim: str, seen: bool | None, because: str) -> str:
+    """One sentence on a claim of the paper; None: it is not testable here."""
+    word = {True: "seen", False: "not seen", None: "not testable here"}[seen]
+    return f"- *{claim}*: **{word}**. {because}\n"
