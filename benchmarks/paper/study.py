@@ -34,7 +34,7 @@ class Study:
 
 
 def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:
-    """Mean and, in brackets, standard deviation of one figure over seeds; infinite where one is (JSON has null for it)."""
+    """Mean and, in brackets, standard deviation over seeds of one figure; null stands for infinite."""
     values = [math.inf if r[key] is None else r[key] * scale for r in runs]
     if not all(map(math.isfinite, values)):
         return "infinite"
