@@ -8,24 +8,32 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+Within = Callable[[], AbstractContextManager[None]]
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# In these, layers whose weights are read past an adapter (most of which PEFT refuses): "all-linear" is all the others.
+STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+UNADAPTABLE = ["conv1d", "out_proj", "dt_proj"]
 
 
 class CheckpointError(OSError, ValueError):
@@ -95,13 +103,46 @@ class Network:
             for p in frozen:
                 p.requires_grad = True
 
-    def refuse_checkpointing(self) -> None:
-        """Recomputation in the backward pass would run with whichever adapter is active by then."""
-        if self.adapters and any(m.gradient_checkpointing for m in self.checkpointing):
+    def run(self, adapter: Adapter | None, input_ids: Tensor, within: Within = nullcontext, **kwargs: Any) -> Any:
+        """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
+
+        Where the model's gradient checkpointing is on, layers are computed again in the backward pass: with the adapter
+        of this pass, whichever has been active since, and inside ``within()``.
+        """
+
+        @contextmanager
+        def setting() -> Iterator[None]:
+            self.activate(adapter)
+            with self.base_frozen() if adapter and torch.is_grad_enabled() else nullcontext(), within():
+                yield
+
+        layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
+        try:
+            for layer in layers:
+                layer.__dict__["forward"] = partial(_repeated, layer, setting)
+            with setting():
+                return self.model(input_ids, **kwargs)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    def _layers_to_repeat(self, kwargs: dict[str, Any]) -> list[Any]:
+        """The layers to compute again in the backward pass; RuntimeError where that would not be right."""
+        marked = [m for m in self.checkpointing if m.gradient_checkpointing]
+        layers = [m for m in marked if isinstance(m, GradientCheckpointingLayer)]
+        reason = ""
+        if marked and not layers:
+            reason = f"{type(self.model).__name__} has no layers that can be computed again"
+        elif marked and any(isinstance(m, ParamWrapper) for m in self.layers):
+            # They replace a parameter while a layer runs, which a backward pass under way does not survive.
+            reason = "layers with adapters on bare parameters (experts) cannot be computed again"
+        elif marked and kwargs.setdefault("use_cache", False):
+            reason = "a pass that fills a cache cannot be computed again"
+        if reason:
             raise RuntimeError(
-                "gradient checkpointing recomputes with whichever adapter is active in the backward pass; "
-                "switch it off on a model that has adapters: lm.model.activation_checkpointing_disable()"
+                f"gradient checkpointing: {reason}; switch it off: lm.model.activation_checkpointing_disable()"
             )
+        return layers
 
     def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
         """Inject a new adapter; whatever was there keeps its weights, its gradients and its `requires_grad`."""
@@ -111,6 +152,8 @@ class Network:
         config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
+        if getattr(config, "target_modules", None) == "all-linear" and self.model.config.model_type in STATE_SPACE:
+            config.exclude_modules = config.exclude_modules or UNADAPTABLE
         before = {p: p.requires_grad for p in self.model.parameters()}
         try:
             with warnings.catch_warnings():
@@ -118,6 +161,7 @@ class Network:
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
+            cast_adapter_dtype(self.model, name)  # half precision is too coarse for an optimiser's steps
         except (ValueError, TypeError) as error:
             reason = first_line(error)
             raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {reason}") from error
@@ -236,3 +280,14 @@ def _refuse(config: peft.PeftConfig) -> None:
 
 def _no_warning(*args: Any) -> None:
     """In place of a warning about padding without a mask."""
+
+
+def _repeated(layer: Any, setting: Within, *args: Any, **kwargs: Any) -> Any:
+    """The layer's output, of which the backward pass keeps the input only."""
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with setting():
+            return type(layer).forward(layer, *args, **kwargs)
+
+    # transformers' own recomputation asks for train() mode, and so for dropout.
+    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -29,7 +29,8 @@ class LanguageModel(nn.Module):
 
     Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
     in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the
-    view, not `.model`, which all views share.
+    view, not `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`)
+    holds for all views: each layer is computed again in the backward pass, by the view that ran it.
 
     `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass without
     gradient; larger work is split, so that memory stays bounded however many particles are asked for.
@@ -143,14 +144,7 @@ class LanguageModel(nn.Module):
         network.tokens_scored += input_ids.numel() if tokens is None else tokens
         if network.model.training:
             network.model.eval()
-        network.activate(self._adapter)
-        if not torch.is_grad_enabled():
-            return network.model(input_ids, **kwargs)
-        network.refuse_checkpointing()
-        if self._adapter is None:
-            return network.model(input_ids, **kwargs)
-        with network.base_frozen():
-            return network.model(input_ids, **kwargs)
+        return network.run(self._adapter, input_ids, **kwargs)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""

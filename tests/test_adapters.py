@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig
 from tiny import ARCHITECTURES, tiny_lm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmppl import LanguageModel
 from lmppl.adapters import CheckpointError
@@ -207,16 +208,48 @@ def test_a_copy_is_independent_and_whole():
     assert twin.network is not a.network
 
 
-def test_gradient_checkpointing_with_adapters_is_refused():
+def test_gradient_checkpointing_computes_again_with_the_view_that_ran(lm):
+    """Two adapters and the base between forward and backward, which runs twice: the gradients without checkpointing."""
+    views = [adapted(lm, 1), adapted(lm, 2), lm]
+    calls: list[int] = []
+    last = [m for m in lm.network.checkpointing if isinstance(m, GradientCheckpointingLayer)][-1]
+    next(last.children()).register_forward_hook(lambda *_: calls.append(1))
+    grads = {}
+    for on in (False, True):
+        (lm.model.activation_checkpointing_enable if on else lm.model.activation_checkpointing_disable)()
+        value = loss(*views)
+        logits(views[1])
+        calls.clear()
+        for _ in range(2):
+            lm.model.zero_grad()
+            value.backward(retain_graph=True)
+            logits(views[0])
+        grads[on] = [p.grad for view in views for p in view.trainable_parameters()]
+        assert len(calls) == 2 * (3 * on + 1)  # each layer again for each view; once for each call of logits
+        assert all(p.requires_grad for view in views for p in view.trainable_parameters())
+    assert len(grads[True]) == len(grads[False])
+    for a, b in zip(grads[True], grads[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pass_with_a_cache_cannot_be_computed_again():
+    lm = tiny_lm("llama")
+    lm.model.activation_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="gradient checkpointing"):
+        lm(IDS, use_cache=True)
+    with torch.no_grad():
+        assert lm(IDS, use_cache=True).past_key_values is not None
+    assert lm(IDS).past_key_values is None
+
+
+def test_checkpointing_is_refused_where_no_layer_can_be_computed_again():
     lm = tiny_lm("llama")
     view = lm.with_adapter(LORA)
-    lm.model.activation_checkpointing_enable()
+    lm.model.model.gradient_checkpointing = True  # as in a model whose layers transformers does not know
     for either in (lm, view):
         with pytest.raises(RuntimeError, match="gradient checkpointing"):
             either(IDS)
     logits(view)
-    lm.model.activation_checkpointing_disable()
-    view(IDS)
 
 
 def test_names_are_unique():

@@ -140,12 +140,13 @@ def problems(draw):
 
 
 NETWORKS: dict[str, LanguageModel] = {}
+WINDOWED = ("sliding window", "alternating windows, soft caps")
 
 
 @settings(max_examples=40)
-@given(problems(), st.sampled_from(ARCHITECTURES), st.booleans(), st.integers(5, 200))
+@given(problems(), st.sampled_from((*ARCHITECTURES, *WINDOWED)), st.booleans(), st.integers(5, 200))
 def test_any_tree_scores_as_plain_rows(problem, arch, budgeted, budget):
-    lm = NETWORKS.setdefault(arch, tiny_lm(arch, vocab=V))
+    lm = NETWORKS.get(arch) or NETWORKS.setdefault(arch, UNUSUAL[arch]() if arch in UNUSUAL else tiny_lm(arch, vocab=V))
     context, value = problem
     lm.token_budget = budget if budgeted else 16_384
     with torch.no_grad():
@@ -237,8 +238,7 @@ UNUSUAL = {
         transformers.OPTConfig(**SMALL, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16)
     ),
 }
-PLAIN_ONLY = {"sliding window", "wide sliding window", "alternating windows, soft caps", "local attention"}
-PLAIN_ONLY |= {"alibi", "recurrent"}
+PLAIN_ONLY = {"local attention", "alibi", "recurrent"}
 
 
 @pytest.mark.filterwarnings("ignore")  # kernels that are not installed
@@ -246,8 +246,7 @@ PLAIN_ONLY |= {"alibi", "recurrent"}
 def test_unusual_attention_is_right_or_falls_back(name):
     """Long shared prompts, many prefixes: scoring and sampling both equal a loop of plain forward passes."""
     lm = UNUSUAL[name]()
-    if name in PLAIN_ONLY:
-        assert not supports_trees(lm)
+    assert supports_trees(lm) == (name not in PLAIN_ONLY)
     loop = Plain(lm)
     prompt = torch.randint(1, V, (25,), generator=torch.Generator().manual_seed(1))
     z = torch.tensor([[2, 3, 4, 5], [5, 4, 3, 2]])
@@ -261,9 +260,7 @@ def test_unusual_attention_is_right_or_falls_back(name):
         ]
         assert log_probs[p, n].tolist() == pytest.approx([float(e) for e in expected], abs=1e-4)
 
-    uncached = isinstance(decoder(lm, prompt[None], torch.zeros(1, dtype=torch.long)), Recomputing)
-    assert uncached == (name == "recurrent")
-
+    assert isinstance(decoder(lm, prompt[None], torch.zeros(1, dtype=torch.long)), Decoder)
     d = Completion(lm, torch.stack([prompt, prompt.masked_fill(torch.arange(25) > 1, PAD)]), max_tokens=6, min_tokens=5)
     drawn, log_prob = d.sample_and_log_prob((4,))
     assert (d.log_prob(drawn) - log_prob).abs().max() < 1e-4
@@ -275,11 +272,13 @@ def test_unusual_attention_is_right_or_falls_back(name):
     assert log_prob[0, 1].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_window_wider_than_the_trial_is_no_proof():
-    """The trial tree is 9 tokens deep; only the configuration knows of a window of 20."""
+def test_a_window_that_does_not_reach_the_attention_is_no_tree():
+    """The trial tree is 9 tokens deep: that a layer's window is 20 only the configuration knows."""
     lm = UNUSUAL["wide sliding window"]()
-    assert scoring._tree_agrees(lm) is False or not supports_trees(lm)
-    assert not scoring.attends_to_everything(lm)
+    assert scoring.windows(lm) == [20, 20] and supports_trees(lm)
+    lm = tiny_lm("llama", vocab=V)
+    lm.model.config.sliding_window = 20  # these layers hand no window on
+    assert not supports_trees(lm)
 
 
 def test_packing_leaves_the_attention_implementation_as_it_was():

@@ -354,10 +354,8 @@ class Completion(TorchDistribution):
         flat_own = own.expand(batch).flatten()
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
-            log_probs = rules.select(rows).log_probs(logits, flat[rows])  # (r, T, V)
-            token = log_probs.gather(-1, flat[rows].clamp(min=0)[..., None])
-            stop = log_probs.gather(-1, flat_own[rows][:, None, None].expand(-1, reach, 1))
-            return torch.cat([token, stop], -1)  # (r, T, 2)
+            both = torch.stack([flat[rows].clamp(min=0), flat_own[rows][:, None].expand(-1, reach)], -1)  # (r, T, 2)
+            return rules.select(rows).selected(logits, both, flat[rows])
 
         if reach:
             # A stop predicts nothing (nor does the last token where there is no stop): the network need not read it.

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from .scoring import with_bos
+from .trials import agree, precise, verified
 
 
 class Decoder:
@@ -23,18 +24,21 @@ class Decoder:
         self.lm = lm
         contexts = with_bos(lm, contexts)
         length = text.length(contexts)  # (U,)
-        contexts = contexts[:, : int(length.max())]
-        last = length - 1
-        uniform = bool((length == contexts.shape[1]).all())
-        keep = torch.unique(last)
-        out = lm.forward(
-            contexts.clamp(min=0), tokens=int(length.sum()), use_cache=True, logits_to_keep=keep if not uniform else 1
-        )
-        self.cache = out.past_key_values
-        at = torch.searchsorted(keep, last) if not uniform else torch.zeros_like(last)
-        self.logits = out.logits[torch.arange(len(last), device=last.device), at][index]  # (R, V)
+        width = int(length.max())
+        # Padded on the left, so that a window that counts columns back from a token counts text alone.
+        position = torch.arange(width, device=length.device) - (width - length)[:, None]  # (U, width)
+        ids = contexts.gather(1, position.clamp(min=0))
+        padded = bool((length < width).any())
+        mask = (position >= 0).long() if padded else None
+        places = {"attention_mask": mask, "position_ids": position.clamp(min=0)} if padded else {}
+        out = lm.forward(ids.clamp(min=0), tokens=int(length.sum()), use_cache=True, logits_to_keep=1, **places)
+        # A network without any attention names its cache otherwise, and wants no mask once the padding is read.
+        attends = hasattr(out, "past_key_values")
+        self._cache_name = "past_key_values" if attends else "cache_params"
+        self.cache = out[self._cache_name]
+        self.logits = precise(out.logits[:, -1])[index]  # (R, V)
         self.position = length[index]  # (R,): where each row's next token goes
-        self.mask = None if uniform else (contexts != text.PAD).long()[index]
+        self.mask = mask[index] if mask is not None and attends else None
         if not _identity(index, len(contexts)):
             self.cache.reorder_cache(index)
 
@@ -42,19 +46,26 @@ class Decoder:
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
         """Append ``tokens`` (R,) or (R, T); ``alive`` of them still matter, for the count of tokens scored."""
         tokens = tokens.reshape(len(tokens), -1)
+        count = tokens.numel() if alive is None else alive
+        at_once = tokens.shape[1] == 1 or verified(self.lm, "several_at_once", _several_at_once)
+        for some in (tokens,) if at_once else tokens.split(1, 1):
+            self._read(some, count)
+            count = 0
+
+    def _read(self, tokens: Tensor, count: int) -> None:
         T = tokens.shape[1]
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), T)], 1)
         out = self.lm.forward(
             tokens,
-            tokens=tokens.numel() if alive is None else alive,
-            past_key_values=self.cache,
+            tokens=count,
             use_cache=True,
             attention_mask=self.mask,
             position_ids=self.position[:, None] + torch.arange(T, device=tokens.device),
             logits_to_keep=1,
+            **{self._cache_name: self.cache},
         )
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+        self.cache, self.logits = out[self._cache_name], precise(out.logits[:, -1])
         # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
         self.position = self.position + T
         if self.lm.max_length is not None:
@@ -72,3 +83,13 @@ class Decoder:
 
 def _identity(index: Tensor, n: int) -> bool:
     return len(index) == n and bool((index == torch.arange(n, device=index.device)).all())
+
+
+def _several_at_once(lm: LanguageModel) -> bool:
+    """Whether two tokens in one pass are two passes: some recurrences read more than one from the start only."""
+    ids = torch.randint(lm.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    together, apart = (Decoder(lm, ids[:, :3], torch.arange(2, device=lm.device)) for _ in range(2))
+    together._read(ids[:, 3:], 0)
+    for t in (3, 4):
+        apart._read(ids[:, t : t + 1], 0)
+    return agree(lm, together.logits, apart.logits, 1e-3)

@@ -1,4 +1,4 @@
-"""Decoding without a cache, for networks whose cache cannot serve rows of unequal length or be reordered."""
+"""Decoding without a cache, for networks that have none, or one that cannot be padded or reordered."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from .decoding import Decoder
-from .scoring import attends_to_everything, chunk_rows, with_bos
+from .scoring import chunk_rows, with_bos
+from .trials import agree, precise, verified
 
 
 class Recomputing:
-    """What `Decoder` does, with a pass over every whole sequence at each step.
-
-    Recurrent networks have no KV cache, and a sliding window counts the padding of a shorter prompt as if it were text.
-    """
+    """What `Decoder` does, with a pass over every whole sequence at each step."""
 
     def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
         self.lm = lm
@@ -41,7 +39,7 @@ class Recomputing:
                 rows[chunk, :length].clamp(min=0), tokens=int((last[chunk] + 1).sum()), use_cache=False
             )
             found.append(out.logits[torch.arange(len(chunk), device=rows.device), last[chunk]])
-        return torch.cat(found)[inverse]
+        return precise(torch.cat(found))[inverse]
 
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
         """Append ``tokens`` (R,) or (R, T)."""
@@ -54,45 +52,28 @@ class Recomputing:
 
 
 def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Recomputing:
-    """A cached decoder wherever that is right for this network and these prompts, else one without a cache."""
-    length = text.length(contexts)
-    unequal = bool((length != length[0]).any())
-    if (unequal and not attends_to_everything(lm)) or not _cache_agrees(lm):
-        return Recomputing(lm, contexts, index)
-    return Decoder(lm, contexts, index)
+    """A cached decoder wherever that is right for this network, else one without a cache."""
+    return (Decoder if _cache_agrees(lm) else Recomputing)(lm, contexts, index)
 
 
 def _cache_agrees(lm: LanguageModel) -> bool:
-    """Whether cached steps give this network's own logits: tried once per network on two short texts, then known."""
-    facts = lm.network.facts
-    if "cached_decoding" not in facts:
-        before = lm.tokens_scored
-        facts["cached_decoding"] = False
-        try:
-            facts["cached_decoding"] = _trial(lm)
-        except (AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError):
-            pass
-        finally:
-            lm.network.tokens_scored = before
-    return bool(facts["cached_decoding"])
+    """Whether cached steps give this network's own logits."""
+    return verified(lm, "cached_decoding", _trial)
 
 
 def _trial(lm: LanguageModel) -> bool:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (2, 6), generator=generator).to(lm.device)
     contexts, swapped = ids[:, :3].clone(), torch.tensor([1, 0], device=lm.device)
-    if attends_to_everything(lm):
-        contexts[0, 1:] = text.PAD
+    contexts[0, 1:] = text.PAD
     index = torch.tensor([0, 1], device=lm.device)
     cached, whole = Decoder(lm, contexts, index), Recomputing(lm, contexts, index)
-    tolerance = 1e-3 if lm.dtype in (torch.float32, torch.float64) else 5e-2
     for t in range(3, 6):
         for each in (cached, whole):
             each.step(ids[:, t])
             each.select(swapped)
-        expected = whole.logits.float()
-        if bool((cached.logits.float() - expected).abs().max() > tolerance * (1 + expected.abs().max())):
-            return False
-        if bool(expected.isnan().any()):  # damaged weights say nothing about the cache
+        if bool(whole.logits.isnan().any()):  # damaged weights say nothing about the cache
             return True
+        if not agree(lm, cached.logits, whole.logits, 1e-3):
+            return False
     return True

@@ -2,25 +2,34 @@
 
 Rows that share tokens (one prompt with many continuations; all prefixes of one text, each followed by an observation)
 are packed into a token tree (`tree_attention`); the sharing is found from the tokens themselves.  Where packing saves
-little, or a model's attention is not plain causal attention, rows go through the network one by one, right-padded,
-which needs no mask under causal attention.
+little, or a network attends in some other way, rows go through the network one by one, right-padded, which needs no
+mask under causal attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
-from .tree_attention import Level, UnsupportedAttention, tree
+from .tree_attention import Level, tree, windows_seen
+from .trials import agree, precise, verified
+from .unembedding import hidden_states, splits, unembed_each
 
 Head = Callable[[Tensor, Tensor], Tensor]
-"""``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits."""
+"""``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
+
+Run = Callable[..., Tensor]
+"""``run(lm, input_ids (B, W), first=0, **kwargs) -> (B, W - first, D)``: the network's logits or hidden states."""
 
 _LOGIT_BUDGET = 2**28  # floats of logits alive at once
+_MANY_LOGITS = 2**22  # floats of logits from which on it pays to compute only those that are wanted
 _WORTHWHILE = 0.75  # pack when it sends at most this share of the tokens through the network
 
 
@@ -78,30 +87,45 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
     plan = _Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
     packed = plan is not None and plan.cost <= _WORTHWHILE * tokens.numel() and supports_trees(lm)
     cost = plan.cost if packed and plan is not None else tokens.numel()
-    most = chunk_rows(lm, 1)
+    split = cost * lm.vocab_size > _MANY_LOGITS and splits(lm)
+    most = lm.token_budget if split else chunk_rows(lm, 1)
     if cost > most and rows.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
-        split = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
-        return torch.cat([_score(lm, t, s, r, width, head) for t, s, r in zip(*split, strict=True)], axis)
-    run = plan.logits if packed and plan is not None else _plain_logits
-    # position of the logits that predict each token of the value
+        parts = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
+        return torch.cat([_score(lm, t, s, r, width, head) for t, s, r in zip(*parts, strict=True)], axis)
+    run = plan.read if packed and plan is not None else _read_plain
+    # position of what predicts each token of the value
     wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
     wanted = wanted.clamp(max=tokens.shape[-1] - 1)
-    logits = run(lm, tokens, wanted)  # (P, N, B, T, V)
-    return head(logits.flatten(0, 2), rows.flatten()).unflatten(0, rows.shape)
+    if split:
+        states, index = run(lm, tokens, wanted, hidden_states)
+        result = unembed_each(lm, states, index.flatten(0, 2), rows.flatten(), head)
+    else:
+        logits, index = run(lm, tokens, wanted, _logits)
+        result = head(precise(logits[index.flatten(0, 2)]), rows.flatten())
+    return result.unflatten(0, rows.shape)
 
 
-def _plain_logits(lm: LanguageModel, tokens: Tensor, wanted: Tensor) -> Tensor:
-    """One right-padded row per sequence, identical rows once."""
-    flat, wanted_flat = tokens.flatten(0, -2), wanted.flatten(0, -2)
-    unique, inverse = torch.unique(flat, dim=0, return_inverse=True)
-    first = int(wanted_flat.min())
-    keep = torch.arange(first, tokens.shape[-1], device=tokens.device)
-    out = lm.forward(
-        unique.clamp(min=0), tokens=int(text.length(unique).sum()), use_cache=False, logits_to_keep=keep
-    ).logits  # (U, W - first, V)
-    return out[inverse[:, None], wanted_flat - first].view(*wanted.shape, -1)
+def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
+    """The logits (B, W - first, V) of positions ``first`` to the end."""
+    keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
+    logits: Tensor = lm.forward(input_ids, logits_to_keep=keep, **kwargs).logits
+    return logits[:, -len(keep) :]  # some networks keep all
+
+
+def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """What ``run`` says of one right-padded row per sequence, identical rows once.
+
+    The result is (M, D), and the indices (P, N, B, T) in it of the rows' positions ``wanted``.
+    """
+    unique, inverse = torch.unique(tokens.flatten(0, -2), dim=0, return_inverse=True)
+    first = int(wanted.min())
+    out = run(
+        lm, unique.clamp(min=0), first, tokens=int(text.length(unique).sum()), use_cache=False
+    )  # (U, W - first, D)
+    index = inverse.view(*wanted.shape[:-1], 1) * out.shape[1] + wanted - first
+    return out.flatten(0, 1), index
 
 
 class _Tree:
@@ -121,16 +145,17 @@ class _Tree:
         self.L = int((length - self.shared).max())
         self.cost = B * (self.A + N * (self.S + P * self.L))
 
-    def logits(self, lm: LanguageModel, tokens: Tensor, wanted: Tensor) -> Tensor:
-        """The logits (P, N, B, T, V) at the rows' positions ``wanted`` (P, N, B, T)."""
+    def read(self, lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """What ``run`` says of the packed rows, as `_read_plain` of each row alone."""
         P, N, B, _ = tokens.shape
         A, S, L, root, shared = self.A, self.S, self.L, self.root, self.shared
         device = tokens.device
+        branch = shared.permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
         # Each level's segments as slices of the rows they were found in, positions counted from the row's start.
         position = [
             torch.arange(A, device=device).expand(B, A),
             (root[:, None, None] + torch.arange(S, device=device)).expand(B, N, S),
-            (shared.permute(2, 1, 0)[..., None] + torch.arange(L, device=device)),  # (B, N, P, L)
+            branch[..., None] + torch.arange(L, device=device),  # (B, N, P, L)
         ]
         source = [self.trunk[0], self.trunk.transpose(0, 1), tokens.permute(2, 1, 0, 3)]
         end = [root, text.length(self.trunk).T, self.length.permute(2, 1, 0)]
@@ -142,27 +167,30 @@ class _Tree:
             count += int(inside.sum())
         visible_root = root[:, None].expand(B, N)
         every = (
-            Level((), A, ()),
-            Level((N,), S, (visible_root,)),
-            Level((N, P), L, (visible_root[..., None].expand(B, N, P), shared.permute(2, 1, 0) - root[:, None, None])),
+            Level((), A, (), torch.zeros_like(root)),
+            Level((N,), S, (visible_root,), visible_root),
+            Level((N, P), L, (visible_root[..., None].expand(B, N, P), branch - root[:, None, None]), branch),
         )
         kept = [i for i, level in enumerate(every) if level.tokens > 0]
         levels = tuple(
-            Level(every[i].fanout, every[i].width, tuple(v for j, v in enumerate(every[i].visible) if j in kept))
-            for i in kept
+            replace(every[i], visible=tuple(v for j, v in enumerate(every[i].visible) if j in kept)) for i in kept
         )
-        with tree(lm.model, levels):
-            out = lm.forward(
-                torch.cat(ids, 1), position_ids=torch.cat(places, 1), tokens=count, use_cache=False
-            ).logits  # (B, A + N S + N P L, V)
+        out = run(
+            lm,
+            torch.cat(ids, 1),
+            position_ids=torch.cat(places, 1),
+            tokens=count,
+            use_cache=False,
+            within=partial(tree, lm.model, levels),
+        )
         n = torch.arange(N, device=device)[:, None, None]
         p = torch.arange(P, device=device)[:, None, None, None]
         c, r = shared[..., None], root[:, None]
         in_trunk = A + n * S + wanted - r
         in_branch = A + N * S + (n * P + p) * L + wanted - c
         index = torch.where(wanted < r, wanted, torch.where(wanted < c, in_trunk, in_branch))
-        index = index.clamp(max=out.shape[1] - 1)
-        return out[torch.arange(B, device=device)[:, None], index]
+        index = index.clamp(max=out.shape[1] - 1) + torch.arange(B, device=device)[:, None] * out.shape[1]
+        return out.flatten(0, 1), index  # (B (A + N S + N P L), D)
 
 
 def _common(rows: Tensor, reference: Tensor) -> Tensor:
@@ -172,18 +200,19 @@ def _common(rows: Tensor, reference: Tensor) -> Tensor:
 
 def supports_trees(lm: LanguageModel) -> bool:
     """Whether tree attention gives this network's own logits: tried once per network on a small tree, then known."""
-    facts = lm.network.facts
-    if "tree_attention" not in facts:
-        facts["tree_attention"] = attends_to_everything(lm) and _tree_agrees(lm)
-    return bool(facts["tree_attention"])
+    return verified(lm, "tree_attention", _tree_agrees)
 
 
-def attends_to_everything(lm: LanguageModel) -> bool:
-    """Whether the configuration promises attention to all that came before, which no small trial could show."""
+def windows(lm: LanguageModel) -> list[int | None] | None:
+    """How far back each layer attends, by the configuration, as no small trial could show; None if it does not say."""
     config = lm.model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    kinds = [*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())]
-    return all(limit is None for limit in limits) and all(kind in ("full_attention", "global") for kind in kinds)
+    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "attention_layers", None):
+        return None
+    window = getattr(config, "sliding_window", None)
+    alike = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    reach = {"full_attention": None, "sliding_attention": window}
+    kinds = getattr(config, "layer_types", None) or alike
+    return [reach[kind] for kind in kinds] if set(kinds) <= set(reach) else None
 
 
 def _tree_agrees(lm: LanguageModel) -> bool:
@@ -193,14 +222,6 @@ def _tree_agrees(lm: LanguageModel) -> bool:
     ids[1, :, :, :5], ids[2, :, :, :4] = ids[0, :, :, :5], ids[0, :, :, :4]
     ids[2, :, :, 7:] = text.PAD
     wanted = torch.arange(1, 7, device=lm.device).expand(3, 2, 2, 6)
-    before = lm.network.tokens_scored
-    try:
-        with torch.no_grad():
-            plain = _plain_logits(lm, ids, wanted).float()
-            packed = _Tree(ids).logits(lm, ids, wanted).float()
-    except (UnsupportedAttention, TypeError, ValueError, KeyError, IndexError, RuntimeError):
-        return False  # the plain path serves
-    finally:
-        lm.network.tokens_scored = before
-    tolerance = 1e-4 if lm.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((plain - packed).abs().max() <= tolerance * (1 + plain.abs().max()))
+    with windows_seen() as seen:
+        (plain, at), (packed, there) = (read(lm, ids, wanted, _logits) for read in (_read_plain, _Tree(ids).read))
+    return seen == windows(lm) and agree(lm, packed[there], plain[at], 1e-4)

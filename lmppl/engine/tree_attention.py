@@ -5,8 +5,9 @@ One row of the batch holds, one after another,
     root (A tokens) | N trunks of S tokens | N x P branches of L tokens
 
 A trunk continues the root; branch p of trunk n continues the first ``visible[n, p]`` tokens of trunk n.  A query
-attends to the visible part of each of its ancestors and, causally, to its own segment.  Keys are never copied: the
-queries of all descendants are folded into one matrix product with their ancestor's keys.
+attends to the visible part of each of its ancestors and, causally, to its own segment, as far back as the layer's
+window reaches.  Keys are never copied: the queries of all descendants are folded into one matrix product with their
+ancestor's keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NAME = "lmppl_tree"
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model's attention has a feature (window, soft cap, sinks) that tree attention does not implement."""
+    """The model's attention has a feature (sinks, an additive mask) that tree attention does not implement."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Level:
     """One level of the tree: ``fanout`` segments below each of the ``B`` roots, each ``width`` tokens long.
 
     ``visible[j]``, shape (B, *fanout): how many tokens of the ancestor at level j a segment of this level sees.
+    ``start``, the same shape: where in its text a segment's first token stands.
     """
 
     fanout: tuple[int, ...]
     width: int
     visible: tuple[Tensor, ...]
+    start: Tensor
 
     @property
     def tokens(self) -> int:
@@ -47,6 +50,18 @@ class Level:
 
 
 _TREE: ContextVar[tuple[Level, ...]] = ContextVar("tree")
+_WINDOWS: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)
+
+
+@contextmanager
+def windows_seen() -> Iterator[list[int | None]]:
+    """The windows of the layers (None: no limit) that tree attention is called for inside, in order."""
+    seen: list[int | None] = []
+    token = _WINDOWS.set(seen)
+    try:
+        yield seen
+    finally:
+        _WINDOWS.reset(token)
 
 
 @contextmanager
@@ -61,19 +76,34 @@ def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
         _TREE.reset(token)
 
 
-def _attend(level: Level, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """Attention of one level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``."""
+def _attend(
+    levels: tuple[Level, ...],
+    query: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of the last level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``."""
+    own = levels[-1]
     scores, folded = [], []
-    for j, key in enumerate(keys):
+    at = own.start[..., None] + torch.arange(own.width, device=query.device)  # (B, *fanout, L)
+    for j, (level, key) in enumerate(zip(levels, keys, strict=True)):
         depth = key.dim() - 4  # the ancestor's number of fanout axes
         q = query.flatten(2 + depth, -2)  # (B, H, *fanout_j, descendants' tokens, D)
         score = (q @ key.transpose(-1, -2)).unflatten(-2, query.shape[2 + depth : -1])
         folded.append(depth)
-        position = torch.arange(key.shape[-2], device=key.device)
-        if j < len(level.visible):
-            hidden = position >= level.visible[j][:, None, ..., None, None]  # (B, 1, *fanout, 1, L_j)
+        if softcap is not None:
+            score = softcap * (score / softcap).tanh()
+        position = torch.arange(level.width, device=key.device)
+        if j < len(own.visible):
+            hidden = position >= own.visible[j][..., None, None]  # (B, *fanout, 1, L_j)
         else:
             hidden = position[None, :] > position[:, None]  # causal
+        if window is not None:
+            start = level.start.view(*level.start.shape, *[1] * (at.dim() - level.start.dim()), 1)
+            hidden = hidden | (at[..., None] - start - position >= window)  # (B, *fanout, L, L_j)
+        hidden = hidden if hidden.dim() == 2 else hidden[:, None]
         scores.append(score.masked_fill(hidden, -torch.inf))  # (B, H, *fanout, L, L_j)
     precision = torch.promote_types(query.dtype, torch.float32)
     weights = torch.cat(scores, -1).softmax(-1, dtype=precision).to(query.dtype)
@@ -91,29 +121,33 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; query (B, H, T, D), result (B, T, H, D)."""
-    for feature in ("sliding_window", "softcap", "s_aux"):
-        if kwargs.get(feature) is not None:
-            raise UnsupportedAttention(feature)
+    if kwargs.get("s_aux") is not None:
+        raise UnsupportedAttention("sinks")
     if attention_mask is not None:
         raise UnsupportedAttention("an additive mask")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if key.shape[1] != query.shape[1]:  # grouped-query attention
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if (seen := _WINDOWS.get()) is not None:
+        seen.append(sliding_window)
     levels = _TREE.get()
     sizes = [level.tokens for level in levels]
     query = query * scaling
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs = []
-    for level, q, k, v in zip(levels, *(x.split(sizes, 2) for x in (query, key, value)), strict=True):
+    for i, (level, q, k, v) in enumerate(zip(levels, *(x.split(sizes, 2) for x in (query, key, value)), strict=True)):
         shape = (*level.fanout, level.width)
         keys.append(k.unflatten(2, shape))
         values.append(v.unflatten(2, shape))
-        outputs.append(_attend(level, q.unflatten(2, shape), keys, values).flatten(2, -2))
+        out = _attend(levels[: i + 1], q.unflatten(2, shape), keys, values, sliding_window, softcap)
+        outputs.append(out.flatten(2, -2))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 

@@ -1,0 +1,43 @@
+"""Facts about a network that only a trial can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..language_model import LanguageModel
+
+_DIFFERENT = (AttributeError, TypeError, ValueError, KeyError, IndexError, RuntimeError, NotImplementedError)
+
+
+def verified(lm: LanguageModel, fact: str, trial: Callable[[LanguageModel], bool]) -> bool:
+    """Whether ``trial`` succeeds for this network: run once, its tokens not counted, then known under ``fact``.
+
+    A network that is built differently fails by whatever error it meets.
+    """
+    facts = lm.network.facts
+    if fact not in facts:
+        before, facts[fact] = lm.tokens_scored, False
+        try:
+            with torch.no_grad():
+                facts[fact] = trial(lm)
+        except _DIFFERENT:
+            pass
+        finally:
+            lm.network.tokens_scored = before
+    return bool(facts[fact])
+
+
+def agree(lm: LanguageModel, found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether logits are the same up to rounding: ``tolerance`` with weights in single precision, 5e-2 in half."""
+    if lm.dtype in (torch.float16, torch.bfloat16):
+        tolerance = 5e-2
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).abs().max() <= tolerance * (1 + expected.abs().max()))
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Logits as they leave the engine: in single precision where the network's are half."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

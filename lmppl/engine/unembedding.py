@@ -1,0 +1,97 @@
+"""A network in two parts, hidden states and head: logits only where they are wanted, a few rows at a time.
+
+The head is whatever the model does with its decoder's output (norms, the output layer and its adapters, scaling, soft
+caps): the model itself is run with a decoder that answers with the hidden states at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..language_model import LanguageModel
+from .trials import agree, precise, verified
+
+LOGITS_AT_ONCE = 2**25  # floats
+_DISTINCT = 0.75  # below this share of distinct positions it pays to compute each once and copy
+
+
+def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
+    """What the decoder says of ``input_ids`` (B, W) from ``first`` on, (B, W - first, D)."""
+    found: list[Any] = []
+    hook = lm.model.get_decoder().register_forward_hook(lambda module, args, out: found.append(out))
+    try:
+        lm.forward(input_ids, logits_to_keep=1, **kwargs)
+    finally:
+        hook.remove()
+    states: Tensor = found[0].last_hidden_state
+    return states[:, first:]
+
+
+def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
+    """The logits (n, V) of hidden states (n, D)."""
+    with _answering(lm.model.get_decoder(), states[None]):
+        logits: Tensor = lm.forward(
+            states.new_zeros(1, len(states), dtype=torch.long), tokens=0, use_cache=False
+        ).logits
+    return logits[0]
+
+
+def unembed_each(lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor, head: Any) -> Tensor:
+    """``head(logits (r, T, V), rows (r,))`` for the states (M, D) at ``index`` (R, T), no more logits than fit at once.
+
+    With gradient, the logits of all but a single chunk are computed again in the backward pass and never kept.
+    """
+
+    def part(states: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        wanted, inverse = torch.unique(index, return_inverse=True)
+        if len(wanted) < _DISTINCT * index.numel():
+            return head(precise(unembed(lm, states[wanted]))[inverse], rows)
+        return head(precise(unembed(lm, states[index.flatten()])).unflatten(0, index.shape), rows)
+
+    at_once = max(1, LOGITS_AT_ONCE // (index.shape[1] * lm.vocab_size))
+    if len(rows) <= at_once:
+        return part(states, index, rows)
+    chunks = list(zip(index.split(at_once), rows.split(at_once), strict=True))
+    if not torch.is_grad_enabled():
+        return torch.cat([part(states, *chunk) for chunk in chunks])
+    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(states, *chunk) for chunk in chunks])
+
+
+def splits(lm: LanguageModel) -> bool:
+    """Whether the two parts together give this network's own logits."""
+    return verified(lm, "split_head", _trial)
+
+
+def _trial(lm: LanguageModel) -> bool:
+    ids = torch.randint(lm.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    whole = lm.forward(ids, use_cache=False).logits
+    parts = unembed(lm, hidden_states(lm, ids, use_cache=False).flatten(0, 1))
+    return agree(lm, parts, whole.flatten(0, 1), 1e-5)
+
+
+class _Answer(tuple[Tensor]):
+    """A decoder's output in which nothing but the last hidden state is there."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _answering(decoder: nn.Module, states: Tensor) -> Iterator[None]:
+    decoder.__dict__["forward"] = lambda *args, **kwargs: _Answer((states,))
+    try:
+        yield
+    finally:
+        del decoder.__dict__["forward"]

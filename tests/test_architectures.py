@@ -1,0 +1,324 @@
+"""One contract for every architecture: whatever the network does inside, the engine says what a plain loop says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import product
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig
+from reference import Law, Plain, tokens
+from test_engine import packing, scored, spied
+from tiny import tiny_tokenizer
+
+from lmppl import LanguageModel, text
+from lmppl.distributions import Completion, NextToken
+from lmppl.engine.decoding import Decoder
+from lmppl.engine.recomputing import decoder
+from lmppl.engine.scoring import supports_trees
+from lmppl.engine.unembedding import hidden_states, splits, unembed
+from lmppl.text import PAD
+
+V = 7
+IDS = {"vocab_size": V, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": None}
+SHAPE = {**IDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+COMMON = {**SHAPE, "intermediate_size": 32, "max_position_embeddings": 64}
+GROUPED = {**COMMON, "num_key_value_heads": 1}
+WINDOW = 4  # smaller than the texts
+
+CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "gpt2": lambda: hf.GPT2Config(**IDS, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "gpt-neo": lambda: hf.GPTNeoConfig(
+        **IDS,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        max_position_embeddings=64,
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**COMMON),
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi": lambda: hf.PhiConfig(**COMMON),
+    "opt": lambda: hf.OPTConfig(**SHAPE, ffn_dim=32, max_position_embeddings=64, word_embed_proj_dim=16),
+    "falcon": lambda: hf.FalconConfig(**SHAPE, max_position_embeddings=64),
+    "falcon-alibi": lambda: hf.FalconConfig(**SHAPE, alibi=True, max_position_embeddings=64),
+    "bloom": lambda: hf.BloomConfig(**IDS, hidden_size=16, n_layer=2, n_head=2),
+    "mamba": lambda: hf.MambaConfig(**IDS, hidden_size=16, num_hidden_layers=2, state_size=4),
+    "rwkv": lambda: hf.RwkvConfig(**IDS, hidden_size=16, num_hidden_layers=2, context_length=64),
+    "recurrent-gemma": lambda: hf.RecurrentGemmaConfig(
+        **{**GROUPED, "num_hidden_layers": 3}, head_dim=8, attention_window_size=WINDOW, lru_width=16
+    ),
+    "qwen3-next": lambda: hf.Qwen3NextConfig(
+        **GROUPED,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=2,  # all, so that rounding to half precision cannot flip the choice
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}
+
+
+PACKED = {
+    "gpt2",
+    "gpt-neox",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "opt",
+}  # the others go one row a text
+UNCACHED = {"rwkv", "recurrent-gemma"}  # their states cannot be reordered: decoding reads each text anew
+UNREPEATABLE = {"qwen3-next"}  # adapters of its experts cannot be computed again
+
+every_architecture = pytest.mark.parametrize("arch", CONFIGS)
+
+
+def network(arch: str, dtype: torch.dtype = torch.float32, add_bos: bool = False, std: float = 0.4) -> LanguageModel:
+    """A tiny random network whose distributions are far from uniform."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(CONFIGS[arch](), dtype=dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() > 1:
+                    p.normal_(std=std)
+    return LanguageModel(model, tiny_tokenizer(V, add_bos=add_bos))
+
+
+shared = lru_cache(network)
+"""A network that a test only reads."""
+
+
+def ragged(lengths: Sequence[int], seed: int = 0) -> torch.Tensor:
+    """Random texts of these lengths, without eos."""
+    ids = torch.randint(1, V, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    return ids.masked_fill(torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None], PAD)
+
+
+PROMPTS = ragged([6, 1, 3, 9], seed=1)
+STOP = torch.tensor([0])
+
+# Peft names expert layers that "all-linear" leaves out anyway.
+moe = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+
+
+# Scoring --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+@every_architecture
+def test_scores_equal_a_plain_loop(arch, add_bos):
+    """Prompts and texts of unequal lengths in one batch, an empty one of each among them."""
+    lm = shared(arch, add_bos=add_bos)
+    prompts = text.cat(torch.full((5, 1), PAD), ragged([6, 1, 0, 9, 3], seed=1))
+    value = text.cat(ragged([2, 8, 5, 0, 7], seed=2), STOP)
+    d = Completion(lm, prompts, max_tokens=8)
+    with torch.no_grad():
+        by_token, by_prefix = d.token_log_probs(value), d.prefix_log_probs(value)
+    for n in range(5):
+        law = Law(Plain(lm), tokens(prompts[n]), max_tokens=8)
+        z = tokens(value[n])
+        expected = [float(law.next(z[:t])[v]) for t, v in enumerate(z)]
+        assert by_token[n, : len(z)].tolist() == pytest.approx(expected, abs=1e-4)
+        assert by_prefix[n].tolist() == pytest.approx(law.prefix_log_probs(z, 9), abs=1e-4)
+
+
+@every_architecture
+def test_packed_is_plain_or_falls_back(arch):
+    """Every prefix of two texts, an observation after each, as in a GFlowNet's reward."""
+    lm = shared(arch)
+    assert supports_trees(lm) == (arch in PACKED)
+    context = text.cat(PROMPTS[3], text.prefixes(ragged([5, 4], seed=3), stop=0))  # (P, 2, L)
+    y = text.cat(ragged([3], seed=4)[0], STOP)
+    grads = []
+    for always in (False, True):
+        with packing(always), spied(lm) as sizes:
+            log_probs = scored(lm, context, y)
+        grads.append(torch.autograd.grad(log_probs.mean(), lm.trainable_parameters(), allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        assert a is b is None or (a - b).abs().max() < 1e-4 * (1 + b.abs().max())
+    distinct = len(torch.unique(context.flatten(0, 1), dim=0))
+    assert (sum(sizes) < distinct * 17) == (arch in PACKED)
+    for p, n in product(range(len(context)), range(2)):
+        law = Law(Plain(lm), tokens(context[p, n]), max_tokens=8)
+        expected = [float(law.next(tokens(y)[:t])[v]) for t, v in enumerate(tokens(y))]
+        assert log_probs[p, n].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# Decoding -------------------------------------------------------------------------------------------------------------
+
+
+@every_architecture
+def test_what_was_drawn_scores_as_it_was_drawn(arch):
+    """log q of the cached steps equals `log_prob`, and of a text regrown behind what it keeps."""
+    lm = shared(arch)
+    d = Completion(lm, PROMPTS, max_tokens=8, min_tokens=4)
+    z, log_prob = d.sample_and_log_prob((3,))
+    assert (d.log_prob(z) - log_prob).abs().max() < 1e-4
+    law = Law(Plain(lm), tokens(PROMPTS[0]), max_tokens=8, min_tokens=4)
+    assert log_prob[1, 0].item() == pytest.approx(law.log_prob(tokens(z[1, 0])), abs=1e-4)
+    keep = torch.tensor([3, 2, 4, 3])
+    again, rest = d.regrow(z, keep)
+    kept = torch.arange(z.shape[-1]) < keep[:, None]
+    assert torch.equal(again.where(kept, PAD), z.where(kept, PAD))
+    assert (d.token_log_probs(again).masked_fill(kept, 0.0).sum(-1) - rest).abs().max() < 1e-4
+
+
+@every_architecture
+def test_steps_predict_what_each_row_has_read(arch):
+    """Rows repeated, dropped and reordered between steps, as SMC does, from prompts of unequal length."""
+    lm, loop = shared(arch), Plain(shared(arch))
+    index = torch.tensor([0, 1, 1, 3, 2])
+    steps = decoder(lm, PROMPTS, index)
+    assert isinstance(steps, Decoder) == (arch not in UNCACHED)
+    rows = [tokens(PROMPTS[i]) for i in index]
+    g = torch.Generator().manual_seed(0)
+    for t in range(7):
+        drawn = torch.randint(V, (len(rows), 2 if t == 3 else 1), generator=g)
+        steps.step(drawn)
+        rows = [row + tuple(new) for row, new in zip(rows, drawn.tolist(), strict=True)]
+        if t in (1, 3, 4):
+            order = torch.randint(len(rows), (len(rows) - (t == 3),), generator=g)
+            steps.select(order)
+            rows = [rows[i] for i in order]
+        expected = torch.stack([loop.logits(row) for row in rows])
+        assert (steps.logits - expected).abs().max() < 1e-4
+
+
+# Adapters -------------------------------------------------------------------------------------------------------------
+
+
+def adapted(lm: LanguageModel) -> LanguageModel:
+    return lm.with_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+
+
+def gradients(loss: torch.Tensor, view: LanguageModel) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, view.trainable_parameters(), retain_graph=True))
+
+
+@moe
+@every_architecture
+def test_an_adapter_gets_the_gradient_of_a_plain_loop(arch):
+    lm = network(arch)
+    view = adapted(lm)
+    value = text.cat(ragged([2, 8, 5, 7], seed=2), STOP)
+    loss = Completion(view, PROMPTS, max_tokens=8).log_prob(value).sum()
+    plain = torch.zeros(())
+    for prompt, z in zip(PROMPTS, value, strict=True):
+        z, row = tokens(z), tokens(prompt) + tokens(z)
+        log_probs = view.forward(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+        plain = plain + sum(log_probs[len(row) - len(z) + t - 1, v] for t, v in enumerate(z[:8]))
+    found, expected = gradients(loss, view), gradients(plain, view)
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-3)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-3 * (1 + b.abs().max())
+    assert sum(bool(g.any()) for g in found) >= 0.9 * len(found)
+    with pytest.raises(RuntimeError):  # the base takes no part
+        torch.autograd.grad(loss, lm.trainable_parameters(), retain_graph=True)
+
+
+@moe
+@every_architecture
+def test_two_adapters_do_not_disturb_one_another(arch):
+    lm = network(arch)
+    value = text.cat(ragged([4, 7, 2, 5], seed=2), STOP)
+
+    def log_prob(view: LanguageModel) -> torch.Tensor:
+        return Completion(view, PROMPTS, max_tokens=7).log_prob(value)
+
+    base = log_prob(lm).detach()
+    views = [adapted(lm), adapted(lm)]
+    alone = [log_prob(view) for view in views]
+    grads = [gradients(x.sum(), view) for x, view in zip(alone, views, strict=True)]
+    assert (alone[0] - alone[1]).abs().min() > 1e-3 and (alone[0] - base).abs().min() > 1e-3
+    first, second, third = log_prob(views[0]), log_prob(views[1]), log_prob(lm)
+    assert torch.equal(first, alone[0]) and torch.equal(second, alone[1]) and torch.equal(third, base)
+    for view, own in zip(views, grads, strict=True):
+        joint = gradients((first + second).sum(), view)
+        assert all(torch.equal(a, b) for a, b in zip(joint, own, strict=True))
+
+
+@moe
+@every_architecture
+def test_checkpointed_layers_are_computed_again_as_they_were(arch):
+    """Packed and plain rows of two adapters and the base in one backward pass: the gradient without checkpointing."""
+    lm = network(arch)
+    views = [adapted(lm), adapted(lm), lm]
+    context = text.cat(PROMPTS[3], text.prefixes(ragged([3, 2], seed=3), stop=0))  # (P, 2, L)
+    y = text.cat(ragged([2], seed=4)[0], STOP)
+    grads = []
+    for switch in (lm.model.activation_checkpointing_disable, lm.model.activation_checkpointing_enable):
+        switch()
+        if grads and arch in UNREPEATABLE:
+            with pytest.raises(RuntimeError, match="gradient checkpointing"):
+                scored(views[0], context, y)
+            return
+        with packing(True):
+            total = sum(scored(view, context, y).mean() * (i + 1) for i, view in enumerate(views))
+        parameters = [p for view in views for p in view.trainable_parameters()]
+        grads.append(torch.autograd.grad(total, parameters, allow_unused=True))
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+
+
+# Large vocabularies, half precision -----------------------------------------------------------------------------------
+
+
+@every_architecture
+def test_hidden_states_and_head_give_the_logits(arch):
+    """What a large vocabulary needs (test_logits.py), here with a small one."""
+    lm = shared(arch)
+    ids = ragged([9, 9], seed=5)
+    with torch.no_grad():
+        parts = unembed(lm, hidden_states(lm, ids, use_cache=False).flatten(0, 1))
+        whole = lm.model(ids, use_cache=False).logits
+    assert splits(lm) and (parts - whole.flatten(0, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_architecture
+def test_half_precision_gives_log_probabilities_in_single(arch, dtype):
+    """Within 32 roundings of the same weights in single precision, a token; and normalised as single precision is."""
+    lm, single = (network(arch, dtype, std=0.2) for _ in range(2))
+    single.model.float()
+    value = text.cat(ragged([2, 8, 5, 7], seed=2), STOP)
+    found, expected = (Completion(each, PROMPTS, max_tokens=8) for each in (lm, single))
+    tolerance = 32 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        by_token = found.token_log_probs(value)
+        assert (by_token - expected.token_log_probs(value)).abs().max() < tolerance
+        z, log_prob = found.sample_and_log_prob((4,))
+        assert (found.log_prob(z) - log_prob).abs().max() < 2 * tolerance
+        next_token = NextToken(lm, PROMPTS).logits
+        steps = found.token_steps().log_probs()
+    assert {x.dtype for x in (by_token, log_prob, next_token, steps)} == {torch.float32}
+    for distribution in (next_token, steps):
+        assert (distribution.double().exp().sum(-1) - 1).abs().max() < 1e-6
+    everything = Completion(lm, PROMPTS, max_tokens=1).enumerate_support()[:, 0]
+    with torch.no_grad():
+        total = Completion(lm, PROMPTS, max_tokens=1).log_prob(everything[:, None]).double().exp().sum(0)
+    # Each text is scored in a pass of its own, and these round each for itself.
+    assert (total - 1).abs().max() < tolerance
