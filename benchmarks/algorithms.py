@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from lmppl.engine import prompts
 from lmppl.inference import (
     SMC,
     DetailedBalance,
@@ -124,6 +125,7 @@ def _quiet() -> None:
     import transformers
 
     torch.set_num_threads(1)
+    prompts.CAPACITY = 0  # every method pays for the prompts that it reads, at every step
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -129,6 +129,11 @@ class LanguageModel(nn.Module):
         return self.network.base_parameters[0].dtype
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether this view has weights of its own on top of the base model's."""
+        return self._adapter is not None
+
+    @property
     def tokens_scored(self) -> int:
         """How many tokens have gone through the network, all views together."""
         return self.network.tokens_scored

@@ -1,6 +1,7 @@
 """No algorithm is slower than its honest cost: tokens through the network, counted.
 
-A prompt is read once to draw from it and once by each site that scores what follows it; never once per particle.
+The guide reads a prompt once to draw from it and once, with gradient, to score what was drawn; the base network reads
+each prompt that several texts share once in all. Never once per particle.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from tiny import tiny_lm
 
 from lmppl.distributions import Completion
+from lmppl.engine.prompts import prompts
 from lmppl.inference import SMC, GFlowNet, Importance, PooledVarGrad, SubTB, VarGrad
 
 TOKENS, LONGER = 4, 150
@@ -45,6 +47,7 @@ def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
     with pyro.validation_enabled(False):  # under validation one particle is run again
         run = algorithm.step if isinstance(algorithm, GFlowNet) else algorithm.run
         run()  # the first run of a network also verifies its attention
+        prompts(lm.network).forget()
         before = lm.tokens_scored
         run()
     return lm.tokens_scored - before
@@ -58,15 +61,15 @@ def trained(kind):
     return make
 
 
-# How often a prompt is read: to draw z, to score z under the model (and under the guide, with gradient), to score y.
+# How often a prompt is read: once by the model, and by the guide to draw z and to score it with gradient.
 ALGORITHMS = {
-    "importance, prior": (lambda m, g, n: Importance(m, num_particles=n), 2),
-    "importance, guide": (lambda m, g, n: Importance(m, g, num_particles=n), 3),
-    "SMC, prior": (lambda m, g, n: SMC(m, num_particles=n), 2),
-    "SMC, guide": (lambda m, g, n: SMC(m, g, num_particles=n), 3),
-    "VarGrad": (trained(VarGrad), 4),
-    "SubTB, all prefixes": (trained(SubTB), 4),
-    "pooled, all prefixes": (trained(PooledVarGrad), 4),
+    "importance, prior": (lambda m, g, n: Importance(m, num_particles=n), 1),
+    "importance, guide": (lambda m, g, n: Importance(m, g, num_particles=n), 2),
+    "SMC, prior": (lambda m, g, n: SMC(m, num_particles=n), 1),
+    "SMC, guide": (lambda m, g, n: SMC(m, g, num_particles=n), 2),
+    "VarGrad": (trained(VarGrad), 3),
+    "SubTB, all prefixes": (trained(SubTB), 3),
+    "pooled, all prefixes": (trained(PooledVarGrad), 3),
 }
 
 

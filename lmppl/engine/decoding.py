@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from .prompts import recalled
 from .scoring import with_bos
 from .trials import agree, precise, verified
 
@@ -31,7 +32,11 @@ class Decoder:
         padded = bool((length < width).any())
         mask = (position >= 0).long() if padded else None
         places = {"attention_mask": mask, "position_ids": position.clamp(min=0)} if padded else {}
-        out = lm.forward(ids.clamp(min=0), tokens=int(length.sum()), use_cache=True, logits_to_keep=1, **places)
+        count = int(length.sum())
+        if (behind := recalled(lm, contexts, length - 1, exactly=True)) is not None:  # all but each last token
+            ids, count = ids[:, -1:], len(ids)
+            places |= {"past_key_values": behind.cache, "position_ids": position[:, -1:]}
+        out = lm.forward(ids.clamp(min=0), tokens=count, use_cache=True, logits_to_keep=1, **places)
         # A network without any attention names its cache otherwise, and wants no mask once the padding is read.
         attends = hasattr(out, "past_key_values")
         self._cache_name = "past_key_values" if attends else "cache_params"

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from .decoding import Decoder
+from .prompts import prompts
 from .scoring import chunk_rows, with_bos
 from .trials import agree, precise, verified
 
@@ -58,7 +59,11 @@ def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Rec
 
 def _cache_agrees(lm: LanguageModel) -> bool:
     """Whether cached steps give this network's own logits."""
-    return verified(lm, "cached_decoding", _trial)
+    known = "cached_decoding" in lm.network.facts
+    agrees = verified(lm, "cached_decoding", _trial)
+    if not known:
+        prompts(lm.network).forget()  # the trial's own
+    return agrees
 
 
 def _trial(lm: LanguageModel) -> bool:

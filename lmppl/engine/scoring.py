@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from .prompts import Past, recalled
 from .tree_attention import Level, tree, windows_seen
 from .trials import agree, precise, verified
 from .unembedding import hidden_states, splits, unembed_each
@@ -98,6 +99,8 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
     # position of what predicts each token of the value
     wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
     wanted = wanted.clamp(max=tokens.shape[-1] - 1)
+    if packed and plan is not None:
+        plan.recall(lm, wanted)
     if split:
         states, index = run(lm, tokens, wanted, hidden_states)
         result = unembed_each(lm, states, index.flatten(0, 2), rows.flatten(), head)
@@ -137,18 +140,26 @@ class _Tree:
         longest = length.argmax(0)  # (N, B)
         self.trunk = trunk = tokens.gather(0, longest[None, ..., None].expand(1, N, B, W))[0]  # (N, B, W)
         self.shared = _common(tokens, trunk)  # (P, N, B): tokens each row has in common with its trunk
-        root = torch.minimum(_common(trunk, trunk[0]), self.shared.amin(0)).amin(0) if N > 1 else length.new_zeros(B)
-        self.root = root  # (B,)
+        self.common = torch.minimum(_common(trunk, trunk[0]), self.shared.amin(0)).amin(0)  # (B,)
+        self.root = root = self.common if N > 1 else length.new_zeros(B)  # (B,)
         self.length = length
         self.A = int(root.max())
         self.S = int((text.length(trunk) - root).max())
+        self.behind: Past | None = None  # the root, where it was read before
         self.L = int((length - self.shared).max())
         self.cost = B * (self.A + N * (self.S + P * self.L))
+
+    def recall(self, lm: LanguageModel, wanted: Tensor) -> None:
+        """Take the root from what was read before, short of the token that predicts the first one ``wanted``."""
+        self.behind = recalled(lm, self.trunk[0], torch.minimum(self.common, wanted[..., 0].amin((0, 1))))
+        if self.behind is not None:
+            self.A, self.root = 0, self.behind.length
+            self.S = int((text.length(self.trunk) - self.root).max())
 
     def read(self, lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """What ``run`` says of the packed rows, as `_read_plain` of each row alone."""
         P, N, B, _ = tokens.shape
-        A, S, L, root, shared = self.A, self.S, self.L, self.root, self.shared
+        behind, A, S, L, root, shared = self.behind, self.A, self.S, self.L, self.root, self.shared
         device = tokens.device
         branch = shared.permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
         # Each level's segments as slices of the rows they were found in, positions counted from the row's start.
@@ -167,7 +178,13 @@ class _Tree:
             count += int(inside.sum())
         visible_root = root[:, None].expand(B, N)
         every = (
-            Level((), A, (), torch.zeros_like(root)),
+            Level(
+                (),
+                A if behind is None else behind.cache.get_seq_length(),
+                (),
+                torch.zeros_like(root),
+                read=behind is None,
+            ),
             Level((N,), S, (visible_root,), visible_root),
             Level((N, P), L, (visible_root[..., None].expand(B, N, P), branch - root[:, None, None]), branch),
         )
@@ -175,12 +192,14 @@ class _Tree:
         levels = tuple(
             replace(every[i], visible=tuple(v for j, v in enumerate(every[i].visible) if j in kept)) for i in kept
         )
+        past = {} if behind is None else {"past_key_values": behind.cache}
         out = run(
             lm,
             torch.cat(ids, 1),
             position_ids=torch.cat(places, 1),
             tokens=count,
             use_cache=False,
+            **past,
             within=partial(tree, lm.model, levels),
         )
         n = torch.arange(N, device=device)[:, None, None]

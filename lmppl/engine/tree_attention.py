@@ -40,6 +40,7 @@ class Level:
     width: int
     visible: tuple[Tensor, ...]
     start: Tensor
+    read: bool = True  # False: its keys and values come from the cache, and nothing asks from there
 
     @property
     def tokens(self) -> int:
@@ -137,17 +138,20 @@ def tree_attention(
     if (seen := _WINDOWS.get()) is not None:
         seen.append(sliding_window)
     levels = _TREE.get()
-    sizes = [level.tokens for level in levels]
+    asking = [level.tokens if level.read else 0 for level in levels]
+    known = [level.tokens for level in levels]
     query = query * scaling
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs = []
-    for i, (level, q, k, v) in enumerate(zip(levels, *(x.split(sizes, 2) for x in (query, key, value)), strict=True)):
+    parts = zip(levels, query.split(asking, 2), key.split(known, 2), value.split(known, 2), strict=True)
+    for i, (level, q, k, v) in enumerate(parts):
         shape = (*level.fanout, level.width)
         keys.append(k.unflatten(2, shape))
         values.append(v.unflatten(2, shape))
-        out = _attend(levels[: i + 1], q.unflatten(2, shape), keys, values, sliding_window, softcap)
-        outputs.append(out.flatten(2, -2))
+        if level.read:
+            out = _attend(levels[: i + 1], q.unflatten(2, shape), keys, values, sliding_window, softcap)
+            outputs.append(out.flatten(2, -2))
     return torch.cat(outputs, 2).transpose(1, 2), None
 
 

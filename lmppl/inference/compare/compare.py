@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ...engine.prompts import prompts
 from .. import programs
 from ..metropolis.metropolis import MetropolisHastings
 from ..posterior.posterior import Posterior
@@ -22,7 +23,7 @@ from .comparison import Comparison, Point, Row, averaged
 from .quality import density_quality, draw_quality, modes_drawn
 
 MOST_PARTICLES = 1_000_000
-PILOTS = 16, 64  # particles
+PILOTS = 32, 128  # particles
 
 
 class Algorithm(Protocol):
@@ -158,7 +159,7 @@ class _Sized:
 
 
 class Meter:
-    """Runs something and says what it cost in tokens and seconds."""
+    """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included."""
 
     def __init__(self, networks: list[Any]):
         self.networks: dict[int, Any] = {}
@@ -173,6 +174,8 @@ class Meter:
         return sum(n.tokens_scored for n in self.networks.values())
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Any, int, float]:
+        for network in self.networks.values():
+            prompts(network).forget()
         tokens, start = self.tokens, time.perf_counter()
         answer = run()
         return answer, self.tokens - tokens, time.perf_counter() - start

@@ -1,0 +1,139 @@
+"""Prompts that the base network has read: their keys and values, kept for as long as its weights stay as they are.
+
+An adapter that is trained moves at every step, so only the base network's prompts are kept: a frozen language model
+reads each of its prompts once, however often it is sampled from and scored after it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..adapters import Network
+from ..language_model import LanguageModel
+from .trials import agree, verified
+
+CAPACITY = 16_384  # tokens
+_MOST_ROWS = 64  # more distinct prompts than that are texts that grow, not prompts
+_SLACK = 4  # tokens that are sooner read again than kept a second time
+
+Ids = tuple[int, ...]
+Layers = list[tuple[Tensor, Tensor]]  # keys and values (H, A, D) of each layer
+
+
+class Past(NamedTuple):
+    """What is known of the first tokens of some rows."""
+
+    cache: DynamicCache  # of each layer keys and values (B, H, A, D), padded to the longest
+    length: Tensor  # (B,): how many tokens of each row
+
+
+class Prompts:
+    """What one network has read; least recently used prompts go first."""
+
+    def __init__(self) -> None:
+        self.capacity = CAPACITY  # 0: nothing is kept
+        self._kept: OrderedDict[Ids, Layers] = OrderedDict()
+        self._weights: tuple[list[tuple[int, int]], Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self._kept.clear()
+
+    @torch.no_grad()
+    def past(self, lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
+        """Keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W), or a few less unless ``exactly``.
+
+        What is not known is read, and kept. Padded on the left if ``exactly``, as decoding wants it, else on the right.
+        None where nothing is to be kept.
+        """
+        if not self.capacity or len(rows) > _MOST_ROWS or not int(end.max()) or int(end.sum()) > self.capacity:
+            return None
+        if not self._current(lm):
+            self.forget()
+        wanted = [tuple(r[:n]) for r, n in zip(rows.tolist(), end.tolist(), strict=True)]
+        lengths = sorted({len(k) for k in self._kept}, reverse=True)
+        found = [self._longest(ids, [n for n in lengths if n <= len(ids)], 0 if exactly else _SLACK) for ids in wanted]
+        self._read(lm, [ids for ids, known in zip(wanted, found, strict=True) if known is None])
+        layers = []
+        for ids, known in zip(wanted, found, strict=True):
+            known = ids if known is None else known
+            if known:
+                self._kept.move_to_end(known)
+            any_kept = next(reversed(self._kept.values()))
+            layers.append(self._kept[known] if known else [(k[:, :0], v[:, :0]) for k, v in any_kept])
+        length = torch.tensor([each[0][0].shape[1] for each in layers], device=rows.device)
+        width = int(length.max())
+        cache = DynamicCache()
+        for i in range(len(layers[0])):
+            pairs = zip(*(each[i] for each in layers), strict=True)  # keys of all rows, values of all rows
+            cache.update(*(torch.stack([_widened(x, width, exactly) for x in xs]) for xs in pairs), i)
+        while sum(map(len, self._kept)) > self.capacity:
+            self._kept.popitem(last=False)
+        return Past(cache, length)
+
+    def _longest(self, ids: Ids, lengths: list[int], slack: int) -> Ids | None:
+        """The longest beginning of ``ids`` that is kept, if it is at most ``slack`` tokens short."""
+        return next((ids[:n] for n in lengths if len(ids) - n <= slack and ids[:n] in self._kept), None)
+
+    def _read(self, lm: LanguageModel, texts: list[Ids]) -> None:
+        """Read and keep these texts, padded on the right of causal attention."""
+        texts = [*dict.fromkeys(filter(None, texts))]
+        if not texts:
+            return
+        width = max(map(len, texts))
+        ids = torch.tensor([t + (0,) * (width - len(t)) for t in texts], device=lm.device)
+        out = lm.forward(ids, tokens=sum(map(len, texts)), use_cache=True, logits_to_keep=1)
+        if any(type(layer) is not DynamicLayer for layer in out.past_key_values.layers):
+            raise NotImplementedError("a cache that is more than keys and values")
+        for row, t in enumerate(texts):
+            layers = out.past_key_values.layers
+            self._kept[t] = [tuple(x[row, :, : len(t)].clone() for x in (each.keys, each.values)) for each in layers]
+
+    def _current(self, lm: LanguageModel) -> bool:
+        """Whether the base weights are what they were: the versions that autograd counts, and a number of each."""
+        weights = lm.network.base_parameters
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
+        numbers = torch.stack([p.detach().view(-1)[0].float() for p in weights])
+        before, self._weights = self._weights, (versions, numbers)
+        return before is not None and before[0] == versions and torch.equal(before[1], numbers)
+
+
+def prompts(network: Network) -> Prompts:
+    """What a network has read."""
+    kept = network.facts.setdefault("prompts", Prompts())
+    assert isinstance(kept, Prompts)
+    return kept
+
+
+def recalled(lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
+    """`Prompts.past` of the base network without gradient; None for anything else."""
+    return prompts(lm.network).past(lm, rows, end, exactly=exactly) if _keeps(lm) else None
+
+
+def _keeps(lm: LanguageModel) -> bool:
+    """Whether this is the base network, no gradient is asked for, and its cache is one of plain keys and values."""
+    if lm.has_adapter or torch.is_grad_enabled() or not prompts(lm.network).capacity:
+        return False
+    return verified(lm, "kept_prompts", _trial)
+
+
+def _trial(lm: LanguageModel) -> bool:
+    ids = torch.randint(lm.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    past = Prompts().past(lm, ids, torch.tensor([4, 4], device=lm.device))
+    whole = lm.forward(ids, use_cache=False).logits[:, 4:]
+    assert past is not None
+    after = torch.arange(4, 6, device=lm.device).expand(2, -1)
+    return agree(lm, lm.forward(ids[:, 4:], past_key_values=past.cache, position_ids=after).logits, whole, 1e-4)
+
+
+def _widened(x: Tensor, width: int, left: bool) -> Tensor:
+    """(H, A, D) padded to (H, width, D)."""
+    missing = width - x.shape[1]
+    return pad(x, (0, 0, missing, 0) if left else (0, 0, 0, missing))
