@@ -10,12 +10,14 @@ from .check import Check
 from .combine import every
 from .grammars import Grammar, grammar, json_schema, regex, without, words
 from .masks import Constraint, PrefixConstraint, allowed_at, ban, checked, only
+from .slots import Slots
 
 __all__ = [
     "Check",
     "Constraint",
     "Grammar",
     "PrefixConstraint",
+    "Slots",
     "allowed_at",
     "ban",
     "checked",

@@ -6,8 +6,10 @@ if __name__ != "lmppl.models":
 
 from collections.abc import Callable
 
-from . import continuation, infilling, random_number, reverse
+from . import constrained, continuation, contrastive, infilling, random_number, reverse
+from .constrained import Constrained
 from .continuation import Continuation
+from .contrastive import Contrastive
 from .experiment import Experiment, Recipe
 from .infilling import Infilling
 from .random_number import RandomNumber
@@ -16,10 +18,22 @@ from .reverse import Reverse
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "infilling": infilling.experiment,
     "continuation": continuation.experiment,
+    "contrastive": contrastive.experiment,
+    "constrained": constrained.experiment,
     "reverse": reverse.experiment,
     "random_number": random_number.experiment,
     "random_number_bounds": random_number.bounds_experiment,
     "random_number_valid": random_number.valid_experiment,
 }
 
-__all__ = ["EXPERIMENTS", "Continuation", "Experiment", "Infilling", "RandomNumber", "Recipe", "Reverse"]
+__all__ = [
+    "EXPERIMENTS",
+    "Constrained",
+    "Continuation",
+    "Contrastive",
+    "Experiment",
+    "Infilling",
+    "RandomNumber",
+    "Recipe",
+    "Reverse",
+]

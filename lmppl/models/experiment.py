@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from pyro import poutine
 
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
+from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
 
 T = TypeVar("T")
@@ -66,7 +67,8 @@ class Experiment:
     guide_lm: LanguageModel
     model: Program
     guide: Program
-    batches: Callable[[int], tuple[Any, ...]]  # the arguments of a training step
+    # The arguments of a training step, or a list of tasks: programs to train on, where they are not these.
+    batches: Callable[[int], tuple[Any, ...]] | Sequence[Task]
     held_out: tuple[Any, ...]  # validation observations
     test: tuple[Any, ...]  # unseen observations
     describe: Callable[[int], str]  # a test observation in words

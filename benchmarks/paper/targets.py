@@ -1,0 +1,105 @@
+"""What the studies of explicit targets measure: a sampler of texts beside the enumerated target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from lmppl.inference import SMC, Enumeration, Importance, PolicyGradient, Posterior
+from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.compare.quality import density_quality, draw_quality
+from lmppl.inference.programs import Program, Replay, trace
+from lmppl.models import Experiment
+
+from .study import Figures
+
+PARTICLES = 64  # of the guide; the others get as many tokens a query
+REPETITIONS = 4
+PPO_RATE = 3e-4  # several updates on the same draws
+
+
+def mean(x: torch.Tensor) -> float | None:
+    """The mean, None where it is not finite."""
+    found = float(x.double().mean())
+    return found if found < float("inf") else None
+
+
+def truth(e: Experiment, observations: int | None) -> tuple[Posterior, tuple[Any, ...]]:
+    """The exact target of the first test observations (None: all), and the arguments they are."""
+    args = tuple(given[:observations] for given in e.test)
+    assert isinstance(e.exact, Enumeration)
+    return e.exact.run(*args), args
+
+
+@torch.no_grad()
+def of_density(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> Figures:
+    """A guide's density: TV, its mass on the target's support, and the share of the target's modes that it has.
+
+    ``perplexity`` is exp of the entropy of the guide's distribution on the support: how many texts it is worth.
+    """
+    quality = density_quality(exact, guide, args, {})
+    q = log_q_on_support(exact, guide, args).exp()
+    return {
+        "tv": mean(quality.total_variation),
+        "inside": mean(q.sum(0)),
+        "perplexity": mean(perplexity(q / q.sum(0))),
+        "target_perplexity": mean(perplexity(exact.probabilities)),
+    }
+
+
+def log_q_on_support(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> torch.Tensor:
+    """log q of the support's texts, (K, B); -inf at padding."""
+    run = trace(guide, args, {}, Replay(exact.values), nesting=1, particles=exact.num_particles)
+    node = next(n for n in run.nodes.values() if n["type"] == "sample" and n["name"] in exact.values)
+    log_q = node["fn"].log_prob(node["value"])
+    return log_q.masked_fill(exact.log_weights == -torch.inf, -torch.inf)
+
+
+def perplexity(p: torch.Tensor) -> torch.Tensor:
+    """exp of the entropy over axis 0."""
+    return (-torch.where(p > 0, p * p.log(), torch.zeros_like(p)).sum(0)).exp()
+
+
+def of_draws(exact: Posterior, run: Callable[[], Posterior]) -> Figures:
+    """Weighted draws, averaged over repetitions: their TV, ESS/N, and the error of the log evidence."""
+    answers = [run() for _ in range(REPETITIONS)]
+    alive = [a for a in answers if bool((a.log_weights.amax(0) > -torch.inf).all())]
+    return {
+        "particles": answers[0].num_particles,
+        "draws_tv": mean(torch.stack([draw_quality(exact, a) for a in alive])) if len(alive) == len(answers) else None,
+        "ess": mean(torch.stack([(a.ess / a.num_particles).nan_to_num(0.0) for a in answers])),
+        "log_z_error": mean(torch.stack([(a.log_evidence - exact.log_evidence).abs() for a in answers])),
+    }
+
+
+def trained(e: Experiment, method: str, steps: int, seed: int, exact: Posterior, args: tuple[Any, ...]) -> Figures:
+    """A guide trained by "GFlowNet" or "PPO" (for the reward alone): its density, and importance sampling from it."""
+    if method == "GFlowNet":
+        trainer: Any = e.gflownet()
+    else:
+        trainer = PolicyGradient(
+            e.model, e.guide, optimizer=torch.optim.AdamW(e.guide_lm.trainable_parameters(), lr=PPO_RATE),
+            algorithm="ppo", reward="joint", kl=0.0, num_particles=e.recipe.particles, floor=18.0,
+        )  # fmt: skip
+    trainer.fit(e.batches, steps, seed=seed, progress=False)
+    draws = of_draws(exact, lambda: trainer.run(*args, num_particles=PARTICLES))
+    return of_density(exact, e.guide, args) | draws | {"tokens": trainer.training_tokens}
+
+
+def untrained(e: Experiment, prior: Program, exact: Posterior, args: tuple[Any, ...]) -> dict[str, Figures]:
+    """The language model itself, importance sampling and SMC from it, at the tokens that the guide's query costs."""
+    meter = Meter([e.lm.network])
+    tokens = meter(lambda: Importance(e.model, e.guide, PARTICLES).run(*args))[1] / len(args[0])
+    found = {"language model": of_density(exact, prior, args)}
+    for name, algorithm in {
+        "importance sampling": Importance(e.model),
+        "SMC": SMC(e.model),
+        "SMC, stop twist": SMC(e.model, twist="stop"),
+    }.items():
+        n = particles_within(algorithm, tokens, meter, args=args)
+        found[name] = of_draws(exact, partial(sized(algorithm, n).run, *args))
+    draws = [draw_quality(exact, exact.resample(PARTICLES, "multinomial")) for _ in range(8)]
+    return found | {"exact draws": {"draws_tv": mean(torch.stack(draws)), "particles": PARTICLES}}

@@ -1,0 +1,80 @@
+"""`TokenClassifier`: a small learned condition, logistic regression on the tokens of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..language_model import LanguageModel
+from ..text import PAD
+
+
+class TokenClassifier(nn.Module):
+    r"""How probable a text's label is, by which tokens it has.
+
+    .. math:: p(label \mid z) = \sigma(f(z)), \qquad f(z) = b + \sum_t w_{z_t}
+
+    Calling it on texts (..., L) gives :math:`\log \sigma(f(z))`, (...), at most 0: something for a `pyro.factor`.
+
+    :param vocab_size: of the language model whose tokens these are.
+
+        >>> garden = TokenClassifier.fitted(lm, texts, labels)
+        >>> pyro.factor("condition", garden(z))
+    """
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.weights, self.bias = nn.Parameter(torch.zeros(vocab_size)), nn.Parameter(torch.zeros(()))
+
+    def logit(self, z: Tensor) -> Tensor:
+        """f(z) of texts (..., L), (...)."""
+        return self.bias + self.weights[z.clamp(min=0)].masked_fill(z == PAD, 0.0).sum(-1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.logsigmoid(self.logit(z))
+
+    @classmethod
+    def fitted(
+        cls, lm: LanguageModel, texts: Sequence[str], labels: Sequence[bool], *, ridge: float = 1e-3, steps: int = 50
+    ) -> TokenClassifier:
+        r"""The maximum of :math:`\frac1N \sum_n \log p(label_n \mid z_n) - \frac{ridge}2 |w|^2`, by L-BFGS, from zero.
+
+        It is the same on every call: a concave maximum, no randomness.
+
+        :raises ValueError: unless there are as many labels as texts, of both kinds.
+        """
+        if len(texts) != len(labels) or len(set(map(bool, labels))) < 2:
+            raise ValueError(f"labels: expected one for each of the {len(texts)} texts, of both kinds")
+        z, y = lm.encode(list(texts)), torch.tensor([float(label) for label in labels], device=lm.device)
+        found = cls(lm.vocab_size).to(lm.device)
+        optimizer = torch.optim.LBFGS(found.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            misfit = nn.functional.binary_cross_entropy_with_logits(found.logit(z), y)
+            total = misfit + 0.5 * ridge * found.weights.square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        return found.requires_grad_(False)
+
+
+def read_labelled(path: str | Path) -> tuple[list[str], list[bool]]:
+    """Texts and their labels from a file, "0" or "1", a tab and a text a line; empty lines are passed over.
+
+    :raises ValueError: naming the file and line, where a line is otherwise.
+    """
+    texts, labels = [], []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        label, tab, said = line.partition("\t")
+        if label not in ("0", "1") or not tab or not said.strip():
+            raise ValueError(f"labelled: {path}, line {number} is not 0 or 1, a tab and a text")
+        texts.append(said)
+        labels.append(label == "1")
+    return texts, labels

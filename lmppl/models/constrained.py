@@ -1,0 +1,369 @@
+"""Constrained generation: a language model's texts that satisfy a condition, in its own proportions.
+
+q(z | x)  proportional to  p(z | x) c(z)
+
+    constraint "lexical":  c(z) = 1[z contains the words w], w observed
+    constraint "regex":    c(z) = 1[z matches a pattern]
+    constraint "learned":  c(z) = sigma(f(z)), a classifier's probability
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from .. import embedded, text
+from ..constraints import Constraint, Slots, every, regex
+from ..distributions import Completion
+from ..distributions.table import TextTable
+from ..embedded.stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS
+from ..inference import Enumeration, Exploration, Mixture, Proposal, Tempered
+from ..inference.gflownet.exploration import Source, Values
+from ..inference.programs import Program
+from ..inference.training.trainer import Task
+from ..language_model import LanguageModel
+from .classifier import TokenClassifier, read_labelled
+from .continuation import read_prompts
+from .experiment import Experiment, Recipe, paper_setting, split
+
+CONSTRAINTS = "lexical", "regex", "learned"
+WORDS_TEMPLATE, PLAIN = "Words: {w}\n{x}", "{x}"
+EMBEDDED_WORDS = "Note:{w}.\n{x}"
+PATTERN = r" \w+ \w+ the old \w+\. \w+ w\w+ it\."  # an old thing, and a verb with w, as few things let happen
+LABEL = "garden"  # the learned condition: it sounds like a story of this place
+LONGEST = 30  # tokens of a text on other language models
+TRAINING_WORDS, TEST_PROMPTS = 2048, 8
+PENALTY = 12.0  # nats: where a hundredth of the mass satisfies, the rest keeps e^-12 / 0.01 = 0.0006
+RECIPES = {
+    "lexical": Recipe(steps=800, quick_steps=200, observations=32, particles=4, learning_rate=3e-3),
+    "regex": Recipe(steps=300, quick_steps=100),
+    "learned": Recipe(steps=300, quick_steps=100),
+}
+Condition = Callable[..., Tensor]
+
+
+class Constrained:
+    r"""The model and guide of constrained generation, for any language model.
+
+    .. math:: \tilde p(z \mid x, w) = p(z \mid x) \, c(z, w), \qquad Z = P(c \mid x, w) \text{ for a hard condition}
+
+    The condition is on the whole text, a factor.  Masking tokens inside the language model is another distribution,
+    see docs/constraints.md.
+
+    :param lm: the language model p, frozen.
+    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
+    :param condition: ``condition(z, *given) -> log c`` (..., B), 0 and -inf for a hard one.
+    :param max_tokens: the most tokens of a text before its stop.
+    :param stop: as of `Completion`.
+    :param template: the guide's prompt, with the field x, and w where the condition varies.
+    :param allowed: a constraint on the next token, of p and of the guide.
+
+    `model(x, *given)` and `guide(x, *given)` are Pyro programs over prompts x (B, L) and, where it varies, what the
+    condition asks for, a text w (B, L'), with one plate.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        guide_lm: LanguageModel | None = None,
+        *,
+        condition: Condition,
+        max_tokens: int = LONGEST,
+        stop: str = "eos",
+        template: str = PLAIN,
+        allowed: Constraint | None = None,
+    ):
+        self.lm, self.guide_lm, self.condition = lm, guide_lm, condition
+        self.max_tokens, self.stop, self.template, self.allowed = max_tokens, stop, template, allowed
+
+    def model(self, x: Tensor, *given: Tensor, least: float = -torch.inf) -> Tensor:
+        """z ~ LM(x), under the condition; log c counts as ``least`` where it is less."""
+        with pyro.plate("prompts", len(x)):
+            z = pyro.sample("z", self.completion(self.lm, x))
+            pyro.factor("condition", self.condition(z, *given).clamp(min=least))
+            return z
+
+    def relaxed(self, penalty: float) -> Program:
+        r"""The model to train on, with a hard condition softened to :math:`c \ge e^{-penalty}`.
+
+        A guide cannot learn that something is impossible, and a constant reward for all that is asks it to unlearn the
+        language model there.  Here what does not satisfy keeps the language model's proportions, at a share of at most
+        :math:`e^{-penalty} / Z` of the target.
+        """
+        return partial(self.model, least=-penalty)
+
+    def guide(self, x: Tensor, *given: Tensor) -> Tensor:
+        """z ~ q(z | x, w), a language model that reads the prompt and the condition."""
+        return self._write(self.allowed, x, *given)
+
+    def masked(self, mask: Constraint, lm: LanguageModel | None = None) -> Program:
+        """The guide (or the language model ``lm``), masked token by token: a proposal, and a different distribution."""
+        allowed = mask if self.allowed is None else every(self.allowed, mask)
+        return partial(self._write, allowed, lm=lm)
+
+    def among(self, satisfying: Callable[..., Tensor]) -> Program:
+        """The model's joint on the texts ``satisfying(x, *given)`` (K, L), for enumeration where no others can satisfy.
+
+        z ~ uniform on those of them that do; the factor p(z | x) c(z, w) / uniform(z) makes up for it.
+        """
+
+        def program(x: Tensor, *given: Tensor) -> Tensor:
+            texts = satisfying(x, *given)
+            log_c = self.condition(texts[:, None], *given).expand(-1, len(x))  # (K, B)
+            possible = torch.zeros_like(log_c).masked_fill(log_c == -torch.inf, -torch.inf)
+            listed = TextTable(self.lm, texts, possible.T, self.lm.stop_ids(self.stop))
+            with pyro.plate("prompts", len(x)):
+                z = pyro.sample("z", listed)
+                joint = self.completion(self.lm, x).log_prob(z) + self.condition(z, *given)
+                log_uniform = listed.log_prob(z)
+                pyro.factor("joint", joint - log_uniform.masked_fill(log_uniform == -torch.inf, 0.0))
+                return z
+
+        return program
+
+    def completion(self, lm: LanguageModel, prompt: Tensor) -> Completion:
+        """What a language model writes after a prompt."""
+        return Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
+
+    def _write(self, allowed: Constraint | None, x: Tensor, *given: Tensor, lm: LanguageModel | None = None) -> Tensor:
+        lm, template = (lm, PLAIN) if lm is not None else (self.guide_lm, self.template)
+        if lm is None:
+            raise ValueError("guide_lm: this Constrained was made without a guide")
+        prompt = lm.fill(template, x=x, **({"w": given[0]} if "{w}" in template else {}))
+        with pyro.plate("prompts", len(x)):
+            written = Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=allowed)
+            return pyro.sample("z", written)
+
+
+class ContainsWords:
+    """The lexical condition: every word of w stands in the text, as a whole word; log c(z, w) is 0 or -inf.
+
+    z (..., B, L), w (B, L') -> (..., B).
+    """
+
+    def __init__(self, lm: LanguageModel):
+        self.lm = lm
+
+    def __call__(self, z: Tensor, w: Tensor) -> Tensor:
+        asked = [tuple(words.split()) for words in self.lm.decode(w)]
+        kinds = list(dict.fromkeys(asked))  # (K)
+
+        def contains(said: str) -> Tensor:
+            return torch.tensor([all(_stands_in(word, said) for word in words) for words in kinds])
+
+        has = text.map(contains, z, self.lm)  # (..., B or 1, K)
+        which = torch.tensor([kinds.index(words) for words in asked], device=z.device)
+        has = has.expand(*has.shape[:-2], len(which), -1).gather(-1, which.expand(*has.shape[:-2], -1)[..., None])
+        return torch.zeros(has.shape[:-1], device=z.device).masked_fill(~has[..., 0], -torch.inf)
+
+
+def _stands_in(word: str, said: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) is not None
+
+
+class Planted(Exploration):
+    """The guide's texts, with the words asked for written over tokens of theirs: what satisfies is seldom drawn.
+
+    :param where: "anywhere", evenly, or "end": the last tokens before the stop.
+    """
+
+    def __init__(self, where: str = "anywhere"):
+        if where not in ("anywhere", "end"):
+            raise ValueError(f"where: expected 'anywhere' or 'end', got {where!r}")
+        self.where = where
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        drawn = source.draw(source.guide, num_particles)
+        z, w = drawn["z"], source.args[1]
+        size = text.length(w)  # (B)
+        room = text.length(z) - 1 - size  # (particle, B), the stop stays
+        start = room if self.where == "end" else (torch.rand_like(room, dtype=torch.float) * (room + 1)).long()
+        offset = torch.arange(z.shape[-1], device=z.device) - start[..., None]
+        inside = (offset >= 0) & (offset < size[:, None]) & (room >= 0)[..., None]
+        words = text.pad(w, max(z.shape[-1], w.shape[-1])).expand(*z.shape[:-1], -1)
+        return drawn | {"z": torch.where(inside, words.gather(-1, offset.clamp(0, words.shape[-1] - 1)), z)}
+
+
+def next_sentence(lm: LanguageModel, things: Sequence[str] = OBJECTS, adjectives: Sequence[str] = ADJECTIVES) -> Slots:
+    """An embedded story's middle, with one of these objects and one of these adjectives."""
+    got, described, objects = ([f" {word}" for word in words] for words in (GETTING, adjectives, things))
+    return Slots(lm, [[" He", " She"], got, [" the"], described, objects, ["."]])
+
+
+def rest_of_story(
+    lm: LanguageModel, verbs: Sequence[str] = VERBS, adjectives: Sequence[str] = ADJECTIVES
+) -> tuple[Slots, int]:
+    """An embedded story's middle and ending and eos, with these verbs and adjectives; how many tokens before eos."""
+    got, described, things, happened = (
+        [f" {word}" for word in words] for words in (GETTING, adjectives, OBJECTS, verbs)
+    )
+    forms = [
+        [[who], got, [" the"], described, things, ["."], [who], happened, [" it"], ["."], ["eos"]]
+        for who in (" He", " She")
+    ]
+    return Slots(lm, *forms), len(forms[0]) - 1
+
+
+def experiment(
+    lm: LanguageModel | None = None,
+    data: str | Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    setting: str = "posterior",
+    constraint: str = "lexical",
+    words: str | None = None,
+    pattern: str | None = None,
+    labelled: str | None = None,
+    max_tokens: int | None = None,
+) -> Experiment:
+    """Texts that satisfy a condition, in the language model's own proportions: words, a pattern or a classifier.
+
+    On the embedded story LM, its sentences spelled by the grammar of the stories so that all that satisfy can be
+    counted, or on ``lm`` with the prompts of the file ``data``; ``checkpoint`` is a trained adapter to start from.
+
+    :param constraint: "lexical": a story's next sentence contains an object that training did not ask for after
+        this beginning; "regex": the rest of a story matches ``pattern``; "learned": a classifier
+        likes its next sentence.
+    :param words: for "lexical" on other language models: words to contain, with commas between alternatives that take
+        turns over the prompts, "fire, cold water".
+    :param pattern: for "regex", of the whole text; needs the extra ``grammar``.
+    :param labelled: for "learned" on other language models: a file to fit the classifier on, see `read_labelled`.
+    :raises ValueError: for a constraint that is none of these, and another language model without what it needs.
+    """
+    paper_setting(setting)  # the posterior, too
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"constraint: expected one of {', '.join(map(repr, CONSTRAINTS))}, got {constraint!r}")
+    if lm is not None and data is None:
+        raise ValueError("data: another language model needs prompts of its own, a file with a prompt a line")
+    needed = {"lexical": ("words", words), "regex": ("pattern", pattern), "learned": ("labelled", labelled)}
+    for of, (name, value) in needed.items():
+        if value is not None and (of != constraint or data is None):
+            raise ValueError(f"{name}: it goes with the constraint {of!r} and prompts of your own, `data`")
+        if value is None and of == constraint and data is not None:
+            raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
+    lm = lm or LanguageModel.embedded("stories")
+    recipe = recipe or RECIPES[constraint]
+    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
+    if data is None:
+        setup = EMBEDDED[constraint](lm, guide_lm)
+    else:
+        value = needed[constraint][1]
+        assert value is not None
+        setup = _of_file(lm, guide_lm, constraint, value, read_prompts(data), max_tokens or LONGEST)
+    task, (train, held_out, test) = setup.task, setup.observations
+    if setup.exploration is not None:
+        recipe = replace(recipe, objective=partial(recipe.objective, exploration=setup.exploration))  # type: ignore[call-arg]
+    training = task.relaxed(PENALTY) if constraint != "learned" else task.model
+    arguments, chosen = _encode(lm, train), recipe.passes(len(train), seed)
+
+    def batches(step: int) -> tuple[Tensor, ...]:
+        rows = chosen(step)
+        return tuple(given[rows] for given in arguments)
+
+    return Experiment(
+        name="constrained",
+        lm=lm,
+        guide_lm=guide_lm,
+        model=task.model,
+        guide=task.guide,
+        batches=[Task(training, task.guide, batches)],
+        held_out=_encode(lm, held_out),
+        test=_encode(lm, test),
+        describe=lambda i: "    with: ".join(part.strip() for part in test[i]),
+        exact=Enumeration(task.among(setup.satisfying)) if setup.satisfying is not None else None,
+        recipe=recipe,
+        target=f"p(z|x) under the {constraint} condition",
+    )
+
+
+class Setup(NamedTuple):
+    """A constrained task: its observations, (x,) or (x, w) each, for training, validation and test."""
+
+    task: Constrained
+    observations: Sequence[Sequence[tuple[str, ...]]]
+    exploration: Exploration | None = None
+    satisfying: Callable[..., Tensor] | None = None  # (x, w) -> all texts that can satisfy, and perhaps more, (K, L)
+
+
+def _encode(lm: LanguageModel, observations: Sequence[tuple[str, ...]]) -> tuple[Tensor, ...]:
+    """The arguments of model and guide."""
+    return tuple(lm.encode(list(column)) for column in zip(*observations, strict=True))
+
+
+def _embedded_lexical(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
+    """A story's next sentence contains an object; no object is asked for again after the same beginning."""
+    random = Random("words")
+    observations = [(x, f" {thing}") for (x,) in sum(beginnings(), []) for thing in OBJECTS]
+    chosen = random.sample(observations, TRAINING_WORDS + 2 * TEST_PROMPTS)
+    task = Constrained(
+        lm, guide_lm, condition=ContainsWords(lm), max_tokens=5, stop=".", template=EMBEDDED_WORDS,
+        allowed=next_sentence(lm),
+    )  # fmt: skip
+    exploration = Mixture((Tempered(), 0.5), (Planted("end"), 0.5))
+
+    def satisfying(x: Tensor, w: Tensor) -> Tensor:
+        return next_sentence(lm, sorted({words.strip() for words in lm.decode(w)})).texts()
+
+    splits = chosen[2 * TEST_PROMPTS :], chosen[:TEST_PROMPTS], chosen[TEST_PROMPTS : 2 * TEST_PROMPTS]
+    return Setup(task, splits, exploration, satisfying)
+
+
+def _embedded_regex(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
+    """The rest of a story matches a pattern."""
+    stories, longest = rest_of_story(lm)
+    matches = regex(lm, PATTERN)
+    task = Constrained(lm, guide_lm, condition=matches.log_indicator, max_tokens=longest, allowed=stories)
+    exploration = Mixture((Tempered(), 0.5), (Proposal(task.masked(matches)), 0.5))
+    texts = rest_of_story(lm, [v for v in VERBS if v.startswith("w")], ["old"])[0].texts()
+    return Setup(task, beginnings(), exploration, lambda x: texts)
+
+
+def _embedded_learned(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
+    """The next sentence of a story is liked by a classifier, which was shown sentences of one place and of others."""
+    told = embedded.data("stories", "train")
+    likes = TokenClassifier.fitted(lm, [s.z for s in told], [LABEL in s.x for s in told])
+    sentences = next_sentence(lm)
+    task = Constrained(lm, guide_lm, condition=likes, max_tokens=5, stop=".", allowed=sentences)
+    return Setup(task, beginnings(), None, lambda x: sentences.texts())
+
+
+EMBEDDED = {"lexical": _embedded_lexical, "regex": _embedded_regex, "learned": _embedded_learned}
+
+
+def beginnings() -> tuple[list[tuple[str]], list[tuple[str]], list[tuple[str]]]:
+    """The embedded stories' 64 beginnings for training, validation and test."""
+    told = [(f"{name} went to the {place}.",) for name in NAMES for place in PLACES]
+    Random("beginnings").shuffle(told)
+    return told[2 * TEST_PROMPTS :], told[:TEST_PROMPTS], told[TEST_PROMPTS : 2 * TEST_PROMPTS]
+
+
+def _of_file(
+    lm: LanguageModel, guide_lm: LanguageModel, constraint: str, value: str, prompts: list[str], max_tokens: int
+) -> Setup:
+    """A task on prompts of one's own; ``value``: the words, the pattern or the labelled file."""
+    make = partial(Constrained, lm, guide_lm, max_tokens=max_tokens)
+    if constraint == "lexical":
+        kinds = [kind.strip() for kind in value.split(",")]
+        if not all(kinds):
+            raise ValueError(f"words: expected words, with commas between alternatives, got {value!r}")
+        observations = [(x, " " + kinds[i % len(kinds)]) for i, x in enumerate(prompts)]
+        task = make(condition=ContainsWords(lm), template=WORDS_TEMPLATE)
+        exploration = Mixture((Tempered(), 0.5), (Planted(), 0.5))
+        return Setup(task, split(observations), exploration)
+    if constraint == "regex":
+        matches = regex(lm, value)
+        task = make(condition=matches.log_indicator)
+        exploration = Mixture((Tempered(), 0.5), (Proposal(task.masked(matches)), 0.5))
+        return Setup(task, split([(x,) for x in prompts]), exploration)
+    return Setup(make(condition=TokenClassifier.fitted(lm, *read_labelled(value))), split([(x,) for x in prompts]))
