@@ -160,6 +160,8 @@ class Network:
                 # Set for GPT-2 alone, whose linear layers are transposed: PEFT mends it and says so each time.
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                # Of an output layer that shares the embeddings' weight: what it warns of is merging.
+                warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
             cast_adapter_dtype(self.model, name)  # half precision is too coarse for an optimiser's steps
         except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, Importance
 from lmppl.inference.compare.quality import density_quality
-from lmppl.models import Continuation, Recipe, continuation, decoding
+from lmppl.models import Continuation, Recipe, continuation, decoding, measures
 from lmppl.models.experiment import split
 
 MAX_TOKENS = 3
@@ -195,20 +195,11 @@ def test_diverse_groups_differ_and_cost_likelihood(embedded):
     plain = decoding.beams(embedded, x, 4, max_tokens=7)
     free = decoding.beams(embedded, x, 4, max_tokens=7, groups=4, penalty=0.0)
     diverse = decoding.beams(embedded, x, 4, max_tokens=7, groups=4, penalty=2.0)
-    assert decoding.distinct(free).tolist() == [0.25, 0.25]  # four greedy searches
+    assert measures.distinct(free).tolist() == [0.25, 0.25]  # four greedy searches
     assert bool(text.equal(free[0], diverse[0]).all())  # the first group is charged nothing
-    assert bool((decoding.edit_distance(diverse) > decoding.edit_distance(plain)).all())
+    assert bool((measures.edit_distance(diverse) > measures.edit_distance(plain)).all())
     with pytest.raises(ValueError, match="groups: 3"):
         decoding.beams(embedded, x, 4, max_tokens=7, groups=3)
-
-
-def test_the_measures_of_diversity_by_hand():
-    z = torch.tensor([[[5, 6, 0]], [[5, 6, 0]], [[5, 0, -1]], [[7, 8, 0]]])  # (4, 1, 3)
-    assert decoding.distinct(z).tolist() == [0.75]
-    pairs = [0, 1 / 3, 2 / 3, 1 / 3, 2 / 3, 2 / 3]  # each pair's edits over the longer length
-    assert float(decoding.edit_distance(z)) == pytest.approx(sum(pairs) / 6)
-    with pytest.raises(ValueError, match="no pairs"):
-        decoding.edit_distance(z[:1])
 
 
 def test_a_text_ends_with_its_first_stop_or_the_one_at_the_limit():

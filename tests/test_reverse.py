@@ -9,6 +9,7 @@ from reference import Law, Plain, tokens
 from tiny import tiny_lm
 
 from lmppl.inference import Enumeration, Importance
+from lmppl.inference.compare.quality import density_quality, outside_mass
 from lmppl.models import EXPERIMENTS, Reverse
 
 MAX_TOKENS = 2
@@ -55,3 +56,29 @@ def test_the_guide_reads_the_ending_and_the_model_does_not_before_it():
         Reverse(experiment.lm).guide(y)
     with pytest.raises(ValueError, match="data"):
         EXPERIMENTS["reverse"](experiment.lm)
+
+
+def density_tv(experiment, exact) -> float:
+    return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
+
+
+def test_a_short_training_comes_close_to_the_posterior():
+    experiment = EXPERIMENTS["reverse"]()
+    exact = experiment.exact.run(*experiment.test)
+    outside = outside_mass(exact, Importance(experiment.model, num_particles=500).run(*experiment.test))
+    assert float(outside.mean()) < 0.01  # what the enumeration lacks is no large part of any distance
+    before = density_tv(experiment, exact)
+    experiment.gflownet().fit(experiment.batches, 60, progress=False)
+    after = density_tv(experiment, exact)
+    print(before, after)
+    assert before > 0.5 and after < 0.25
+
+
+@pytest.mark.slow
+def test_the_recipe_reaches_the_posterior_of_unseen_stories():
+    experiment = EXPERIMENTS["reverse"]()
+    exact = experiment.exact.run(*experiment.test)
+    experiment.gflownet().fit(experiment.batches, experiment.recipe.steps, progress=False)
+    tv = density_tv(experiment, exact)
+    print(tv)
+    assert tv < 0.05

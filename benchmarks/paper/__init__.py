@@ -1,6 +1,12 @@
 """The paper's experiments on the embedded language models, one a file; `python -m benchmarks.paper` runs them."""
 
-from . import constrained, contrastive
+from . import constrained, continuation, contrastive, infilling, reverse
 from .study import Study
 
-STUDIES: tuple[Study, ...] = (contrastive.STUDY, constrained.STUDY)
+STUDIES: tuple[Study, ...] = (
+    continuation.STUDY,
+    contrastive.STUDY,
+    constrained.STUDY,
+    infilling.STUDY,
+    reverse.STUDY,
+)

@@ -1,10 +1,8 @@
-"""The usual ways to decode from a language model, for comparison, and two measures of what they give."""
+"""The usual ways to decode from a language model, for comparison."""
 
 from __future__ import annotations
 
 import torch
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cdist
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -99,23 +97,3 @@ def ended(z: Tensor, end: int, max_tokens: int) -> Tensor:
 def log_likelihood(lm: LanguageModel, x: Tensor, z: Tensor, *, max_tokens: int, stop: str | int = ".") -> Tensor:
     """log p(z | x) under ``lm`` itself, whoever proposed z (n, B, E): (n, B)."""
     return Completion(lm, x, max_tokens=max_tokens, stop=stop).log_prob(z)
-
-
-def distinct(z: Tensor) -> Tensor:
-    """The share of distinct texts among each prompt's: (n, B, E) -> (B,)."""
-    return torch.tensor([len(torch.unique(column, dim=0)) / len(z) for column in z.unbind(1)])
-
-
-def edit_distance(z: Tensor) -> Tensor:
-    """The mean normalised edit distance, in tokens, between each prompt's texts: (n, B, E) -> (B,); 0 to 1.
-
-    :raises ValueError: for fewer than two texts.
-    """
-    n = len(z)
-    if n < 2:
-        raise ValueError(f"z: {n} texts have no pairs")
-    means = []
-    for column in z.unbind(1):
-        rows = [[i for i in ids if i != text.PAD] for ids in column.tolist()]
-        means.append(float(cdist(rows, rows, scorer=Levenshtein.normalized_distance).sum()) / (n * (n - 1)))
-    return torch.tensor(means)

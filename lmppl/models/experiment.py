@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import peft
 import torch
 from pyro import poutine
+from transformers.pytorch_utils import Conv1D
 
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
@@ -33,6 +34,7 @@ class Recipe:
     objective: Callable[[], Objective] = VarGrad
     replay: Callable[[], Replay] | None = None
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+    output_layer: bool = False  # adapt it too: see `linear_layers`
 
     def passes(self, count: int, seed: int = 0) -> Callable[[int], torch.Tensor]:
         """Which of ``count`` observations a step trains on: a pass in an order of its own, then another."""
@@ -55,7 +57,20 @@ class Recipe:
             return lm.with_adapter(checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return lm.with_adapter(peft.LoraConfig(**self.adapter))
+            layers = {"target_modules": linear_layers(lm)} if self.output_layer else {}
+            return lm.with_adapter(peft.LoraConfig(**self.adapter | layers))
+
+
+def linear_layers(lm: LanguageModel) -> list[str]:
+    """The names of all linear layers, the output layer too, which PEFT's "all-linear" leaves out.
+
+    A small language model has nearly equal embeddings for words that it has no reason to tell apart, and the norm
+    before the output layer bounds what can be made of the difference: a guide that must tell them apart cannot.
+    """
+    names = (key.removesuffix(".weight") for key in lm.network.base_keys if key.endswith(".weight"))
+    layers = {name: lm.model.get_submodule(name) for name in names}
+    plain = {name: m.get_base_layer() if hasattr(m, "get_base_layer") else m for name, m in layers.items()}
+    return sorted(name for name, m in plain.items() if isinstance(m, torch.nn.Linear | Conv1D))
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import embedded
 from ..distributions import Completion
 from ..embedded import Story
-from ..inference import Enumeration
+from ..inference import Enumeration, OnPolicy, VarGrad
 from ..language_model import LanguageModel
 from ..text import length
 from .experiment import Experiment, Recipe, paper_setting, split
@@ -24,6 +24,15 @@ PREFIX = "Beginning:"
 TEMPLATE = "Ending:{y}\nBeginning:"
 LONGEST_BEGINNING = 24
 TEST_STORIES, HELD_OUT_STORIES = 16, 16
+# On the embedded stories, chosen on validation stories: names are what the posterior is about and have nearly equal
+# embeddings, so that without its output layer the guide stays at a total variation of 0.09, however long it trains.
+EMBEDDED_RECIPE = Recipe(
+    steps=600,
+    quick_steps=200,
+    learning_rate=3e-3,
+    objective=lambda: VarGrad(exploration=OnPolicy()),
+    output_layer=True,
+)
 
 
 class Reverse:
@@ -90,7 +99,7 @@ def experiment(
     :raises ValueError: for another language model without ``data``: the embedded stories are written in its vocabulary.
     """
     paper_setting(setting)  # the posterior, too
-    recipe = recipe or Recipe()
+    recipe = recipe or (EMBEDDED_RECIPE if data is None else Recipe())
     if lm is not None and data is None:
         raise ValueError("data: another language model needs stories of its own, a file with a story a line")
     lm = lm or LanguageModel.embedded("stories")
@@ -99,7 +108,7 @@ def experiment(
         train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
         held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]
         task = Reverse(lm, guide_lm)
-        exact = Enumeration(task.model, mass=0.99)
+        exact = Enumeration(task.model, mass=0.998)  # with 0.99 of the prior's mass it would lack 3% of the posterior's
     else:
         train, held_out, test = split(read_stories(data))
         longest = int(length(lm.encode([" " + s.x for s in train])).max())
