@@ -377,6 +377,31 @@ def test_replayed_rewards_are_forgotten_when_the_model_moves():
     assert metrics["e_replayed"] == 4
 
 
+def test_replayed_rewards_are_those_of_the_model_as_it_is():
+    """After a round that moved theta, an update of the guide knows no reward but today's, on what it replays too."""
+    task = Task()
+    replay = Replay(capacity=32, fraction=0.5)
+    e_step = task.gflownet(replay=replay, num_particles=8)
+    em = VariationalEM(task.model, task.guide, e_step, SGD(task.theta, lr=0.5))
+    for _ in range(2):
+        em.step(*task.args)
+    before = task.log_joint().detach()
+    em.step(*task.args)
+    stored = {key: set(entries) for key, entries in replay._stored.items()}
+    assert e_step.step(*task.args)["replayed"] == 4
+    now, support = task.log_joint().detach(), Completion(task.p, task.args[0], **SIZE).enumerate_support()[:, 0]
+    index = {tuple(t for t in z if t >= 0): k for k, z in enumerate(support.tolist())}
+    again = 0
+    for i, (key, entries) in enumerate(replay._stored.items()):
+        for tokens, entry in entries.items():
+            if math.isnan(entry.log_p):
+                continue
+            k = index[tuple(t for t in entry.values["z"].tolist() if t >= 0)]
+            assert entry.log_p == pytest.approx(now[k, i].item(), abs=1e-6)
+            again += tokens in stored[key] and abs(entry.log_p - before[k, i].item()) > 1e-3
+    assert again >= 3 * 4  # every observation replays 4
+
+
 def test_a_step_that_is_not_finite_moves_nothing():
     task = Task()
 

@@ -1,6 +1,6 @@
 """The paper's experiments on the embedded language models, one a file; `python -m benchmarks.paper` runs them."""
 
-from . import constrained, continuation, contrastive, infilling, reverse
+from . import constrained, continuation, contrastive, infilling, reverse, subjectivity
 from .study import Study
 
 STUDIES: tuple[Study, ...] = (
@@ -9,4 +9,5 @@ STUDIES: tuple[Study, ...] = (
     constrained.STUDY,
     infilling.STUDY,
     reverse.STUDY,
+    subjectivity.STUDY,
 )

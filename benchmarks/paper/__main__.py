@@ -97,6 +97,8 @@ def main() -> None:
         for cell in study.cells
         if not path_of(study, cell, seed, a.runs).exists()
     ]
+    from benchmarks.paper.__main__ import unit  # a spawned process finds nothing in a package's "__main__"
+
     failed = 0
     with ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(unit, *work) for work in todo]):

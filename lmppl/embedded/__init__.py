@@ -9,13 +9,19 @@ from typing import Any
 
 from . import numbers as _numbers
 from . import stories as _stories
+from . import subjectivity as _subjectivity
 from .numbers import Bounds
 from .stories import Story
+from .subjectivity import Sentence
 
-__all__ = ["Bounds", "Story", "data", "path"]
+__all__ = ["Bounds", "Sentence", "Story", "data", "path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
-_DATA: dict[str, Callable[[str], list[Any]]] = {"stories": _stories.stories, "numbers": _numbers.bounds}
+_DATA: dict[str, Callable[[str], list[Any]]] = {
+    "stories": _stories.stories,
+    "numbers": _numbers.bounds,
+    "subjectivity": _subjectivity.sentences,
+}
 
 
 def path(name: str) -> Path:
@@ -30,9 +36,10 @@ def path(name: str) -> Path:
 
 
 def data(name: str, split: str) -> list[Any]:
-    """The stories, or the bounds of "numbers", of a split ("train", "validation" or "test"), the same on every call.
+    """The stories, the bounds of "numbers" or the sentences of "subjectivity" of a split, the same on every call.
 
-    No (place, verb) pair of one split appears in another, and no pair of bounds. Raises ValueError for an
+    The splits are "train", "validation" and "test". No (place, verb) pair of one split appears in another, no pair of
+    bounds and no sentence. Raises ValueError for an
     unknown name or split.
     """
     if name not in _DATA:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from . import corpus, gates, numbers, tokenizer
+from . import corpus, gates, numbers, subjectivity, tokenizer
 from .stories import stories
 
 
@@ -36,6 +36,7 @@ RECIPES = {
     "stories": Recipe(),
     "places": Recipe(heads=8, scale=0.08),  # not shipped: learns what a place offers, see docs/infilling.md
     "numbers": Recipe(width=48, context=32, rows=128, steps=1200),
+    "subjectivity": Recipe(width=48, context=128, rows=16, steps=2400),
 }
 
 
@@ -48,7 +49,12 @@ class Source(NamedTuple):
 
 
 STORIES = Source(corpus.WORDS, corpus.rows, lambda lm, words, n: gates.report(lm, words, stories("test")[:n]))
-SOURCES = {"stories": STORIES, "places": STORIES, "numbers": Source(numbers.WORDS, numbers.rows, numbers.report)}
+SOURCES = {
+    "stories": STORIES,
+    "places": STORIES,
+    "numbers": Source(numbers.WORDS, numbers.rows, numbers.report),
+    "subjectivity": Source(subjectivity.WORDS, subjectivity.rows, subjectivity.report),
+}
 
 
 def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:

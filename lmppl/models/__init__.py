@@ -14,6 +14,7 @@ from .experiment import Experiment, Recipe
 from .infilling import Infilling
 from .random_number import RandomNumber
 from .reverse import Reverse
+from .subjectivity import Subjectivity
 
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "infilling": infilling.experiment,
@@ -24,6 +25,7 @@ EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "random_number": random_number.experiment,
     "random_number_bounds": random_number.bounds_experiment,
     "random_number_valid": random_number.valid_experiment,
+    "subjectivity": subjectivity.experiment,
 }
 
 __all__ = [
