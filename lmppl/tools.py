@@ -21,6 +21,9 @@ MAX_MAGNITUDE = 10**18  # of the numerator and the denominator of every intermed
 class Tool(Protocol):
     """What ``tools=`` takes: any function ``text so far -> what to insert``, None (or "") where it has nothing to say.
 
+    A tool that has an attribute ``trigger``, a string, promises to answer only texts that end with it, and is not asked
+    about others.
+
     >>> def capital(text: str) -> str | None:
     ...     return " Paris" if text.endswith("The capital of France is") else None
     """

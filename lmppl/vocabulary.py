@@ -24,6 +24,7 @@ class Vocabulary:
         special = tokenizer("", add_special_tokens=True)["input_ids"]
         self.adds_bos = len(special) > 0 and special[0] == tokenizer.bos_token_id
         self._cache: dict[str, tuple[int, ...]] = {}
+        self._endings: dict[int, str] = {}
 
     def encode(self, strings: list[str]) -> list[tuple[int, ...]]:
         """The ids of each string, no special tokens added. Raises ValueError where the network lacks one."""
@@ -46,6 +47,13 @@ class Vocabulary:
     def decode(self, ids: list[int]) -> str:
         """The string of these ids, special tokens dropped."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def ending(self, token: int) -> str:
+        """The last character of any text that ends with this token; "" where the token alone does not say."""
+        if token not in self._endings:
+            last = self.decode([token])[-1:]
+            self._endings[token] = "" if last == "\ufffd" else last  # a part of a character
+        return self._endings[token]
 
     def token_id(self, stop: str | int) -> int:
         """The id of one stop: "eos", a string that is one token, or an id. Raises ValueError naming `stop`."""

@@ -501,6 +501,42 @@ def test_bad_tools_are_refused():
             Calculator(**kwargs)
 
 
+def test_a_tool_with_a_trigger_is_asked_only_after_it():
+    asked = {"with": [], "without": []}
+
+    def without(so_far: str) -> str | None:
+        asked["without"].append(so_far)
+        return calculator(so_far)
+
+    class With:
+        trigger = "="
+
+        def __call__(self, so_far: str) -> str | None:
+            asked["with"].append(so_far)
+            return calculator(so_far)
+
+    one, other = (Completion(LM, "1", max_tokens=6, tools=[tool]) for tool in (With(), without))
+    pyro.set_rng_seed(0)
+    z = other.sample((200,))
+    assert torch.equal(one.log_prob(z), other.log_prob(z)) and bool(one.log_prob(z).isfinite().all())
+    assert {s for s in asked["with"] if s} == {s for s in asked["without"] if s.endswith("=")} != set()
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason=f"no tokenizer in {GPT2}")
+def test_the_ending_of_a_text_by_its_last_token():
+    tokenizer = AutoTokenizer.from_pretrained(GPT2)
+    vocabulary = Vocabulary(tokenizer, None, len(tokenizer))
+    generator = torch.Generator().manual_seed(0)
+    known = 0
+    for row in torch.randint(len(tokenizer), (500, 3), generator=generator).tolist():
+        ending = vocabulary.ending(row[-1])
+        assert not ending or vocabulary.decode(row).endswith(ending)
+        known += bool(ending)
+    assert known > 450 and vocabulary.ending(tokenizer.eos_token_id) == ""
+    partial = tokenizer("\N{ABACUS}")["input_ids"]
+    assert len(partial) > 1 and vocabulary.ending(partial[-1]) == ""
+
+
 # -- the calculator --------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """The paper's experiments on the embedded language models, one a file; `python -m benchmarks.paper` runs them."""
 
-from . import constrained, continuation, contrastive, infilling, reverse, subjectivity
+from . import arithmetic, constrained, continuation, contrastive, infilling, reverse, subjectivity
 from .study import Study
 
 STUDIES: tuple[Study, ...] = (
@@ -10,4 +10,5 @@ STUDIES: tuple[Study, ...] = (
     infilling.STUDY,
     reverse.STUDY,
     subjectivity.STUDY,
+    arithmetic.STUDY,
 )

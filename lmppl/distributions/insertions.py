@@ -89,8 +89,11 @@ class Insertions:
 
     def _asked(self, prefix: list[int]) -> Tokens:
         """f(prefix): what the first tool that answers inserts."""
+        asked = [tool for tool in self.tools if not prefix or self._may_answer(tool, prefix[-1])]
+        if not asked:  # which spares most prefixes the decoding
+            return ()
         text = self.lm.vocabulary.decode(prefix)
-        for tool in self.tools:
+        for tool in asked:
             output = tool(text)
             if not (output is None or isinstance(output, str)):
                 raise ValueError(f"tools: {tool!r} answered {output!r} to {text!r}; expected a string or None")
@@ -102,6 +105,10 @@ class Insertions:
             if tokens:
                 return tokens
         return ()
+
+    def _may_answer(self, tool: Tool, last: int) -> bool:
+        trigger, ending = getattr(tool, "trigger", None), self.lm.vocabulary.ending(last)
+        return not isinstance(trigger, str) or not ending or trigger.endswith(ending)
 
     def _written(self, prefix: list[int], text: str, output: str) -> Tokens:
         """``output`` as tokens that spell it after ``prefix``; none where the tokenizer cannot write it.

@@ -7,20 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import arithmetic as _arithmetic
 from . import numbers as _numbers
 from . import stories as _stories
 from . import subjectivity as _subjectivity
+from .arithmetic import Question
 from .numbers import Bounds
 from .stories import Story
 from .subjectivity import Sentence
 
-__all__ = ["Bounds", "Sentence", "Story", "data", "path"]
+__all__ = ["Bounds", "Question", "Sentence", "Story", "data", "path"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _DATA: dict[str, Callable[[str], list[Any]]] = {
     "stories": _stories.stories,
     "numbers": _numbers.bounds,
     "subjectivity": _subjectivity.sentences,
+    "arithmetic": _arithmetic.questions,
 }
 
 
@@ -36,11 +39,11 @@ def path(name: str) -> Path:
 
 
 def data(name: str, split: str) -> list[Any]:
-    """The stories, the bounds of "numbers" or the sentences of "subjectivity" of a split, the same on every call.
+    """The stories, the bounds of "numbers", the sentences of "subjectivity" or the questions of "arithmetic" of a split.
 
-    The splits are "train", "validation" and "test". No (place, verb) pair of one split appears in another, no pair of
-    bounds and no sentence. Raises ValueError for an
-    unknown name or split.
+    The splits are "train", "validation" and "test"; "arithmetic" has "rationales", "train", "validation", "test_3",
+    "test_4" and "test_5". The same on every call; no (place, verb) pair, no bounds, no sentence and no question is in
+    two. Raises ValueError for an unknown name or split.
     """
     if name not in _DATA:
         raise ValueError(f"name={name!r}: expected one of {_listed(_DATA)}")

@@ -12,9 +12,16 @@ from random import Random
 from typing import NamedTuple
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from . import corpus, gates, numbers, subjectivity, tokenizer
+from . import arithmetic, corpus, gates, numbers, subjectivity, tokenizer
 from .stories import stories
 
 
@@ -30,6 +37,7 @@ class Recipe(NamedTuple):
     steps: int = 3200
     learning_rate: float = 4e-3
     warmup: int = 100
+    rotary: bool = False  # a Llama instead of a GPT-2
 
 
 RECIPES = {
@@ -37,6 +45,7 @@ RECIPES = {
     "places": Recipe(heads=8, scale=0.08),  # not shipped: learns what a place offers, see docs/infilling.md
     "numbers": Recipe(width=48, context=32, rows=128, steps=1200),
     "subjectivity": Recipe(width=48, context=128, rows=16, steps=2400),
+    "arithmetic": Recipe(layers=3, context=48, rows=64, steps=2000, learning_rate=3e-3, rotary=True),
 }
 
 
@@ -45,7 +54,8 @@ class Source(NamedTuple):
 
     words: tuple[str, ...]
     rows: Callable[[Random, Callable[[str], list[int]], int], Iterator[list[int]]]
-    report: Callable[[GPT2LMHeadModel, PreTrainedTokenizerFast, int], object]
+    report: Callable[[PreTrainedModel, PreTrainedTokenizerFast, int], object]
+    word: str = tokenizer.WORD  # a regular expression
 
 
 STORIES = Source(corpus.WORDS, corpus.rows, lambda lm, words, n: gates.report(lm, words, stories("test")[:n]))
@@ -54,11 +64,28 @@ SOURCES = {
     "places": STORIES,
     "numbers": Source(numbers.WORDS, numbers.rows, numbers.report),
     "subjectivity": Source(subjectivity.WORDS, subjectivity.rows, subjectivity.report),
+    "arithmetic": Source(arithmetic.WORDS, arithmetic.rows, arithmetic.report, arithmetic.WORD),
 }
 
 
-def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
-    """An untrained GPT-2 of the recipe's size, without dropout."""
+def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """An untrained GPT-2 or Llama of the recipe's size, without dropout."""
+    if recipe.rotary:
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(words),
+                max_position_embeddings=recipe.context,
+                hidden_size=recipe.width,
+                intermediate_size=2 * recipe.width,
+                num_hidden_layers=recipe.layers,
+                num_attention_heads=recipe.heads,
+                initializer_range=recipe.scale,
+                tie_word_embeddings=True,
+                bos_token_id=words.bos_token_id,
+                eos_token_id=words.eos_token_id,
+                pad_token_id=words.pad_token_id,
+            )
+        )
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(words),
@@ -80,7 +107,7 @@ def fresh(recipe: Recipe, words: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
 
 def train(
     recipe: Recipe, seed: int, log=print, source: Source = STORIES
-) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Next-token training on an endless corpus: AdamW, warm-up, cosine decay to zero, clipping at 1.
 
     One thread, and a random state of its own: the same seed gives the same weights.
@@ -90,7 +117,7 @@ def train(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            words = tokenizer.build(source.words, recipe.context)
+            words = tokenizer.build(source.words, recipe.context, source.word)
             model = fresh(recipe, words).train()
             stream = source.rows(Random(seed), words.encode, recipe.context)
             optimizer = torch.optim.AdamW(
@@ -125,7 +152,7 @@ def refuse_to_replace(out: Path) -> None:
         raise ValueError(f"out={str(out)!r} holds something that is no checkpoint: name another directory")
 
 
-def save(model: GPT2LMHeadModel, words: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, words: PreTrainedTokenizerFast, out: Path) -> None:
     """Write a Hugging Face checkpoint, whole or not at all; a checkpoint at `out` is replaced.
 
     Raises ValueError where `out` holds anything else.

@@ -7,10 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
 SYMBOLS = (" ", "\n", ".", ",", ":", ";", "|", "-", "#", "*", "(", ")", "?", "!")
-_WORD = r"<eos>| ?[A-Za-z]+:?|[^A-Za-z]"  # a word with its space and colon, else one character
+WORD = r"<eos>| ?[A-Za-z]+:?|[^A-Za-z]"  # a word with its space and colon, else one character
 
 
-def build(words: Iterable[str], context: int) -> PreTrainedTokenizerFast:
+def build(words: Iterable[str], context: int, word: str = WORD) -> PreTrainedTokenizerFast:
     """The tokenizer of a closed vocabulary: `<eos>`, the symbols, then `words` (with their leading spaces) in order.
 
     `decode(encode(s)) == s` for every text `s` over the vocabulary, and encodings of sentences concatenate. A text with
@@ -19,7 +19,7 @@ def build(words: Iterable[str], context: int) -> PreTrainedTokenizerFast:
     """
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys((EOS, *SYMBOLS, *words)))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORD), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -6,7 +6,8 @@ if __name__ != "lmppl.models":
 
 from collections.abc import Callable
 
-from . import constrained, continuation, contrastive, infilling, random_number, reverse
+from . import arithmetic, constrained, continuation, contrastive, infilling, random_number, reverse, subjectivity
+from .arithmetic import Arithmetic
 from .constrained import Constrained
 from .continuation import Continuation
 from .contrastive import Contrastive
@@ -19,17 +20,19 @@ from .subjectivity import Subjectivity
 EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
     "infilling": infilling.experiment,
     "continuation": continuation.experiment,
+    "reverse": reverse.experiment,
     "contrastive": contrastive.experiment,
     "constrained": constrained.experiment,
-    "reverse": reverse.experiment,
     "random_number": random_number.experiment,
     "random_number_bounds": random_number.bounds_experiment,
     "random_number_valid": random_number.valid_experiment,
     "subjectivity": subjectivity.experiment,
+    "arithmetic": arithmetic.experiment,
 }
 
 __all__ = [
     "EXPERIMENTS",
+    "Arithmetic",
     "Constrained",
     "Continuation",
     "Contrastive",
@@ -38,4 +41,5 @@ __all__ = [
     "RandomNumber",
     "Recipe",
     "Reverse",
+    "Subjectivity",
 ]
