@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.paper import random_number as paper
 from lmppl import LanguageModel, cli, embedded
 from lmppl.distributions import Completion
 from lmppl.embedded import Bounds, build, numbers
@@ -113,6 +114,62 @@ def test_a_short_training_lowers_the_divergence(lm):
     assert before == pytest.approx(2.15, abs=0.01)
     made.gflownet().fit(made.batches, recipe.steps, progress=False)
     assert divergence() < before / 3
+
+
+def test_an_adapted_head_is_saved_and_read_back(tmp_path):
+    """The head is tied to the embedding: its adapter, and only that, goes to the file; the base stays as it was."""
+    made = experiment()
+    prior = log_priors(made.lm, numbers.FIXED)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.guide_lm.trainable_parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+    made.guide_lm.save_pretrained(tmp_path)
+    again = experiment(checkpoint=tmp_path)
+    told, read = (log_priors(e.guide_lm, numbers.FIXED) for e in (made, again))
+    torch.testing.assert_close(told, read)
+    assert (told - prior).abs().max() > 0.1
+    torch.testing.assert_close(log_priors(made.lm, numbers.FIXED), prior)
+
+
+@pytest.mark.parametrize("valid", [1.0, 0.25])
+def test_divergences_split_into_validity_and_shape(valid):
+    """KL(p || q) = -log q(valid) + KL(p || q(. | valid)), and both vanish at the target."""
+    log_p = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).log_softmax(0)
+    log_r = torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(0)
+    found = paper.divergences(log_p, log_r + math.log(valid))
+    shape = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=log_p), torch.distributions.Categorical(logits=log_r)
+    )
+    assert found["forward"] == pytest.approx(-math.log(valid) + shape.item(), abs=1e-12)
+    assert found["valid"] == pytest.approx(valid)
+    at_target = paper.divergences(log_p, log_p)
+    assert abs(at_target["forward"]) < 1e-12 and abs(at_target["reverse"]) < 1e-12
+    missed = paper.divergences(log_p, log_r.index_fill(0, torch.tensor([3]), -math.inf))
+    assert missed["forward"] is None and math.isfinite(missed["reverse"])
+
+
+def test_a_short_version_of_the_study(lm, tmp_path):
+    torch.manual_seed(0)
+    found = {cell: [paper.run(cell, 0, True)] for cell in paper.CELLS}
+    prior = found[paper.PRIOR][0]
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(embedded.path("numbers")).eval(),
+        AutoTokenizer.from_pretrained(embedded.path("numbers")),
+    )
+    plain = numbers.log_prior(model, words, numbers.FIXED).double()
+    assert prior["forward"] == pytest.approx((-math.log(101) - plain).mean().item(), abs=1e-2)
+    assert prior["valid"] == pytest.approx(plain.exp().sum().item(), abs=1e-3) and prior["tokens"] == 0
+    weighted = found[paper.WEIGHTED][0]
+    assert weighted["valid"] == pytest.approx(1.0) and weighted["reverse"] < prior["reverse"]
+    assert found[paper.GFLOWNET][0]["valid"] > prior["valid"] + 0.1  # validity comes first, 100 much later
+    for cell in (paper.GFLOWNET, paper.MATCHED, paper.REWARD, paper.SUPERVISED):
+        assert sum(found[cell][0]["q"]) == pytest.approx(found[cell][0]["valid"]) and found[cell][0]["tokens"] > 0
+    assert found[paper.BOUNDS][0]["largest"] >= found[paper.BOUNDS][0]["forward"]
+    page = paper.report(found)
+    assert page.count("not seen") >= 2  # fifteen steps suffice for neither figure of the paper
+    paper.plot(found, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 10_000
 
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):

@@ -39,7 +39,7 @@ def path(name: str) -> Path:
 
 
 def data(name: str, split: str) -> list[Any]:
-    """The stories, the bounds of "numbers", the sentences of "subjectivity" or the questions of "arithmetic" of a split.
+    """The stories, the bounds of "numbers", the sentences of "subjectivity" or the questions of "arithmetic", by split.
 
     The splits are "train", "validation" and "test"; "arithmetic" has "rationales", "train", "validation", "test_3",
     "test_4" and "test_5". The same on every call; no (place, verb) pair, no bounds, no sentence and no question is in

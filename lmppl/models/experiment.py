@@ -31,6 +31,7 @@ class Recipe:
     observations: int = 8
     particles: int = 16
     learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     objective: Callable[[], Objective] = VarGrad
     replay: Callable[[], Replay] | None = None
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
@@ -92,14 +93,18 @@ class Experiment:
     recipe: Recipe = field(default_factory=Recipe)
     target: str = "the posterior"
 
+    def optimizer(self, learning_rate: float | None = None) -> torch.optim.Optimizer:
+        """AdamW over the guide's parameters, by the recipe unless told another learning rate."""
+        rate = self.recipe.learning_rate if learning_rate is None else learning_rate
+        return torch.optim.AdamW(self.guide_lm.trainable_parameters(), lr=rate, betas=self.recipe.betas)
+
     def gflownet(self) -> GFlowNet:
         """A trainer for the guide."""
-        optimizer = torch.optim.AdamW(self.guide_lm.trainable_parameters(), lr=self.recipe.learning_rate)
         return GFlowNet(
             self.model,
             self.guide,
             self.recipe.objective(),
-            optimizer=optimizer,
+            optimizer=self.optimizer(),
             num_particles=self.recipe.particles,
             replay=self.recipe.replay and self.recipe.replay(),
         )
