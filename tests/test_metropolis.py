@@ -132,6 +132,7 @@ def test_regrow_costs_no_more_than_a_fresh_draw():
     lm = tiny_lm(vocab=4)
     d = Completion(lm, torch.randint(1, 4, (30,)), max_tokens=8, min_tokens=8).expand((16,))
     old, passes = d.sample(), []
+    d.regrow(old, 6)  # what is tried once per network has been tried
     lm.model.register_forward_hook(lambda *_: passes.append(1))
 
     def cost(keep) -> tuple[int, int]:
