@@ -17,6 +17,7 @@ from rich.table import Table
 from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
 from .inference.compare.compare import Algorithm, Meter, particles_within, sized
 from .inference.compare.quality import density_quality, outside_mass
+from .inference.distributed import world
 from .inference.files import save_figure, write_atomically
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
@@ -130,6 +131,8 @@ def train_command(
         experiment.batches, steps or LEISURE * experiment.recipe.steps, seed=seed, held_out=experiment.held_out,
         log=out / "run.jsonl", checkpoint=out / "training",
     )  # fmt: skip
+    if world().rank:
+        return  # started by torchrun: the first process writes and reports
     _save(experiment, out)
     console.print(f"{gflownet.training_tokens:,} tokens; adapter in {out / 'adapter'}")
     exact, _ = _truth(experiment)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Lower may not import higher. `embedded` ships models; only `LanguageModel.embedded` reaches for it, when called.
 LAYERS = {
     "text": 0,
+    "randomness": 0,
     "tools": 0,
     "ngram": 1,
     "vocabulary": 1,

@@ -10,7 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 
-from .. import text
+from .. import randomness, text
 from ..constraints import Check, Constraint, checked
 from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
@@ -242,7 +242,7 @@ class Completion(TorchDistribution):
         """
         rows, width = kept.shape
         # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
-        uniform = torch.rand(rows, width, device=kept.device)
+        uniform = randomness.uniform((*shape, width), right=1, device=kept.device).reshape(rows, width)
         index, rules = self._prompt_index(shape), self._rules(shape)
         value, length = kept.clone(), text.length(kept)
         log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))

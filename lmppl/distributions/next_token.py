@@ -9,7 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 
-from .. import text
+from .. import randomness, text
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
 from .completion import as_text
@@ -79,7 +79,7 @@ class NextToken(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             log_probs = self.logits.expand(*shape, -1).reshape(-1, self.lm.vocab_size)
-            return draw(log_probs, torch.rand(len(log_probs), device=log_probs.device)).view(shape)
+            return draw(log_probs, randomness.uniform(shape, device=log_probs.device).flatten()).view(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(value), (*batch); ValueError for an id outside the vocabulary."""

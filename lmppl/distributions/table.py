@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 from torch.nn.functional import pad
 
-from .. import text
+from .. import randomness, text
 from .completion import PrefixScores, Texts
 
 
@@ -99,7 +99,8 @@ class Table(TorchDistribution):
         """A sample and its log-probability."""
         shape = torch.Size(sample_shape) + self.batch_shape
         probabilities = self.logits.exp().expand(*shape, -1)
-        row = torch.multinomial(probabilities.reshape(shape.numel(), -1), 1).view(shape)
+        with randomness.apart():
+            row = torch.multinomial(probabilities.reshape(shape.numel(), -1), 1).view(shape)
         return self.values[row], self._at(row)
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:

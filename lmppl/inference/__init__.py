@@ -24,6 +24,7 @@ from .gflownet import (
     Proposal,
     RelativeTrajectoryBalance,
     Replay,
+    Served,
     SubTB,
     Tempered,
     TrajectoryBalance,
@@ -34,6 +35,7 @@ from .markov import Automaton, Markov
 from .metropolis import MarkovChains, MetropolisHastings
 from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
 from .programs import SiteMismatch
+from .sharded import Sharded
 from .smc import (
     SMC,
     Bounds,
@@ -89,6 +91,8 @@ __all__ = [
     "ReweightedWakeSleep",
     "Sandwich",
     "Sequential",
+    "Served",
+    "Sharded",
     "Simulated",
     "SiteMismatch",
     "SubTB",

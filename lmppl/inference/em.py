@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import programs
+from . import distributed, programs
 from .gflownet.observations import parameters_of
 from .posterior.posterior import Posterior
 from .programs import Program, Replay, Sketch
@@ -197,7 +197,7 @@ class VariationalEM(Trainer):
         """Bounds and estimates of log p(y), summed over the data; what is undefined is left out."""
 
         def total(x: Tensor) -> float:
-            return x.sum().item() * subsampling(sketch, posterior.sites.plates)
+            return distributed.total(x.sum().item() * subsampling(sketch, posterior.sites.plates))
 
         found = {"log_evidence": total(posterior.log_evidence)}
         found["elbo"] = found["log_evidence"]
@@ -211,13 +211,14 @@ class VariationalEM(Trainer):
     def _ascend(self, surrogate: Surrogate, known: list[Tensor]) -> dict[str, float]:
         """The M-step."""
         metrics: dict[str, float] = {}
-        halvings, start = 0, surrogate.value(self.max_particles) if self.backtrack else math.nan
+        halvings, start = 0, distributed.total(surrogate.value(self.max_particles)) if self.backtrack else math.nan
         now = start
         for _ in range(self.m_steps):
             self.optimizer.zero_grad(set_to_none=True)
             with frozen_but(known, self.parameters):
-                value = surrogate.backward(self.parameters, self.max_particles)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+                value = distributed.total(surrogate.backward(self.parameters, self.max_particles))
+            distributed.sum_gradients(self.parameters)
+            norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
             if not (math.isfinite(value) and bool(norm.isfinite())):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise FloatingPointError(f"Q is {value}, its gradient's norm {norm.item()}; nothing was updated")
@@ -236,7 +237,7 @@ class VariationalEM(Trainer):
         """Halve the way from ``before`` until Q is at least ``value``; Q there, and how often that was."""
         way = [p - old for p, old in zip(self.parameters, before, strict=True)]
         for halvings in range(MOST_HALVINGS):
-            found = surrogate.value(self.max_particles)
+            found = distributed.total(surrogate.value(self.max_particles))
             if found >= value:
                 return found, halvings
             for p, old, whole in zip(self.parameters, before, way, strict=True):
@@ -273,8 +274,8 @@ class VariationalEM(Trainer):
     def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
         """The log evidence of these observations, and what a training E-step says of its guide."""
         if not isinstance(self.e_step, Trainer):
-            return {"held_out_log_evidence": self.run(*args, **kwargs).log_evidence.sum().item()}
-        found = self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item()
+            return {"held_out_log_evidence": distributed.total(self.run(*args, **kwargs).log_evidence.sum().item())}
+        found = distributed.total(self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item())
         return {"held_out_log_evidence": found, **super().evaluate(*args, num_particles=num_particles, **kwargs)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

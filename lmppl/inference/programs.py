@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from .. import text
+from .. import randomness, text
 
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 Program = Callable[..., Any]
@@ -55,9 +55,14 @@ class Draw(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if msg["done"] or msg["is_observed"] or not hasattr(fn, "sample_and_log_prob"):
+        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
             return
-        if self.explore is None:
+        if not hasattr(fn, "sample_and_log_prob"):
+            if randomness.part() is None:
+                return
+            with randomness.apart():
+                msg["value"] = fn(*msg["args"], **msg["kwargs"])
+        elif self.explore is None:
             msg["value"], self.log_probs[msg["name"]] = fn.sample_and_log_prob()
         else:
             msg["value"] = self.explore(fn).sample()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..randomness import uniform
+
 
 def systematic(weights: Tensor, n: int | None = None) -> Tensor:
     """One uniform number per plate element, n evenly spaced pointers into the cumulative weights.
@@ -12,7 +14,7 @@ def systematic(weights: Tensor, n: int | None = None) -> Tensor:
     Particle i is chosen floor(n w_i) or ceil(n w_i) times; E[count] = n w_i.
     """
     n = len(weights) if n is None else n
-    start = torch.rand(weights.shape[1:], dtype=torch.float64, device=weights.device)
+    start = uniform(weights.shape[1:], axis=0, dtype=torch.float64, device=weights.device)
     at = (torch.arange(n, dtype=torch.float64, device=weights.device).view(-1, *[1] * start.dim()) + start) / n
     return _invert(weights, at)
 
@@ -20,13 +22,13 @@ def systematic(weights: Tensor, n: int | None = None) -> Tensor:
 def multinomial(weights: Tensor, n: int | None = None) -> Tensor:
     """n independent draws per plate element."""
     n = len(weights) if n is None else n
-    return _invert(weights, torch.rand(n, *weights.shape[1:], dtype=torch.float64, device=weights.device))
+    return _invert(weights, uniform((n, *weights.shape[1:]), axis=1, dtype=torch.float64, device=weights.device))
 
 
 def stratified(weights: Tensor, n: int | None = None) -> Tensor:
     """One uniform number in each of n equal strata."""
     n = len(weights) if n is None else n
-    jitter = torch.rand(n, *weights.shape[1:], dtype=torch.float64, device=weights.device)
+    jitter = uniform((n, *weights.shape[1:]), axis=1, dtype=torch.float64, device=weights.device)
     at = (torch.arange(n, dtype=torch.float64, device=weights.device).view(-1, *[1] * (weights.dim() - 1)) + jitter) / n
     return _invert(weights, at)
 

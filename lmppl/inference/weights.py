@@ -19,6 +19,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
+from .. import randomness
 from . import programs
 from .programs import Node, Program, Replay
 
@@ -116,7 +117,7 @@ def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None
     """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
     known = known or {}
     sites = programs.scored(trace).items()
-    return _total((site_log_prob(node, plates, known.get(name)) for name, node in sites), plates)
+    return _total((site_log_prob(node, plates, known.get(name)) for name, node in sites), plates, device_of(trace))
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,22 @@ def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor
     """log q: the unscaled density of the guide's latent sites."""
     known = known or {}
     sites = programs.latents(guide).items()
-    return _total((site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites), plates)
+    terms = (site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites)
+    return _total(terms, plates, device_of(guide))
 
 
-def _total(terms: Iterable[Tensor], plates: Plates) -> Tensor:
+def device_of(*traces: Trace) -> torch.device | None:
+    """Where the values of these traces are; None where there are none."""
+    values = (node["value"] for trace in traces for node in programs.scored(trace).values())
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
+
+
+def _total(terms: Iterable[Tensor], plates: Plates, device: torch.device | None = None) -> Tensor:
     """The sum of terms (prefix, particle, *kept), each of size 1 or full."""
     total: Tensor | None = None
     for term in terms:
         total = term if total is None else total + term
-    return torch.zeros(1, 1, *plates.sizes) if total is None else total
+    return torch.zeros(1, 1, *plates.sizes, device=device) if total is None else total
 
 
 def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Tensor:
@@ -187,7 +195,7 @@ def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Ten
             terms.append(
                 log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
             )
-    return _total(terms, plates)
+    return _total(terms, plates, device_of(trace))
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -228,7 +236,7 @@ def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -
     """
     if count is None or count >= width:
         return torch.arange(width, device=end.device).view(-1, *[1] * end.dim()).expand(-1, *end.shape)
-    between = torch.rand(max(0, count - 2), *end.shape, device=end.device)
+    between = randomness.uniform((max(0, count - 2), *end.shape), device=end.device)
     span = (end - first - 1).clamp(min=0)  # the lengths strictly between, drawn in strata so that few coincide
     strata = torch.arange(len(between), device=end.device).view(-1, *[1] * end.dim())
     inner = first + 1 + ((strata + between) / max(1, len(between)) * span).long()
@@ -289,7 +297,8 @@ def balance(
         log_p = log_density(model_trace, plates, known=extra)
         full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
-            last, stop, tokens = torch.ones(full, dtype=torch.bool), torch.ones(full), torch.zeros(full)
+            last = torch.ones(full, dtype=torch.bool, device=log_p.device)
+            stop, tokens = torch.ones(full, device=log_p.device), torch.zeros(full, device=log_p.device)
             valid = log_q != -torch.inf
         else:
             # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.

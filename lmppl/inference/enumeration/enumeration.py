@@ -20,7 +20,7 @@ from ..partial import advance
 from ..posterior.posterior import Posterior
 from ..programs import Node, Program, Sketch
 from ..validation import check_axes
-from ..weights import Plates, Weighted, kept_plates, log_density, scale, site_log_prob
+from ..weights import Plates, Weighted, device_of, kept_plates, log_density, scale, site_log_prob
 from .token_tree import Texts, explore, most_probable
 
 
@@ -136,7 +136,7 @@ class Enumeration:
         plates = kept_plates([sketch], nesting, subsampling=False)
         _refuse_other_plates(sketch, plates)
         subsamples = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
-        support = Support(plates)
+        support = Support(plates, device_of(sketch))
         count = len(programs.latents(sketch))
         while True:
             known, size = subsamples | support.values, len(support)
@@ -187,15 +187,15 @@ class Enumeration:
 class Support:
     """Joint values of the latent sites met so far, for every plate element (*cell*), with their prior."""
 
-    def __init__(self, plates: Plates):
+    def __init__(self, plates: Plates, device: torch.device | None = None):
         self.plates = plates
         self.axes = [1] * plates.nesting
         for d, n in zip(plates.dims, plates.sizes, strict=True):
             self.axes[d] = n
         self.values: dict[str, Tensor] = {}  # (K, *plate axes, *event)
         self.log_probs: dict[str, Tensor] = {}  # (K, *plate axes)
-        self.log_joint = torch.zeros(1, *plates.sizes, dtype=torch.float64)
-        self.unexplored = torch.zeros(plates.sizes, dtype=torch.float64)
+        self.log_joint = torch.zeros(1, *plates.sizes, dtype=torch.float64, device=device)
+        self.unexplored = torch.zeros(plates.sizes, dtype=torch.float64, device=device)
 
     def __len__(self) -> int:
         return len(self.log_joint)

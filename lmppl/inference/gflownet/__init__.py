@@ -5,6 +5,7 @@ from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, 
 from .local_search import LocalSearch
 from .objective import Objective
 from .replay import Replay
+from .served import Served
 from .sub_tb import SubTB
 from .trainer import GFlowNet
 from .trajectory_balance import RelativeTrajectoryBalance, TrajectoryBalance
@@ -24,6 +25,7 @@ __all__ = [
     "Proposal",
     "RelativeTrajectoryBalance",
     "Replay",
+    "Served",
     "SubTB",
     "Tempered",
     "TrajectoryBalance",

@@ -92,7 +92,7 @@ class _Broadened(Exploration):
         """The distribution ``fn`` of a text, broader by ``amount`` (particle, *1s)."""
 
     def draw(self, source: Source, num_particles: int) -> Values:
-        amount = torch.full((num_particles,), self.neutral)
+        amount = torch.full((num_particles,), self.neutral)  # goes where the text is drawn
         kept = num_particles - round(at(self.fraction, source.step) * num_particles)
         amount[kept:] = at(self.amount, source.step)
         amount = amount.view(-1, *[1] * source.nesting)  # (particle, *plate axes)

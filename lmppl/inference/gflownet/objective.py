@@ -10,7 +10,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from .. import programs
+from .. import distributed, programs
 from ..arguments import at_least, instance_of
 from ..programs import Program, Replay
 from ..training.schedules import Schedule, at, checked
@@ -124,7 +124,7 @@ class Objective(pyro.infer.ELBO):
     ) -> tuple[Tensor, list[Balance]]:
         """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
         found = self.balances(model, guide, args, kwargs, values)
-        identified = all(b.identifies and _empty_is_possible(b) for b in found)
+        identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
         losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
         return torch.stack(losses).mean(), found
 

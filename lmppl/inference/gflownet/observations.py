@@ -28,6 +28,7 @@ class Observations:
     plates: Plates
     sites: Mapping[str, tuple[int, bool]]  # event_dim of each latent, and whether it is a text
     subsamples: Values
+    elsewhere: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # keys of the processes before and after this one
 
 
 def observe(

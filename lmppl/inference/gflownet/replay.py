@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from ... import text
-from .. import programs
+from .. import distributed, programs
 from ..arguments import at_least
 from ..programs import Program, Sketch
 from ..training.schedules import Schedule, at, checked
@@ -50,6 +50,8 @@ class Replay:
         and of the observed values, for each element of the kept plates.  Or a function of the program's arguments that
         answers a sequence of strings or numbers, one for each plate element in row-major order.
     :param max_observations: how many observations are remembered; the one unseen for longest is forgotten.
+
+    On several processes every one has the whole buffer: what each found is told to all.
 
     Priorities by reward are forgotten when parameters of the model change: values whose log p is unknown are as likely
     as the average one, and leave first.
@@ -112,17 +114,24 @@ class Replay:
         """The keys of a batch's observations, found without asking the network."""
         seen, target = observe(model, guide, args, kwargs, nesting, task, self.key)
         self._notice(task, target)
+        keys, rank = distributed.gather(seen.keys), distributed.world().rank
+        if len(keys) > 1:
+            seen = replace(seen, elsewhere=(sum(keys[:rank], ()), sum(keys[rank + 1 :], ())))
         return seen
 
     def available(self, seen: Observations, num_particles: int, step: int) -> int:
         """How many of the particles can be replayed."""
-        stored = min(len(self._stored.get(key, ())) for key in seen.keys) if seen.keys else 0
+        before, after = seen.elsewhere
+        stored = min((len(self._stored.get(key, ())) for key in before + seen.keys + after), default=0)
         return min(round(at(self.fraction, step) * num_particles), num_particles - 1, stored)
 
     def draw(self, seen: Observations, num_particles: int, step: int) -> Values:
         """Stored values of every latent, (particle, *plate axes, *event), no two alike in one plate element."""
         temperature = at(self.temperature, step)
-        chosen = [self._choose(list(self._stored[key].values()), num_particles, temperature) for key in seen.keys]
+        before, after = seen.elsewhere  # chosen for them too, so that the random numbers are those of one process
+        every = before + seen.keys + after
+        chosen = [self._choose(list(self._stored[key].values()), num_particles, temperature) for key in every]
+        chosen = chosen[len(before) : len(before) + len(seen.keys)]
         drawn = {}
         for name, (event_dim, _) in seen.sites.items():
             values = [entry.values[name] for entries in chosen for entry in entries]
@@ -156,13 +165,25 @@ class Replay:
         ]  # by site, particle and observation
         self._texts |= {name for name, (_, is_text) in seen.sites.items() if is_text}
         rewards = log_p.reshape(len(log_p), len(seen.keys)).tolist()
-        for k, key in enumerate(seen.keys):
+        found = [
+            (
+                key,
+                [
+                    (
+                        tuple(token for site in told for token in site[n][k]),
+                        {name: part[n, k] for name, part in parts.items()},
+                        row[k],
+                    )
+                    for n, row in enumerate(rewards)
+                ],
+            )
+            for k, key in enumerate(seen.keys)
+        ]
+        for key, rows in [pair for of_process in distributed.gather(found) for pair in of_process]:
             entries = self._stored.pop(key, {})
             self._stored[key] = entries  # the newest observation
-            for n, row in enumerate(rewards):
-                tokens = tuple(token for site in told for token in site[n][k])
-                value = {name: part[n, k] for name, part in parts.items()}
-                self._insert(entries, tokens, value, row[k])
+            for tokens, value, reward in rows:
+                self._insert(entries, tokens, value, reward)
             self._evict(entries)
         while self.max_observations is not None and len(self._stored) > self.max_observations:
             self._stored.pop(next(iter(self._stored)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import text
-from .. import programs
+from .. import distributed, programs
 from ..programs import Program
 from ..weights import Balance
 from .exploration import Values
@@ -106,11 +106,13 @@ class LogPartition(nn.Module):
         if bool(self.bias.isnan()):
             with torch.no_grad():
                 seen = balance.valid & (balance.log_p > -torch.inf)
-                self.bias.copy_(u.where(seen, torch.zeros_like(u)).sum() / seen.sum().clamp(min=1))
+                count = distributed.total(seen.sum()).clamp(min=1)
+                self.bias.copy_(distributed.total(u.where(seen, torch.zeros_like(u)).sum()) / count)
         features = self._features(balance)
         if features is None:
-            return self.bias.to(u.dtype)
-        return (balance.plates.reduce(features @ self.weight)[0, 0] + self.bias).to(u.dtype)
+            return self.bias.to(u)
+        weight, bias = self.weight.to(features.device), self.bias.to(features.device)
+        return (balance.plates.reduce(features @ weight)[0, 0] + bias).to(u)
 
     @torch.no_grad()
     def _features(self, balance: Balance) -> Tensor | None:
@@ -125,4 +127,5 @@ class LogPartition(nn.Module):
         mean = (embedded * real).sum(-2) / real.sum(-2).clamp(min=1)
         generator = torch.Generator().manual_seed(0)
         projection = torch.randn(mean.shape[-1], len(self.weight), generator=generator).to(mean.device)
-        return torch.tanh(mean / mean.std().clamp(min=1e-6) @ projection / mean.shape[-1] ** 0.5)
+        spread = torch.cat([m.flatten() for m in distributed.gather(mean.cpu())]).std().to(mean.device)
+        return torch.tanh(mean / spread.clamp(min=1e-6) @ projection / mean.shape[-1] ** 0.5)

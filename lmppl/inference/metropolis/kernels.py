@@ -33,7 +33,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ... import text
+from ... import randomness, text
 from .. import programs
 from ..partial import only
 from ..programs import Draw, Node, Program, Replay, Sketch
@@ -111,7 +111,8 @@ class Redraw(Messenger):
         fn = _unmasked(msg["fn"])
         if hasattr(fn, "regrow"):
             count = text.length(self.old)  # (chain, *plate axes), the stop included
-            keep = (torch.rand(count.shape, device=count.device) * count).long().minimum(count - 1).clamp(min=0)
+            keep = (randomness.uniform(count.shape, device=count.device) * count).long()
+            keep = keep.minimum(count - 1).clamp(min=0)
             new, log_new = fn.regrow(self.old, keep)
             by_token = fn.token_log_probs(self.old)
             later = torch.arange(by_token.shape[-1], device=keep.device) >= keep[..., None]
@@ -164,7 +165,7 @@ def density(setting: Setting, values: Values) -> Density:
 def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
     """The Metropolis rule, BoolTensor (chain, *kept), from log pi(z), log pi(z') and log k(z | z') - log k(z' | z)."""
     log_alpha = log_new - log_old + log_ratio
-    uniform = torch.rand(log_alpha.shape, dtype=torch.float64, device=log_alpha.device)
+    uniform = randomness.uniform(log_alpha.shape, axis=1, dtype=torch.float64, device=log_alpha.device)
     return (log_old == -torch.inf) | (uniform.log() < log_alpha)
 
 
@@ -190,7 +191,7 @@ def _density(proposal: Trace, target: Trace, plates: Plates, known: Values) -> D
         if bool(out.any()):
             q = proposal.nodes[name]
             prior = prior + plates.reduce(scale_and_mask(_unmasked(q["fn"]).log_prob(q["value"]), 1.0, out))
-    likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates)
+    likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates).to(prior.device)
     n = len(next(iter(latent.values()))["value"])
     return Density(*(x[0].expand(n, *plates.sizes) for x in (prior, likelihood)))
 

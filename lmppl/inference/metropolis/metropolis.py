@@ -186,7 +186,7 @@ class _State:
         self.values, self.density, self.log_q = start.values, start.density, start.log_q
         self.subsamples = {n: v for n, v in programs.values(self.proposal).items() if n not in self.values}
         self.texts = {n for n, node in programs.latents(self.proposal).items() if hasattr(node["fn"], "prefix_scores")}
-        beta = 1 / torch.tensor(ladder, dtype=torch.float64)
+        beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
         weighted = Weighted(self.density.joint, programs.values(self.proposal), target, self.proposal, self.plates)

@@ -99,7 +99,8 @@ class Posterior:
         NaN with fewer than 50 particles.  What it means: `log_weights.pareto_khat`.
         """
         flat = self.log_weights.reshape(self.num_particles, -1)
-        return torch.tensor([pareto_khat(w) for w in flat.T]).reshape(self.log_weights.shape[1:])
+        khat = torch.tensor([pareto_khat(w) for w in flat.T], device=flat.device)
+        return khat.reshape(self.log_weights.shape[1:])
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
         """``n`` equally weighted particles, each plate element resampled by itself; ``scheme`` as in `resampling`."""

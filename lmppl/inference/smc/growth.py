@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import text
+from ... import randomness, text
 from ..partial import keep_first
 from ..programs import Node, SiteMismatch
 from ..weights import Plates, log_ratio, site_log_prob
@@ -68,7 +68,7 @@ class Growth:
         """Draw a token for every text; the particles' log increments, (particle, *kept)."""
         p, q = self.p, self.q
         ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
-        token, log_q = q.draw(torch.rand(len(ended), device=ended.device))  # both (row,)
+        token, log_q = q.draw(randomness.uniform(self.shape, device=ended.device).flatten())  # both (row,)
         if self.retained is not None:
             token, log_q = self._retain(token, log_q)
         log_p = log_q if p is q else p.score(token).masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)

@@ -18,7 +18,7 @@ from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Node, Program, SiteMismatch
 from ..resampling import SCHEMES, conditional
 from ..validation import check_axes
-from ..weights import Weighted, kept_plates, log_density, log_density_of_latents, log_ratio
+from ..weights import Weighted, device_of, kept_plates, log_density, log_density_of_latents, log_ratio
 from .ancestry import Ancestry, Resampling
 from .growth import Growth
 from .twists import Twist, checked, log_twist
@@ -120,7 +120,7 @@ class _State:
         self.plates = kept_plates(sketches, self.nesting, subsampling=False)
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
-        self.log_weights = torch.zeros(smc.num_particles, *self.plates.sizes)
+        self.log_weights = torch.zeros(smc.num_particles, *self.plates.sizes, device=device_of(*sketches))
         self.ancestry: list[Resampling] = []
         self.proposal = self.target = Trace()
 
@@ -148,7 +148,8 @@ class _State:
 
         def log_following(value: Tensor) -> Tensor:
             trace, _ = self._advance(self.smc.model, self.values | {growth.name: value})
-            return log_density(only(trace, set(trace.nodes) - self.seen - {growth.name}), self.plates)[0]
+            rest = only(trace, set(trace.nodes) - self.seen - {growth.name})
+            return log_density(rest, self.plates)[0].to(self.log_weights.device)
 
         while not growth.done:
             self._resample(growth, log_twist(self.smc.twist, growth, log_following, self._before()))
@@ -171,7 +172,7 @@ class _State:
         self.target = target
         auxiliary = {n for n, s in self.proposal.nodes.items() if s["infer"].get("is_auxiliary")}
         fresh = (set(target.nodes) | auxiliary) - self.seen
-        log_p = log_density(only(target, fresh), self.plates)[0]
+        log_p = log_density(only(target, fresh), self.plates)[0].to(self.log_weights.device)
         log_q = log_density_of_latents(only(self.proposal, fresh), self.plates)[0]
         self.log_weights = self.log_weights + log_ratio(log_p, log_q)
         self.seen |= fresh

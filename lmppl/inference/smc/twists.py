@@ -42,7 +42,7 @@ def log_twist(
     """
     kept = (growth.shape[0], *growth.plates.sizes)
     if twist is None:
-        return torch.zeros(kept)
+        return torch.zeros(kept, device=growth.prefix.device)
     if callable(twist):
         prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
         log_psi = twist(prefix, before) if _wants_values(twist) else twist(prefix)
@@ -51,7 +51,7 @@ def log_twist(
             raise ValueError(f"twist: it returned {found}; expected a tensor of shape {kept}")
         return positive(log_psi.reshape(*kept, -1).sum(-1))
     value, log_p, log_q = growth.stop()
-    log_psi = torch.zeros(kept)
+    log_psi = torch.zeros(kept, device=growth.prefix.device)
     if bool(log_p.isfinite().any()):  # one can stop here
         log_psi = log_p + log_following(value)
         log_psi = positive((log_psi - log_q if twist == "flow" else log_psi).expand(kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import programs
+from ...randomness import Part, forked
+from .. import distributed, programs
 from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
+from ..sharded import plate_of
 from ..weights import weigh
 from . import checkpoint as checkpoints
 
+Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
 Batches: TypeAlias = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
 
 
@@ -71,6 +75,8 @@ class Trainer(ABC):
         self.training_tokens = 0
         self._steps = 0  # taken by `step`, one by one: what schedules are asked about
         self._networks: dict[tuple[Program, Program], list[Any]] = {}
+        self._dims: dict[tuple[Program, Program], int] = {}
+        self._alike = False  # whether all processes are known to have the same parameters
 
     @abstractmethod
     def update(
@@ -88,12 +94,14 @@ class Trainer(ABC):
         :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()}; nothing was updated")
+        loss = distributed.share() * loss
+        if not math.isfinite(value := distributed.total(loss.item())):
+            raise FloatingPointError(f"the loss is {value}; nothing was updated")
         loss.backward()
+        distributed.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
-        return norm.item()
+        return distributed.whole(norm).item()
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -113,22 +121,48 @@ class Trainer(ABC):
     def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """One update on the observations ``args``; what there is to know of it.
 
+        On several processes each has its part of them, as in `fit`.
+
         :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
         """
         self._steps += 1
         return self._counted(Task(self.model, self.guide, [args]), args, kwargs, self._steps - 1)
 
     def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
-        programs_of = (task.model, task.guide)
-        if programs_of not in self._networks:
-            given = self.arguments(args, kwargs)
-            both = [n for p in programs_of for n in programs.networks(p, given, kwargs)]
-            self._networks[programs_of] = list({id(n): n for n in both}.values())
-        networks = self._networks[programs_of]
-        before = sum(network.tokens_scored for network in networks)
-        metrics = self.update(task.model, task.guide, args, kwargs, step)
-        self.training_tokens += sum(network.tokens_scored for network in networks) - before
-        return metrics
+        model, guide = task.model, task.guide
+        dim = self._plate(model, guide, args, kwargs, lambda batch: self.arguments(batch, kwargs))
+        with distributed.shard(args, dim) as args:
+            if not self._alike:
+                distributed.broadcast([p for o in self.optimizers for g in o.param_groups for p in g["params"]])
+                self._alike = True
+            if (model, guide) not in self._networks:
+                given = self.arguments(args, kwargs)
+                both = [n for p in (model, guide) for n in programs.networks(p, given, kwargs)]
+                self._networks[model, guide] = list({id(n): n for n in both}.values())
+            networks = self._networks[model, guide]
+            before = sum(network.tokens_scored for network in networks)
+            metrics = self.update(model, guide, args, kwargs, step)
+            self.training_tokens += distributed.total(sum(network.tokens_scored for network in networks) - before)
+            return distributed.average(metrics)
+
+    def _held_out(self, args: tuple[Any, ...]) -> dict[str, float]:
+        """`evaluate`, each process on its part."""
+        dim = self._plate(self.model, self.guide, args, {}, lambda batch: batch)
+        with distributed.shard(args, dim, few=True) as own:
+            return distributed.average(self.evaluate(*own))
+
+    def _plate(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: Arguments
+    ) -> Callable[[tuple[Any, ...], Part], int]:
+        """What finds the axis of the observations' plate, once for each pair of programs."""
+
+        def dim(own: tuple[Any, ...], part: Part) -> int:
+            if (model, guide) not in self._dims:
+                both = (lambda: arguments(args)), (lambda: arguments(own))
+                self._dims[model, guide] = plate_of(model, guide, both, kwargs, part, self.max_plate_nesting)
+            return self._dims[model, guide]
+
+        return dim
 
     def fit(
         self,
@@ -146,6 +180,10 @@ class Trainer(ABC):
         callback: Callable[[int, dict[str, float]], None] | None = None,
     ) -> list[dict[str, float]]:
         """``steps`` updates: ``warmup`` steps of rising learning rate, then linear decay to zero.
+
+        Started by `torchrun`, every process is given the same batches and takes its part of each one's observations,
+        the first axis of every argument; metrics and gradients are those of the whole batch, and the first process
+        alone writes and shows progress (``callback`` is called on all). See docs/scale.md.
 
         :param batches: tuples of arguments, taken in turn, or a function of the step; or several
             ``(model, guide, batches)`` that share the parameters, whose steps take turns.
@@ -168,7 +206,10 @@ class Trainer(ABC):
             saved, tensors = checkpoints.load(where, self.optimizers)
             start, self.training_tokens = saved["step"], saved["training_tokens"]
             self.restore(tensors, saved.get("own", {}))
-        log_file = Path(log) if log is not None else None
+        if not distributed.agree(start):
+            raise ValueError("checkpoint: not all processes find the same one; they need a file system in common")
+        first = distributed.world().rank == 0
+        log_file = Path(log) if log is not None and first else None
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
             if where is not None and log_file.exists():
@@ -176,9 +217,9 @@ class Trainer(ABC):
                 log_file.write_text("".join(line + "\n" for line in kept))
         bar = Progress(
             TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(), disable=not progress,
+            TimeRemainingColumn(), disable=not (progress and first),
         )  # fmt: skip
-        with bar, torch.random.fork_rng(devices=[]):
+        with bar, forked():
             shown = bar.add_task("", total=steps, completed=start)
             for step in range(start, steps):
                 torch.manual_seed(seed * 1_000_003 + step)
@@ -187,7 +228,7 @@ class Trainer(ABC):
                 task = tasks[step % len(tasks)]
                 metrics = self._counted(task, task.batch(step // len(tasks)), {}, step)
                 if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
-                    metrics |= self.evaluate(*held_out)
+                    metrics |= self._held_out(held_out)
                 history.append(metrics)
                 if callback is not None:
                     callback(step, metrics)

@@ -1,0 +1,198 @@
+"""Texts written by a server: a stand-in on this machine that speaks the completions protocol, with a tiny LM."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from problems import VOCAB, A, B, X, adapted, lm_guide, one_text, texts_of
+from reference import Plain
+from test_exploration import law, same_law
+from test_gflownet import Task
+from tiny import tiny_lm
+from torch import Tensor
+
+from lmppl import LanguageModel
+from lmppl.constraints import ban
+from lmppl.distributions import Completion
+from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Served
+from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.gflownet.exploration import Source
+from lmppl.text import length
+
+
+class Writer:
+    """Answers requests for completions by a plain loop over tokens; ``asked`` has what came in."""
+
+    def __init__(self, lm: LanguageModel, keeps_stop: bool = True):
+        self.lm, self.keeps_stop, self.plain = lm, keeps_stop, Plain(lm)
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.lock = threading.Lock()
+
+    def answer(self, path: str, content: dict[str, Any]) -> dict[str, Any] | str:
+        with self.lock:
+            self.asked.append((path, content))
+            if not path.endswith("/completions"):
+                return "loaded"
+            generator = random.Random(content["seed"])
+            return {"choices": [self.text(content, generator) for _ in range(content["n"])]}
+
+    def text(self, content: dict[str, Any], generator: random.Random) -> dict[str, Any]:
+        stops = content["stop_token_ids"] + ([] if content["ignore_eos"] else [self.lm.eos_id])
+        ids: list[int] = []
+        while len(ids) < content["max_tokens"]:
+            logits = self.plain.logits(tuple(content["prompt"]), tuple(ids)) / content["temperature"]
+            if len(ids) < content["min_tokens"]:
+                logits = logits.index_fill(0, torch.tensor(stops), -torch.inf)
+            (token,) = generator.choices(range(len(logits)), logits.softmax(0).tolist())
+            if token in stops:
+                kept = [*ids, token] if self.keeps_stop else ids
+                return {"token_ids": kept, "finish_reason": "stop", "stop_reason": token}
+            ids.append(token)
+        return {"token_ids": ids, "finish_reason": "length", "stop_reason": None}
+
+
+@contextmanager
+def serving(writer: Any) -> Iterator[str]:
+    """The address at which ``writer.answer(path, content)`` is heard."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found = writer.answer(self.path, content)
+            body = (found if isinstance(found, str) else json.dumps(found)).encode()
+            self.send_response(400 if found == "no" else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
+
+
+def drawn(lm: LanguageModel, url: str, guide: Any, n: int) -> Tensor:
+    pyro.set_rng_seed(0)
+    return Served(lm, url, "guide").draw(Source(one_text(lm).model, guide, (), {}, 1), n)["z"]
+
+
+@pytest.mark.parametrize("keeps_stop", [True, False])
+def test_texts_follow_the_servers_law(lm, keeps_stop):
+    """3000 texts after each of two prompts, by two requests, within 5 standard errors; alike for the same seed."""
+    guide_lm = adapted(lm)
+    with serving(Writer(guide_lm, keeps_stop)) as url:
+        z = drawn(guide_lm, url, lm_guide(guide_lm), 3000)
+        again = drawn(guide_lm, url, lm_guide(guide_lm), 3000)
+    assert z.shape == (3000, 2, 3) and torch.equal(z, again)
+    same_law(lm, z, law(lm, guide_lm))
+
+
+def test_what_is_asked_for_is_what_the_distribution_says(lm):
+    writer = Writer(lm)
+    with serving(writer) as url, torch.no_grad():
+        limit, least = torch.tensor([0, 3, 4, 4]), torch.tensor([0, 2, 1, 1])
+        fn = Completion(lm, X[[0, 0, 1, 1]], max_tokens=limit, min_tokens=least, stop=[".", B], temperature=2.0)
+        z = Served(lm, url, "guide")._elsewhere(fn).sample((5,))
+        exact = Completion(lm, X, max_tokens=3, stop=None)
+        fixed = Served(lm, url, "guide")._elsewhere(exact).sample((5,))
+    assert bool(fn.log_prob(z).isfinite().all()) and bool(exact.log_prob(fixed).isfinite().all())
+    assert z[:, 0].tolist() == [[1, -1, -1, -1, -1]] * 5  # nothing fits but a stop: the server is not asked
+    assert int(length(z)[:, 1].min()) >= 3
+    asked = [{k: c[k] for k in ("n", "max_tokens", "min_tokens", "ignore_eos", "temperature")} for _, c in writer.asked]
+    common = {"ignore_eos": True, "temperature": 2.0}
+    assert sorted(asked[:2], key=lambda c: c["n"]) == [
+        {"n": 5, "max_tokens": 3, "min_tokens": 2} | common,
+        {"n": 10, "max_tokens": 4, "min_tokens": 1} | common,
+    ]
+    assert all(c["stop_token_ids"] == [] and c["max_tokens"] == 3 for _, c in writer.asked[2:])
+    assert {tuple(c["prompt"]) for _, c in writer.asked} == {(A,), (B, A)}
+
+
+@pytest.mark.slow
+def test_a_server_with_other_weights_teaches_the_same_posterior():
+    """Its texts are the base model's throughout; log q is the learner's, so the guide still ends at the posterior."""
+    task = Task()
+    exact = Enumeration(task.model).run(*task.args)
+
+    def distance() -> float:
+        return float(density_quality(exact, task.guide, task.args, {}).total_variation.max())
+
+    before = distance()
+    with serving(Writer(task.lm)) as url:
+        mixture = Mixture((Served(task.q, url, "base"), 0.5), (OnPolicy(), 0.5))
+        optimizer = torch.optim.AdamW(task.q.trainable_parameters(), lr=1e-2)
+        trainer = GFlowNet(task.model, task.guide, optimizer=optimizer, exploration=mixture)
+        trainer.fit([task.args], 250, progress=False)
+    assert distance() < 0.1 < 0.3 < before
+
+
+def test_refresh_hands_over_the_adapter(lm, tmp_path):
+    guide_lm, writer = adapted(lm), Writer(lm)
+    with serving(writer) as url:
+        Served(guide_lm, url, "guide").refresh(tmp_path / "adapter")
+    ((path, content),) = writer.asked
+    assert path == "/v1/load_lora_adapter" and content["lora_name"] == "guide"
+    loaded = lm.with_adapter(content["lora_path"])
+    pairs = zip(loaded.trainable_parameters(), guide_lm.trainable_parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+class Says:
+    def __init__(self, said: Any):
+        self.said = said
+
+    def answer(self, path: str, content: dict[str, Any]) -> Any:
+        return self.said if self.said == "no" else {"choices": [self.said] * content["n"]}
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ("no", ConnectionError, "answered 400: no"),
+        ({"text": "a"}, ValueError, "no token_ids"),
+        ({"token_ids": [2, 2, 2, 0]}, ValueError, "no text of 0 to 2 tokens"),
+        ({"token_ids": [VOCAB, 0]}, ValueError, "no text of 0 to 2 tokens"),
+        ({"token_ids": [0, 2, 0]}, ValueError, "no text of 0 to 2 tokens"),
+    ],
+)
+def test_an_answer_that_cannot_be_is_refused(lm, said, error, message):
+    with serving(Says(said)) as url, pytest.raises(error, match=message):
+        drawn(lm, url, lm_guide(lm), 4)
+
+
+def test_bad_arguments_are_named(lm):
+    with pytest.raises(ConnectionError, match="url: no answer from http://127.0.0.1:9/v1/completions"):
+        drawn(lm, "http://127.0.0.1:9/v1", lm_guide(lm), 4)
+    with pytest.raises(ValueError, match="url: expected http"):
+        Served(lm, "localhost:8000", "guide")
+    with pytest.raises(ValueError, match="lm: expected a LanguageModel instance"):
+        Served("gpt2", "http://localhost:8000/v1", "guide")
+    with pytest.raises(ValueError, match="allowed= and tools="):
+        Served(lm, "http://localhost:8000/v1", "guide")._elsewhere(
+            Completion(lm, X, max_tokens=2, allowed=ban(lm, ["a"]))
+        )
+    other = Completion(tiny_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
+    assert Served(lm, "http://localhost:8000/v1", "guide")._elsewhere(other) is other
+    assert texts_of(lm).shape[0] > 4
