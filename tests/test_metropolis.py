@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion
+from lmppl.engine.prompts import prompts
 from lmppl.inference import Enumeration, MetropolisHastings, ZeroEvidence
 from lmppl.inference.metropolis.kernels import Setting, accept, independence, regrow
 from lmppl.text import PAD
@@ -131,6 +132,7 @@ def test_regrow_gives_the_same_texts_in_chunks():
 def test_regrow_costs_no_more_than_a_fresh_draw():
     lm = tiny_lm(vocab=4)
     d = Completion(lm, torch.randint(1, 4, (30,)), max_tokens=8, min_tokens=8).expand((16,))
+    prompts(lm.network).capacity = 0  # each prompt is read anew
     old, passes = d.sample(), []
     d.regrow(old, 6)  # what is tried once per network has been tried
     lm.model.register_forward_hook(lambda *_: passes.append(1))
