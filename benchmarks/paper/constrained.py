@@ -20,12 +20,12 @@ from .targets import PARTICLES, of_density, of_draws, trained, truth, untrained
 
 # cell: constraint, method, steps
 CELLS: dict[str, tuple[str, str, int]] = {
-    "lexical-GFlowNet": ("lexical", "GFlowNet", 800),
+    "lexical-GFlowNet": ("lexical", "GFlowNet", 600),
     "lexical-PPO": ("lexical", "PPO", 150),
     "lexical-sampling": ("lexical", "sampling", 0),
-    "regex-GFlowNet": ("regex", "GFlowNet", 200),
+    "regex-GFlowNet": ("regex", "GFlowNet", 150),
     "regex-sampling": ("regex", "sampling", 0),
-    "learned-GFlowNet": ("learned", "GFlowNet", 300),
+    "learned-GFlowNet": ("learned", "GFlowNet", 200),
     "learned-sampling": ("learned", "sampling", 0),
 }
 SAMPLERS = "language model", "locally masked", "importance sampling", "SMC", "SMC, stop twist", "exact draws"

@@ -44,9 +44,9 @@ LONGEST = 30  # tokens of a text on other language models
 TRAINING_WORDS, TEST_PROMPTS = 2048, 8
 PENALTY = 12.0  # nats: where a hundredth of the mass satisfies, the rest keeps e^-12 / 0.01 = 0.0006
 RECIPES = {
-    "lexical": Recipe(steps=800, quick_steps=200, observations=32, particles=4, learning_rate=3e-3),
-    "regex": Recipe(steps=300, quick_steps=100),
-    "learned": Recipe(steps=300, quick_steps=100),
+    "lexical": Recipe(steps=600, quick_steps=200, observations=32, particles=4, learning_rate=3e-3, output_layer=True),
+    "regex": Recipe(steps=150, quick_steps=50, learning_rate=3e-3, output_layer=True),
+    "learned": Recipe(steps=200, quick_steps=100, output_layer=True),
 }
 Condition = Callable[..., Tensor]
 
@@ -253,7 +253,7 @@ def experiment(
         if value is None and of == constraint and data is not None:
             raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
     lm = lm or LanguageModel.embedded("stories")
-    recipe = recipe or RECIPES[constraint]
+    recipe = recipe or (RECIPES[constraint] if data is None else Recipe())
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if data is None:
         setup = EMBEDDED[constraint](lm, guide_lm)
