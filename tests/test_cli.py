@@ -78,6 +78,14 @@ def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
     assert run.returncode == 0 and (tmp_path / "train" / "adapter" / "adapter_config.json").is_file(), run.stderr
 
 
+def test_a_setting_and_the_options_of_a_model(lmppl):
+    options = ["--steps", "1", "--particles", "4", "--algorithms", "gflownet"]
+    run = lmppl("compare", "infilling", "--setting", "paper", *options)
+    assert run.returncode == 0 and "power 1 / 0.85, the paper's setting" in " ".join(run.stdout.split()), run.stderr
+    run = lmppl("compare", "continuation", "--set", "temperature=[0.9, 0.5]", "--set", "max_tokens=4", *options)
+    assert run.returncode == 0 and "T = 0.9, 0.5." in run.stdout, run.stderr
+
+
 def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl):
     (tmp_path / "stories.txt").write_text(STORIES)
     run = lmppl(
@@ -103,6 +111,10 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["compare", "infilling", "--data", "stories.txt"], "cannot be encoded"),  # not the embedded LM's words
         (["sample", "infilling", "--checkpoint", "nowhere"], "nowhere"),
         (["train", "continuation", "--data", "empty.txt"], "no prompt"),
+        (["train", "infilling", "--setting", "papers"], "papers"),
+        (["train", "infilling", "--set", "temperature=0.9"], "template"),  # the one that there is
+        (["train", "continuation", "--set", "temperature"], "NAME=VALUE"),
+        (["train", "continuation", "--set", "temperature=-1"], "temperature"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):
