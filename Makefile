@@ -42,7 +42,10 @@ paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/sampling.py
+	mkdir -p out
+	-$(BIN)/python -m benchmarks.sampling --out out/sampling.json
+	-$(BIN)/python -m benchmarks.step --out out/step.json
+	$(BIN)/python -m benchmarks.scaling --out out/scaling.json
 
 build: $(INSTALLED)
 	rm -rf build dist

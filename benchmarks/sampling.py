@@ -96,14 +96,14 @@ def resamplings(run: Callable[[], Any]) -> int:
 
 
 def timed(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every run of each contestant; they take turns, so that a busy machine slows all alike."""
+    """Processor seconds of every run of each contestant; they take turns, so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(repetitions + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if repetition:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     return seconds
 
 
