@@ -9,6 +9,7 @@ from benchmarks.paper import continuation, infilling, reverse
 from lmppl.inference import Enumeration
 from lmppl.models import continuation as continuation_model
 from lmppl.models import infilling as infilling_model
+from lmppl.models import measures
 
 
 def short(study):
@@ -79,3 +80,9 @@ def test_a_short_reverse():
     assert exact["draws_tv"] < prior["draws_tv"] and exact["story"] > prior["story"]
     assert exact["unexplored"] < 0.0025
     assert "TV at most 0.05" in reverse.STUDY.report(results)
+
+
+def test_a_draw_that_is_no_text_resembles_nothing():
+    states, baseline = infilling.encoder()
+    apart, spaced = measures.bert_score(["HeShe.", " He was."], [" He was."] * 2, states, baseline)
+    assert apart == pytest.approx(-baseline / (1 - baseline)) and spaced == pytest.approx(1.0)

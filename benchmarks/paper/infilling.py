@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from lmppl import embedded
+from lmppl import LanguageModel, embedded
 from lmppl.distributions import Completion
 from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, few_shot
 from lmppl.inference.compare.quality import density_quality
@@ -122,7 +122,15 @@ def encoder() -> tuple[measures.Encoder, float]:
 
     With the score of middles of different stories, to rescale by.
     """
-    states = measures.hidden_states(embedded.path("stories"))
+    lm, known = LanguageModel.embedded("stories"), measures.hidden_states(embedded.path("stories"))
+
+    def states(string: str) -> Tensor:
+        try:
+            lm.encode(string)
+        except ValueError:  # words that were drawn without a space between them are none of its own
+            return torch.zeros(0, lm.model.config.hidden_size)
+        return known(string)
+
     told = [s.z for s in embedded.data("stories", "validation")]
     return states, float(measures.bert_score(told, told[1:] + told[:1], states).mean())
 
