@@ -24,9 +24,9 @@ from .study import Results, Study
 PREAMBLE = """# Results
 
 The paper's experiments (Hu et al. 2024) on the embedded language models, where the exact optimum is known. Written by
-`make paper`; figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer where a section
-says that it is not complete: intervals are then wide, and a claim that rests on one may read "not seen" for want of
-seeds. All of it took {hours:.1f} core-hours.
+`make paper`; figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer where a
+section says that it is not complete: intervals are then wide, and a claim that rests on one may read "not seen" for
+want of seeds. All of it took {hours:.1f} core-hours.
 
 """
 
