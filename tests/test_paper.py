@@ -84,7 +84,7 @@ def test_a_cell_that_fails_stops_no_other_and_the_page_says_what_lacks(run, caps
     status, page = run("broken", "heads", seeds=1)
     assert status and "this cell fails" in capsys.readouterr().err
     assert RUNS == [("broken", 0), ("heads", 0)]
-    assert "Not complete: broken (0 seeds)." in page and "| heads |" not in page
+    assert "Not complete: 0 of 1 seeds." in page and "| heads |" not in page
 
 
 def test_an_unknown_experiment_is_named(monkeypatch, capsys):

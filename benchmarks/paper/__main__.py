@@ -3,7 +3,7 @@
     python -m benchmarks.paper --jobs 2 --seeds 5
 
 Every unit of work (an experiment's cell and a seed) is one JSON file under --runs; the same command goes on where an
-interrupted one was. The page is written from the files that are there, and says which cells lack seeds.
+interrupted one was. The page is written from the seeds that all cells of an experiment have.
 """
 
 from __future__ import annotations
@@ -58,18 +58,20 @@ def page(studies: tuple[Study, ...], seeds: int, runs: Path, out: Path) -> None:
     """Write the page from the files that are there."""
     sections, seconds = [], 0.0
     for study in studies:
-        results: Results = {}
-        for cell in study.cells:
-            paths = [path_of(study, cell, seed, runs) for seed in range(seeds)]
-            kept = [json.loads(p.read_text()) for p in paths if p.exists()]
-            seconds += sum(k["seconds"] for k in kept)
-            if kept:
-                results[cell] = [k["found"] for k in kept]
-        lacking = [c for c in study.cells if len(results.get(c, ())) < seeds]
+        kept = {
+            (cell, seed): json.loads(path.read_text())
+            for cell in study.cells
+            for seed in range(seeds)
+            if (path := path_of(study, cell, seed, runs)).exists()
+        }
+        seconds += sum(k["seconds"] for k in kept.values())
+        # Figures are paired by seed: one that lacks a cell waits.
+        complete = [seed for seed in range(seeds) if all((cell, seed) in kept for cell in study.cells)]
+        results: Results = {cell: [kept[cell, seed]["found"] for seed in complete] for cell in study.cells}
         text = f"## {study.title}\n\n"
-        if lacking:
-            text += "Not complete: " + ", ".join(f"{c} ({len(results.get(c, ()))} seeds)" for c in lacking) + ".\n\n"
-        if set(study.cells) <= set(results):
+        if len(complete) < seeds:
+            text += f"Not complete: {len(complete)} of {seeds} seeds.\n\n"
+        if complete:
             text += study.report(results)
             if study.plot is not None:
                 picture = out.with_name(f"{out.stem}-{study.name}.png")
