@@ -15,27 +15,12 @@ from ..constraints import Check, Constraint, checked
 from ..engine.scoring import chunk_rows, score, with_bos
 from ..language_model import LanguageModel
 from ..tools import Tool
+from .arguments import as_count, as_text, refuse_nan
 from .insertions import Insertions
 from .rejection import RejectionSteps
 from .rules import Rules
+from .support import Texts, every_text
 from .token_steps import TokenSteps
-
-_ENUMERABLE = 1_000_000
-
-
-class Texts(torch_constraints.Constraint):
-    """The support of a distribution over texts: ids of a vocabulary, right-padded with PAD."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def check(self, value: Tensor) -> Tensor:
-        inside = (value == text.PAD) | ((value >= 0) & (value < self.vocab_size))
-        gap = (value[..., :-1] == text.PAD) & (value[..., 1:] != text.PAD)
-        return inside.all(-1) & ~gap.any(-1)
 
 
 class PrefixScores(NamedTuple):
@@ -99,8 +84,8 @@ class Completion(TorchDistribution):
         self.prompt = as_text(lm, prompt, "prompt")
         device = self.prompt.device
         self.stop = lm.stop_ids(stop).to(device)
-        self.max_tokens = _count(max_tokens, "max_tokens", device)
-        self.min_tokens = _count(min_tokens, "min_tokens", device)
+        self.max_tokens = as_count(max_tokens, "max_tokens", device)
+        self.min_tokens = as_count(min_tokens, "min_tokens", device)
         self.temperature = torch.as_tensor(temperature, device=device)
         self._epsilon = torch.zeros((), device=device)
         if not bool((self.temperature > 0).all()):
@@ -266,7 +251,7 @@ class Completion(TorchDistribution):
                 if len(left) < 0.5 * len(chunk):  # rows that have ended need no more steps
                     steps.select(left)
                     chunk = chunk[left]
-        _refuse_nan(log_prob)
+        refuse_nan(log_prob)
         return value.view(*shape, width), log_prob.view(shape)
 
     @torch.no_grad()
@@ -364,7 +349,7 @@ class Completion(TorchDistribution):
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device)
-        _refuse_nan(token)
+        refuse_nan(token)
         token = token.masked_fill(at >= length[..., None], 0.0)
         token = token.masked_fill((at > end[..., None]) & (at < length[..., None]), -torch.inf)
         stop = stop.masked_fill(at > end[..., None], -torch.inf)
@@ -381,48 +366,9 @@ class Completion(TorchDistribution):
 
         :raises ValueError: where there are more than a million.
         """
-        ids = torch.arange(self.lm.vocab_size, device=self.prompt.device)
-        if isinstance(self.allowed, Tensor) and self._insertions is None:
-            ids = ids[self.allowed]
-        content = ids[~torch.isin(ids, self.stop)]
-        shortest = int(self.min_tokens.min()) if self.stop.numel() else int(self.max_tokens.min())
-        stops = max(1, self.stop.numel())
-        count = sum(len(content) ** n * stops for n in range(shortest, self._limit + 1))
-        if count > _ENUMERABLE:
-            raise ValueError(f"enumerate_support: {count:,} texts; use inference.Enumeration(mass=...) instead")
-        blocks = []
-        for n in range(shortest, self._limit + 1):
-            body = torch.cartesian_prod(*[content] * n) if n else content.new_empty(1, 0)
-            body = body.reshape(len(content) ** n, n)
-            if self.stop.numel():
-                tail = self.stop.repeat_interleave(len(body))[:, None]
-                body = torch.cat([body.repeat(len(self.stop), 1), tail], 1)
-            blocks.append(text.pad(body, self.event_shape[0]))
-        support = torch.cat(blocks)
-        support = support if self._insertions is None else support[self._agrees(support)]
+        support = every_text(self._rules(self._native))
         support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])
         return support.expand(-1, *self.batch_shape, -1) if expand else support
-
-    def _agrees(self, value: Tensor) -> Tensor:
-        """Whether whole texts (K, L) have what tools insert, cut off by the limit alone, and else what is allowed."""
-        assert self._insertions is not None
-        inserted = self._insertions(value)[:, :-1]
-        stops = torch.isin(value, self.stop)
-        free = stops | (self.allowed[value.clamp(min=0)] if isinstance(self.allowed, Tensor) else True)
-        cut = stops & torch.isin(torch.arange(value.shape[1], device=value.device), self.max_tokens)
-        agrees = torch.where(inserted == text.PAD, free, inserted == value)
-        return (agrees | cut | (value == text.PAD)).all(-1)
-
-
-def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:
-    """A text, or the text of strings; ValueError naming the argument for anything else."""
-    if not isinstance(given, Tensor):
-        try:
-            given = lm.encode(given)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    text.validate(given, name, lm.vocab_size)
-    return given.to(lm.device)
 
 
 class _Scores(NamedTuple):
@@ -431,17 +377,5 @@ class _Scores(NamedTuple):
     possible: Tensor  # (*batch): the value is a complete text of this distribution's form
 
 
-def _count(value: int | Tensor, name: str, device: torch.device) -> Tensor:
-    count = torch.as_tensor(value, device=device)
-    if count.is_floating_point() or count.dtype == torch.bool or bool((count < 0).any()) or not count.numel():
-        raise ValueError(f"{name}: expected a non-negative integer or a LongTensor of them, got {value!r}")
-    return count
-
-
 def _score_dtype(lm: LanguageModel) -> torch.dtype:
     return lm.dtype if lm.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _refuse_nan(log_probs: Tensor) -> None:
-    if bool(log_probs.isnan().any()):
-        raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")

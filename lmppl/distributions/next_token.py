@@ -12,7 +12,7 @@ from torch.distributions import constraints as torch_constraints
 from .. import randomness, text
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
-from .completion import as_text
+from .arguments import as_text, refuse_nan
 from .token_steps import draw
 
 
@@ -71,8 +71,7 @@ class NextToken(TorchDistribution):
             return logits[:, 0].log_softmax(-1)
 
         log_probs = score(self.lm, self.prompt, start, head)
-        if bool(log_probs.isnan().any()):
-            raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")
+        refuse_nan(log_probs)
         return log_probs
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:

@@ -11,7 +11,8 @@ from torch.distributions import constraints as torch_constraints
 from torch.nn.functional import pad
 
 from .. import randomness, text
-from .completion import PrefixScores, Texts
+from .completion import PrefixScores
+from .support import Texts
 
 
 class Listed(torch_constraints.Constraint):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import text
+from ...distributions.arguments import refuse_nan
 from ...engine.scoring import score, with_bos
 
 BATCH = 4096  # nodes expanded at once in one tree
@@ -248,8 +249,7 @@ class Network:
 
         with torch.no_grad():
             log_probs = score(self.lm, context, next_token, head)
-        if bool(log_probs.isnan().any()):
-            raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")
+        refuse_nan(log_probs)
         return torch.empty_like(log_probs).index_copy_(0, order, log_probs)
 
 
