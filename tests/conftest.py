@@ -10,8 +10,13 @@ import pyro
 import pytest
 import torch
 from hypothesis import settings
+from plate_of_three import exact, particles  # noqa: F401  fixtures of the tests of posteriors
+from problems import VOCAB
+from tiny import tiny_lm
 
 from lmppl import LanguageModel
+
+pytest.register_assert_rewrite("brute_force", "contracts", "five_sigma")
 
 # Compilation of a first kernel on a busy core takes longer than any default deadline.
 settings.register_profile("lmppl", deadline=None, max_examples=50, derandomize=True)
@@ -26,6 +31,12 @@ def clean_slate() -> Iterator[None]:
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """The language model that `problems` are made with, a new one for each file."""
+    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import peft
 import pyro
 import pyro.distributions as dist
 import torch
-from tiny import tiny_lm
+from tiny import adapter, tiny_lm
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,15 +42,6 @@ ADAM = torch.optim.Adam
 X, Y = ["ab", "b", "ca", "", "ac"], ["cb", "", "a", "c", "ba"]  # five observations, which do not divide by two
 
 
-def adapter(lm: LanguageModel, seed: int) -> LanguageModel:
-    view = lm.with_adapter(peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in view.trainable_parameters():
-            p.normal_(std=0.1, generator=generator)
-    return view
-
-
 class Task:
     """z ~ p(x), y ~ p(x z) for the observations, guided by q(y x); p and q are adapters of one base.
 
@@ -61,8 +51,8 @@ class Task:
     def __init__(self, trains: str = "q") -> None:
         self.lm = tiny_lm(vocab=5, seed=3, dtype=torch.float64)
         elsewhere = 100 * world().rank
-        self.p = adapter(self.lm, 1 + elsewhere * ("p" in trains))
-        self.q = adapter(self.lm, 2 + elsewhere * ("q" in trains))
+        self.p = adapter(self.lm, 1 + elsewhere * ("p" in trains), r=2)
+        self.q = adapter(self.lm, 2 + elsewhere * ("q" in trains), r=2)
         self.args = (self.lm.encode(X), self.lm.encode(Y, stop="eos"))
         self.z = self.lm.encode(["a", "cb", "", "bb", "c"], stop="eos")
 
@@ -283,7 +273,7 @@ def in_pieces(adapted: bool) -> LanguageModel:
         mesh = init_device_mesh("cpu", (world().size,))
         fully_shard(network, mesh=mesh, reshard_after_forward=False)
         lm = LanguageModel(network, tokenizer)
-    return adapter(lm, 1) if adapted else lm
+    return adapter(lm, 1, r=2) if adapted else lm
 
 
 def refused(out: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 import torch
 import transformers as hf
+from packing import packing, scored, spied
 from peft import LoraConfig
 from reference import Law, Plain, tokens
-from test_engine import packing, scored, spied
 from tiny import tiny_tokenizer
 
 from lmppl import LanguageModel, text

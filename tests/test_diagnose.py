@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from plate_of_three import P
 from pyro import poutine
 from rich.console import Console
-from tiny import tiny_lm
 
 from lmppl import text
 from lmppl.constraints import ban
@@ -26,8 +26,6 @@ from lmppl.inference.diagnose.calibration import calibrate, position, uniformity
 from lmppl.inference.programs import Replay
 from lmppl.inference.weights import kept_plates, log_density
 
-P = tiny_lm(vocab=5, seed=0, dtype=torch.float64)  # <eos> . a b c
-Q = tiny_lm(vocab=5, seed=1, dtype=torch.float64)
 CELLS = 40  # a plate element is a data set of its own
 X = P.encode(["a", "", "ba", "c"] * 10)
 Y = P.encode(["b", "a", "", "c"] * 10, stop="eos")

@@ -1,78 +1,24 @@
-"""The engine: packed scoring is plain scoring, cached decoding is plain decoding, and memory stays bounded."""
+"""The engine: packed scoring is plain scoring, on networks that it fits and others, and memory stays bounded."""
 
 from __future__ import annotations
-
-from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing import V, packing, scored, spied, stopped_prefixes
 from peft import LoraConfig
 from reference import Plain, tokens
 from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
 
-from lmppl import LanguageModel, text
+from lmppl import LanguageModel
 from lmppl.distributions import Completion, NextToken
 from lmppl.engine import scoring
 from lmppl.engine.decoding import Decoder
-from lmppl.engine.recomputing import Recomputing, decoder
-from lmppl.engine.scoring import score, supports_trees
+from lmppl.engine.recomputing import decoder
+from lmppl.engine.scoring import supports_trees
 from lmppl.text import PAD
-
-V = 6
-
-
-def gather(value: torch.Tensor):
-    """A head that keeps log p of each token of ``value`` (*batch, T)."""
-
-    def head(logits, rows):
-        flat = value.reshape(-1, value.shape[-1])[rows]
-        log_probs = logits.log_softmax(-1).gather(-1, flat.clamp(min=0)[..., None])[..., 0]
-        return log_probs.masked_fill(flat == PAD, 0.0)
-
-    return head
-
-
-def scored(lm: LanguageModel, context: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(*batch, T): log p of every token of ``value`` after ``context``."""
-    batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
-    return score(lm, context, value, gather(value.expand(*batch, -1)))
-
-
-@contextmanager
-def packing(always: bool):
-    """Pack whenever a tree is there at all, or never."""
-    before = scoring._WORTHWHILE
-    scoring._WORTHWHILE = 1e9 if always else -1.0
-    try:
-        yield
-    finally:
-        scoring._WORTHWHILE = before
-
-
-@contextmanager
-def spied(lm: LanguageModel):
-    """The number of tokens of every forward call."""
-    sizes: list[int] = []
-    forward = type(lm).forward
-
-    def spy(self, input_ids, **kwargs):
-        sizes.append(input_ids.numel())
-        return forward(self, input_ids, **kwargs)
-
-    type(lm).forward = spy
-    try:
-        yield sizes
-    finally:
-        type(lm).forward = forward
-
-
-def stopped_prefixes(prompt: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """(P, *batch, L): the prompt, then every prefix of z."""
-    return text.cat(prompt, text.prefixes(z, stop=0))
-
 
 # Packed is plain ------------------------------------------------------------------------------------------------------
 
@@ -317,87 +263,3 @@ def test_chunks_do_not_change_numbers():
     whole = scored(lm, context, y)
     for lm.token_budget in (15, 60, 240):
         assert (scored(lm, context, y) - whole).abs().max() < 1e-5
-
-
-# Decoding -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [Decoder, Recomputing, decoder])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_cached_steps_are_uncached_steps(arch, kind):
-    """Unequal prompts, steps, repeats and reorderings in between: every row predicts what its own tokens predict."""
-    lm = tiny_lm(arch, vocab=V)
-    loop = Plain(lm)
-    g = torch.Generator().manual_seed(0)
-    contexts = torch.tensor([[2, 3, 4, 5], [5, PAD, PAD, PAD], [3, 2, PAD, PAD]])
-    index = torch.tensor([0, 1, 1, 2, 0])
-    steps = kind(lm, contexts, index)
-    rows = [(tokens(contexts[i]), ()) for i in index.tolist()]
-    for t in range(5):
-        for r, (prompt, z) in enumerate(rows):
-            assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
-        drawn = torch.randint(V, (len(rows),), generator=g)
-        steps.step(drawn)
-        rows = [(prompt, (*z, v)) for (prompt, z), v in zip(rows, drawn.tolist(), strict=True)]
-        if t in (1, 3):
-            order = torch.randint(len(rows), (len(rows) - t // 2,), generator=g)
-            steps.select(order)
-            rows = [rows[i] for i in order.tolist()]
-    for r, (prompt, z) in enumerate(rows):
-        assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
-
-
-def test_a_shared_prompt_is_prefilled_once():
-    lm = tiny_lm(vocab=V)
-    before = lm.tokens_scored
-    Decoder(lm, torch.tensor([[2, 3, 4]]), torch.zeros(50, dtype=torch.long))
-    assert lm.tokens_scored - before == 3
-
-
-def test_trials_are_not_counted():
-    lm = tiny_lm(vocab=V)
-    supports_trees(lm)
-    decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))
-    assert lm.tokens_scored == 2
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_text_longer_than_the_context_names_the_prompt():
-    lm = tiny_lm(vocab=V, max_length=8)
-    with pytest.raises(ValueError, match="^prompt"):
-        Completion(lm, torch.full((6,), 2), max_tokens=3)
-    with pytest.raises(ValueError, match="^prompt"):
-        score(lm, torch.full((6,), 2), torch.full((4,), 3), gather(torch.full((4,), 3)))
-    with pytest.raises(ValueError, match="^context"):
-        NextToken(lm, torch.full((9,), 2))
-    assert Completion(lm, torch.full((5,), 2), max_tokens=3).sample().shape == (4,)
-
-
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_bos_counts_towards_the_context(add_bos):
-    lm = tiny_lm(vocab=V, max_length=8, add_bos=add_bos)
-    prompt = torch.full((5,), 3)
-    if add_bos:
-        with pytest.raises(ValueError, match="^prompt"):
-            Completion(lm, prompt, max_tokens=3)
-    fits = Completion(lm, prompt, max_tokens=3 - add_bos)
-    assert fits.log_prob(fits.sample((20,))).isfinite().all()
-
-
-@pytest.mark.parametrize("what", ["sample", "log_prob", "prefix_log_probs", "NextToken"])
-def test_nan_logits_raise(what):
-    lm = tiny_lm(vocab=V)
-    with torch.no_grad():
-        lm.model.transformer.ln_f.weight.fill_(torch.nan)
-    prompt, value = torch.tensor([2, 3]), torch.tensor([3, 0])
-    d = Completion(lm, prompt, max_tokens=2)
-    calls = {
-        "sample": d.sample,
-        "log_prob": lambda: d.log_prob(value),
-        "prefix_log_probs": lambda: d.prefix_log_probs(value),
-        "NextToken": lambda: NextToken(lm, prompt).sample(),
-    }
-    with pytest.raises(ValueError, match="NaN"):
-        calls[what]()

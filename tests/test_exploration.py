@@ -8,9 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import PRIOR, PROBLEMS, VOCAB, X, adapted, lm_guide, one_text, texts_of
+from problems import PRIOR, PROBLEMS, X, adapted, lm_guide, one_text, texts_of
 from reference import Law, Plain, tokens
-from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -35,11 +34,6 @@ from lmppl.inference.training.schedules import linear
 from lmppl.text import equal
 
 N = 3000
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

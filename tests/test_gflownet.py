@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import json
 
-import peft
 import pyro
 import pytest
 import torch
-from tiny import tiny_lm
+from tasks import Task
 
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
 from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.training import checkpoint as checkpoints
-
-CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-
-
-class Task:
-    """z ~ LM(x), y ~ LM(x z): at most two tokens of z, two observations."""
-
-    def __init__(self, seed: int = 3, dtype: torch.dtype = torch.float32):
-        self.lm = tiny_lm(seed=seed, dtype=dtype)
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.q = self.lm.with_adapter(peft.LoraConfig(**CONFIG))
-        self.args = (self.lm.encode(["abc", "d"]), self.lm.encode(["cab", "ed"], stop="eos"))
-
-    def model(self, x, y):
-        with pyro.plate("stories", len(x)):
-            z = pyro.sample("z", Completion(self.lm, x, max_tokens=2))
-            pyro.sample("y", Completion(self.lm, self.lm.join(x, z), max_tokens=4), obs=y)
-
-    def guide(self, x, y):
-        with pyro.plate("stories", len(x)):
-            pyro.sample("z", Completion(self.q, self.q.join(y, x), max_tokens=2))
-
-    def gflownet(self, lr: float = 1e-2, **kwargs) -> GFlowNet:
-        optimizer = torch.optim.AdamW(self.q.trainable_parameters(), lr=lr)
-        return GFlowNet(self.model, self.guide, optimizer=optimizer, **kwargs)
 
 
 def test_training_reaches_the_exact_posterior():

@@ -10,9 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import PRIOR, PROBLEMS, VOCAB, X, Y, adapted, lm_guide, one_text, texts_of
+from problems import PRIOR, PROBLEMS, X, Y, adapted, lm_guide, one_text, texts_of
 from tables import Table
-from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import LanguageModel, text
@@ -28,11 +27,6 @@ from lmppl.inference import (
     VarGrad,
 )
 from lmppl.inference.gflownet.sub_tb import pairwise
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
 
 
 def test_vargrad_is_reinforce_with_a_leave_one_out_baseline(lm):

@@ -10,17 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plate_of_three import P, Q, X, Y
 from pyro import poutine
-from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion, NextToken
 from lmppl.inference import AxesError, Enumeration, Importance, SiteMismatch, ZeroEvidence
-
-P = tiny_lm(vocab=5, seed=0, dtype=torch.float64)
-Q = tiny_lm(vocab=5, seed=1, dtype=torch.float64)
-X, Y = P.encode(["a", "", "ba"]), P.encode(["ab", "b", ""], stop="eos")
 
 
 def prior(lm, x, **rules) -> Completion:

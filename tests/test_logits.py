@@ -8,9 +8,9 @@ import pyro
 import pytest
 import torch
 import transformers
+from packing import packing
 from peft import LoraConfig
 from pyro.ops.provenance import get_provenance, track_provenance
-from test_engine import packing
 from tiny import tiny_lm, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -7,6 +7,7 @@ import math
 import pyro
 import pytest
 import torch
+from five_sigma import evidence_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ngrams import ngram_lm
@@ -203,17 +204,9 @@ def model():
         pyro.sample("y", Completion(LM, LM.join("a", z), max_tokens=3), obs=Y)
 
 
-def within(log_evidence: Tensor, exact: Tensor, sharp: float) -> None:
-    """Mean evidence relative to the exact one within 5 standard errors of 1, these at most ``sharp``."""
-    ratio = (log_evidence.double() - exact).exp()
-    error = float(ratio.std()) / len(ratio) ** 0.5
-    assert abs(float(ratio.mean()) - 1) <= 5 * error, (float(ratio.mean()), error)
-    assert error < sharp, "the test says little: more runs"
-
-
 def test_importance_sampling_at_length_30():
     found = Importance(model, num_particles=64).run()
-    within(found.log_evidence, Markov(PRIOR, LONG).log_evidence, 0.05)
+    evidence_within(found.log_evidence, Markov(PRIOR, LONG).log_evidence, 0.05)
 
 
 def likes(prefix: Tensor) -> Tensor:
@@ -228,7 +221,7 @@ def likes(prefix: Tensor) -> Tensor:
 def test_smc_at_length_30(scheme, twist):
     exact = Markov(PRIOR, LONG)
     posterior = SMC(model, None, 16, resampling=scheme, twist=exact.log_psi if twist == "optimal" else twist).run()
-    within(posterior.log_evidence, exact.log_evidence, 0.1)
+    evidence_within(posterior.log_evidence, exact.log_evidence, 0.1)
 
 
 def test_the_better_the_twist_the_less_evidence_varies():
@@ -290,4 +283,4 @@ def test_a_banned_token_in_the_proposal():
             pyro.sample("z", Completion(LM, "a", max_tokens=LENGTH, min_tokens=20, allowed=allowed))
 
     exact = Markov(PRIOR, factor).log_evidence
-    within(SMC(program, guide, 16, 0.5).run().log_evidence, exact, 0.1)
+    evidence_within(SMC(program, guide, 16, 0.5).run().log_evidence, exact, 0.1)

@@ -9,22 +9,14 @@ from itertools import pairwise as pairwise_
 import pyro
 import pytest
 import torch
-from problems import EOS, PRIOR, PROBLEMS, VOCAB, X, Y, adapted, lm_guide, no_a_first, one_text, texts_of
+from problems import EOS, PRIOR, PROBLEMS, X, Y, adapted, lm_guide, no_a_first, one_text, texts_of
 from pyro.infer import SVI
 from reference import Law, Plain, tokens
-from tiny import tiny_lm
 from torch import Tensor
 
-from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.inference.gflownet import DetailedBalance, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from lmppl.text import PAD
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
-
 
 # One contract for every objective -------------------------------------------------------------------------------------
 

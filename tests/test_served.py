@@ -15,8 +15,8 @@ import pytest
 import torch
 from problems import VOCAB, A, B, X, adapted, lm_guide, one_text, texts_of
 from reference import Plain
+from tasks import Task
 from test_exploration import law, same_law
-from test_gflownet import Task
 from tiny import tiny_lm
 from torch import Tensor
 
@@ -86,11 +86,6 @@ def serving(writer: Any) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
 
 
 def drawn(lm: LanguageModel, url: str, guide: Any, n: int) -> Tensor:

@@ -11,10 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from problems import VOCAB, A, B, adapted
+from problems import A, B, adapted
 from pyro import poutine
 from tables import Table
-from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -26,11 +25,6 @@ OBJECTIVES = [SubTB, DetailedBalance, VarGrad, PooledVarGrad]
 X = torch.tensor([[A, PAD], [B, A]])  # two questions
 Y = torch.tensor([[B, 0], [1, 0]])  # and their answers
 LIMITS = {"max_tokens": 1}
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return tiny_lm("gpt2", vocab=VOCAB, dtype=torch.float64)
 
 
 def goes_on(thought: Tensor) -> Tensor:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from lmppl import LanguageModel
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "neox")
+GPT2 = Path(__file__).parents[2] / "shared" / "lms" / "gpt2-tokenizer"  # a real tokenizer, where there is one
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -71,6 +68,16 @@ def tiny_config(arch: str, vocab: int, max_length: int = 64) -> transformers.Pre
     if arch == "neox":
         return GPTNeoXConfig(**common, hidden_dropout=0.1, attention_dropout=0.1)
     raise ValueError(f"arch={arch!r} is none of {ARCHITECTURES}")
+
+
+def adapter(lm: LanguageModel, seed: int, r: int = 4, std: float = 0.1) -> LanguageModel:
+    """An adapter that is not its base model."""
+    view = lm.with_adapter(LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in view.trainable_parameters():
+            p.normal_(std=std, generator=generator)
+    return view
 
 
 def tiny_lm(

@@ -17,6 +17,7 @@ from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, few_sho
 from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.programs import Program
 from lmppl.models import Experiment, Infilling, infilling, measures
+from lmppl.models.experiment import TEST_OBSERVATIONS
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 
@@ -84,7 +85,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
 
 def run(cell: str, seed: int, short: bool) -> Figures:
     """Middles of unseen stories by one method, measured."""
-    stories = 4 if short else infilling.TEST_STORIES
+    stories = 4 if short else TEST_OBSERVATIONS
     e = infilling.experiment(seed=seed, setting="paper" if cell == TEMPERED else "posterior")
     args = tuple(a[:stories] for a in e.test)
     targets = {"tv": truth(stories), "tv_paper": truth(stories, infilling.PAPER_TEMPERATURE)}
@@ -148,7 +149,7 @@ def _between(a: Enumerated, b: Enumerated) -> Tensor:
 def report(results: Results) -> str:
     text = (
         f"Targets: the posterior p(z|x, y), and for *{TEMPERED}* its power 1 / {infilling.PAPER_TEMPERATURE:g}. "
-        f"{infilling.TEST_STORIES} unseen stories, {DRAWS} middles of each. BLEU-4 and GLEU-4 are of all middles "
+        f"{TEST_OBSERVATIONS} unseen stories, {DRAWS} middles of each. BLEU-4 and GLEU-4 are of all middles "
         "against the ones that were told, BERTScore with the story language model's hidden states, rescaled so that 0 "
         "is another story's middle; log p(x z y) is the story's under the base model; TV the density's. The paper's "
         "figures (its Table 2) are of another model and other stories: only the order can be held against them.\n\n"

@@ -16,6 +16,7 @@ from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, dreams
 from lmppl.inference.compare.quality import density_quality, draw_quality
 from lmppl.inference.programs import Program
 from lmppl.models import Experiment, measures, reverse
+from lmppl.models.experiment import TEST_OBSERVATIONS
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 
@@ -74,7 +75,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
 
 def run(cell: str, seed: int, short: bool) -> Figures:
     """Beginnings of unseen stories by one method: its density and its draws beside the exact posterior."""
-    stories = 4 if short else reverse.TEST_STORIES
+    stories = 4 if short else TEST_OBSERVATIONS
     e = reverse.experiment(seed=seed)
     args = tuple(a[:stories] for a in e.test)
     exact = enumerated(stories)
@@ -96,7 +97,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 def report(results: Results) -> str:
     text = (
-        f"Target: the posterior p(x|y). {reverse.TEST_STORIES} unseen stories, {DRAWS} beginnings of each; TV and KL "
+        f"Target: the posterior p(x|y). {TEST_OBSERVATIONS} unseen stories, {DRAWS} beginnings of each; TV and KL "
         "are the density's, *draws* of the draws. *Sleep* is supervision on stories that the language model tells, "
         "*supervised* on those of the corpus. The paper has no experiment of it.\n\n"
     )

@@ -265,19 +265,13 @@ def experiment(
     if setup.exploration is not None:
         recipe = replace(recipe, objective=partial(recipe.objective, exploration=setup.exploration))  # type: ignore[call-arg]
     training = task.relaxed(PENALTY) if constraint != "learned" else task.model
-    arguments, chosen = _encode(lm, train), recipe.passes(len(train), seed)
-
-    def batches(step: int) -> tuple[Tensor, ...]:
-        rows = chosen(step)
-        return tuple(given[rows] for given in arguments)
-
     return Experiment(
         name="constrained",
         lm=lm,
         guide_lm=guide_lm,
         model=task.model,
         guide=task.guide,
-        batches=[Task(training, task.guide, batches)],
+        batches=[Task(training, task.guide, recipe.batches(*_encode(lm, train), seed=seed))],
         held_out=_encode(lm, held_out),
         test=_encode(lm, test),
         describe=lambda i: "    with: ".join(part.strip() for part in test[i]),

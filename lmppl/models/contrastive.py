@@ -217,12 +217,6 @@ def experiment(
     train, held_out, test = split(read_pairs(data)) if data is not None else DIFFER[differ or "characters"]()
     longest = max_tokens or (EMBEDDED_LONGEST if known else LONGEST)
     task = Contrastive(lm, guide_lm, a=a, b=b, max_tokens=longest, allowed=sentences(lm) if known else None)
-    x, other = task.encode(train)
-    chosen = recipe.passes(len(train), seed)
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        rows = chosen(step)
-        return x[rows], other[rows]
 
     def describe(i: int) -> str:
         return " [...]    and not after: ".join(prompt.replace("\n", " / ") for prompt in test[i])
@@ -233,7 +227,7 @@ def experiment(
         guide_lm=guide_lm,
         model=task.model,
         guide=task.guide,
-        batches=batches,
+        batches=recipe.batches(*task.encode(train), seed=seed),
         held_out=task.encode(held_out),
         test=task.encode(test),
         describe=describe,

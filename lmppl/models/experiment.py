@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from transformers.pytorch_utils import Conv1D
 
+from .. import embedded
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
 from ..inference.training.trainer import Task
@@ -47,6 +48,16 @@ class Recipe:
             return order[at * size : (at + 1) * size]
 
         return chosen
+
+    def batches(self, *observations: torch.Tensor, seed: int = 0) -> Callable[[int], tuple[torch.Tensor, ...]]:
+        """The arguments of a training step: of each tensor the rows that `passes` chooses."""
+        chosen = self.passes(len(observations[0]), seed)
+
+        def batch(step: int) -> tuple[torch.Tensor, ...]:
+            rows = chosen(step)
+            return tuple(x[rows] for x in observations)
+
+        return batch
 
     def length(self, quick: bool) -> int:
         """How many steps to train."""
@@ -108,6 +119,12 @@ class Experiment:
             num_particles=self.recipe.particles,
             replay=self.recipe.replay and self.recipe.replay(),
         )
+
+
+def embedded_splits(name: str) -> tuple[list[Any], list[Any], list[Any]]:
+    """Embedded observations to train on, and the first ones to validate on and to test on."""
+    train, held_out, test = (embedded.data(name, s) for s in ("train", "validation", "test"))
+    return train, held_out[:TEST_OBSERVATIONS], test[:TEST_OBSERVATIONS]
 
 
 def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:

@@ -12,16 +12,14 @@ from pathlib import Path
 import pyro
 from torch import Tensor
 
-from .. import embedded
 from ..distributions import Completion
 from ..embedded import Story
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe, paper_setting, split, tempered
+from .experiment import Experiment, Recipe, embedded_splits, paper_setting, split, tempered
 
 TEMPLATE = "Ending:{y}\nBeginning:{x}\nMiddle:"
-TEST_STORIES, HELD_OUT_STORIES = 16, 16
 LONGEST_MIDDLE = 24
 PAPER_TEMPERATURE = 0.85  # the final reward temperature of the paper's released setting
 
@@ -113,8 +111,7 @@ def experiment(
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     temperature = PAPER_TEMPERATURE if paper_setting(setting) else 1.0
     if data is None:
-        train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
-        held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]
+        train, held_out, test = embedded_splits("stories")
         task = Infilling(lm, guide_lm, template=template)
         exact = Enumeration(tempered(task.model, temperature), mass=0.998)
     else:
@@ -122,20 +119,13 @@ def experiment(
         longest = int(length(lm.encode([s.z for s in train])).max())
         task = Infilling(lm, guide_lm, max_tokens=min(LONGEST_MIDDLE, longest), template=template)
         exact = None
-    encoded = task.encode(train)
-
-    chosen = recipe.passes(len(train), seed)
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        return encoded[0][chosen(step)], encoded[1][chosen(step)]
-
     return Experiment(
         name="infilling",
         lm=lm,
         guide_lm=guide_lm,
         model=tempered(task.model, temperature),
         guide=task.guide,
-        batches=batches,
+        batches=recipe.batches(*task.encode(train), seed=seed),
         held_out=task.encode(held_out),
         test=task.encode(test),
         describe=lambda i: f"{test[i].x} [...]{test[i].y}    (told: {test[i].z.strip()})",

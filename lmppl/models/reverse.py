@@ -11,19 +11,17 @@ from pathlib import Path
 import pyro
 from torch import Tensor
 
-from .. import embedded
 from ..distributions import Completion
 from ..embedded import Story
 from ..inference import Enumeration, OnPolicy, VarGrad
 from ..language_model import LanguageModel
 from ..text import length
-from .experiment import Experiment, Recipe, paper_setting, split
+from .experiment import Experiment, Recipe, embedded_splits, paper_setting, split
 from .infilling import read_stories
 
 PREFIX = "Beginning:"
 TEMPLATE = "Ending:{y}\nBeginning:"
 LONGEST_BEGINNING = 24
-TEST_STORIES, HELD_OUT_STORIES = 16, 16
 # On the embedded stories, chosen on validation stories: names are what the posterior is about and have nearly equal
 # embeddings, so that without its output layer the guide stays at a total variation of 0.09, however long it trains.
 EMBEDDED_RECIPE = Recipe(
@@ -105,8 +103,7 @@ def experiment(
     lm = lm or LanguageModel.embedded("stories")
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if data is None:
-        train, held_out, test = (embedded.data("stories", s) for s in ("train", "validation", "test"))
-        held_out, test = held_out[:HELD_OUT_STORIES], test[:TEST_STORIES]
+        train, held_out, test = embedded_splits("stories")
         task = Reverse(lm, guide_lm)
         exact = Enumeration(task.model, mass=0.998)  # with 0.99 of the prior's mass it would lack 3% of the posterior's
     else:
@@ -114,15 +111,13 @@ def experiment(
         longest = int(length(lm.encode([" " + s.x for s in train])).max())
         task = Reverse(lm, guide_lm, max_tokens=min(LONGEST_BEGINNING, longest))
         exact = None
-    (y,) = task.encode(train)
-    chosen = recipe.passes(len(train), seed)
     return Experiment(
         name="reverse",
         lm=lm,
         guide_lm=guide_lm,
         model=task.model,
         guide=task.guide,
-        batches=lambda step: (y[chosen(step)],),
+        batches=recipe.batches(*task.encode(train), seed=seed),
         held_out=task.encode(held_out),
         test=task.encode(test),
         describe=lambda i: f"[...]{test[i].z}{test[i].y}    (told: {test[i].x})",

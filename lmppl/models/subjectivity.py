@@ -16,14 +16,14 @@ import torch
 from pyro.distributions import Categorical
 from torch import Tensor
 
-from .. import embedded, text
+from .. import text
 from ..constraints import Constraint
 from ..distributions import Completion, NextToken
 from ..embedded import Sentence
 from ..embedded.subjectivity import LABELS, PLAINLY, REASONS, STOP, WHY
 from ..inference import Enumeration, Prediction
 from ..language_model import LanguageModel
-from .experiment import TEST_OBSERVATIONS, Experiment, Recipe, paper_setting, split
+from .experiment import TEST_OBSERVATIONS, Experiment, Recipe, embedded_splits, paper_setting, split
 
 SEEN = "{y}.\n" + WHY  # the prompt of a guide that reads the label too
 READS = "xy", "x"
@@ -286,9 +286,8 @@ def experiment(
     own = lm is None
     lm = lm or LanguageModel.embedded("subjectivity")
     if data is None:
-        train, held_out, test = (embedded.data("subjectivity", s) for s in ("train", "validation", "test"))
+        train, held_out, test = embedded_splits("subjectivity")
         train = train[: count or len(train)]
-        held_out = held_out[:TEST_OBSERVATIONS]
     else:
         train, held_out, test = read_data(data, count or 10)
         options["labels"] = sorted({s.label for s in (*train, *held_out, *test)})
@@ -297,19 +296,13 @@ def experiment(
         options |= {"allowed": "reasons", "max_tokens": 2}
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     task = Subjectivity(lm, guide_lm, **options)
-    x, y = task.encode(train)
-    chosen = recipe.passes(len(train), seed)
-
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        return x[chosen(step)], y[chosen(step)]
-
     return Experiment(
         name="subjectivity",
         lm=lm,
         guide_lm=guide_lm,
         model=task.model,
         guide=task.guide,
-        batches=batches,
+        batches=recipe.batches(*task.encode(train), seed=seed),
         held_out=task.encode(held_out),
         test=task.encode(test),
         describe=lambda i: f"{test[i].text}    ({test[i].label})",
