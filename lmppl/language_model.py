@@ -69,6 +69,8 @@ class LanguageModel(nn.Module):
 
         Code that a checkpoint brings along runs only with ``trust_remote_code=True``. Raises CheckpointError (an
         OSError and a ValueError) if there is no whole language model there.
+
+        >>> lm = LanguageModel.from_pretrained("gpt2", device="cuda", dtype=torch.bfloat16)
         """
         name = os.fspath(name_or_path)
         if _is_path(name) and not (Path(name) / "config.json").is_file():
@@ -94,7 +96,10 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def embedded(cls, name: str, **kwargs: Any) -> LanguageModel:
-        """One of the small language models that ship with the package; keywords as in `from_pretrained`."""
+        """One of the small language models that ship with the package; keywords as in `from_pretrained`.
+
+        >>> lm = LanguageModel.embedded("stories")
+        """
         from lmppl import embedded
 
         return cls.from_pretrained(embedded.path(name), **kwargs)
@@ -165,6 +170,10 @@ class LanguageModel(nn.Module):
 
         Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.
         Raises ValueError naming `peft_config` or `name`, and CheckpointError where a path holds no fitting adapter.
+
+        >>> guide = lm.with_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        >>> guide.save_pretrained("out/guide")
+        >>> guide = lm.with_adapter("out/guide")
         """
         if isinstance(peft_config, peft.PeftConfig):
             adapter = self.network.add(peft_config, name)
@@ -180,7 +189,10 @@ class LanguageModel(nn.Module):
         return view
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser should get: the adapter's parameters, or the base model's where this is the base."""
+        """What an optimiser should get: the adapter's parameters, or the base model's where this is the base.
+
+        >>> optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-3)
+        """
         own = self.network.base_parameters if self._adapter is None else self._adapter.parameters
         return [p for p in own if p.requires_grad]
 
@@ -219,7 +231,11 @@ class LanguageModel(nn.Module):
         return torch.tensor(padded, dtype=torch.long, device=self.device).reshape(*shape, width)
 
     def decode(self, text: Tensor) -> Any:
-        """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped."""
+        """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped.
+
+        >>> lm.decode(lm.encode(["The end.", "Once"], stop="eos"))
+        ['The end.', 'Once']
+        """
         texts.validate(text, "text", self.vocab_size)
         flat = text.reshape(text.shape[:-1].numel(), text.shape[-1]).tolist()
         rows = [[i for i in ids if i != PAD] for ids in flat]
@@ -229,6 +245,9 @@ class LanguageModel(nn.Module):
         """One text after another, batched and broadcasting: ``[..., L1], [..., L2], ... -> [..., L]``.
 
         An eos inside is dropped, because the text goes on; any other stop is part of the text and stays.
+
+        >>> lm.decode(lm.join(lm.encode("The end.", stop="eos"), " Once"))
+        'The end. Once'
         """
         if not parts:
             raise ValueError("join needs at least one text")
@@ -259,7 +278,10 @@ class LanguageModel(nn.Module):
         return self.vocabulary.token_id(stop)
 
     def stop_ids(self, stop: Stop) -> Tensor:
-        """The ids of all stops, each once: ``LongTensor[S]``, empty for None."""
+        """The ids of all stops, each once: ``LongTensor[S]``, empty for None.
+
+        >>> lm.stop_ids(["eos", "."])
+        """
         if isinstance(stop, Tensor):
             stop = stop.reshape(-1).tolist()
         if stop is None:

@@ -21,7 +21,11 @@ class Decoder(Protocol):
 
 
 def length(text: Tensor) -> Tensor:
-    """The number of tokens of each text, padding not counted: ``[..., L] -> [...]``."""
+    """The number of tokens of each text, padding not counted: ``[..., L] -> [...]``.
+
+    >>> length(torch.tensor([[5, -1], [6, 7]]))
+    tensor([1, 2])
+    """
     return (text != PAD).sum(-1)
 
 
@@ -95,7 +99,11 @@ def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:
-    """Whether texts are the same, whatever their padding: ``[..., L1], [..., L2] -> BoolTensor[...]``, broadcasting."""
+    """Whether texts are the same, whatever their padding: ``[..., L1], [..., L2] -> BoolTensor[...]``, broadcasting.
+
+    >>> equal(torch.tensor([[5, -1], [5, 6]]), torch.tensor([5]))
+    tensor([ True, False])
+    """
     width = max(a.shape[-1], b.shape[-1])
     return (pad(a, width) == pad(b, width)).all(-1)
 
@@ -124,7 +132,11 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
 
 
 def validate(text: Tensor, name: str, vocab_size: int | None = None) -> None:
-    """Raise ValueError naming the argument unless `text` is a well-formed text with ids below `vocab_size`."""
+    """Raise ValueError naming the argument unless `text` is a well-formed text with ids below `vocab_size`.
+
+    >>> validate(torch.tensor([5, -1, 6]), "prompt")
+    ValueError: prompt has padding before a token; texts are padded on the right
+    """
     if not isinstance(text, Tensor) or text.dtype != torch.long or text.dim() < 1:
         found = f"{text.dtype} of shape {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
         raise ValueError(f"{name} must be a LongTensor[..., L] of token ids, not {found}")

@@ -45,6 +45,8 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
     Whitespace between the parts is free, and properties come in the schema's order.
 
     :raises ValueError: for a schema that is no JSON, or has what llguidance does not know.
+
+        >>> json_schema(lm, {"type": "array", "items": {"type": "boolean"}})
     """
     try:
         written = json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema))
@@ -74,7 +76,10 @@ def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Gramma
 
 
 def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Grammar:
-    """The texts that contain none of these strings, however they are cut into tokens."""
+    """The texts that contain none of these strings, however they are cut into tokens.
+
+    >>> without(lm, ["knife", "stone"], stop=".")
+    """
     some = _any_of(strings, "strings").replace("/", r"\/")
     return Grammar(lm, f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)(?:{some})(?s:.*)/", stop, name="strings")
 

@@ -41,7 +41,7 @@ def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
 
     The stop token is a token too: name it, or the text runs to ``max_tokens``.
 
-        >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=only(lm, [" red", " apple", "."]))
+    >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=only(lm, [" red", " apple", "."]))
     """
     mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
     try:
@@ -52,7 +52,10 @@ def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
 
 
 def ban(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
-    """The constraint ``(V,)`` that allows every token but these."""
+    """The constraint ``(V,)`` that allows every token but these.
+
+    >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=ban(lm, [" red", " apple"]))
+    """
     return ~only(lm, tokens)
 
 

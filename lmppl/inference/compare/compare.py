@@ -65,6 +65,11 @@ def compare(
     :param unit: of the budgets, "tokens" (through the network) or "seconds".
 
     :raises ValueError: for a unit that is neither, a budget that is not positive, or no repetition or seed at all.
+
+    Example::
+
+        samplers = {"prior": Importance(model, num_particles=64), "SMC": SMC(model, num_particles=64)}
+        compare(model, samplers, x, y, exact=Enumeration(model)).print()
     """
     if unit not in ("tokens", "seconds"):
         raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")

@@ -53,21 +53,26 @@ class Exploration(ABC):
 
 
 class OnPolicy(Exploration):
-    """The guide itself."""
+    """The guide itself: z ~ q."""
 
     def draw(self, source: Source, num_particles: int) -> Values:
         return source.draw(source.guide, num_particles)
 
 
 class Prior(Exploration):
-    """The model's own latent sites, unconditioned."""
+    """The model's own latent sites, unconditioned: z ~ p(z)."""
 
     def draw(self, source: Source, num_particles: int) -> Values:
         return source.draw(source.model, num_particles)
 
 
 class Proposal(Exploration):
-    """Any program with the guide's latent sites, called with the same arguments."""
+    """Any program with the guide's latent sites, called with the same arguments.
+
+    Example::
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((OnPolicy(), 0.5), (Proposal(masked), 0.5)))
+    """
 
     def __init__(self, program: Program):
         is_program(program=program)
@@ -104,7 +109,9 @@ class _Broadened(Exploration):
 
 
 class Tempered(_Broadened):
-    """The last ``fraction`` of the particles are drawn with every token's temperature raised to ``temperature``.
+    r"""The last ``fraction`` of the particles are drawn with every token's temperature raised to ``temperature``.
+
+    .. math:: z_t \sim q(z_t \mid z_{<t})^{1/T} / \textstyle\sum_v q(v \mid z_{<t})^{1/T}
 
     :raises ValueError: for a fraction outside [0, 1] or a temperature that is not positive.
     """
@@ -120,7 +127,9 @@ class Tempered(_Broadened):
 
 
 class EpsilonUniform(_Broadened):
-    """The last ``fraction`` of the particles draw each token, with probability ``epsilon``, evenly from those allowed.
+    r"""The last ``fraction`` of the particles draw each token, with probability ``epsilon``, evenly from those allowed.
+
+    .. math:: z_t \sim (1 - \epsilon) \, q(z_t \mid z_{<t}) + \epsilon / |allowed|
 
     :raises ValueError: for an epsilon or a fraction outside [0, 1].
     """

@@ -47,6 +47,11 @@ class Posterior:
     ``samples[site]`` has shape (N, *plates, ...), ``log_weights`` (N, *plates), and
     ``log_weights.logsumexp(0) == log_evidence`` wherever an algorithm estimates it (NaN where it does not).  One data
     point's particles never mix with another's: evidence, ESS, k-hat and resampling are per plate element.
+
+    Example::
+
+        posterior = Importance(model, guide, num_particles=256).run(x, y)
+        posterior.table("z", index=0)[:5]  # the most probable texts of the first plate element
     """
 
     values: dict[str, Tensor]  # as the program saw them: (N, *plate axes, *event)

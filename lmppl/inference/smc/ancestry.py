@@ -45,7 +45,10 @@ def lineages(ancestry: Ancestry) -> Tensor:
 
 
 def survivors(ancestry: Ancestry) -> Tensor:
-    """How many particles of the time before each resampling have a descendant at the end, (R, *plates)."""
+    r"""How many particles of the time before each resampling have a descendant at the end, (R, *plates).
+
+    .. math:: |\{A_r(n) : n = 1, \dots, N\}|, \text{ with A as in `lineages`}
+    """
     ordered, _ = lineages(ancestry).sort(1)
     return 1 + (ordered.diff(dim=1) != 0).sum(1)
 
