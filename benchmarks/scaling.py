@@ -1,12 +1,14 @@
 """How time and memory grow with every size of a problem, and how far a run is from the machine's limit.
 
     python -m benchmarks.scaling --out scaling.json
+    python -m benchmarks.scaling --only vocabulary --tokenizer PATH    # the largest vocabulary is this tokenizer's
 
 The problem is that of `benchmarks.step`: a latent text after a prompt, an observed one after both, on a randomly
 initialised network. One size at a time grows; each cell is a process of its own, which reports processor seconds of one
-thread, the tokens that went through the network, and its peak memory beyond what an idle one has. *Growth* is the slope
-of log time against log size: 1 is linear, 0 means that the size does not matter. The *share of peak* compares the
-matrix products' operations, as torch counts them, with what one large matrix product reaches in the same process.
+thread, the tokens that went through the network, and its peak memory beyond what an idle one has. *Growth* is the
+exponent k of size^k between the two largest sizes, where constant costs matter least: 1 is linear, 0 means that the
+size does not matter. The *share of peak* compares the matrix products' operations, as torch counts them, with what one
+large matrix product reaches in the same process.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,39 +30,45 @@ import pyro
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
+from benchmarks.paper.study import markdown
 from benchmarks.sampling import language_model
 from benchmarks.step import Task
+from lmppl import LanguageModel
 from lmppl.engine.prompts import prompts
-from lmppl.inference import GFlowNet, Importance, SubTB
+from lmppl.inference import SMC, GFlowNet, Importance, SubTB
 
 START = {"particles": 16, "latent tokens": 8, "prompt tokens": 16, "vocabulary": 2048, "observations": 2}
 GROWN = {
     "particles": (16, 64, 256, 1024),
     "latent tokens": (8, 16, 32, 64),
-    "prompt tokens": (16, 64, 256),
+    "prompt tokens": (16, 64, 224),
     "vocabulary": (2048, 8192, 50257),
-    "observations": (2, 8, 32),
+    "observations": (2, 8, 32, 128),
 }
+RUNS = "importance", "SMC", "all prefixes, a step"
 WIDTH, OBSERVED = 128, 8
 REPETITIONS = 3
 PEAK = 2048  # width of the large matrix product
 
 
-def runs(size: dict[str, int]) -> dict[str, tuple[Any, Callable[[], Any]]]:
+def runs(size: dict[str, int], tokenizer: str | None = None) -> dict[str, tuple[Any, Callable[[], Any]]]:
     """What is measured, by name, each with its network."""
     torch.manual_seed(0)
     lm = language_model(WIDTH, size["vocabulary"])
+    if tokenizer is not None:
+        lm = LanguageModel(lm.model, AutoTokenizer.from_pretrained(tokenizer))
     guide = lm.with_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     task = Task(lm, guide, size["prompt tokens"], size["latent tokens"], OBSERVED, size["observations"])
     n = size["particles"]
     importance = Importance(task.model, num_particles=n, max_plate_nesting=1)
     optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-5)
     trainer = GFlowNet(task.model, task.guide, SubTB(num_particles=n, max_plate_nesting=1), optimizer=optimizer)
-    return {"importance": (lm.network, importance.run), "all prefixes, a step": (lm.network, trainer.step)}
+    smc = SMC(task.model, num_particles=n, max_plate_nesting=1)
+    return {name: (lm.network, run) for name, run in zip(RUNS, (importance.run, smc.run, trainer.step), strict=True)}
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -67,20 +77,25 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def cell(name: str, size: dict[str, int]) -> dict[str, Any]:
+def cell(name: str, size: dict[str, int], tokenizer: str | None, repetitions: int) -> dict[str, Any]:
     """One cell, in a process of its own: the median of repetitions whose prompts are not known yet."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    network, run = runs(size)[name]
+    network, run = runs(size, tokenizer)[name]
     runs(START)[name][1]()  # what a first run loads
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taken = []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         prompts(network).forget()
         before = network.tokens_scored
         taken.append(seconds(run))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle
-    return {"seconds": sorted(taken)[REPETITIONS // 2], "tokens": network.tokens_scored - before, "MiB": peak / 1024}
+    return {
+        "seconds": statistics.median(taken),
+        "taken": taken,
+        "tokens": network.tokens_scored - before,
+        "MiB": peak / 1024,
+    }
 
 
 def limit() -> dict[str, Any]:
@@ -106,37 +121,51 @@ def limit() -> dict[str, Any]:
     return found
 
 
-def growth(points: list[tuple[int, float]]) -> float:
-    """The slope of log y against log x between the last two points, where constant costs matter least."""
-    (x0, y0), (x1, y1) = points[-2:]
-    return math.log(y1 / y0) / math.log(x1 / x0)
+def growth(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """The slope of log y against log x between the last two points."""
+    return math.log(max(values[-1], 1e-9) / max(values[-2], 1e-9)) / math.log(sizes[-1] / sizes[-2])
+
+
+def row(name: str, axis: str, sizes: Sequence[int], cells: list[dict[str, Any]]) -> list[str]:
+    """Of one run and size: the figures in order of size, and how each grows."""
+    shown = []
+    for key, form in (("seconds", ".2f"), ("tokens", ",d"), ("MiB", ".0f")):
+        values = [c[key] for c in cells]
+        shown += ["  ".join(f"{v:{form}}" for v in values), f"{growth(sizes, values):.1f}"]
+    return [name, axis, "  ".join(f"{v:,}" for v in sizes), *shown]
 
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
-    only: Annotated[str | None, typer.Option(help="One of the sizes.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Some of the sizes.")] = None,
+    run: Annotated[list[str] | None, typer.Option(help="Some of the runs.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Of a checkpoint: its vocabulary is the largest one.")] = None,
+    repetitions: Annotated[int, typer.Option(help="Timed repetitions of each cell.")] = REPETITIONS,
 ) -> None:
     """Measure every cell and print the tables."""
-    console, measured = Console(width=118), []
-    table = Table(title=f"one size at a time; the others are {START}")
-    for column in ("run", "size", "values", "seconds", "growth", "tokens through the network", "peak MiB"):
-        table.add_column(column)
+    for name, value, known in (("--only", only, GROWN), ("--run", run, RUNS)):
+        if unknown := set(value or ()) - set(known):
+            raise typer.BadParameter(f"{sorted(unknown)} are none of {list(known)}", param_hint=name)
+    grown = dict(GROWN)
+    if tokenizer is not None:
+        grown["vocabulary"] = (*GROWN["vocabulary"][:-1], len(AutoTokenizer.from_pretrained(tokenizer)))
+    measured, rows = [], []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for name in ("importance", "all prefixes, a step"):
-            for axis, values in GROWN.items():
-                if only not in (None, axis):
-                    continue
-                cells = [pool.submit(cell, name, START | {axis: v}).result() for v in values]
-                measured.append({"run": name, "size": axis, "values": values, "cells": cells})
-                slope = growth([(v, c["seconds"]) for v, c in zip(values, cells, strict=True)])
-                shown = [", ".join(f"{c[k]:{f}}" for c in cells) for k, f in (("seconds", ".2f"), ("tokens", ",d"))]
-                memory = ", ".join(f"{c['MiB']:.0f}" for c in cells)
-                table.add_row(name, axis, ", ".join(map(str, values)), shown[0], f"{slope:.2f}", shown[1], memory)
+        for name in run or RUNS:
+            for axis in only or grown:
+                sizes = grown[axis]
+                real = {sizes[-1]: tokenizer} if axis == "vocabulary" else {}
+                cells = [pool.submit(cell, name, START | {axis: v}, real.get(v), repetitions).result() for v in sizes]
+                measured.append({"run": name, "size": axis, "values": sizes, "cells": cells})
+                rows.append(row(name, axis, sizes, cells))
+                print(rows[-1], file=sys.stderr)
         found = pool.submit(limit).result()
-    console.print(table)
-    console.print_json(data=found)
+    print(f"One size at a time; the others are {START}. Seconds: medians of {repetitions}.\n")
+    print(markdown(("run", "size", "values", "seconds", "growth", "tokens", "growth", "peak MiB", "growth"), rows))
+    Console(width=118).print_json(data=found)
     if out is not None:
-        out.write_text(json.dumps({"torch": torch.__version__, "cells": measured, "limit": found}, indent=1))
+        versions = {"torch": torch.__version__, "tokenizer": tokenizer}
+        out.write_text(json.dumps({**versions, "cells": measured, "limit": found}, indent=1))
 
 
 if __name__ == "__main__":

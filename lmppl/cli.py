@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .inference import SMC, Comparison, GFlowNet, Importance, Posterior, compare
+from .adapters import first_line
+from .inference import (
+    SMC,
+    Comparison,
+    Importance,
+    MetropolisHastings,
+    PolicyGradient,
+    Posterior,
+    ReweightedWakeSleep,
+    Trainer,
+    compare,
+)
 from .inference.compare.compare import Algorithm, Meter, particles_within, sized
 from .inference.compare.quality import density_quality, outside_mass
 from .inference.distributed import world
@@ -25,8 +37,10 @@ from .models.experiment import SETTINGS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
-COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "options"}
+COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "device", "options"}
 ALGORITHMS = ("importance", "smc", "gflownet")
+FURTHER = ("mcmc", "wake-sleep", "ppo")
+DTYPES = ("float32", "bfloat16", "float16")
 PARTICLES = 64
 REPETITIONS = 4
 LEISURE = 4  # `train` takes this many times the steps of `compare`
@@ -43,6 +57,10 @@ Out = Annotated[Path, typer.Option("--out", help="Where results go.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; default: the recipe's.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Torch threads.")]
+Device = Annotated[str, typer.Option("--device", help="Where the language model is: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help=f"Of the weights of --lm: {', '.join(DTYPES)}; default: as saved.")
+]
 
 
 class Failure(Exception):
@@ -74,7 +92,9 @@ def compare_command(
     data: Data = None,
     setting: Setting = SETTINGS[0],
     options: Options = None,
-    algorithms: Annotated[str, typer.Option(help="A comma-separated choice.")] = ",".join(ALGORITHMS),
+    algorithms: Annotated[
+        str, typer.Option(help=f"A comma-separated choice; further ones are {', '.join(FURTHER)}.")
+    ] = ",".join(ALGORITHMS),
     out: Out = Path("out"),
     steps: Steps = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short training: see it work.")] = False,
@@ -84,18 +104,27 @@ def compare_command(
     ] = PARTICLES,
     seed: Seed = 0,
     threads: Threads = 1,
+    device: Device = "cpu",
+    dtype: Dtype = None,
 ) -> None:
     """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior."""
     torch.set_num_threads(threads)
     chosen = _choose(algorithms)
-    experiment = _experiment(model, lm, data, seed, checkpoint, setting, options)
+    make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
+    experiment = make(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     exact, exact_tokens = _truth(experiment)
-    gflownet = experiment.gflownet()
+    gflownet, length = experiment.gflownet(), steps or experiment.recipe.length(quick)
     if "gflownet" in chosen and checkpoint is None:
-        _train(gflownet, experiment, exact, steps or experiment.recipe.length(quick), out, seed)
+        _train(gflownet, experiment, exact, length, out, seed)
     candidates = _candidates(chosen, experiment, sized(gflownet, particles))
+    for name in (n for n in TRAINED if n in chosen):
+        other = make(None)  # an adapter of its own
+        trainer = TRAINED[name](other)
+        (out / name).mkdir(exist_ok=True)
+        _train(trainer, other, exact, length, out / name, seed)
+        candidates[name] = sized(trainer, particles)
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
@@ -121,10 +150,12 @@ def train_command(
     steps: Steps = None,
     seed: Seed = 0,
     threads: Threads = 1,
+    device: Device = "cpu",
+    dtype: Dtype = None,
 ) -> None:
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
     torch.set_num_threads(threads)
-    experiment = _experiment(model, lm, data, seed, None, setting, options)
+    experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
     gflownet.fit(
@@ -151,9 +182,11 @@ def sample_command(
     particles: Annotated[int, typer.Option(min=1)] = PARTICLES,
     observations: Annotated[int, typer.Option(min=1, help="How many test observations to show.")] = 4,
     seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = None,
 ) -> None:
     """Sample latent texts for unseen observations from a trained guide."""
-    experiment = _experiment(model, lm, data, seed, checkpoint, setting, options)
+    experiment = _experiment(model, lm, data, seed, setting, options, device, dtype, checkpoint)
     torch.manual_seed(seed)
     posterior = experiment.gflownet().run(*experiment.test, num_particles=particles)
     console.print(sample_text(experiment, posterior, None, observations), highlight=False, markup=False)
@@ -165,8 +198,8 @@ def sample_command(
 def _choose(algorithms: str) -> list[str]:
     chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
     for name in chosen:
-        if name not in ALGORITHMS:
-            raise Failure(f"--algorithms: {name!r} is none of {', '.join(ALGORITHMS)}")
+        if name not in (*ALGORITHMS, *FURTHER):
+            raise Failure(f"--algorithms: {name!r} is none of {', '.join((*ALGORITHMS, *FURTHER))}")
     if not chosen:
         raise Failure("--algorithms: name at least one")
     return chosen
@@ -177,17 +210,30 @@ def _experiment(
     lm: str | None,
     data: Path | None,
     seed: int,
-    checkpoint: Path | None,
     setting: str,
     options: list[str] | None,
+    device: str,
+    dtype: str | None,
+    checkpoint: Path | None = None,
 ) -> Experiment:
     if model not in EXPERIMENTS:
         raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
+    _check_device(device, dtype, lm)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    loaded = None if lm is None else LanguageModel.from_pretrained(lm)
+    weights = None if dtype is None else getattr(torch, dtype)
+    loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
     own = _own_options(model, options or [])
-    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, **own)
+    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+
+
+def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Failure(f"--device {device}: there is no such device here ({first_line(error)})") from None
+    if dtype is not None and (dtype not in DTYPES or lm is None):
+        raise Failure(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}, together with --lm")
 
 
 def _own_options(model: str, options: list[str]) -> dict[str, Any]:
@@ -218,13 +264,24 @@ def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:
     return exact, experiment.lm.tokens_scored - before
 
 
-def _train(
-    gflownet: GFlowNet, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int
-) -> None:
+def _wake_sleep(experiment: Experiment) -> Trainer:
+    n, optimizer = experiment.recipe.particles, experiment.optimizer()
+    return ReweightedWakeSleep(experiment.model, experiment.guide, optimizer=optimizer, num_particles=n)
+
+
+def _ppo(experiment: Experiment) -> Trainer:
+    n, optimizer = experiment.recipe.particles, experiment.optimizer()
+    return PolicyGradient(experiment.model, experiment.guide, optimizer=optimizer, algorithm="ppo", num_particles=n)
+
+
+TRAINED = {"wake-sleep": _wake_sleep, "ppo": _ppo}
+
+
+def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:
     if exact is not None:
         console.print(f"Total variation of the guide before training: {_density_tv(exact, experiment):.3f}")
     (out / "run.jsonl").unlink(missing_ok=True)
-    gflownet.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
+    trainer.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
     _save(experiment, out)
 
 
@@ -251,6 +308,8 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dic
         found["importance sampling (prior)"] = matched(Importance(model))
     if "smc" in chosen:
         found["SMC (prior, stop twist)"] = matched(SMC(model, twist="stop"))
+    if "mcmc" in chosen:
+        found["MCMC (prior, regrowth)"] = matched(MetropolisHastings(model))
     if "smc" in chosen and "gflownet" in chosen:
         found["SMC (GFlowNet, flow twist)"] = SMC(model, experiment.guide, num_particles=n, twist="flow")
     return found

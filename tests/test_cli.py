@@ -9,9 +9,12 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lmppl import cli
 
+FILE = "adapter_model.safetensors"
 STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"
 
 
@@ -86,6 +89,30 @@ def test_a_setting_and_the_options_of_a_model(lmppl):
     assert run.returncode == 0 and "T = 0.9, 0.5." in run.stdout, run.stderr
 
 
+def test_further_algorithms_train_guides_of_their_own(tmp_path, lmppl):
+    options = ["--steps", "2", "--particles", "8", "--algorithms", "mcmc,wake-sleep,ppo"]
+    run = lmppl("compare", "random_number", *options)
+    assert run.returncode == 0, run.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]}
+    assert list(rows)[:3] == ["MCMC (prior, regrowth)", "wake-sleep", "ppo"] and rows["enumeration"]
+    assert rows["MCMC (prior, regrowth)"]["log_evidence"] is None  # Metropolis does not estimate it
+    for name in ("wake-sleep", "ppo"):
+        assert rows[name]["training_tokens"] > 0 and rows[name]["density_tv"] > 0.1, name  # two steps
+        assert len((tmp_path / "out" / name / "run.jsonl").read_text().splitlines()) == 2
+    adapters = [load_file(tmp_path / "out" / name / "adapter" / FILE) for name in ("wake-sleep", "ppo")]
+    assert any(not torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+    assert not (tmp_path / "out" / "run.jsonl").exists()  # no GFlowNet was asked for
+
+
+def test_dtype_is_that_of_the_language_model(tmp_path, checkpoint):
+    (tmp_path / "stories.txt").write_text(STORIES)
+    found = cli._experiment(
+        "infilling", str(checkpoint), tmp_path / "stories.txt", 0, "posterior", None, "cpu", "bfloat16"
+    )
+    assert found.lm.dtype == torch.bfloat16
+    assert {p.dtype for p in found.guide_lm.trainable_parameters()} == {torch.float32}
+
+
 def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl):
     (tmp_path / "stories.txt").write_text(STORIES)
     run = lmppl(
@@ -115,6 +142,10 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["train", "infilling", "--set", "temperature=0.9"], "template"),  # the one that there is
         (["train", "continuation", "--set", "temperature"], "NAME=VALUE"),
         (["train", "continuation", "--set", "temperature=-1"], "temperature"),
+        (["compare", "infilling", "--device", "nowhere"], "--device nowhere"),
+        (["train", "infilling", "--device", "cuda:99"], "--device cuda:99"),
+        (["train", "infilling", "--lm", ".", "--dtype", "int8"], "--dtype int8"),
+        (["train", "infilling", "--dtype", "bfloat16"], "together with --lm"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):

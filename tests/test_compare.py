@@ -131,6 +131,12 @@ def test_without_a_truth_the_comparison_says_so(task):
     assert "No exact posterior" in result.notes[0]
 
 
+def test_a_comparison_of_nothing_is_refused(task):
+    _, model, _, args, _ = task
+    with pytest.raises(ValueError, match="algorithms: expected at least one"):
+        compare(model, {}, *args)
+
+
 def test_outside_mass_is_the_weight_of_values_that_the_enumeration_lacks(task):
     _, model, _, args, exact = task
     part = Enumeration(model, mass=0.5).run(*args)

@@ -14,6 +14,7 @@ from distributed_script import FIT, Task
 from torch.overrides import TorchFunctionMode
 
 import lmppl
+from lmppl import LanguageModel
 from lmppl.inference import (
     SMC,
     DetailedBalance,
@@ -30,6 +31,7 @@ from lmppl.inference import (
     VarGrad,
     VariationalEM,
 )
+from lmppl.models import EXPERIMENTS
 
 PACKAGE = str(Path(lmppl.__file__).parent)
 FACTORIES = {
@@ -93,6 +95,23 @@ def test_no_loop_makes_a_tensor_without_saying_where(name):
     assert watch.found <= ELSEWHERE
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_is_where_its_language_model_is(name, monkeypatch):
+    embedded, asked = LanguageModel.embedded, []
+
+    def load(which, *, device=None):
+        asked.append(device)
+        return embedded(which, device=device)
+
+    monkeypatch.setattr(LanguageModel, "embedded", load)
+    with Watch() as watch:
+        experiment = EXPERIMENTS[name](device="cpu", **({"warm_start": 0} if name == "arithmetic" else {}))
+        tasks = experiment.batches if isinstance(experiment.batches, list) else [(None, None, experiment.batches)]
+        for *_, batches in tasks:
+            batches(0)
+    assert asked == ["cpu"] and watch.found <= ELSEWHERE
+
+
 def test_the_watch_sees_what_it_should(monkeypatch):
     watch = Watch()
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", str(Path(__file__).parent))
@@ -138,3 +157,13 @@ def test_on_a_gpu_the_figures_are_those_of_the_cpu():
         held = {name: v.to(t.lm.device) for name, v in copy.copy(values).items()}
         losses.append(objective.loss_at(t.model, t.guide, t.args, {}, held)[0].item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@gpu
+def test_on_a_gpu_an_experiment_has_the_exact_posterior_of_the_cpu():
+    found = {}
+    for device in ("cpu", "cuda"):
+        experiment = EXPERIMENTS["random_number"](device=device)
+        assert {t.device.type for t in (*experiment.test, *experiment.held_out, *experiment.batches(0))} == {device}
+        found[device] = experiment.exact.run(*experiment.test).log_evidence.cpu()
+    assert torch.allclose(found["cpu"], found["cuda"], atol=1e-4)

@@ -1,4 +1,7 @@
-"""Latent-variable models ready to run, one a file: each offers ``experiment(lm=None, data=None) -> Experiment``."""
+"""Latent-variable models ready to run, one a file: each offers ``experiment(lm=None, data=None) -> Experiment``.
+
+Its ``device`` is where the embedded language model goes; ``lm``, any other one, stays where it is.
+"""
 
 if __name__ != "lmppl.models":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.

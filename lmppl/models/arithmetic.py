@@ -269,6 +269,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     sees_answer: bool = False,
     warm_start: int = WARM_START,
 ) -> Experiment:
@@ -285,7 +286,7 @@ def experiment(
     if lm is not None and data is None:
         raise ValueError("data: another language model needs the folder of the paper's files")
     own = lm is None
-    lm = lm or LanguageModel.embedded("arithmetic")
+    lm = lm or LanguageModel.embedded("arithmetic", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     questions = embedded_questions() if data is None else read_questions(data)[0]
     longest = int(length(lm.encode([q.chain for q in questions.rationales + questions.test])).max()) - 1

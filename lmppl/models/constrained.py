@@ -221,6 +221,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     constraint: str = "lexical",
     words: str | None = None,
     pattern: str | None = None,
@@ -252,7 +253,7 @@ def experiment(
             raise ValueError(f"{name}: it goes with the constraint {of!r} and prompts of your own, `data`")
         if value is None and of == constraint and data is not None:
             raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
-    lm = lm or LanguageModel.embedded("stories")
+    lm = lm or LanguageModel.embedded("stories", device=device)
     recipe = recipe or (RECIPES[constraint] if data is None else Recipe())
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if data is None:

@@ -135,6 +135,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     temperature: float | Sequence[float] = TEMPERATURES[0],
     max_tokens: int | None = None,
 ) -> Experiment:
@@ -151,7 +152,7 @@ def experiment(
     if lm is not None and data is None:
         raise ValueError("data: another language model needs prompts of its own, a file with a prompt a line")
     known = data is None  # the target can be enumerated
-    lm = lm or LanguageModel.embedded("stories")
+    lm = lm or LanguageModel.embedded("stories", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     train, held_out, test = embedded_prompts() if data is None else split(read_prompts(data))
     template: str = PLAIN
@@ -170,7 +171,7 @@ def experiment(
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         rows = chosen(step)
-        turn = (torch.arange(len(rows)) + step) % len(several)  # every prompt meets every temperature
+        turn = (torch.arange(len(rows), device=x.device) + step) % len(several)  # every prompt meets every temperature
         return x[rows], torch.tensor(several, device=x.device)[turn]
 
     def describe(i: int) -> str:
@@ -195,7 +196,7 @@ def experiment(
 
 def _refuse_long(task: Continuation, prompts: Sequence[str], several: Sequence[float]) -> None:
     """Raise ValueError naming the first prompt that with its continuation exceeds the context."""
-    lm, T = task.lm, torch.tensor(several[:1])
+    lm, T = task.lm, torch.tensor(several[:1], device=task.lm.device)
     if lm.max_length is None:
         return
     x = lm.encode(list(prompts))

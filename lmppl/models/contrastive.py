@@ -191,6 +191,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     a: float = 1.25,
     b: float = 0.25,
     max_tokens: int | None = None,
@@ -210,7 +211,7 @@ def experiment(
     if lm is not None and data is None:
         raise ValueError("data: another language model needs prompts of its own, a file with two a line, tab between")
     known = data is None  # the target can be enumerated
-    lm = lm or LanguageModel.embedded("stories")
+    lm = lm or LanguageModel.embedded("stories", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if differ is not None and (data is not None or differ not in DIFFER):
         raise ValueError(f"differ: expected one of {', '.join(map(repr, DIFFER))}, without `data`; got {differ!r}")

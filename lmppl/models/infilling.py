@@ -95,6 +95,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     template: str = TEMPLATE,
 ) -> Experiment:
     """The missing middle sentence of a story, given its beginning and its end.
@@ -107,7 +108,7 @@ def experiment(
     recipe = recipe or Recipe()
     if lm is not None and data is None:
         raise ValueError("data: another language model needs stories of its own, a file with a story a line")
-    lm = lm or LanguageModel.embedded("stories")
+    lm = lm or LanguageModel.embedded("stories", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     temperature = PAPER_TEMPERATURE if paper_setting(setting) else 1.0
     if data is None:

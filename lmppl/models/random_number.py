@@ -151,9 +151,9 @@ def _finite(log_prob: Tensor) -> Tensor:
     return log_prob.masked_fill(log_prob == -torch.inf, 0.0)
 
 
-def tensors(pairs: Sequence[Bounds]) -> tuple[Tensor, Tensor]:
+def tensors(pairs: Sequence[Bounds], device: str | torch.device | None = None) -> tuple[Tensor, Tensor]:
     """The arguments (a, b) of model and guide, each (B,)."""
-    a, b = torch.tensor(pairs).T
+    a, b = torch.tensor(pairs, device=device).T
     return a.contiguous(), b.contiguous()
 
 
@@ -183,6 +183,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     target: str = "uniform",
     unseen: bool = False,
 ) -> Experiment:
@@ -204,10 +205,10 @@ def experiment(
     if recipe is None:
         recipe = BOUNDS_RECIPE if unseen else FIXED_RECIPE
         recipe = recipe if own else replace(recipe, adapter=Recipe().adapter)  # another network's layers, other names
-    lm = lm or LanguageModel.embedded("numbers")
+    lm = lm or LanguageModel.embedded("numbers", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     task = RandomNumber(lm, guide_lm, target=target)
-    a, b = tensors(train)
+    a, b = tensors(train, lm.device)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         """Pairs drawn anew every step."""
@@ -222,8 +223,8 @@ def experiment(
         model=task.model,
         guide=task.guide,
         batches=batches,
-        held_out=tensors(held_out),
-        test=tensors(test),
+        held_out=tensors(held_out, lm.device),
+        test=tensors(test, lm.device),
         describe=lambda i: test[i].prompt,
         exact=Enumeration(task.digits) if own else None,
         recipe=recipe,

@@ -88,6 +88,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
 ) -> Experiment:
     """The beginning of a story, given how it goes on.
 
@@ -100,7 +101,7 @@ def experiment(
     recipe = recipe or (EMBEDDED_RECIPE if data is None else Recipe())
     if lm is not None and data is None:
         raise ValueError("data: another language model needs stories of its own, a file with a story a line")
-    lm = lm or LanguageModel.embedded("stories")
+    lm = lm or LanguageModel.embedded("stories", device=device)
     guide_lm = recipe.guide_lm(lm, seed, checkpoint)
     if data is None:
         train, held_out, test = embedded_splits("stories")

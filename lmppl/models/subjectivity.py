@@ -266,6 +266,7 @@ def experiment(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     setting: str = "posterior",
+    device: str | None = None,
     reads: str = "xy",
     count: int = 0,
 ) -> Experiment:
@@ -284,7 +285,7 @@ def experiment(
     recipe = recipe or Recipe()
     options: dict[str, Any] = {"reads": reads, "penalty": PENALTY if paper_setting(setting) else 0.0}
     own = lm is None
-    lm = lm or LanguageModel.embedded("subjectivity")
+    lm = lm or LanguageModel.embedded("subjectivity", device=device)
     if data is None:
         train, held_out, test = embedded_splits("subjectivity")
         train = train[: count or len(train)]

@@ -64,7 +64,8 @@ def compare(
         gives curves of quality against budget.
     :param unit: of the budgets, "tokens" (through the network) or "seconds".
 
-    :raises ValueError: for a unit that is neither, a budget that is not positive, or no repetition or seed at all.
+    :raises ValueError: for no algorithm, repetition or seed at all, a unit that is neither, or a budget that is not
+        positive.
 
     Example::
 
@@ -75,6 +76,8 @@ def compare(
         raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")
     if not isinstance(algorithms, Mapping) or not all(hasattr(a, "run") or callable(a) for a in algorithms.values()):
         raise ValueError(f"algorithms: expected a dict of algorithms, or of functions of the seed, got {algorithms!r}")
+    if not algorithms:
+        raise ValueError("algorithms: expected at least one, got none")
     if exact is not None and not isinstance(exact, Posterior) and not hasattr(exact, "run"):
         raise ValueError(f"exact: expected a Posterior or an Enumeration, got {exact!r}")
     if unknown := set(guides or ()) - set(algorithms):
