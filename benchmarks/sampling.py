@@ -34,7 +34,7 @@ from lmppl.inference.smc.smc import SMC
 REQUIRED = {"sampling": 1.0, "SMC": 0.9}
 
 
-def language_model(width: int, vocab: int) -> LanguageModel:
+def language_model(width: int, vocab: int, activation: str = "gelu_new") -> LanguageModel:
     """A randomly initialised GPT-2 of four layers, its weights so large that tokens differ much in probability."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -43,6 +43,7 @@ def language_model(width: int, vocab: int) -> LanguageModel:
         n_layer=4,
         n_head=width // 32,
         n_positions=256,
+        activation_function=activation,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,

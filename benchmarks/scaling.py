@@ -31,12 +31,11 @@ import torch
 import typer
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from benchmarks.paper.study import markdown
 from benchmarks.sampling import language_model
-from benchmarks.step import Task
+from benchmarks.step import Task, operations, product
 from lmppl import LanguageModel
 from lmppl.engine.prompts import prompts
 from lmppl.inference import SMC, GFlowNet, Importance, SubTB
@@ -52,7 +51,6 @@ GROWN = {
 RUNS = "importance", "SMC", "all prefixes, a step"
 WIDTH, OBSERVED = 128, 8
 REPETITIONS = 3
-PEAK = 2048  # width of the large matrix product
 
 
 def runs(size: dict[str, int], tokenizer: str | None = None) -> dict[str, tuple[Any, Callable[[], Any]]]:
@@ -102,14 +100,12 @@ def limit() -> dict[str, Any]:
     """Operations of one run over those of a large matrix product in the same time, and where the time goes."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    a = torch.randn(PEAK, PEAK)
-    peak = 2 * PEAK**3 / min(seconds(lambda: a @ a) for _ in range(REPETITIONS))
-    found: dict[str, Any] = {"peak GFLOP/s": peak / 1e9}
+    large, multiply = product()
+    most = large / min(seconds(multiply) for _ in range(REPETITIONS))
+    found: dict[str, Any] = {"peak GFLOP/s": most / 1e9}
     for name, (_, run) in runs(START | {"particles": 64, "latent tokens": 16}).items():
         run()
-        with FlopCounterMode(display=False) as counter:
-            run()
-        share = counter.get_total_flops() / min(seconds(run) for _ in range(REPETITIONS)) / peak
+        share = operations(run) / min(seconds(run) for _ in range(REPETITIONS)) / most
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             run()
         events = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)

@@ -24,6 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.sampling import language_model, timed
 from lmppl import LanguageModel, text
@@ -128,6 +129,19 @@ def contestants(task: Task, particles: int) -> dict[str, Callable[[], Any]]:
     }
 
 
+def operations(run: Callable[[], Any]) -> int:
+    """Of a run's matrix products, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def product(width: int = 2048) -> tuple[int, Callable[[], Any]]:
+    """The operations of one large matrix product, and that product: what the machine reaches at most."""
+    a = torch.randn(width, width)
+    return 2 * width**3, lambda: a @ a
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
     width: Annotated[int, typer.Option(help="Width of the network.")] = 128,
@@ -137,31 +151,42 @@ def main(
     batch: Annotated[int, typer.Option(help="Observations a step.")] = 2,
     particles: Annotated[int, typer.Option(help="Samples of each.")] = 16,
     repetitions: Annotated[int, typer.Option(help="Timed repetitions of each cell.")] = 7,
+    activation: Annotated[str, typer.Option(help="gelu_new or, fused, gelu_pytorch_tanh.")] = "gelu_new",
     prompt: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
 ) -> None:
     """Time all cells and print the ratios; exit with 1 where they disagree or a requirement is missed."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    console, rows, missed = Console(width=110), [], []
+    console, missed = Console(width=110), []
+    rows: list[dict[str, Any]] = []
     table = Table(title=f"a step relative to the published shape: median (range) of {repetitions}")
     for column in ("prompt", "published [s]", *REQUIRED, "loss differs by", "gradient by"):
         table.add_column(column, justify="right")
-    lm = language_model(width, vocab)
+    lm = language_model(width, vocab, activation)
     guide = lm.with_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     for length in prompt or [20, 200]:
         torch.manual_seed(0)
         task = Task(lm, guide, length, tokens, observed, batch)
         loss, gradient = agreement(task, particles)
-        seconds = timed(contestants(task, particles), repetitions)
+        runs = contestants(task, particles)
+        work = {name: operations(run) for name, run in runs.items()}
+        large, multiply = product()
+        seconds = timed({**runs, "product": multiply}, repetitions)
+        most = large / statistics.median(seconds.pop("product"))
         base = seconds["published"]
         ratios = {k: [b / s for b, s in zip(base, seconds[k], strict=True)] for k in REQUIRED}
-        rows.append({"prompt": length, "seconds": seconds, "ratios": ratios, "loss": loss, "gradient": gradient})
+        share = {name: work[name] / statistics.median(seconds[name]) / most for name in runs}
+        found = {"seconds": seconds, "ratios": ratios, "loss": loss, "gradient": gradient, "operations": work}
+        rows.append({"prompt": length, **found, "peak": most, "share of peak": share})
         shown = [f"{statistics.median(r):.1f} ({min(r):.1f}-{max(r):.1f})" for r in ratios.values()]
         table.add_row(str(length), f"{statistics.median(base):.2f}", *shown, f"{loss:.0e}", f"{gradient:.0e}")
         missed += [f"{k}, prompt {length}" for k, r in ratios.items()
                    if statistics.median(r) < REQUIRED[k].get(length, 0.0)]  # fmt: skip
         missed += [f"agreement, prompt {length}"] * (max(loss, gradient) > TOLERANCE)
     console.print(table)
+    for row in rows:
+        shown = [f"{k} {n / 1e9:.1f} at {row['share of peak'][k]:.0%}" for k, n in row["operations"].items()]
+        console.print(f"prompt {row['prompt']}, GFLOP and share of {row['peak'] / 1e9:.0f} GFLOP/s: {', '.join(shown)}")
     if out is not None:
         out.write_text(json.dumps({"torch": torch.__version__, "cells": rows}, indent=1))
     if missed:

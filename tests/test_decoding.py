@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from packing import V, gather
@@ -9,12 +11,37 @@ from reference import Plain, tokens
 from tiny import ARCHITECTURES, tiny_lm
 
 from lmppl.distributions import Completion, NextToken
+from lmppl.engine import room
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import Recomputing, decoder
 from lmppl.engine.scoring import score, supports_trees
 from lmppl.text import PAD
 
 # Decoding -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_cache_with_room_is_a_cache(arch, monkeypatch):
+    """The same logits with reorderings in between; and within the room, keys stay where they are."""
+    lm = tiny_lm(arch, vocab=V)
+    decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))  # the trial is over
+    monkeypatch.setattr(room, "ROOM", 3)
+    contexts, index = torch.tensor([[2, 3, 4, 5], [5, 3, PAD, PAD]]), torch.tensor([0, 1, 1])
+    found, places = [], []
+    for few in (0, 1000):
+        monkeypatch.setattr(room, "FEW", few)
+        steps = Decoder(lm, contexts, index)
+        logits = []
+        for t in range(9):
+            steps.step(torch.tensor([2, 3, 4]).roll(t))
+            if few == 0:
+                places.append(steps.cache.layers[0].keys.data_ptr())
+            if t == 5:
+                steps.select(torch.tensor([2, 0, 0]))
+            logits.append(steps.logits)
+        found.append(torch.stack(logits))
+    assert torch.equal(*found)
+    assert [len(list(same)) for _, same in itertools.groupby(places)] == [4, 2, 3]  # one token and room for three
 
 
 @pytest.mark.parametrize("kind", [Decoder, Recomputing, decoder])

@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine import scoring
+from lmppl.engine import chunks, scoring, unembedding
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import decoder
 from lmppl.engine.scoring import supports_trees
@@ -263,3 +263,56 @@ def test_chunks_do_not_change_numbers():
     whole = scored(lm, context, y)
     for lm.token_budget in (15, 60, 240):
         assert (scored(lm, context, y) - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_reading_in_parts_is_reading_at_once(dtype, tolerance, packed, monkeypatch):
+    """Values and gradients of the base network and of two adapters, whatever fits a processor's caches."""
+    lm = tiny_lm("gpt2", vocab=V, dtype=dtype)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    context = stopped_prefixes(torch.tensor([2, 3, 4]), torch.randint(1, V, (6, 2, 5)))
+    y = torch.tensor([3, 2, 0])
+    for view in (lm, lm.with_adapter(config), lm.with_adapter(config)):
+        found = {}
+        for fewest in (24, 2**20):
+            monkeypatch.setattr(chunks, "_CACHE", 0)
+            monkeypatch.setattr(chunks, "_FEWEST", fewest)
+            with packing(packed), spied(lm) as sizes:
+                with torch.no_grad():
+                    frozen = scored(view, context, y)
+                largest = max(sizes)
+                log_probs = scored(view, context, y)
+                found[fewest] = frozen, log_probs, *torch.autograd.grad(log_probs.sum(), view.trainable_parameters())
+            assert (largest <= 3 * 24) == (fewest == 24)
+        for a, b in zip(*found.values(), strict=True):
+            assert (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+def test_logits_in_parts_are_logits_at_once(monkeypatch):
+    lm = tiny_lm("llama", vocab=V)
+    context = stopped_prefixes(torch.tensor([2, 3, 4]), torch.randint(1, V, (6, 2, 5)))
+    y = torch.tensor([3, 2, 0])
+    monkeypatch.setattr(scoring, "_MANY_LOGITS", 0)
+    monkeypatch.setattr(chunks, "_CACHE", 0)
+    found = []
+    with torch.no_grad():
+        for fewest in (10, 2**20):
+            monkeypatch.setattr(unembedding, "fitting", lambda lm, floats, most, n=fewest: min(n, most))
+            found.append(scored(lm, context, y))
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
+def test_rows_without_tokens_of_their_own_take_no_room():
+    """Texts of 2 tokens in 8 columns: 2 of their 9 stopped prefixes leave the longest row, by 3 tokens each."""
+    lm = tiny_lm("gpt2", vocab=V)
+    z = torch.full((4, 8), PAD)
+    z[:, :2] = torch.tensor([[2, 3], [3, 2], [4, 3], [5, 2]])
+    context = stopped_prefixes(torch.tensor([2, 3, 4]), z)  # (9, 4, L): prompt, z_1..z_t, 0
+    y = torch.tensor([5, 1, 1])
+    supports_trees(lm)
+    with spied(lm) as sizes:
+        packed = scored(lm, context, y)
+    assert sizes == [3 + 4 * (5 + 2 * 3)]  # root; of each text trunk (z_1 z_2 0 and y but its last) and branches
+    with packing(False):
+        assert (packed - scored(lm, context, y)).abs().max() < 1e-5

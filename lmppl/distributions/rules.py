@@ -10,6 +10,7 @@ their relative probabilities.  Forbidden tokens get -inf exactly.  Up to ``max_t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class Rules:
 
     def select(self, rows: Tensor) -> Rules:
         """The rules of these rows."""
+        if self._shared:
+            return self
 
         def pick(x: Tensor) -> Tensor:
             return x[rows] if x.dim() else x
@@ -83,15 +86,38 @@ class Rules:
             logits = logits / self.temperature[:, None, None]
         elif self.temperature.requires_grad or self.temperature != 1:
             logits = logits / self.temperature
-        forbidden, dead = self._forbidden(T, prefix, first), None
-        if forbidden is not None:
-            # Where a constraint permits nothing, no token is possible; a softmax there, and its gradient, would be NaN.
-            dead = forbidden.all(-1, keepdim=True)
-            dead = dead if bool(dead.any()) else None
-            # torch.where is several times faster than masked_fill.
-            logits = torch.where(forbidden if dead is None else forbidden & ~dead, -torch.inf, logits)
+        if T == 1 and self._shared and (self.allowed is None or isinstance(self.allowed, Tensor)):
+            case = (first < int(self.min_tokens), first >= int(self.max_tokens))
+            if case not in self._known:
+                self._known[case] = self._barred(1, prefix, first)
+            barred, dead = self._known[case]
+        else:
+            barred, dead = self._barred(T, prefix, first)
+        if barred is not None:
+            logits = torch.where(barred, -torch.inf, logits)  # several times faster than masked_fill
         logits = self._mixed(logits) if bool(self.epsilon.any()) else logits
         return (logits, dead) if self.insertions is None else self._with_inserted(logits, dead, prefix, first)
+
+    @cached_property
+    def _shared(self) -> bool:
+        """Whether all rows have the same rules."""
+        return not any(x.dim() for x in (self.max_tokens, self.min_tokens, self.temperature, self.epsilon))
+
+    @cached_property
+    def _known(self) -> dict[tuple[bool, bool], tuple[Tensor | None, Tensor | None]]:
+        """`_barred`, where nothing but the limits makes a difference between one token and the next."""
+        return {}
+
+    def _barred(self, T: int, prefix: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
+        """What gets -inf, broadcasting to (R, T, V), and where nothing is permitted (R, T, 1); None where that is none.
+
+        A softmax where nothing is permitted, and its gradient, would be NaN: nothing gets -inf there.
+        """
+        forbidden = self._forbidden(T, prefix, first)
+        if forbidden is None:
+            return None, None
+        dead = forbidden.all(-1, keepdim=True)
+        return (forbidden & ~dead, dead) if bool(dead.any()) else (forbidden, None)
 
     def _with_inserted(
         self, logits: Tensor, dead: Tensor | None, prefix: Tensor, first: int

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from .prompts import recalled
+from .room import make_room
 from .scoring import with_bos
 from .trials import agree, precise, verified
 
@@ -46,6 +47,7 @@ class Decoder:
         self.mask = mask[index] if mask is not None and attends else None
         if not _identity(index, len(contexts)):
             self.cache.reorder_cache(index)
+        make_room(self.cache)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, alive: int | None = None) -> None:

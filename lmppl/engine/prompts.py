@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..adapters import Network
 from ..language_model import LanguageModel
+from .chunks import is_sharded
 from .trials import agree, verified
 
 CAPACITY = 16_384  # tokens
@@ -122,8 +122,8 @@ def _keeps(lm: LanguageModel) -> bool:
     """Whether this is the base network, no gradient is asked for, and its cache is one of plain keys and values."""
     if lm.has_adapter or torch.is_grad_enabled() or not prompts(lm.network).capacity:
         return False
-    if any(isinstance(p, DTensor) for p in lm.network.base_parameters):
-        return False  # sharded over processes: to look at a weight is a collective, which not all would enter
+    if is_sharded(lm):
+        return False  # to look at a weight is a collective, which not all would enter
     return verified(lm, "kept_prompts", _trial)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from .chunks import fitting
 from .prompts import Past, recalled
 from .tree_attention import Level, tree, windows_seen
 from .trials import agree, precise, verified
@@ -30,7 +31,8 @@ Run = Callable[..., Tensor]
 """``run(lm, input_ids (B, W), first=0, **kwargs) -> (B, W - first, D)``: the network's logits or hidden states."""
 
 _LOGIT_BUDGET = 2**28  # floats of logits alive at once
-_MANY_LOGITS = 2**22  # floats of logits from which on it pays to compute only those that are wanted
+_MANY_LOGITS = 2**20  # floats of logits from which on it pays to compute only those that are wanted
+_REPEATED = 8  # split where this many tokens go through for each that a part reads again
 _WORTHWHILE = 0.75  # pack when it sends at most this share of the tokens through the network
 
 
@@ -85,22 +87,25 @@ def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head) -> Tens
 
 def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width: int, head: Head) -> Tensor:
     """Choose packed or plain, split to the token budget, and run; (P, N, B, W) -> (P, N, B, ...)."""
+    # position of what predicts each token of the value
+    wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
+    wanted = wanted.clamp(max=tokens.shape[-1] - 1)
     plan = _Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
-    packed = plan is not None and plan.cost <= _WORTHWHILE * tokens.numel() and supports_trees(lm)
-    cost = plan.cost if packed and plan is not None else tokens.numel()
+    if plan is not None and plan.cost <= _WORTHWHILE * tokens.numel() and supports_trees(lm):
+        plan.recall(lm, wanted)
+    else:
+        plan = None
+    cost = tokens.numel() if plan is None else plan.cost
     split = cost * lm.vocab_size > _MANY_LOGITS and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
+    if plan is not None:
+        most = min(most, max(_fitting(lm), _REPEATED * plan.repeated))
     if cost > most and rows.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
         parts = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
         return torch.cat([_score(lm, t, s, r, width, head) for t, s, r in zip(*parts, strict=True)], axis)
-    run = plan.read if packed and plan is not None else _read_plain
-    # position of what predicts each token of the value
-    wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
-    wanted = wanted.clamp(max=tokens.shape[-1] - 1)
-    if packed and plan is not None:
-        plan.recall(lm, wanted)
+    run = _read_plain if plan is None else plan.read
     if split:
         states, index = run(lm, tokens, wanted, hidden_states)
         result = unembed_each(lm, states, index.flatten(0, 2), rows.flatten(), head)
@@ -108,6 +113,11 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
         logits, index = run(lm, tokens, wanted, _logits)
         result = head(precise(logits[index.flatten(0, 2)]), rows.flatten())
     return result.unflatten(0, rows.shape)
+
+
+def _fitting(lm: LanguageModel) -> int:
+    """How many tokens to read at once, for the sake of the feed-forward layers' activations."""
+    return fitting(lm, 4 * lm.model.config.get_text_config().hidden_size, lm.token_budget)
 
 
 def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
@@ -124,9 +134,11 @@ def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> 
     """
     unique, inverse = torch.unique(tokens.flatten(0, -2), dim=0, return_inverse=True)
     first = int(wanted.min())
-    out = run(
-        lm, unique.clamp(min=0), first, tokens=int(text.length(unique).sum()), use_cache=False
-    )  # (U, W - first, D)
+    parts = [
+        run(lm, part.clamp(min=0), first, tokens=int(text.length(part).sum()), use_cache=False)
+        for part in unique.split(max(1, _fitting(lm) // unique.shape[1]))
+    ]
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]  # (U, W - first, D)
     index = inverse.view(*wanted.shape[:-1], 1) * out.shape[1] + wanted - first
     return out.flatten(0, 1), index
 
@@ -142,12 +154,26 @@ class _Tree:
         self.shared = _common(tokens, trunk)  # (P, N, B): tokens each row has in common with its trunk
         self.common = torch.minimum(_common(trunk, trunk[0]), self.shared.amin(0)).amin(0)  # (B,)
         self.root = root = self.common if N > 1 else length.new_zeros(B)  # (B,)
+        own = length - self.shared  # (P, N, B)
+        self.order = (own == 0).int().argsort(dim=0, stable=True)  # rows that have tokens of their own first
+        self.branches = int((own > 0).sum(0).max())
         self.length = length
         self.A = int(root.max())
         self.S = int((text.length(trunk) - root).max())
         self.behind: Past | None = None  # the root, where it was read before
-        self.L = int((length - self.shared).max())
-        self.cost = B * (self.A + N * (self.S + P * self.L))
+        self.L = int(own.max())
+
+    @property
+    def cost(self) -> int:
+        """How many tokens go through the network, padding included."""
+        N, B = self.trunk.shape[:2]
+        return B * (self.A + N * (self.S + self.branches * self.L))
+
+    @property
+    def repeated(self) -> int:
+        """How many of them each part of a split would read again."""
+        N, B = self.trunk.shape[:2]
+        return 0 if B > 1 else self.A if N > 1 else self.A + self.S
 
     def recall(self, lm: LanguageModel, wanted: Tensor) -> None:
         """Take the root from what was read before, short of the token that predicts the first one ``wanted``."""
@@ -158,18 +184,21 @@ class _Tree:
 
     def read(self, lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
         """What ``run`` says of the packed rows, as `_read_plain` of each row alone."""
-        P, N, B, _ = tokens.shape
+        N, B, W = self.trunk.shape
+        P = self.branches
+        chosen = self.order[:P]
         behind, A, S, L, root, shared = self.behind, self.A, self.S, self.L, self.root, self.shared
         device = tokens.device
-        branch = shared.permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
+        branch = shared.gather(0, chosen).permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
+        branches = tokens.gather(0, chosen[..., None].expand(P, N, B, W))
         # Each level's segments as slices of the rows they were found in, positions counted from the row's start.
         position = [
             torch.arange(A, device=device).expand(B, A),
             (root[:, None, None] + torch.arange(S, device=device)).expand(B, N, S),
             branch[..., None] + torch.arange(L, device=device),  # (B, N, P, L)
         ]
-        source = [self.trunk[0], self.trunk.transpose(0, 1), tokens.permute(2, 1, 0, 3)]
-        end = [root, text.length(self.trunk).T, self.length.permute(2, 1, 0)]
+        source = [self.trunk[0], self.trunk.transpose(0, 1), branches.permute(2, 1, 0, 3)]
+        end = [root, text.length(self.trunk).T, self.length.gather(0, chosen).permute(2, 1, 0)]
         ids, places, count = [], [], 0
         for p, s, e in zip(position, source, end, strict=True):
             inside = p < e[..., None]
@@ -203,7 +232,7 @@ class _Tree:
             within=partial(tree, lm.model, levels),
         )
         n = torch.arange(N, device=device)[:, None, None]
-        p = torch.arange(P, device=device)[:, None, None, None]
+        p = self.order.argsort(0)[..., None]  # (every row, N, B, 1): which branch it is
         c, r = shared[..., None], root[:, None]
         in_trunk = A + n * S + wanted - r
         in_branch = A + N * S + (n * P + p) * L + wanted - c

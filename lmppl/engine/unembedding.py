@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..language_model import LanguageModel
+from .chunks import fitting
 from .trials import agree, precise, verified
 
 LOGITS_AT_ONCE = 2**25  # floats
@@ -55,10 +56,14 @@ def unembed_each(lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor,
             return head(precise(unembed(lm, states[wanted]))[inverse], rows)
         return head(precise(unembed(lm, states[index.flatten()])).unflatten(0, index.shape), rows)
 
-    at_once = max(1, LOGITS_AT_ONCE // (index.shape[1] * lm.vocab_size))
+    most = LOGITS_AT_ONCE // lm.vocab_size
+    if not torch.is_grad_enabled():
+        most = fitting(lm, lm.vocab_size, most)
+    at_once = max(1, most // index.shape[1])
     if len(rows) <= at_once:
         return part(states, index, rows)
-    chunks = list(zip(index.split(at_once), rows.split(at_once), strict=True))
+    number = -(-len(rows) // at_once)
+    chunks = list(zip(index.tensor_split(number), rows.tensor_split(number), strict=True))
     if not torch.is_grad_enabled():
         return torch.cat([part(states, *chunk) for chunk in chunks])
     again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,25 @@
+"""How much of a pass goes through the network at once."""
+
+from __future__ import annotations
+
+from torch.distributed.tensor import DTensor
+
+from ..language_model import LanguageModel
+
+_CACHE = 2**20  # floats: about what a processor core's caches hold
+_FEWEST = 256  # tokens that are worth reading the weights for
+
+
+def fitting(lm: LanguageModel, floats: int, most: int) -> int:
+    """How many tokens, of ``most``, to compute at once where each makes ``floats`` numbers at the widest place.
+
+    On a processor as many as its caches hold: sums and activation functions of more would wait for memory.
+    """
+    if lm.device.type != "cpu" or is_sharded(lm):  # processes that share weights must make the same passes
+        return most
+    return min(most, max(_FEWEST, _CACHE // floats))
+
+
+def is_sharded(lm: LanguageModel) -> bool:
+    """Whether the weights are spread over processes, so that every pass is a collective that all must enter."""
+    return any(isinstance(p, DTensor) for p in lm.network.base_parameters)

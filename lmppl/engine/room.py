@@ -1,0 +1,45 @@
+"""A key-value cache with room: a step writes its own tokens' keys and values and leaves the others where they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 32  # tokens
+FEW = 32  # tokens that are sooner copied
+
+
+class Roomy(DynamicLayer):
+    """What `DynamicLayer` does, which concatenates anew at every step."""
+
+    def __init__(self, layer: DynamicLayer):
+        super().__init__()
+        self.__dict__.update(layer.__dict__)
+        self._space: list[Tensor] = []  # keys and values (R, H, A + room, D), where they are still those of `keys`
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        before = self.keys.shape[-2]
+        if before < FEW:
+            return super().update(key_states, value_states)
+        after = before + key_states.shape[-2]
+        if not self._space or after > self._space[0].shape[-2]:
+            self._space = [pad(x, (0, 0, 0, after - before + ROOM)) for x in (self.keys, self.values)]
+        for space, new in zip(self._space, (key_states, value_states), strict=True):
+            space[..., before:after, :] = new
+        self.keys, self.values = (space[..., :after, :] for space in self._space)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._space = []
+        super().reorder_cache(beam_idx)
+
+
+def make_room(cache: Cache) -> None:
+    """Let plain layers of ``cache``, which hold something already, grow in place."""
+    layers = getattr(cache, "layers", [])
+    for i, layer in enumerate(layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            layers[i] = Roomy(layer)
