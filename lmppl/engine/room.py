@@ -15,6 +15,9 @@ FEW = 32  # tokens that are sooner copied
 class Roomy(DynamicLayer):
     """What `DynamicLayer` does, which concatenates anew at every step."""
 
+    keys: Tensor  # (R, H, A, D)
+    values: Tensor
+
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         self.__dict__.update(layer.__dict__)
