@@ -87,7 +87,7 @@ class Rules:
         elif self.temperature.requires_grad or self.temperature != 1:
             logits = logits / self.temperature
         if T == 1 and self._shared and (self.allowed is None or isinstance(self.allowed, Tensor)):
-            case = (first < int(self.min_tokens), first >= int(self.max_tokens))
+            case = (first < self._limits[0], first >= self._limits[1])
             if case not in self._known:
                 self._known[case] = self._barred(1, prefix, first)
             barred, dead = self._known[case]
@@ -102,6 +102,10 @@ class Rules:
     def _shared(self) -> bool:
         """Whether all rows have the same rules."""
         return not any(x.dim() for x in (self.max_tokens, self.min_tokens, self.temperature, self.epsilon))
+
+    @cached_property
+    def _limits(self) -> tuple[int, int]:
+        return int(self.min_tokens), int(self.max_tokens)
 
     @cached_property
     def _known(self) -> dict[tuple[bool, bool], tuple[Tensor | None, Tensor | None]]:

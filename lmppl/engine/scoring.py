@@ -117,7 +117,8 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
 
 def _fitting(lm: LanguageModel) -> int:
     """How many tokens to read at once, for the sake of the feed-forward layers' activations."""
-    return fitting(lm, 4 * lm.model.config.get_text_config().hidden_size, lm.token_budget)
+    width = getattr(lm.model.config.get_text_config(), "hidden_size", lm.vocab_size)  # a table has none
+    return fitting(lm, 4 * width, lm.token_budget)
 
 
 def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
