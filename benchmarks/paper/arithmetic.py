@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
+from statistics import mean
 from typing import Any
 
 import torch
 
 from lmppl import embedded
 from lmppl.distributions import Completion
+from lmppl.embedded import Question
 from lmppl.inference import Enumeration, PolicyGradient, Posterior
 from lmppl.inference.compare.quality import density_quality
 from lmppl.models import Experiment
-from lmppl.models.arithmetic import MASS, PAPER_VOTE, RECIPE, WARM_START, Arithmetic, experiment, is_right, score, teach
+from lmppl.models.arithmetic import (
+    EMBEDDED_RECIPE,
+    PAPER_TEMPERATURE,
+    PAPER_VOTE,
+    RECIPE,
+    WARM_START,
+    Arithmetic,
+    experiment,
+    is_right,
+    score,
+    teach,
+)
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 
@@ -24,8 +38,8 @@ CELLS = {
     "self_training": "SFT, then self-training on the 1,000 answers",
     "ppo": "SFT, then PPO, reward only",
     "ppo_kl": "SFT, then PPO, matched KL",
-    "gflownet": "SFT, then GFlowNet",
-    "gflownet_paper": "SFT, then GFlowNet; the paper's target and votes",
+    "gflownet": "GFlowNet, the rationales in its replay buffer",
+    "gflownet_paper": "GFlowNet, the same; the paper's target and votes",
     "exact": "exact posterior p(z \\| x, y)",
 }
 PAPER = {
@@ -35,8 +49,14 @@ PAPER = {
     "gflownet": (95.2, 75.4, 40.7),
     "gflownet_paper": (95.2, 75.4, 40.7),
 }
+KINDS = {  # of chains that end at the answer
+    "right": "right chains",
+    "zeros": "chains that are wrong about zeros only (one dropped, added or with another sign)",
+    "luck": "chains whose errors cancel",
+}
+TAUGHT = replace(RECIPE, output_layer=True)  # SFT and what starts from it: the GFlowNet's adapter, SFT's own rate
 QUESTIONS = {3: 200, 4: 1000, 5: 200}  # asked of every method and seed
-TRUTH = 8  # test questions of four operands whose posterior is enumerated
+TRUTH, MASS = 8, 0.96  # test questions of four operands whose posterior is enumerated; the prior mass explored
 COLD = "prompting_cold", "gflownet_paper"  # votes at the paper's temperature
 PPO_RATE, PPO_STEPS = 3e-4, 100  # four updates on the same draws: half as many draws as the GFlowNet, at a similar cost
 ROUNDS, ROUND_DRAWS, ROUND_STEPS = 3, 4, 100  # of self-training
@@ -46,8 +66,9 @@ SHORT_MASS = 0.4
 
 def trained(cell: str, seed: int, short: bool) -> Experiment:
     """The experiment with its guide trained by one method."""
-    recipe = replace(RECIPE, steps=SHORT["steps"], particles=SHORT["particles"]) if short else RECIPE
-    warm_start = 0 if cell.startswith("prompting") else recipe.steps if short else WARM_START
+    recipe = EMBEDDED_RECIPE if cell.startswith("gflownet") else TAUGHT
+    recipe = replace(recipe, steps=SHORT["steps"], particles=SHORT["particles"]) if short else recipe
+    warm_start = 0 if cell.startswith(("prompting", "gflownet")) else recipe.steps if short else WARM_START
     setting = "paper" if cell == "gflownet_paper" else "posterior"
     e = experiment(seed=seed, recipe=recipe, setting=setting, warm_start=warm_start)
     if cell.startswith("gflownet"):
@@ -77,7 +98,7 @@ def self_train(task: Arithmetic, short: bool, seed: int) -> None:
         examples = sorted(found)
         chains = task.lm.encode([chain for _, chain in examples])
         steps = SHORT["steps"] if short else ROUND_STEPS
-        recipe = replace(RECIPE, observations=RECIPE.observations * RECIPE.particles)
+        recipe = replace(TAUGHT, observations=TAUGHT.observations * TAUGHT.particles)
         teach(task, [q for q, _ in examples], chains, steps, recipe=recipe, seed=seed * ROUNDS + i)
 
 
@@ -97,40 +118,62 @@ def run(cell: str, seed: int, short: bool) -> Figures:
             f"{k} {operands}": v
             for k, v in score(asked, task.predict(asked, temperature=temperature))._asdict().items()
         }
-    x, y = task.encode(embedded.data("arithmetic", "test_4")[: SHORT["truth"] if short else TRUTH])
-    quality = density_quality(_exact(cell == "gflownet_paper", 4, short), task.guide, (x, y), {})
+    exact = _exact(short)
+    if cell == "gflownet_paper":
+        squared = exact.log_weights / PAPER_TEMPERATURE
+        exact = replace(exact, log_weights=squared, log_evidence=squared.logsumexp(0))
+    asked = _asked(short)
+    x, y = task.encode(asked)
+    quality = density_quality(exact, task.guide, (x, y), {})
     for name in ("total_variation", "forward_kl"):
         figures[name] = getattr(quality, name).mean().item()
-    return figures
+    with torch.no_grad():
+        q = task.chain(lm, x).log_prob(exact.samples["z"]).exp()
+    return figures | shares(exact, q.masked_fill(exact.log_weights == -torch.inf, 0.0), asked)
+
+
+def _asked(short: bool) -> list[Question]:
+    return embedded.data("arithmetic", "test_4")[: SHORT["truth"] if short else TRUTH]
 
 
 @cache
-def _exact(paper: bool, operands: int, short: bool) -> Posterior:
-    """The enumerated target of the first test questions; once a process."""
-    e = experiment(setting="paper" if paper else "posterior", warm_start=0)
-    asked = embedded.data("arithmetic", f"test_{operands}")[: SHORT["truth"] if short else TRUTH]
-    return Enumeration(e.model, mass=SHORT_MASS if short else MASS).run(*Arithmetic(e.lm).encode(asked))
+def _exact(short: bool) -> Posterior:
+    """The enumerated posterior of the first test questions; once a process."""
+    e = experiment(warm_start=0)
+    return Enumeration(e.model, mass=SHORT_MASS if short else MASS).run(*Arithmetic(e.lm).encode(_asked(short)))
 
 
 @torch.no_grad()
 def truth(short: bool) -> Figures:
     """What the exact posterior, which knows y, would answer: chains z ~ p(z | x, y), then y ~ p(y | x z)."""
-    e = experiment(warm_start=0)
-    task = Arithmetic(e.lm)
-    figures: Figures = {}
-    for operands in (4,) if short else QUESTIONS:
-        asked = embedded.data("arithmetic", f"test_{operands}")[: SHORT["truth"] if short else TRUTH]
-        x, y = task.encode(asked)
-        exact = _exact(False, operands, short)
-        z = exact.samples["z"]  # (chain, question, L)
-        likelihood = Completion(e.lm, e.lm.join(x, z), max_tokens=y.shape[-1], stop=None).log_prob(y).exp()
-        right = exact.probabilities * likelihood  # (chain, question): p(z | x, y) p(y | x z)
-        sound = [[is_right(q, c) for q, c in zip(asked, row, strict=True)] for row in e.lm.decode(z)]
-        of_sound = (right * torch.tensor(sound)).sum(0)
-        figures[f"single {operands}"] = right.sum(0).mean().item()
-        figures[f"sound {operands}"] = (of_sound / right.sum(0)).mean().item()
-        figures[f"unexplored {operands}"] = exact.unexplored.mean().item()
-    return figures
+    e, exact, asked = experiment(warm_start=0), _exact(short), _asked(short)
+    x, y = Arithmetic(e.lm).encode(asked)
+    z = exact.samples["z"]  # (chain, question, L)
+    likelihood = Completion(e.lm, e.lm.join(x, z), max_tokens=y.shape[-1], stop=None).log_prob(y).exp()
+    answers = exact.probabilities * likelihood  # (chain, question): p(z | x, y) p(y | x z)
+    figures = {"single 4": answers.sum(0).mean().item(), "unexplored": exact.unexplored.mean().item()}
+    figures["sound 4"] = shares(exact, answers / answers.sum(0), asked)["right"]
+    return figures | shares(exact, exact.probabilities, asked)
+
+
+def shares(exact: Posterior, mass: torch.Tensor, asked: list[Question]) -> Figures:
+    """How much of a mass (chain, question) on enumerated chains each kind of chain has, mean over questions."""
+    rows = exact.sites.decoders["z"](exact.samples["z"])
+    kinds = [[kind(q, chain) for q, chain in zip(asked, row, strict=True)] for row in rows]
+    return {
+        name: (mass * torch.tensor([[k == name for k in row] for row in kinds])).sum(0).mean().item() for name in KINDS
+    }
+
+
+def kind(question: Question, chain: str) -> str | None:
+    """Which of `KINDS` a chain is; None: it does not end at the answer."""
+    if is_right(question, chain):
+        return "right"
+    if not re.search(rf"= {question.answer}\.$", chain):
+        return None
+    steps = [(s, int(n)) for s, n in re.findall(r" ([-+]) ([1-9]) =", chain)]
+    needed = zip(question.signs, question.operands[1:], strict=True)
+    return "zeros" if steps == [(s, n) for s, n in needed if n] else "luck"
 
 
 def report(results: Results) -> str:
@@ -143,34 +186,56 @@ def report(results: Results) -> str:
         row += ["" if cell == "exact" else spread(found, f"vote {n}", 1, 100) for n in QUESTIONS]
         row += [spread(found, "single 4", 1, 100), spread(found, "sound 4", 1, 100)]
         row += ["0" if cell == "exact" else spread(found, key) for key in ("total_variation", "forward_kl")]
-        rows.append(row)
+        rows.append([*row, " / ".join(f"{mean(r[k] for r in found):.3f}" for k in KINDS)])
     header = ("method", "paper: 3 / 4 / 5", "vote, 3 operands", "4", "5", "one answer, 4", "right chains", "TV", "KL")
     text = (
         "Target: the posterior p(z | x, y), unless the row says otherwise; guides read x only. Right answers in per "
         f"cent, by majority vote of 10 on {QUESTIONS[4]:,} unseen questions of 4 operands ({QUESTIONS[3]} of 3 and "
         f"{QUESTIONS[5]} of 5, one more than in training), and of single answers; the share of right answers whose "
-        f"chain is right, too; and the guide's distance to its enumerated target on {TRUTH} questions of 4 operands. "
-        "The exact posterior knows y.\n\n"
+        f"chain is right, too; and, on {TRUTH} questions of 4 operands whose posterior is enumerated, the guide's "
+        f"distance to its target and the mass that it gives to {', '.join(KINDS.values())}. The exact posterior "
+        "knows y.\n\n"
     )
-    return text + markdown(header, rows) + "\n" + "".join(claims(results))
+    return text + markdown((*header, "right / zeros / cancel"), rows) + "\n" + "".join(claims(results))
 
 
 def claims(results: Results) -> list[str]:
     def ahead(of: str, operands: int) -> tuple[float, float]:
         return paired(*([100 * r[f"vote {operands}"] for r in results[c]] for c in ("gflownet", of)))
 
+    def average(cell: str, key: str) -> float:
+        return mean(r[key] for r in results[cell])
+
     names, said = {"sft": "SFT", "ppo": "PPO for the reward alone", "self_training": "self-training"}, []
     for other, least in (("sft", 10), ("ppo", 10), ("self_training", 0)):
         (d, half), (far, half_far) = ahead(other, 4), ahead(other, 5)
         margin = f" by {least} points" if least else ""
+        because = (
+            f"It is ahead by {d:+.1f} ± {half:.1f} points on 4 operands and by {far:+.1f} ± {half_far:.1f} on 5 "
+            "(paired over seeds, 95%)."
+        )
+        there = 100 * average(other, "vote 4")
+        if there > 100 - least:
+            because += f" There is no room on 4: {names[other]} alone is right on {there:.1f}%."
         said.append(
             verdict(
                 f"GFlowNet tuning is ahead of {names[other]}{margin} on 4 operands, and ahead on 5",
                 d >= least and d - half > 0 and far - half_far > 0,
-                f"It is ahead by {d:+.1f} ± {half:.1f} points on 4 operands and by {far:+.1f} ± {half_far:.1f} on 5 "
-                "(paired over seeds, 95%).",
+                because,
             )
         )
+    p, q = ([average(cell, key) for key in KINDS] for cell in ("exact", "gflownet"))
+    distance = average("gflownet", "total_variation")
+    said.append(
+        verdict(
+            "GFlowNet tuning samples from the posterior",
+            distance <= 0.05,
+            f"Its total variation is {distance:.2f}. Right chains have {p[0]:.2f} of the posterior's mass and "
+            f"{q[0]:.2f} of the guide's; chains that are wrong about zeros only {p[1]:.2f} and {q[1]:.2f}; chains "
+            f"whose errors cancel {p[2]:.2f} and {q[2]:.2f}: which ones cancel, a guide that reads x can know only if "
+            "it works out the sum, which the calculator does for this language model.",
+        )
+    )
     return said
 
 

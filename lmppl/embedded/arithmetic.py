@@ -29,8 +29,9 @@ WORDS = (*(f" {n}" for n in range(-LARGEST, LARGEST + 1)), *re.findall(r" \S", "
 WORDS = (*WORDS, *re.findall(r" \w+", ANSWER))
 WORD = r"<eos>| -?[0-9]+| ?[A-Za-z]+:?| ?[^A-Za-z0-9 ]| "  # " -4" is a number, " - 4" a sign and a number
 MAX_TOKENS = 6 * (OPERANDS[1] - 1) - 1  # of a chain, before its stop
-STEPS = {"correct": 0.37, "sign": 0.17, "dropped": 0.12, "stop": 0.11, "misread": 0.23}
-LEAST, COARSE = 3e-4, 6e-3  # prior probability of the chains that the gates look at
+STEPS = {"correct": 0.37, "sign": 0.2, "dropped": 0.05, "stop": 0.08, "misread": 0.3}
+LEAST, COARSE = 1e-4, 6e-3  # prior probability of the chains that the gates look at
+MODES = 200  # questions whose mode they look for
 FAITHFUL = 0.98  # the answer is the chain's last result
 SPLITS = {  # how many questions of so many operands
     "rationales": {3: 25, 4: 25},
@@ -218,9 +219,9 @@ def _last_log_probs(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tens
 
 
 def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, count: int = 16) -> Report:
-    """The figures, over so many test questions; the modes, which are found sooner, over six times as many."""
+    """The figures, over so many test questions; the modes, which are found sooner, over 200."""
     figures, modes = [], []
-    for i, question in enumerate(questions("test_4")[: 6 * count]):
+    for i, question in enumerate(questions("test_4")[: max(count, MODES)]):
         found = explore(model, words, question, LEAST if i < count else COARSE)
         modes.append(found.mode == question.chain)
         if i < count:

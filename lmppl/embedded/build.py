@@ -45,7 +45,7 @@ RECIPES = {
     "places": Recipe(heads=8, scale=0.08),  # not shipped: learns what a place offers, see docs/infilling.md
     "numbers": Recipe(width=48, context=32, rows=128, steps=1200),
     "subjectivity": Recipe(width=48, context=128, rows=16, steps=2400),
-    "arithmetic": Recipe(layers=3, context=48, rows=64, steps=2000, learning_rate=3e-3, rotary=True),
+    "arithmetic": Recipe(layers=4, context=48, rows=64, steps=2200, learning_rate=3e-3, rotary=True),
 }
 
 
