@@ -305,8 +305,6 @@ def experiment(
     chains = task.chains(questions.rationales)
     if checkpoint is None and warm_start:
         teach(task, questions.rationales, chains, warm_start, recipe=recipe, seed=seed)
-    x, y = task.encode(questions.rationales + questions.train)
-    chosen = recipe.passes(len(x), seed)
     held_out, test = questions.held_out[:TEST_OBSERVATIONS], questions.test[:TEST_OBSERVATIONS]
     return Taught(
         name="arithmetic",
@@ -314,7 +312,7 @@ def experiment(
         guide_lm=guide_lm,
         model=tempered(task.model, temperature),
         guide=task.guide,
-        batches=lambda step: (x[chosen(step)], y[chosen(step)]),
+        batches=recipe.batches(*task.encode(questions.rationales + questions.train), seed=seed),
         held_out=task.encode(held_out),
         test=task.encode(test),
         describe=lambda i: f"{test[i].x} [...]{test[i].y}    (right: {test[i].chain.strip()})",
