@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,7 @@ def _experiment(
 ) -> Experiment:
     if model not in EXPERIMENTS:
         raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
+    device = _own_device(device)
     _check_device(device, dtype, lm)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -225,6 +227,13 @@ def _experiment(
     loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
     own = _own_options(model, options or [])
     return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+
+
+def _own_device(device: str) -> str:
+    """Of several processes each takes a GPU of its own."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
 
 
 def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
