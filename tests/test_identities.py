@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -19,6 +20,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import (
     DetailedBalance,
     Enumeration,
+    Linex,
     PooledVarGrad,
     RelativeTrajectoryBalance,
     SubTB,
@@ -42,6 +44,37 @@ def test_vargrad_is_reinforce_with_a_leave_one_out_baseline(lm):
     surrogate = -((u - baseline) * log_q).mean(0).mean()  # of KL(q || p) = -E_q u
     for found_grad, kl_grad in zip(grads, torch.autograd.grad(surrogate, params), strict=True):
         assert (found_grad - 2 * (N - 1) / N * kl_grad).abs().max() < 1e-10
+
+
+def test_linex_is_the_wake_phase_with_a_baseline(lm):
+    """On-policy: grad Linex = grad of -sum_n (w_n - 1/N) log q(z_n), whose expectation is the wake phase's."""
+    guide_lm = adapted(lm)
+    found, guide = one_text(lm), lm_guide(guide_lm)
+    pyro.set_rng_seed(0)
+    loss, (b,) = Linex(num_particles=7).loss_and_balances(found.model, guide)
+    grads = gradients(loss, guide_lm)
+    u, log_q = b.u.detach()[0], b.log_q[0]  # (N, 2)
+    wake = -(u.softmax(0) * log_q).sum(0).mean()
+    assert_same(grads, gradients(wake + log_q.mean(), guide_lm))
+
+
+def test_linex_near_balance_and_far_from_it():
+    """Half a variance near balance; a slope of at most 1/N for what q should not have, and none once q has little."""
+    g = torch.Generator().manual_seed(0)
+
+    def slope(u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        u.requires_grad_()
+        balance = SimpleNamespace(valid=torch.ones(u.shape, dtype=torch.bool), log_p=log_p)
+        loss = Linex().reduce(u, balance, False)
+        return loss.detach(), torch.autograd.grad(loss.sum(), u)[0]
+
+    near = 1e-3 * torch.randn(1, 9, 4, generator=g, dtype=torch.float64)
+    assert slope(near, torch.zeros(1, 9, 4))[0] == pytest.approx(near.detach().var(1, correction=0)[0] / 2, rel=1e-2)
+    u = torch.tensor([0.0, 0.5, -40.0, 3.0], dtype=torch.float64).view(1, 4, 1)
+    found = slope(u, torch.tensor([0.0, 0.0, -torch.inf, -torch.inf]).view(1, 4, 1))[1].flatten()
+    assert found[2].item() == pytest.approx(-1 / 4) and found[3] == 0
+    assert found[1] > 0 > found[0]
+    assert slope(u.detach(), torch.full((1, 4, 1), -torch.inf))[1].abs().max() == 0
 
 
 def test_stop_weights_integrate_the_stopping_time_out(lm):

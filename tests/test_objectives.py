@@ -15,7 +15,7 @@ from reference import Law, Plain, tokens
 from torch import Tensor
 
 from lmppl.distributions import Completion
-from lmppl.inference.gflownet import DetailedBalance, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
+from lmppl.inference.gflownet import DetailedBalance, Linex, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 from lmppl.text import PAD
 
 # One contract for every objective -------------------------------------------------------------------------------------
@@ -238,10 +238,20 @@ class TestPooledUniform(ObjectiveContract):
         return variance(u, dict.fromkeys(u, 1.0))
 
 
+class TestLinex(ObjectiveContract):
+    def make(self, **kwargs):
+        return Linex(**kwargs)
+
+    def by_double_loop(self, u, stop, identified):
+        every = torch.stack(list(u.values()))
+        log_z = every.exp().mean().log().detach()
+        return ((every - log_z).exp() - (every - log_z) - 1).mean()
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [SubTB, VarGrad, PooledVarGrad])
+@pytest.mark.parametrize("kind", [SubTB, VarGrad, PooledVarGrad, Linex])
 @pytest.mark.parametrize("way", ["torch optimiser", "SVI"])
 def test_training_halves_the_total_variation(lm, kind, way):
     """``objective(model, guide)`` under a torch optimiser, and as the ``loss`` of SVI over registered parameters."""

@@ -4,7 +4,8 @@ All trained guides get the same number of steps and of draws a step, and the sam
 with the matched KL its optimum is the target, without it any valid number is as good as any other and nothing keeps the
 spread.  Supervised fine-tuning is told the numbers that the language model draws and that are valid.  Importance
 sampling has no density; its weighted draws are its answer.  On unseen bounds a row of maximum likelihood, told exact
-uniform draws for the training pairs, says what the same guide learns from the answers themselves in as many steps.
+uniform draws for the training pairs, says what the same guide learns from the answers themselves in as many steps, each
+of a quarter of the draws.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def train(cell: str, e: Experiment, seed: int) -> int:
         told = valid_draws(e, DRAWS) if cell == SUPERVISED else None
 
         def batches(step: int) -> tuple[Any, ...]:
-            a, b = (bound.repeat_interleave(e.recipe.particles) for bound in e.batches(step))
+            draws = e.recipe.particles // (4 if told is None else 1)
+            a, b = (bound.repeat_interleave(draws) for bound in e.batches(step))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             if told is not None:
                 return a, b, {"z": told[torch.randint(len(told), a.shape, generator=generator)]}
@@ -178,9 +180,10 @@ def report(results: Results) -> str:
         f"with the KL penalty that matches the target it is {worst(MATCHED):.2g} at most.",
     )  # fmt: skip
     text += verdict(
-        "It carries over to unseen bounds (ours: KL at most 0.01)", worst(BOUNDS) <= 0.01,
-        f"Largest mean KL of a seed {worst(BOUNDS):.3f}; maximum likelihood on exact draws in as many steps: "
-        f"{worst(LIKELIHOOD):.3f}.",
+        "It carries over to unseen bounds (ours: KL at most 0.01, and 99.5% valid)",
+        worst(BOUNDS) <= 0.01 and least(BOUNDS) >= 0.995,
+        f"Largest mean KL of a seed {worst(BOUNDS):.4f}, least valid {100 * least(BOUNDS):.2f}%; maximum likelihood on "
+        f"exact draws in as many steps, with a quarter of the draws: {worst(LIKELIHOOD):.4f}.",
     )  # fmt: skip
     return text
 

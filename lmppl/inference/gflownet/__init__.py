@@ -2,6 +2,7 @@
 
 from .detailed_balance import DetailedBalance
 from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
+from .linex import Linex
 from .local_search import LocalSearch
 from .objective import Objective
 from .replay import Replay
@@ -16,6 +17,7 @@ __all__ = [
     "EpsilonUniform",
     "Exploration",
     "GFlowNet",
+    "Linex",
     "LocalSearch",
     "Mixture",
     "Objective",
