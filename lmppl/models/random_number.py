@@ -18,17 +18,16 @@ import pyro
 import torch
 from torch import Tensor
 
-from .. import embedded, text
+from .. import text
 from ..distributions import Completion
 from ..embedded import Bounds
 from ..embedded.numbers import FIXED, MAX_TOKENS
 from ..inference import Enumeration, Linex, Mixture, Prior, Replay, Tempered, VarGrad
 from ..inference.training.schedules import linear
 from ..language_model import LanguageModel
-from .experiment import Experiment, Recipe, paper_setting
+from .experiment import Experiment, Recipe, embedded_splits, paper_setting
 
 TARGETS = "uniform", "valid"
-TEST_PAIRS = 16
 # Invalid answers count as 18 nats below valid ones: enough for 2e-5 of the mass on all of them together.
 OBJECTIVE = partial(VarGrad, floor=18.0)
 
@@ -206,8 +205,7 @@ def experiment(
     paper_setting(setting)  # the posterior, too
     train = held_out = test = [FIXED] if data is None else read_bounds(data)
     if unseen:
-        train, held_out, test = (embedded.data("numbers", s) for s in ("train", "validation", "test"))
-        held_out, test = held_out[:TEST_PAIRS], test[:TEST_PAIRS]
+        train, held_out, test = embedded_splits("numbers")
     own = lm is None
     if recipe is None:
         recipe = BOUNDS_RECIPE if unseen else FIXED_RECIPE
