@@ -118,8 +118,10 @@ def limit() -> dict[str, Any]:
 
 
 def growth(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """The slope of log y against log x between the last two points."""
-    return math.log(max(values[-1], 1e-9) / max(values[-2], 1e-9)) / math.log(sizes[-1] / sizes[-2])
+    """The slope of log y against log x between the last two points; NaN where one is nothing, as memory may be."""
+    if min(values[-2:]) <= 0:
+        return math.nan
+    return math.log(values[-1] / values[-2]) / math.log(sizes[-1] / sizes[-2])
 
 
 def row(name: str, axis: str, sizes: Sequence[int], cells: list[dict[str, Any]]) -> list[str]:
