@@ -363,9 +363,13 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()
-    axis.plot([h["step"] for h in history], [h["sd_u"] for h in history], lw=0.6, alpha=0.6, label="training draws")
-    measured = [(h["step"], h["held_out_sd_u"]) for h in history if "held_out_sd_u" in h]
-    axis.plot(*zip(*measured, strict=True), "o-", ms=3, label="held out, on-policy")
+    for key, style, label in (
+        ("sd_u", {"lw": 0.6, "alpha": 0.6}, "training draws"),
+        ("held_out_sd_u", {"marker": "o", "ms": 3}, "held out, on-policy"),
+    ):
+        measured = [(h["step"], h[key]) for h in history if key in h]  # a GFlowNet alone has the first
+        if measured:
+            axis.plot(*zip(*measured, strict=True), label=label, **style)
     axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
