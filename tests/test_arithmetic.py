@@ -90,7 +90,7 @@ def test_how_often_the_corpus_is_right():
 
 @pytest.mark.slow
 def test_the_gates_hold(plain):
-    report = corpus.report(*plain, 6)
+    report = corpus.report(*plain)
     assert report.passed, report
 
 
