@@ -336,4 +336,4 @@ def test_a_short_study():
     assert sum(exact[kind] for kind in study.KINDS) > 0.9 and prior["right"] < 0.5
     assert prior["total_variation"] > 0.5
     text = study.report(results)
-    assert text.count("\n|") == len(study.CELLS) + 2 and text.count("**") == 8
+    assert text.count("\n|") == len(study.CELLS) + 2 and text.count("**") == 14

@@ -208,22 +208,20 @@ def claims(results: Results) -> list[str]:
 
     names, said = {"sft": "SFT", "ppo": "PPO for the reward alone", "self_training": "self-training"}, []
     for other, least in (("sft", 10), ("ppo", 10), ("self_training", 0)):
-        (d, half), (far, half_far) = ahead(other, 4), ahead(other, 5)
-        margin = f" by {least} points" if least else ""
-        because = (
-            f"It is ahead by {d:+.1f} ± {half:.1f} points on 4 operands and by {far:+.1f} ± {half_far:.1f} on 5 "
-            "(paired over seeds, 95%)."
-        )
-        there = 100 * average(other, "vote 4")
-        if there > 100 - least:
-            because += f" There is no room on 4: {names[other]} alone is right on {there:.1f}%."
-        said.append(
-            verdict(
-                f"GFlowNet tuning is ahead of {names[other]}{margin} on 4 operands, and ahead on 5",
-                d >= least and d - half > 0 and far - half_far > 0,
-                because,
+        for operands, margin in ((4, least), (5, 0)):
+            d, half = ahead(other, operands)
+            because = f"It is ahead by {d:+.1f} ± {half:.1f} points (paired over seeds, 95%)."
+            there = 100 * average(other, f"vote {operands}")
+            if there > 100 - margin:
+                because += f" There is no room: {names[other]} alone is right on {there:.1f}%."
+            by = f" by {margin} points" if margin else ""
+            said.append(
+                verdict(
+                    f"GFlowNet tuning is ahead of {names[other]}{by} on {operands} operands",
+                    d >= margin and d - half > 0,
+                    because,
+                )
             )
-        )
     p, q = ([average(cell, key) for key in KINDS] for cell in ("exact", "gflownet"))
     distance = average("gflownet", "total_variation")
     said.append(
