@@ -97,9 +97,9 @@ RUNS = {
     "twist: no tensor": ("twist", lambda: SMC(model, twist=lambda prefix: 0.0).run(X, Y)),
     "algorithms: a list": ("algorithms", lambda: compare(model, [Importance(model)], X, Y)),
     "algorithms: a number": ("algorithms", lambda: compare(model, {"a": 3}, X, Y)),
-    "exact": ("exact", lambda: compare(model, {}, X, Y, exact=3.0)),
-    "guides": ("guides", lambda: compare(model, {}, X, Y, guides={"b": guide})),
-    "budgets": ("budgets", lambda: compare(model, {}, X, Y, budgets=100)),
+    "exact": ("exact", lambda: compare(model, {"a": Importance(model)}, X, Y, exact=3.0)),
+    "guides": ("guides", lambda: compare(model, {"a": Importance(model)}, X, Y, guides={"b": guide})),
+    "budgets": ("budgets", lambda: compare(model, {"a": Importance(model)}, X, Y, budgets=100)),
     "budgets: of what has no particles": (
         "budgets",
         lambda: compare(model, {"exact": Enumeration(model)}, X, Y, budgets=[100]),

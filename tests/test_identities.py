@@ -73,7 +73,8 @@ def test_linex_near_balance_and_far_from_it():
     u = torch.tensor([0.0, 0.5, -40.0, 3.0], dtype=torch.float64).view(1, 4, 1)
     found = slope(u, torch.tensor([0.0, 0.0, -torch.inf, -torch.inf]).view(1, 4, 1))[1].flatten()
     assert found[2].item() == pytest.approx(-1 / 4) and found[3] == 0
-    assert found[1] > 0 > found[0]
+    weight = torch.tensor([1.0, math.exp(0.5), 0.0, (1 + math.exp(0.5)) / 2], dtype=torch.float64)  # the last: log Z
+    assert found[:2] == pytest.approx((weight / weight.sum() - 1 / 4)[:2])
     assert slope(u.detach(), torch.full((1, 4, 1), -torch.inf))[1].abs().max() == 0
 
 
