@@ -213,7 +213,7 @@ def claims(results: Results) -> list[str]:
             because = f"It is ahead by {d:+.1f} ± {half:.1f} points (paired over seeds, 95%)."
             there = 100 * average(other, f"vote {operands}")
             if there > 100 - margin:
-                because += f" There is no room: {names[other]} alone is right on {there:.1f}%."
+                because += f" There is no room: {names[other]} is right on {there:.1f}%."
             by = f" by {margin} points" if margin else ""
             said.append(
                 verdict(
