@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine.decoding import Decoder
+from lmppl.engine.decoding import Decoder, shares_prompts
 from lmppl.engine.recomputing import decoder
 from lmppl.engine.scoring import supports_trees
 from lmppl.engine.unembedding import hidden_states, splits, unembed
@@ -186,12 +186,14 @@ def test_what_was_drawn_scores_as_it_was_drawn(arch):
     assert (d.token_log_probs(again).masked_fill(kept, 0.0).sum(-1) - rest).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("share", [False, True], ids=["repeated prompts", "shared prompts"])
 @every_architecture
-def test_steps_predict_what_each_row_has_read(arch):
+def test_steps_predict_what_each_row_has_read(arch, share):
     """Rows repeated, dropped and reordered between steps, as SMC does, from prompts of unequal length."""
     lm, loop = shared(arch), Plain(shared(arch))
     index = torch.tensor([0, 1, 1, 3, 2])
-    steps = decoder(lm, PROMPTS, index)
+    assert shares_prompts(lm) == (arch in PACKED)
+    steps = Decoder(lm, PROMPTS, index, share=True) if share and arch in PACKED else decoder(lm, PROMPTS, index)
     assert isinstance(steps, Decoder) == (arch not in UNCACHED)
     rows = [tokens(PROMPTS[i]) for i in index]
     g = torch.Generator().manual_seed(0)

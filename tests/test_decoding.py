@@ -6,15 +6,19 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from packing import V, gather
 from reference import Plain, tokens
 from tiny import ARCHITECTURES, tiny_lm
+from transformers import DynamicCache
 
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine import room
+from lmppl.engine import decoding, room
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import Recomputing, decoder
 from lmppl.engine.scoring import score, supports_trees
+from lmppl.engine.shared_prompts import SharedPrompts
 from lmppl.text import PAD
 
 # Decoding -------------------------------------------------------------------------------------------------------------
@@ -81,6 +85,49 @@ def test_trials_are_not_counted():
     supports_trees(lm)
     decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))
     assert lm.tokens_scored == 2
+
+
+# Shared prompts -------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.randoms(use_true_random=False))
+def test_rows_are_grouped_by_prompt_and_back(index, random):
+    """Every row meets its own prompt, whichever rows are left; prompts without rows are gone."""
+    cache = DynamicCache()
+    numbers = torch.arange(4.0).view(4, 1, 1, 1)
+    cache.update(numbers, 10 * numbers, 0)
+    prompts = SharedPrompts(cache, torch.tensor(index), None)
+    for _ in range(2):
+        keys, values = prompts.layers[0]
+        assert sorted(keys.flatten().tolist()) == sorted(set(index))
+        x = torch.tensor(index).view(-1, 1, 1, 1, 1).float()  # (R, H, G, T, D)
+        own = prompts.group(x) == keys[:, :, None, None]
+        assert bool(prompts.ungroup(own).all()) and torch.equal(values, 10 * keys)
+        r = torch.arange(len(index)).view(-1, 1, 1, 1, 1)
+        assert torch.equal(prompts.ungroup(prompts.group(r)), r)
+        rows = [random.randrange(len(index)) for _ in range(random.randint(1, 9))]
+        index = [index[r] for r in rows]
+        prompts.select(torch.tensor(rows))
+
+
+def test_a_prompt_of_many_rows_is_kept_once(monkeypatch):
+    """From where it pays; the logits are those of rows with a copy each."""
+    lm = tiny_lm(vocab=V)
+    contexts, index = torch.tensor([[2, 3, 4, 5], [5, 3, PAD, PAD]]), torch.tensor([0, 1, 1, 0, 0])
+    decoder(lm, contexts, index)
+    monkeypatch.setattr(decoding, "_REPEATED", 12)
+    shared, apart = Decoder(lm, contexts, index), Decoder(lm, contexts, index[:-1])
+    assert shared.prompts is not None and apart.prompts is None  # 12 tokens repeated, and 8
+    shared.select(torch.arange(4))
+    for t in range(4):
+        for each in (shared, apart):
+            each.step(torch.tensor([2, 3, 4, 5]).roll(t))
+            each.select(torch.tensor([2, 1, 0, 2]))
+        assert (shared.logits - apart.logits).abs().max() < 1e-5
+    assert shared.cache.get_seq_length() == 4 and apart.cache.get_seq_length() == 8
+    assert [x.shape[0] for x in shared.prompts.layers[0]] == [2, 2]
+    shared.select(torch.tensor([1, 1]))
+    assert [x.shape[0] for x in shared.prompts.layers[0]] == [1, 1]
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ FACTORIES = {
 # What is on the CPU on purpose, or sent on at once; by file and function.
 ELSEWHERE = {
     "recomputing.py:_trial",
-    "scoring.py:_tree_agrees",  # these two are drawn on the CPU and sent to the network's device in the same line
+    "decoding.py:_shared",
+    "scoring.py:_tree_agrees",  # these three are drawn on the CPU and sent to the network's device in the same line
     "exploration.py:draw",  # the text's distribution takes it to its own device
     "observations.py:_there",  # compared on the CPU
     "replay.py:_choose",  # the buffer is on the CPU

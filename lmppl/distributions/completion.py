@@ -12,7 +12,8 @@ from torch.distributions import constraints as torch_constraints
 
 from .. import randomness, text
 from ..constraints import Check, Constraint, checked
-from ..engine.scoring import chunk_rows, score, with_bos
+from ..engine.decoding import rows_at_once
+from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
 from ..tools import Tool
 from .arguments import as_count, as_text, refuse_nan
@@ -177,9 +178,13 @@ class Completion(TorchDistribution):
         batch = self.prompt.shape[:-1]
         return torch.arange(batch.numel(), device=self.prompt.device).view(batch).expand(shape).flatten()
 
-    def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
+    def _prompts(self) -> Tensor:
+        """(U, Lp)."""
         prompts = self.prompt.reshape(self.prompt.shape[:-1].numel(), self.prompt.shape[-1])
-        prompts = text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
+        return text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
+
+    def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
+        prompts = self._prompts()
         used, index = torch.unique(index, return_inverse=True)
         distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
         kind = RejectionSteps if isinstance(rules.allowed, Check) else TokenSteps
@@ -232,7 +237,7 @@ class Completion(TorchDistribution):
         value, length = kept.clone(), text.length(kept)
         log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))
         whole = rules.is_stop(kept).any(-1) if self.stop.numel() else length >= rules.max_tokens
-        at_once = chunk_rows(self.lm, self.prompt.shape[-1] + width + 1)
+        at_once = rows_at_once(self.lm, self._prompts(), width + 1)
         for chunk in (~whole).nonzero()[:, 0].split(at_once) if not bool(whole.all()) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             steps = steps.exactly() if exact else steps

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .. import text
 from ..language_model import LanguageModel
 from .prompts import recalled
 from .room import make_room
-from .scoring import with_bos
+from .scoring import chunk_rows, supports_trees, with_bos
+from .shared_prompts import SharedPrompts, behind
 from .trials import agree, precise, verified
+
+_REPEATED = 1024  # tokens of a prompt that would be repeated: from here on it pays to share them
 
 
 class Decoder:
@@ -22,7 +29,7 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
+    def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor, *, share: bool | None = None):
         self.lm = lm
         contexts = with_bos(lm, contexts)
         length = text.length(contexts)  # (U,)
@@ -44,6 +51,13 @@ class Decoder:
         self.cache = out[self._cache_name]
         self.logits = precise(out.logits[:, -1])[index]  # (R, V)
         self.position = length[index]  # (R,): where each row's next token goes
+        self.prompts: SharedPrompts | None = None
+        self.mask = None
+        if share is None:
+            share = (len(index) - len(contexts)) * width >= _REPEATED and shares_prompts(lm)
+        if share:
+            self.prompts, self.cache = SharedPrompts(self.cache, index, mask), DynamicCache()
+            return
         self.mask = mask[index] if mask is not None and attends else None
         if not _identity(index, len(contexts)):
             self.cache.reorder_cache(index)
@@ -70,6 +84,7 @@ class Decoder:
             attention_mask=self.mask,
             position_ids=self.position[:, None] + torch.arange(T, device=tokens.device),
             logits_to_keep=1,
+            within=nullcontext if self.prompts is None else partial(behind, self.lm.model, self.prompts),
             **{self._cache_name: self.cache},
         )
         self.cache, self.logits = out[self._cache_name], precise(out.logits[:, -1])
@@ -84,6 +99,8 @@ class Decoder:
         if _identity(index, len(self.position)):
             return
         self.cache.reorder_cache(index)
+        if self.prompts is not None:
+            self.prompts.select(index)
         self.logits, self.position = self.logits[index], self.position[index]
         self.mask = None if self.mask is None else self.mask[index]
 
@@ -100,3 +117,28 @@ def _several_at_once(lm: LanguageModel) -> bool:
     for t in (3, 4):
         apart._read(ids[:, t : t + 1], 0)
     return agree(lm, together.logits, apart.logits, 1e-3)
+
+
+def rows_at_once(lm: LanguageModel, prompts: Tensor, tokens: int) -> int:
+    """How many rows that continue ``prompts`` (U, A) by ``tokens`` tokens fit the token budget."""
+    fewest = chunk_rows(lm, prompts.shape[1] + tokens)
+    return max(fewest, chunk_rows(lm, tokens) - prompts.numel() // tokens) if shares_prompts(lm) else fewest
+
+
+def shares_prompts(lm: LanguageModel) -> bool:
+    """Whether attention to one copy of a prompt gives this network's own logits."""
+    return supports_trees(lm) and verified(lm, "shared_prompts", _shared)
+
+
+def _shared(lm: LanguageModel) -> bool:
+    ids = torch.randint(lm.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0)).to(lm.device)
+    contexts, index = ids[:, :4].clone(), torch.tensor([0, 1, 0], device=lm.device)
+    contexts[0, 2:] = text.PAD
+    shared, apart = (Decoder(lm, contexts, index, share=share) for share in (True, False))
+    for t, swapped in ((4, [2, 0, 1]), (5, [0, 0, 2])):
+        for each in (shared, apart):
+            each.step(ids[:, t][index])
+            each.select(torch.tensor(swapped, device=lm.device))
+        if not agree(lm, shared.logits, apart.logits, 1e-3):
+            return False
+    return True

@@ -66,14 +66,24 @@ def windows_seen() -> Iterator[list[int | None]]:
 
 
 @contextmanager
-def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
-    """Run ``model``'s forward passes with tree attention over ``levels``."""
-    token, before = _TREE.set(levels), model.config._attn_implementation
-    model.config._attn_implementation = NAME
+def using(model: PreTrainedModel, attention: str) -> Iterator[None]:
+    """Run ``model``'s forward passes with the attention function of this name."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = attention
     try:
         yield
     finally:
         model.config._attn_implementation = before
+
+
+@contextmanager
+def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
+    """Run ``model``'s forward passes with tree attention over ``levels``."""
+    token = _TREE.set(levels)
+    try:
+        with using(model, NAME):
+            yield
+    finally:
         _TREE.reset(token)
 
 
