@@ -4,15 +4,17 @@
 
 A step is: sample, rewards of all prefixes with the observation after each, loss, backward, optimiser.  The published
 shape samples with a graph and a KV cache, and scores prompt, prefix, stop and observation in a forward pass of the
-frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  Both are plain causal attention in
-float32, one thread, in one process, repetitions interleaved; a ratio above 1 is faster than the published shape.
-Before anything is timed, both must give the same loss and gradient on the same texts.
+frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  It uses nothing of lmppl but the loss:
+the same weights in networks as transformers and peft make them.  Both are plain causal attention in float32, one
+thread, in one process, repetitions interleaved; a ratio above 1 is faster than the published shape.  Before anything is
+timed, both must give the same loss and gradient on the same texts.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sampling import language_model, timed
+from benchmarks.sampling import language_model, network, timed
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.inference import GFlowNet, SubTB, VarGrad
@@ -56,7 +58,21 @@ class Task:
             return pyro.sample("z", Completion(self.q, self.x, max_tokens=self.tokens, stop=STOP))
 
 
-def published_loss(task: Task, particles: int, given: Tensor | None = None) -> Tensor:
+class Published:
+    """The networks of the published shape: a frozen one, and one with an adapter that starts as ``guide``'s."""
+
+    def __init__(self, guide: LanguageModel, config: peft.LoraConfig, make: Callable[[], Any]):
+        self.frozen = make().requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            self.policy = peft.get_peft_model(make(), config).eval()
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for own, theirs in zip(self.parameters, guide.trainable_parameters(), strict=True):
+                own.copy_(theirs)
+
+
+def published_loss(networks: Published, task: Task, particles: int, given: Tensor | None = None) -> Tensor:
     """The loss of the published shape; ``given`` texts (N, B, T + 1) instead of drawn ones."""
     N, B, T = particles, len(task.x), task.tokens
     x = task.x.expand(N, B, -1).flatten(0, 1)  # (R, Lx)
@@ -68,13 +84,13 @@ def published_loss(task: Task, particles: int, given: Tensor | None = None) -> T
     u, valid = [], []
     cache, ids = None, x
     for t in range(T + 1):
-        out = task.q.forward(ids, past_key_values=cache, use_cache=True)
+        out = networks.policy(ids, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         q = out.logits[:, -1].log_softmax(-1)  # (R, V)
         with torch.no_grad():  # prompt, prefix, stop and observation, once more from the start
             stop = torch.full_like(x[:, :1], STOP)
             whole = torch.cat([x, z, stop, y], 1)
-            scores = task.lm.forward(whole, use_cache=False).logits.log_softmax(-1)
+            scores = networks.frozen(whole, use_cache=False).logits.log_softmax(-1)
             at = x.shape[1] + t - 1  # what follows z_1..z_t
             tail = scores[:, at + 1 : -1].gather(-1, y[..., None]).sum((1, 2))
             end = scores[:, at, STOP] if t < T else torch.zeros(len(x))
@@ -96,26 +112,28 @@ def published_loss(task: Task, particles: int, given: Tensor | None = None) -> T
     return pairwise(residual, at_end, at, 1.0).mean()
 
 
-def agreement(task: Task, particles: int) -> tuple[float, float]:
+def agreement(networks: Published, task: Task, particles: int) -> tuple[float, float]:
     """The largest differences of loss and gradient, relative, between both on the same texts."""
-    parameters = task.q.trainable_parameters()
     objective = SubTB(num_particles=particles, max_plate_nesting=1)
     values = objective.draw(task.model, task.guide, (), {})
     ours, _ = objective.loss_at(task.model, task.guide, (), {}, values)
-    theirs = published_loss(task, particles, text.pad(values["z"].reshape(particles, len(task.x), -1), task.tokens + 1))
-    a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]) for loss in (ours, theirs))
+    given = text.pad(values["z"].reshape(particles, len(task.x), -1), task.tokens + 1)
+    theirs = published_loss(networks, task, particles, given)
+    both = (ours, task.q.trainable_parameters()), (theirs, networks.parameters)
+    a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(loss, of)]) for loss, of in both)
     return abs(ours.item() / theirs.item() - 1), ((a - b).norm() / b.norm()).item()
 
 
-def contestants(task: Task, particles: int) -> dict[str, Callable[[], Any]]:
+def contestants(networks: Published, task: Task, particles: int) -> dict[str, Callable[[], Any]]:
     """A step of each, by name."""
     optimizer = torch.optim.AdamW(task.q.trainable_parameters(), lr=1e-5)
+    theirs = torch.optim.AdamW(networks.parameters, lr=1e-5)
 
     def published() -> None:
-        optimizer.zero_grad()
-        published_loss(task, particles).backward()
-        torch.nn.utils.clip_grad_norm_(task.q.trainable_parameters(), 1.0)
-        optimizer.step()
+        theirs.zero_grad()
+        published_loss(networks, task, particles).backward()
+        torch.nn.utils.clip_grad_norm_(networks.parameters, 1.0)
+        theirs.step()
 
     def step(objective: Any) -> Callable[[], Any]:
         return GFlowNet(task.model, task.guide, objective, optimizer=optimizer, num_particles=particles).step
@@ -163,12 +181,14 @@ def main(
     for column in ("prompt", "published [s]", *REQUIRED, "loss differs by", "gradient by"):
         table.add_column(column, justify="right")
     lm = language_model(width, vocab, activation)
-    guide = lm.with_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    guide = lm.with_adapter(config)
+    networks = Published(guide, config, lambda: network(width, vocab, activation))
     for length in prompt or [20, 200]:
         torch.manual_seed(0)
         task = Task(lm, guide, length, tokens, observed, batch)
-        loss, gradient = agreement(task, particles)
-        runs = contestants(task, particles)
+        loss, gradient = agreement(networks, task, particles)
+        runs = contestants(networks, task, particles)
         work = {name: operations(run) for name, run in runs.items()}
         large, multiply = product()
         seconds = timed({**runs, "product": multiply}, repetitions)

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lmppl.activations import fuse_activations
+
 Within = Callable[[], AbstractContextManager[None]]
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
@@ -65,6 +67,7 @@ class Network:
                 "model already holds PEFT layers; pass the base model and load adapters with .with_adapter(path)"
             )
         self.model.eval()
+        fuse_activations(self.model)
         for module in self.model.modules():
             # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
             # look for in the tokens of every pass.

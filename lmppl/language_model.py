@@ -28,9 +28,10 @@ class LanguageModel(nn.Module):
     """A causal language model and its tokenizer.
 
     Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
-    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the
-    view, not `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`)
-    holds for all views: each layer is computed again in the backward pass, by the view that ran it.
+    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Its
+    activation functions `gelu_new` and `gelu_fast` are computed by torch's one operation for them. Call the view, not
+    `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
+    views: each layer is computed again in the backward pass, by the view that ran it.
 
     `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass without
     gradient; larger work is split, so that memory stays bounded however many particles are asked for.

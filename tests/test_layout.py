@@ -15,6 +15,7 @@ LAYERS = {
     "text": 0,
     "randomness": 0,
     "tools": 0,
+    "activations": 0,
     "ngram": 1,
     "vocabulary": 1,
     "adapters": 1,
