@@ -200,7 +200,7 @@ class Rules:
 
 
 def selected_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """``logits.log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k), in a third of its memory."""
+    """``logits.log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k), keeping one tensor (..., V)."""
     if has_torch_function((logits, index)):  # as of Pyro's tensors that know which sample sites they came from
         return handle_torch_function(selected_log_softmax, (logits, index), logits, index)
     result: Tensor = _SelectedLogSoftmax.apply(logits, index)
@@ -210,15 +210,14 @@ def selected_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
 class _SelectedLogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> Tensor:
-        most = logits.amax(-1, keepdim=True)
-        log_sum = (logits - most).exp_().sum(-1, keepdim=True).log_()
-        ctx.save_for_backward(logits, most, log_sum, index)
-        return logits.gather(-1, index) - most - log_sum
+        log_probs = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probs, index)
+        return log_probs.gather(-1, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logits, most, log_sum, index = ctx.saved_tensors
+        log_probs, index = ctx.saved_tensors
         # d log p_i / d logit_v = [v = i] - p_v
-        result = (logits - most).sub_(log_sum).exp_().mul_(-grad.sum(-1, keepdim=True))
+        result = log_probs.exp().mul_(-grad.sum(-1, keepdim=True))
         return result.scatter_add_(-1, index, grad), None
