@@ -10,12 +10,13 @@ import torch
 from constraint_cases import AB, CASES, Case, tensor
 from ngrams import written_lm
 from reference import Law, Plain, Tokens
+from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
 from lmppl.constraints import PrefixConstraint, regex
 from lmppl.constraints.masks import keeps
-from lmppl.distributions import Completion
+from lmppl.distributions import Completion, rules
 from lmppl.inference import SMC, Enumeration, Importance
 from lmppl.text import PAD, length, pad
 
@@ -23,6 +24,27 @@ from lmppl.text import PAD, length, pad
 @pytest.fixture(params=CASES, ids=CASES)
 def case(request) -> Case:
     return CASES[request.param]
+
+
+# -- draws -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allowed", [[0, 2, 3], [0, 2, 3, 5, 6], None], ids=["three", "five", "all"])
+@pytest.mark.parametrize("stop", ["eos", [0, 3], None], ids=["eos", "two stops", "none"])
+@pytest.mark.parametrize("broader", [{}, {"temperature": 1.7, "epsilon": 0.2}], ids=["own", "broader"])
+def test_a_draw_among_few_tokens_is_that_draw_among_all(allowed, stop, broader, monkeypatch):
+    lm = tiny_lm(dtype=torch.float64)
+    least = 0 if stop is None else 2
+    text = Completion(lm, torch.tensor([4, 5]), max_tokens=4, min_tokens=least, stop=stop, allowed=allowed)
+    drawn = []
+    for few in (0.0, 2.0):
+        monkeypatch.setattr(rules, "_FEW", few)
+        torch.manual_seed(0)
+        drawn.append(text.broadened(**broader).sample_and_log_prob((50,)))
+    (z, log_p), (other, log_other) = drawn
+    assert torch.equal(z, other)
+    torch.testing.assert_close(log_p, log_other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(log_p, text.broadened(**broader).log_prob(z), rtol=1e-9, atol=1e-9)
 
 
 # -- the contract ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import pytest
 import torch
 from tiny import tiny_lm
 
+from lmppl import text
 from lmppl.distributions import Completion
+from lmppl.distributions.token_steps import TokenSteps
 from lmppl.engine.prompts import prompts
 from lmppl.inference import SMC, GFlowNet, Importance, PooledVarGrad, SubTB, VarGrad
 
@@ -98,3 +100,32 @@ def test_particles_cost_no_more_than_their_tokens(views, name):
     prefixes = (TOKENS + 1) if "prefixes" in name else 1
     longest = 3 * TOKENS + prefixes * (TOKENS + 2)
     assert each <= longest
+
+
+def test_a_text_that_has_ended_costs_nothing(views, monkeypatch):
+    """Counts are kept while rows end and are reordered; they are what is there to count."""
+    lm, _ = views
+    counted, ask = [], TokenSteps._logits
+
+    def logits(steps):
+        if steps._pending is not None:
+            counted.append((steps._unread, int((steps._pending != text.PAD).sum()), len(steps.ended)))
+            assert steps.alive == int((~steps.ended).sum())
+        return ask(steps)
+
+    monkeypatch.setattr(TokenSteps, "_logits", logits)
+    limits = torch.tensor([3, 1, 6])  # texts of unequal length, with and without a stop
+    prompt = torch.tensor([[3], [4], [5]])
+    mask = torch.arange(8) != 5
+
+    def texts(stop, allowed=None):
+        with pyro.plate("data", 3):
+            pyro.sample("z", Completion(lm, prompt, max_tokens=limits, stop=stop, allowed=allowed))
+
+    pyro.set_rng_seed(0)
+    for stop in ("eos", None):
+        texts_under_a_mask = SMC(lambda s=stop: texts(s), lambda s=stop: texts(s, mask), 20, ess_threshold=1.0)
+        assert texts_under_a_mask.run().ancestry
+        Completion(lm, prompt, max_tokens=limits, stop=stop).sample_and_log_prob((20,))
+    assert all(found == expected for found, expected, _ in counted)
+    assert any(0 < expected < rows for _, expected, rows in counted)

@@ -225,7 +225,7 @@ def test_smc_at_length_30(scheme, twist):
 
 
 def test_the_better_the_twist_the_less_evidence_varies():
-    """The variance of log evidence: 1.05 with no twist, 0.60 with the factor so far, 0.29 with the optimal one."""
+    """The variance of log evidence: 1.15 with no twist, 0.58 with the factor so far, 0.36 with the optimal one."""
     factor = Automaton.counting(3 * COUNTED.step[0]) * Automaton.containing(DOT, V, present=0.0, absent=-2.0)
     exact = Markov(PRIOR, factor)
 
@@ -236,9 +236,12 @@ def test_the_better_the_twist_the_less_evidence_varies():
     def so_far(prefix):
         return factor.log_factor(prefix, PRIOR.stop)
 
-    variance = [float(SMC(program, None, 16, 1.0, twist=t).run().log_evidence.var()) for t in (None, so_far)]
-    variance.append(float(SMC(program, None, 16, 1.0, twist=exact.log_psi).run().log_evidence.var()))
-    assert variance[0] > 1.2 * variance[1] > 1.2 * 1.2 * variance[2]  # each is known to 10%
+    def variance(twist) -> float:
+        smc = SMC(program, None, 16, 1.0, twist=twist)
+        return sum(float(smc.run().log_evidence.var()) for _ in range(8)) / 8
+
+    none, some, best = map(variance, (None, so_far, exact.log_psi))
+    assert none > 1.2 * some > 1.2 * 1.2 * best  # each is known to 5%
 
 
 def test_posterior_marginals_by_smc_at_length_30():

@@ -107,7 +107,8 @@ class Completion(TorchDistribution):
             ) from error
         if bool((self.min_tokens > self.max_tokens).any()):
             raise ValueError(f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}")
-        if lm.max_length is not None and self._native.numel():
+        most = self.prompt.shape[-1] + 1 + self._limit  # with a bos, and no padding
+        if lm.max_length is not None and most > lm.max_length and self._native.numel():
             longest = int((text.length(with_bos(lm, self.prompt)) + self.max_tokens).max())
             if longest > lm.max_length:
                 raise ValueError(
@@ -241,21 +242,24 @@ class Completion(TorchDistribution):
         for chunk in (~whole).nonzero()[:, 0].split(at_once) if not bool(whole.all()) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             steps = steps.exactly() if exact else steps
-            first = int(length[chunk].min())
+            first, last = int(length[chunk].min()), int(length[chunk].max())
             if first:  # what all rows keep, in one pass
                 steps.append(kept[chunk, :first])
+            gained = log_prob[chunk]
             for t in range(first, width):
                 token, gain = steps.draw(uniform[chunk, t])
-                token = torch.where(kept[chunk, t] == text.PAD, token, kept[chunk, t])
-                log_prob[chunk] += gain.to(log_prob.dtype).masked_fill(t < length[chunk], 0.0)
-                value[chunk, t] = token
+                if t < last:  # some rows keep a token more
+                    keeps = t < length[chunk]
+                    token, gain = torch.where(keeps, kept[chunk, t], token), gain.masked_fill(keeps, 0.0)
                 steps.append(token)
-                left = (~steps.ended).nonzero()[:, 0]
-                if not len(left):
-                    break
-                if len(left) < 0.5 * len(chunk):  # rows that have ended need no more steps
+                gained = gained + gain
+                if steps.alive < 0.5 * len(chunk) or t == width - 1:  # rows that have ended need no more steps
+                    value[chunk, : t + 1], log_prob[chunk] = steps.prefix, gained.to(log_prob.dtype)
+                    if not steps.alive:
+                        break
+                    left = (~steps.ended).nonzero()[:, 0]
                     steps.select(left)
-                    chunk = chunk[left]
+                    chunk, gained = chunk[left], gained[left]
         refuse_nan(log_prob)
         return value.view(*shape, width), log_prob.view(shape)
 

@@ -123,7 +123,7 @@ class RejectionSteps(TokenSteps):
         """
         check, t = self.rules.allowed, self.prefix.shape[1]
         assert isinstance(check, Check)
-        if self.rules.forced(t) or bool(self.rules.epsilon.any()):  # what is spread evenly depends on what passes
+        if self.rules.forced(t) or self.rules.broad:  # what is spread evenly depends on what passes
             return super().draw(uniform)
         rules = self.rules.within(check.within)
         logits, dead = rules.permitted(self._logits()[:, None], self.prefix, t)

@@ -22,6 +22,8 @@ from .. import text
 from ..constraints import Constraint, allowed_at
 from .insertions import Insertions
 
+_FEW = 0.7  # of the vocabulary: with fewer permitted, they are sooner taken out than the others barred
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -61,7 +63,7 @@ class Rules:
 
     def forced(self, t: int) -> bool:
         """Whether the token after ``t`` others is certain in every row, so that no logits are needed."""
-        return self.stop.numel() == 1 and bool((self.max_tokens <= t).all())
+        return self.stop.numel() == 1 and t >= self._limits[1]
 
     def log_probs(self, logits: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
         """Normalised log-probabilities (R, T, V) of tokens ``first .. first+T-1``; arguments as for `permitted`."""
@@ -82,20 +84,15 @@ class Rules:
         only.  An inserted token has logit 0, all others -inf.
         """
         T = logits.shape[1]
-        if self.temperature.dim():
-            logits = logits / self.temperature[:, None, None]
-        elif self.temperature.requires_grad or self.temperature != 1:
-            logits = logits / self.temperature
-        if T == 1 and self._shared and (self.allowed is None or isinstance(self.allowed, Tensor)):
-            case = (first < self._limits[0], first >= self._limits[1])
-            if case not in self._known:
-                self._known[case] = self._barred(1, prefix, first)
-            barred, dead = self._known[case]
+        if self._tempered:
+            logits = logits / (self.temperature[:, None, None] if self.temperature.dim() else self.temperature)
+        if T == 1 and self._constant:
+            barrier, dead, _ = self._known(first)
+            logits = logits if barrier is None else logits + barrier  # several times faster than where
         else:
             barred, dead = self._barred(T, prefix, first)
-        if barred is not None:
-            logits = torch.where(barred, -torch.inf, logits)  # several times faster than masked_fill
-        logits = self._mixed(logits) if bool(self.epsilon.any()) else logits
+            logits = logits if barred is None else torch.where(barred, -torch.inf, logits)
+        logits = self._mixed(logits) if self.broad else logits
         return (logits, dead) if self.insertions is None else self._with_inserted(logits, dead, prefix, first)
 
     @cached_property
@@ -105,12 +102,49 @@ class Rules:
 
     @cached_property
     def _limits(self) -> tuple[int, int]:
-        return int(self.min_tokens), int(self.max_tokens)
+        """The largest ``min_tokens`` and ``max_tokens`` of any row."""
+        return int(self.min_tokens.max()), int(self.max_tokens.max())
 
     @cached_property
-    def _known(self) -> dict[tuple[bool, bool], tuple[Tensor | None, Tensor | None]]:
-        """`_barred`, where nothing but the limits makes a difference between one token and the next."""
+    def _tempered(self) -> bool:
+        return self.temperature.requires_grad or not bool((self.temperature == 1).all())
+
+    @cached_property
+    def broad(self) -> bool:
+        """Whether anything is spread evenly."""
+        return bool(self.epsilon.any())
+
+    @cached_property
+    def _constant(self) -> bool:
+        """Whether nothing but the limits makes a difference between one token and the next."""
+        return self._shared and (self.allowed is None or isinstance(self.allowed, Tensor))
+
+    @cached_property
+    def _cases(self) -> dict[tuple[bool, bool], tuple[Tensor | None, Tensor | None, tuple[Rules, Tensor] | None]]:
         return {}
+
+    def _known(self, t: int) -> tuple[Tensor | None, Tensor | None, tuple[Rules, Tensor] | None]:
+        """Where the rules are constant, after ``t`` tokens: -inf at what is barred, else 0; `_barred`'s second answer;
+        what is `narrowed`.  Found once.
+        """
+        case = (t < self._limits[0], t >= self._limits[1])
+        if case not in self._cases:
+            barred, dead = self._barred(1, self.stop[None, :0], t)
+            barrier = few = None
+            if barred is not None:
+                barrier = torch.zeros(barred.shape, device=barred.device).masked_fill_(barred, -torch.inf)
+                tokens = (~barred.flatten()).nonzero()[:, 0]
+                if dead is None and self.insertions is None and len(tokens) < _FEW * self.vocab_size:
+                    few = replace(self, stop=self.stop[:0], allowed=None, vocab_size=len(tokens)), tokens
+            self._cases[case] = barrier, dead, few
+        return self._cases[case]
+
+    def narrowed(self, t: int) -> tuple[Rules, Tensor] | None:
+        """The rules after ``t`` tokens among those (k,) alone that are permitted then, and these.
+
+        None where rows differ, a tool may write or most of the vocabulary is permitted.
+        """
+        return self._known(t)[2] if self._constant else None
 
     def _barred(self, T: int, prefix: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
         """What gets -inf, broadcasting to (R, T, V), and where nothing is permitted (R, T, 1); None where that is none.

@@ -19,7 +19,7 @@ class TokenSteps:
     """R unfinished texts: `log_probs` of the next token, `append` one to each, `select` (reorder) the rows.
 
     ``contexts`` (U, Lc) are distinct prompts, ``index`` (R,) each row's prompt.  With ``share``, another `TokenSteps`
-    over the same network and prompts, the logits are taken from it: one pass serves proposal and target.
+    over the same network and prompts, tokens and logits are taken from it: one pass serves proposal and target.
     """
 
     def __init__(
@@ -32,7 +32,9 @@ class TokenSteps:
             self.ended = self.ended | (rules.max_tokens == 0)
         self.prompt: Tensor = contexts[index] if share is None else share.prompt  # (R, Lc)
         self._share = share
+        self.alive = len(index) - int(self.ended.count_nonzero())  # how many have not ended
         self._pending: Tensor | None = None  # tokens appended but not yet sent through the network
+        self._unread = 0  # how many of them matter
         self._decoder = decoder(lm, contexts, index) if share is None else None
 
     def exactly(self) -> TokenSteps:
@@ -44,8 +46,7 @@ class TokenSteps:
             return self._share._logits()
         assert self._decoder is not None
         if self._pending is not None:
-            alive = int((self._pending != text.PAD).sum())
-            self._decoder.step(self._pending.clamp(min=0), alive)
+            self._decoder.step(self._pending.clamp(min=0), self._unread)
             self._pending = None
         return self._decoder.logits
 
@@ -76,30 +77,44 @@ class TokenSteps:
         if self.rules.forced(t):
             token = self.rules.stop.expand(len(self.ended))
             return token.masked_fill(self.ended, text.PAD), torch.zeros_like(uniform)
-        logits, dead = self.rules.permitted(self._logits()[:, None], self.prefix, t)
+        rules, logits, tokens = self.rules, self._logits(), None
+        if (narrowed := rules.narrowed(t)) is not None:
+            rules, tokens = narrowed
+            logits = logits.index_select(1, tokens)
+        logits, dead = rules.permitted(logits[:, None], self.prefix, t)
         if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~self.ended).any()):
             raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
         probs = logits[:, 0].softmax(-1)  # (R, V); one pass less over the vocabulary than by way of its logarithm
         token = invert(probs, uniform)
         log_prob = probs.gather(1, token[:, None])[:, 0].log()
+        token = token if tokens is None else tokens[token]
         return token.masked_fill(self.ended, text.PAD), log_prob.masked_fill(self.ended, 0.0)
 
     def append(self, tokens: Tensor) -> None:
-        """Append ``tokens`` (R,), PAD in rows that have ended; or several at once, (R, T), none of them a stop."""
+        """Append ``tokens`` (R,), PAD in rows that have ended; or several at once, (R, T), none of them a stop.
+
+        Steps that share another's are given what that one was given before.
+        """
         tokens = tokens.reshape(len(tokens), -1)
-        self.prefix = torch.cat([self.prefix, tokens], 1)
+        if self._share is None:
+            self.prefix = torch.cat([self.prefix, tokens], 1)
+            self._pending, self._unread = tokens, self.alive * tokens.shape[1]
+        else:
+            self.prefix = self._share.prefix
         if self.rules.stop.numel():
             self.ended = self.ended | self.rules.is_stop(tokens[:, -1])
         else:
             self.ended = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
-        self._pending = tokens
+        self.alive = len(tokens) - int(self.ended.count_nonzero())
 
     def select(self, index: Tensor) -> None:
         """Row r becomes row ``index[r]``."""
         self.prefix, self.ended, self.prompt = self.prefix[index], self.ended[index], self.prompt[index]
+        self.alive = len(index) - int(self.ended.count_nonzero())
         self.rules = self.rules.select(index)
         if self._pending is not None:
             self._pending = self._pending[index]
+            self._unread = int((self._pending != text.PAD).sum())
         if self._decoder is not None:
             self._decoder.select(index)
 

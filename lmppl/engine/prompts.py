@@ -101,7 +101,7 @@ class Prompts:
         """Whether the base weights are what they were: the versions that autograd counts, and a number of each."""
         weights = lm.network.base_parameters
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
-        numbers = torch.stack([p.detach().view(-1)[0].float() for p in weights])
+        numbers = torch.cat([p.as_strided((1,), (1,)) for p in weights])
         before, self._weights = self._weights, (versions, numbers)
         return before is not None and before[0] == versions and torch.equal(before[1], numbers)
 

@@ -39,7 +39,7 @@ class Plates:
         log_prob = log_prob[(None,) * lead] if lead > 0 else log_prob
         others = [d for d in range(-self.nesting, 0) if d not in self.dims]
         log_prob = log_prob.sum(others) if others else log_prob
-        return log_prob.expand(log_prob.shape[:2] + self.sizes)
+        return log_prob if log_prob.shape[2:] == self.sizes else log_prob.expand(log_prob.shape[:2] + self.sizes)
 
     def lead(self, value: Tensor, event_dim: int) -> Tensor:
         """A site's value (particle, *plate axes, *event) as (particle, *kept, *others larger than 1, *event)."""
@@ -110,6 +110,11 @@ def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *,
     log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
     if scale_and_mask(log_prob, 1.0, node["mask"]).isnan().any():  # where the site is not there, anything goes
         raise ValueError(f"site {node['name']!r}: its log-probability is NaN")
+    return term(node, plates, log_prob, scaled=scaled)
+
+
+def term(node: Node, plates: Plates, log_prob: Tensor, *, scaled: bool) -> Tensor:
+    """`site_log_prob` of a log-probability that may be NaN."""
     return plates.reduce(scale_and_mask(log_prob, scale(node, plates) if scaled else 1.0, node["mask"]))
 
 
@@ -200,7 +205,7 @@ def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Ten
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log p - log q, where p = 0 wins over q = 0 (a value that the guide, too, says is impossible)."""
-    return torch.where(log_p == -torch.inf, -torch.inf, log_p - log_q)
+    return (log_p - log_q).masked_fill(log_p == -torch.inf, -torch.inf)
 
 
 # -- the prefix axis -------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def normalised(log_weights: Tensor) -> Tensor:
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """(sum w)^2 / sum w^2 over axis 0; 0 where all weights are zero."""
-    log_ess = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
-    return torch.where(log_weights.amax(0) == -torch.inf, torch.zeros_like(log_ess), log_ess.exp())
+    ess = 1 / log_weights.softmax(0).square().sum(0)
+    return torch.where(log_weights.amax(0) == -torch.inf, 0.0, ess)
 
 
 def pareto_khat(log_weights: Tensor) -> float:

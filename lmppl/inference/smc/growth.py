@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import randomness, text
 from ..partial import keep_first
 from ..programs import Node, SiteMismatch
-from ..weights import Plates, log_ratio, site_log_prob
+from ..weights import Plates, log_ratio, term
 
 
 class Growth:
@@ -46,7 +46,7 @@ class Growth:
 
     @property
     def done(self) -> bool:
-        return bool(self.q.ended.all()) or self.q.prefix.shape[1] >= self.width
+        return not self.q.alive or self.q.prefix.shape[1] >= self.width
 
     @property
     def prefix(self) -> Tensor:
@@ -71,11 +71,12 @@ class Growth:
         token, log_q = q.draw(randomness.uniform(self.shape, device=ended.device).flatten())  # both (row,)
         if self.retained is not None:
             token, log_q = self._retain(token, log_q)
-        log_p = log_q if p is q else p.score(token).masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
+        log_p = log_q if p is q else p.score(token)
         q.append(token)
         if p is not q:
             p.append(token)
-            log_p = log_p.masked_fill(q.ended & ~p.ended, -torch.inf)  # it has ended, but not for the model
+            gone = gone | (q.ended > p.ended)  # it has ended, but not for the model
+            log_p = log_p.masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
         return self._ratio(log_p, log_q)
 
     def _retain(self, token: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +107,8 @@ class Growth:
         log_p, log_q = log_p.masked_fill(ended, 0.0), log_q.masked_fill(ended, 0.0)
         return (
             text.pad(value, self.width).view(*self.shape, -1),
-            site_log_prob(self.model, self.plates, log_p.view(self.shape))[0],
-            site_log_prob(self.guide, self.plates, log_q.view(self.shape), scaled=False)[0],
+            self._term(self.model, log_p),
+            self._term(self.guide, log_q, scaled=False),
         )
 
     def select(self, chosen: Tensor) -> None:
@@ -129,6 +130,8 @@ class Growth:
         return self.plates.take(x.expand(self.shape), chosen)
 
     def _ratio(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        log_p = site_log_prob(self.model, self.plates, log_p.view(self.shape))[0]
-        log_q = site_log_prob(self.guide, self.plates, log_q.view(self.shape), scaled=False)[0]
-        return log_ratio(log_p, log_q)
+        return log_ratio(self._term(self.model, log_p), self._term(self.guide, log_q, scaled=False))
+
+    def _term(self, node: Node, log_prob: Tensor, *, scaled: bool = True) -> Tensor:
+        """The site's term (particle, *kept) for log-probabilities (row,)."""
+        return term(node, self.plates, log_prob.view(1, *self.shape), scaled=scaled)[0]

@@ -11,10 +11,11 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
+from ...distributions.arguments import refuse_nan
 from .. import programs
 from ..arguments import at_least, is_program
 from ..partial import advance, is_grown, keep_first, only
-from ..posterior.posterior import Posterior, effective_sample_size
+from ..posterior.posterior import Posterior
 from ..programs import Node, Program, SiteMismatch
 from ..resampling import SCHEMES, conditional
 from ..validation import check_axes
@@ -152,8 +153,9 @@ class _State:
             return log_density(rest, self.plates)[0].to(self.log_weights.device)
 
         while not growth.done:
-            self._resample(growth, log_twist(self.smc.twist, growth, log_following, self._before()))
+            self._resample(growth, log_twist(self.smc.twist, growth, log_following, self._before))
             self.log_weights = self.log_weights + growth.step()
+        refuse_nan(self.log_weights)
         self.values[growth.name] = growth.value
         self.seen.add(growth.name)
 
@@ -180,16 +182,17 @@ class _State:
     def _resample(self, growth: Growth, log_psi: Tensor) -> None:
         n = self.smc.num_particles
         score = self.log_weights + log_psi  # (particle, *kept)
-        total = score.logsumexp(0)
-        low = (effective_sample_size(score) < self.smc.ess_threshold * n) & (total > -torch.inf)  # (*kept)
+        weights = score.softmax(0)  # NaN where all are zero
+        low = (weights * weights).sum(0) * (self.smc.ess_threshold * n) > 1  # (*kept): 1 / sum w^2 is too small
         if not bool(low.any()):
             return
-        weights = torch.where(low, score, 0.0).softmax(0)
+        weights = torch.where(low, weights, 1.0)
         stay = torch.arange(n, device=score.device).view(n, *[1] * low.dim())
         scheme = SCHEMES[self.smc.resampling] if self.retained is None else conditional
         chosen = torch.where(low, scheme(weights), stay)
         self.ancestry.append(Resampling(growth.name, growth.prefix.shape[-1], chosen, score - math.log(n)))
-        self.log_weights = torch.where(low, total - math.log(n) - log_psi.gather(0, chosen), self.log_weights)
+        log_mean = score.logsumexp(0) - math.log(n)
+        self.log_weights = torch.where(low, log_mean - log_psi.gather(0, chosen), self.log_weights)
         growth.select(chosen)
         for name, node in programs.latents(self.proposal).items():
             self.values[name] = self.plates.take(node["value"], chosen)

@@ -33,19 +33,19 @@ def checked(twist: Twist) -> Twist:
 
 
 def log_twist(
-    twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor], before: Mapping[str, Tensor]
+    twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor], before: Callable[[], Mapping[str, Tensor]]
 ) -> Tensor:
     """log psi of every particle, (particle, *kept), finite everywhere.
 
     ``log_following(value)``: the factors and observations up to the next latent site, where the site being grown has
-    ``value`` (particle, *plate axes, width).  ``before``: the latent sites before it, (particle, *kept, ...).
+    ``value`` (particle, *plate axes, width).  ``before()``: the latent sites before it, (particle, *kept, ...).
     """
     kept = (growth.shape[0], *growth.plates.sizes)
     if twist is None:
-        return torch.zeros(kept, device=growth.prefix.device)
+        return torch.zeros(kept, device=growth.q.ended.device)
     if callable(twist):
         prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
-        log_psi = twist(prefix, before) if _wants_values(twist) else twist(prefix)
+        log_psi = twist(prefix, before()) if _wants_values(twist) else twist(prefix)
         if not isinstance(log_psi, Tensor) or log_psi.shape[: len(kept)] != kept:
             found = tuple(log_psi.shape) if isinstance(log_psi, Tensor) else type(log_psi).__name__
             raise ValueError(f"twist: it returned {found}; expected a tensor of shape {kept}")
