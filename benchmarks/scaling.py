@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling --out scaling.json
     python -m benchmarks.scaling --only vocabulary --tokenizer PATH    # the largest vocabulary is this tokenizer's
+    python -m benchmarks.scaling --only particles --budget 2048        # a small token budget: memory stays as it is
 
 The problem is that of `benchmarks.step`: a latent text after a prompt, an observed one after both, on a randomly
 initialised network. One size at a time grows; each cell is a process of its own, which reports processor seconds of one
@@ -39,6 +40,7 @@ from benchmarks.step import Task, operations, product
 from lmppl import LanguageModel
 from lmppl.engine.prompts import prompts
 from lmppl.inference import SMC, GFlowNet, Importance, SubTB
+from lmppl.language_model import TOKEN_BUDGET
 
 START = {"particles": 16, "latent tokens": 8, "prompt tokens": 16, "vocabulary": 2048, "observations": 2}
 GROWN = {
@@ -53,12 +55,15 @@ WIDTH, OBSERVED = 128, 8
 REPETITIONS = 3
 
 
-def runs(size: dict[str, int], tokenizer: str | None = None) -> dict[str, tuple[Any, Callable[[], Any]]]:
+def runs(
+    size: dict[str, int], tokenizer: str | None = None, budget: int = TOKEN_BUDGET
+) -> dict[str, tuple[Any, Callable[[], Any]]]:
     """What is measured, by name, each with its network."""
     torch.manual_seed(0)
     lm = language_model(WIDTH, size["vocabulary"])
     if tokenizer is not None:
         lm = LanguageModel(lm.model, AutoTokenizer.from_pretrained(tokenizer))
+    lm.token_budget = budget  # its adapters' too
     guide = lm.with_adapter(peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     task = Task(lm, guide, size["prompt tokens"], size["latent tokens"], OBSERVED, size["observations"])
     n = size["particles"]
@@ -75,11 +80,11 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def cell(name: str, size: dict[str, int], tokenizer: str | None, repetitions: int) -> dict[str, Any]:
+def cell(name: str, size: dict[str, int], tokenizer: str | None, repetitions: int, budget: int) -> dict[str, Any]:
     """One cell, in a process of its own: the median of repetitions whose prompts are not known yet."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    network, run = runs(size, tokenizer)[name]
+    network, run = runs(size, tokenizer, budget)[name]
     runs(START)[name][1]()  # what a first run loads
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     taken = []
@@ -139,6 +144,7 @@ def main(
     run: Annotated[list[str] | None, typer.Option(help="Some of the runs.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Of a checkpoint: its vocabulary is the largest one.")] = None,
     repetitions: Annotated[int, typer.Option(help="Timed repetitions of each cell.")] = REPETITIONS,
+    budget: Annotated[int, typer.Option(min=1, help="The networks' token budget.")] = TOKEN_BUDGET,
 ) -> None:
     """Measure every cell and print the tables."""
     for name, value, known in (("--only", only, GROWN), ("--run", run, RUNS)):
@@ -153,16 +159,18 @@ def main(
             for axis in only or grown:
                 sizes = grown[axis]
                 real = {sizes[-1]: tokenizer} if axis == "vocabulary" else {}
-                cells = [pool.submit(cell, name, START | {axis: v}, real.get(v), repetitions).result() for v in sizes]
+                cells = [
+                    pool.submit(cell, name, START | {axis: v}, real.get(v), repetitions, budget).result() for v in sizes
+                ]
                 measured.append({"run": name, "size": axis, "values": sizes, "cells": cells})
                 rows.append(row(name, axis, sizes, cells))
                 print(rows[-1], file=sys.stderr)
         found = pool.submit(limit).result()
-    print(f"One size at a time; the others are {START}. Seconds: medians of {repetitions}.\n")
+    print(f"One size at a time; the others are {START}. Token budget {budget:,}. Seconds: medians of {repetitions}.\n")
     print(markdown(("run", "size", "values", "seconds", "growth", "tokens", "growth", "peak MiB", "growth"), rows))
     Console(width=118).print_json(data=found)
     if out is not None:
-        versions = {"torch": torch.__version__, "tokenizer": tokenizer}
+        versions = {"torch": torch.__version__, "tokenizer": tokenizer, "budget": budget}
         out.write_text(json.dumps({**versions, "cells": measured, "limit": found}, indent=1))
 
 

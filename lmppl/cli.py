@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,7 +123,7 @@ def compare_command(
     candidates = _candidates(chosen, experiment, sized(gflownet, particles))
     for name in (n for n in TRAINED if n in chosen):
         other = make(None)  # an adapter of its own
-        trainer = TRAINED[name](other)
+        trainer = _trainer(name, other)
         (out / name).mkdir(exist_ok=True)
         _train(trainer, other, exact, length, out / name, seed)
         candidates[name] = sized(trainer, particles)
@@ -273,17 +274,15 @@ def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:
     return exact, experiment.lm.tokens_scored - before
 
 
-def _wake_sleep(experiment: Experiment) -> Trainer:
+TRAINED: dict[str, Callable[..., Trainer]] = {
+    "wake-sleep": ReweightedWakeSleep,
+    "ppo": partial(PolicyGradient, algorithm="ppo"),
+}
+
+
+def _trainer(name: str, experiment: Experiment) -> Trainer:
     n, optimizer = experiment.recipe.particles, experiment.optimizer()
-    return ReweightedWakeSleep(experiment.model, experiment.guide, optimizer=optimizer, num_particles=n)
-
-
-def _ppo(experiment: Experiment) -> Trainer:
-    n, optimizer = experiment.recipe.particles, experiment.optimizer()
-    return PolicyGradient(experiment.model, experiment.guide, optimizer=optimizer, algorithm="ppo", num_particles=n)
-
-
-TRAINED = {"wake-sleep": _wake_sleep, "ppo": _ppo}
+    return TRAINED[name](experiment.model, experiment.guide, optimizer=optimizer, num_particles=n)
 
 
 def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:

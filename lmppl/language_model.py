@@ -33,8 +33,10 @@ class LanguageModel(nn.Module):
     `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
     views: each layer is computed again in the backward pass, by the view that ran it.
 
-    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass without
-    gradient; larger work is split, so that memory stays bounded however many particles are asked for.
+    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
+    work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
+    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again.
+    One text alone is never split.
 
     :param model: any causal language model of transformers, without PEFT layers.
     :param tokenizer: its tokenizer.
@@ -141,7 +143,10 @@ class LanguageModel(nn.Module):
 
     @property
     def tokens_scored(self) -> int:
-        """How many tokens have gone through the network, all views together."""
+        """How many tokens have gone through the network, all views together.
+
+        What exceeds `token_budget` in a pass with gradient goes through again in the backward pass, and counts again.
+        """
         return self.network.tokens_scored
 
     # Running the network ---------------------------------------------------------------------------------------------

@@ -241,11 +241,13 @@ def fully_sharded(out: Path) -> dict[str, Any]:
     Each run is cut off in its second step and taken up again.
     """
     results = {}
-    for name in ("supervised", "gflownet", "adapter"):
+    for name in ("supervised", "gflownet", "in parts", "adapter"):
         history: list[dict[str, float]] = []
         for end in (2, 3):
             task = Task("")
             task.q = in_pieces(adapted=name == "adapter")
+            if name == "in parts":  # of which the backward pass reads all but the last again
+                task.q.token_budget = 8
             trainer: Any = task.gflownet()
             args = task.args
             if name == "supervised":

@@ -286,6 +286,30 @@ def test_checkpointed_layers_are_computed_again_as_they_were(arch):
         assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
 
 
+@moe
+@every_architecture
+def test_what_exceeds_the_token_budget_is_computed_again_as_it_was(arch):
+    """Packed and plain rows of two adapters and the base in one backward pass: the gradient of a large budget."""
+    lm = network(arch)
+    views = [adapted(lm), adapted(lm), lm]
+    context = text.cat(PROMPTS[3], text.prefixes(ragged([3, 2], seed=3), stop=0))  # (P, 2, L)
+    y = text.cat(ragged([2], seed=4)[0], STOP)
+    grads, again = [], []
+    for budget in (1000, 20):
+        for view in views:
+            view.token_budget = budget
+        with packing(True):
+            total = sum(scored(view, context, y).mean() * (i + 1) for i, view in enumerate(views))
+        parameters = [p for view in views for p in view.trainable_parameters()]
+        before = lm.tokens_scored
+        grads.append(torch.autograd.grad(total, parameters, allow_unused=True))
+        again.append(lm.tokens_scored - before)
+    assert again[0] == 0 < again[1]
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+
+
 # Large vocabularies, half precision -----------------------------------------------------------------------------------
 
 

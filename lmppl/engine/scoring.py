@@ -8,8 +8,8 @@ mask under causal attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from .again import again, read_again
 from .chunks import fitting
 from .prompts import Past, recalled
 from .tree_attention import Level, tree, windows_seen
 from .trials import agree, precise, verified
-from .unembedding import hidden_states, splits, unembed_each
+from .unembedding import LOGITS_AT_ONCE, hidden_states, splits, unembed_each
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
@@ -81,13 +82,48 @@ def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head) -> Tens
     tokens = tokens.reshape(*shape, -1, tokens.shape[-1])
     start = start.reshape(*shape, -1)
     rows = torch.arange(batch.numel(), device=value.device).view(start.shape)
-    result = _score(lm, tokens, start, rows, width, head)  # (P, N, B, ...)
-    return result.reshape(*batch, *result.shape[3:])
+    parts = _parts(lm, tokens, start, rows, width)
+    if torch.is_grad_enabled():
+        parts = iter(_kept(lm, [*parts]))
+    result = _in_order(((part.rows.flatten(), _scores(lm, part, head)) for part in parts), batch.numel())
+    return result.reshape(*batch, *result.shape[1:])
 
 
-def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width: int, head: Head) -> Tensor:
-    """Choose packed or plain, split to the token budget, and run; (P, N, B, W) -> (P, N, B, ...)."""
-    # position of what predicts each token of the value
+def _in_order(found: Iterator[tuple[Tensor, Tensor]], number: int) -> Tensor:
+    """The results (number, ...) of rows that come in parts, each with its rows.
+
+    Without gradient they are written where they belong: each for itself, small among activations that come and go,
+    would have a processor's memory in pieces that are too small for the next ones.
+    """
+    rows, first = next(found)
+    if len(rows) == number:
+        return first
+    if torch.is_grad_enabled():
+        order, results = zip((rows, first), *found, strict=True)
+        return torch.cat(results)[torch.cat(order).argsort()]
+    result = first.new_empty(number, *first.shape[1:])
+    result[rows] = first
+    for rows, part in found:
+        result[rows] = part
+    return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are read at once, and how."""
+
+    tokens: Tensor  # (P, N, B, W)
+    wanted: Tensor  # (P, N, B, T): where in its row each token of the value is predicted
+    rows: Tensor  # (P, N, B)
+    cost: int  # tokens through the network
+    read: Callable[..., tuple[Tensor, Tensor]]  # `_read_plain`, or `_Tree.read` of a packing
+    split: bool  # hidden states first, then logits a few at a time
+    again: bool = False  # whether the backward pass reads it again, its activations not being kept
+    logits_again: bool = False  # whether it computes all of the logits again
+
+
+def _parts(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width: int) -> Iterator[_Part]:
+    """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled."""
     wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
     wanted = wanted.clamp(max=tokens.shape[-1] - 1)
     plan = _Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
@@ -104,15 +140,45 @@ def _score(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
         parts = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
-        return torch.cat([_score(lm, t, s, r, width, head) for t, s, r in zip(*parts, strict=True)], axis)
-    run = _read_plain if plan is None else plan.read
-    if split:
-        states, index = run(lm, tokens, wanted, hidden_states)
-        result = unembed_each(lm, states, index.flatten(0, 2), rows.flatten(), head)
+        for t, s, r in zip(*parts, strict=True):
+            yield from _parts(lm, t, s, r, width)
     else:
-        logits, index = run(lm, tokens, wanted, _logits)
-        result = head(precise(logits[index.flatten(0, 2)]), rows.flatten())
-    return result.unflatten(0, rows.shape)
+        # What a pass depends on is decided here, once: the backward pass must read it as it was read.
+        read = partial(_read_plain, at_once=_fitting(lm)) if plan is None else plan.read
+        yield _Part(tokens, wanted, rows, cost, read, split)
+
+
+def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
+    """The parts, of which no more than the last ones that fit keep what the backward pass needs.
+
+    It begins with the last one, and is done with it before it comes to those that it has to compute again.
+    """
+    budget = min(lm.token_budget if part.split else chunk_rows(lm, 1) for part in parts)
+    tokens = logits = 0
+    found: list[_Part] = []
+    for part in reversed(parts):
+        tokens, logits = tokens + part.cost, logits + part.wanted.numel() * lm.vocab_size
+        again = tokens > budget
+        if found and (again or logits > LOGITS_AT_ONCE):
+            part = replace(part, split=splits(lm), again=again, logits_again=True)
+        found.append(part)
+    return found[::-1]
+
+
+def _scores(lm: LanguageModel, part: _Part, head: Head) -> Tensor:
+    """What ``head`` keeps of a part's logits, (P N B, ...)."""
+    rows = part.rows.flatten()
+    if part.split:
+        # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
+        read = partial(part.read, lm, part.tokens, part.wanted, hidden_states)
+        states, index = read_again(lm, read) if part.again else read()
+        return unembed_each(lm, states, index.flatten(0, 2), rows, head, all_again=part.logits_again)
+
+    def whole(tokens: Tensor, wanted: Tensor) -> Tensor:
+        logits, index = part.read(lm, tokens, wanted, _logits)
+        return head(precise(logits[index.flatten(0, 2)]), rows)
+
+    return again(whole, part.tokens, part.wanted) if part.again else whole(part.tokens, part.wanted)
 
 
 def _fitting(lm: LanguageModel) -> int:
@@ -128,8 +194,8 @@ def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any)
     return logits[:, -len(keep) :]  # some networks keep all
 
 
-def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """What ``run`` says of one right-padded row per sequence, identical rows once.
+def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run, at_once: int) -> tuple[Tensor, Tensor]:
+    """What ``run`` says of one right-padded row per sequence, identical rows once, about ``at_once`` tokens a pass.
 
     The result is (M, D), and the indices (P, N, B, T) in it of the rows' positions ``wanted``.
     """
@@ -137,7 +203,7 @@ def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> 
     first = int(wanted.min())
     parts = [
         run(lm, part.clamp(min=0), first, tokens=int(text.length(part).sum()), use_cache=False)
-        for part in unique.split(max(1, _fitting(lm) // unique.shape[1]))
+        for part in unique.split(max(1, at_once // unique.shape[1]))
     ]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]  # (U, W - first, D)
     index = inverse.view(*wanted.shape[:-1], 1) * out.shape[1] + wanted - first
@@ -272,5 +338,6 @@ def _tree_agrees(lm: LanguageModel) -> bool:
     ids[2, :, :, 7:] = text.PAD
     wanted = torch.arange(1, 7, device=lm.device).expand(3, 2, 2, 6)
     with windows_seen() as seen:
-        (plain, at), (packed, there) = (read(lm, ids, wanted, _logits) for read in (_read_plain, _Tree(ids).read))
+        plain, at = _read_plain(lm, ids, wanted, _logits, _fitting(lm))
+        packed, there = _Tree(ids).read(lm, ids, wanted, _logits)
     return seen == windows(lm) and agree(lm, packed[there], plain[at], 1e-4)

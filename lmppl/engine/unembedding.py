@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..language_model import LanguageModel
+from .again import again
 from .chunks import fitting
 from .trials import agree, precise, verified
 
@@ -44,10 +43,13 @@ def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
     return logits[0]
 
 
-def unembed_each(lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor, head: Any) -> Tensor:
+def unembed_each(
+    lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor, head: Any, all_again: bool = False
+) -> Tensor:
     """``head(logits (r, T, V), rows (r,))`` for the states (M, D) at ``index`` (R, T), no more logits than fit at once.
 
-    With gradient, the logits of all but a single chunk are computed again in the backward pass and never kept.
+    With gradient, the logits of all chunks but the last (of that too: ``all_again``) are computed again in the backward
+    pass and never kept.
     """
 
     def part(states: Tensor, index: Tensor, rows: Tensor) -> Tensor:
@@ -59,15 +61,13 @@ def unembed_each(lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor,
     most = LOGITS_AT_ONCE // lm.vocab_size
     if not torch.is_grad_enabled():
         most = fitting(lm, lm.vocab_size, most)
-    at_once = max(1, most // index.shape[1])
-    if len(rows) <= at_once:
-        return part(states, index, rows)
-    number = -(-len(rows) // at_once)
+    number = -(-len(rows) // max(1, most // index.shape[1]))
     chunks = list(zip(index.tensor_split(number), rows.tensor_split(number), strict=True))
-    if not torch.is_grad_enabled():
-        return torch.cat([part(states, *chunk) for chunk in chunks])
-    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([again(states, *chunk) for chunk in chunks])
+    kept = number if not torch.is_grad_enabled() else 0 if all_again else 1
+    results = [
+        part(states, *chunk) if number - i <= kept else again(part, states, *chunk) for i, chunk in enumerate(chunks)
+    ]
+    return torch.cat(results) if number > 1 else results[0]
 
 
 def splits(lm: LanguageModel) -> bool:

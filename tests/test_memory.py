@@ -1,0 +1,184 @@
+"""Memory of a pass with gradient: bounded by the token budget, at the price of computing again what exceeds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from packing import packing, spied, stopped_prefixes
+from peft import LoraConfig
+from tiny import adapter, tiny_lm
+from torch.profiler import ProfilerActivity, profile
+
+from lmppl import LanguageModel, text
+from lmppl.distributions import Completion
+from lmppl.engine import chunks, scoring, unembedding
+
+V, BUDGET = 6, 60
+PROMPT = torch.tensor([[2, 3, 4], [4, 5, text.PAD]])
+
+
+def loss(*views: LanguageModel) -> torch.Tensor:
+    """Of every view: a stop after each prefix, an observation after each, and a text whose temperature is learned."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randint(1, V, (7, 2, 5), generator=g)
+    z[1, 0, 3:] = text.PAD
+    z = text.cat(z, torch.tensor([0]))
+    total = torch.zeros((), dtype=torch.float64)
+    for i, view in enumerate(views):
+        log_probs, stops = Completion(view, PROMPT, max_tokens=5).prefix_scores(z)
+        after = Completion(view, stopped_prefixes(PROMPT, z), max_tokens=3).log_prob(torch.tensor([3, 2, 0]))
+        finite = (x[x > -torch.inf].mean() for x in (log_probs, stops))
+        total = total + (i + 1) * (sum(finite) + after.mean())
+    return total
+
+
+def gradients(views: list[LanguageModel]) -> list[torch.Tensor]:
+    parameters = [p for view in views for p in view.trainable_parameters()]
+    found = torch.autograd.grad(loss(*views), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def budgeted(views: list[LanguageModel], budget: int) -> None:
+    for view in views:
+        view.token_budget = budget
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float = 1e-10) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def three_views(**kwargs) -> list[LanguageModel]:
+    lm = tiny_lm("gpt2", vocab=V, dtype=torch.float64, **kwargs)
+    views = [adapter(lm, 1), adapter(lm, 2), lm]
+    scoring.supports_trees(lm), unembedding.splits(lm)
+    return views
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["", "layers again"])
+@pytest.mark.parametrize("head", ["apart", "in chunks", "inseparable"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_parts_computed_again_give_the_gradient_of_the_whole(packed, head, layers, monkeypatch):
+    """Two adapters and the base in one loss, in float64; each pass, the backward pass's too, within the budget."""
+    views = three_views()
+    lm = views[-1]
+    if head == "in chunks":
+        monkeypatch.setattr(scoring, "_MANY_LOGITS", 0)
+        monkeypatch.setattr(unembedding, "LOGITS_AT_ONCE", 10 * V)
+    lm.network.facts["split_head"] = head != "inseparable"
+    with packing(packed):
+        expected = gradients(views)
+        if layers:
+            lm.model.activation_checkpointing_enable()
+        budgeted(views, BUDGET)
+        with spied(lm) as sizes:
+            value = loss(*views)
+    before = lm.tokens_scored
+    parameters = [p for view in views for p in view.trainable_parameters()]
+    budgeted(views, 7)  # nor does packing matter any more: parts are read as they were read
+    for _ in range(2):
+        with spied(lm) as again:
+            found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        assert_same([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)], expected)
+        assert max(sizes + again) <= BUDGET and again
+    assert 0 < lm.tokens_scored - before <= 2 * sum(sizes)
+
+
+@pytest.mark.parametrize("case", ["hook", "autocast", "temperature", "output layer"])
+def test_gradients_where_the_graph_is_no_function_of_the_parameters_alone(case, monkeypatch):
+    """A hook that changes a weight's gradient, once; mixed precision; a temperature that is learned; no state's."""
+    views = three_views()[:1]
+    if case == "output layer":  # its adapter's gradient is all there is, and the hidden states have none
+        views = [views[0].with_adapter(LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))]
+    temperature = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    parameters = [*views[0].trainable_parameters(), temperature]
+    for p in parameters if case == "hook" else ():
+        p.register_hook(lambda g: 3 * g.tanh())
+    if case == "autocast":
+        views[0].model.float()
+    z = text.cat(torch.randint(1, V, (30, 2, 5), generator=torch.Generator().manual_seed(0)), torch.tensor([0]))
+    found = []
+    for budget in (10_000, BUDGET):
+        budgeted(views, budget)
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+            value = Completion(views[0], PROMPT, max_tokens=5, temperature=temperature).log_prob(z).mean()
+        before = views[0].tokens_scored
+        found.append(torch.autograd.grad(value, parameters))
+        assert (views[0].tokens_scored > before) == (budget == BUDGET)
+    assert_same(found[1], found[0], 0.03 if case == "autocast" else 1e-10)
+
+
+def test_what_the_budget_holds_is_kept_and_what_exceeds_it_computed_once_more():
+    """Of 64 texts of 3 + 6 tokens as many as fit, the last ones; the rest go through the network again."""
+    view = adapter(tiny_lm("gpt2", vocab=V), 0)
+    z = text.cat(torch.randint(1, V, (64, 1, 6), generator=torch.Generator().manual_seed(0)), torch.tensor([0]))
+    d = Completion(view, PROMPT[:1], max_tokens=6)
+    counts = {}
+    for budget in (10_000, 1000, 200, 70):
+        view.token_budget = budget
+        d.log_prob(z)
+        before = view.tokens_scored
+        value = d.log_prob(z).sum()
+        once = view.tokens_scored - before
+        value.backward()
+        counts[budget] = view.tokens_scored - before - once
+        assert max(0, once - budget) <= counts[budget] <= once
+    assert counts[10_000] == counts[1000] == 0 < counts[200] < counts[70] < once
+
+
+def peak(run: Callable[[], object], trace: Path) -> int:
+    """The most bytes that the tensors made by a run had at once, as torch's allocator counts them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    profiled.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    changes = torch.tensor([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])])
+    return int(changes.cumsum(0).max())
+
+
+def test_memory_does_not_grow_with_particles_beyond_the_budget(tmp_path):
+    lm = tiny_lm("gpt2", vocab=26)
+    view = adapter(lm, 0)
+    d = Completion(view, PROMPT[:1], max_tokens=8, min_tokens=8)
+    found = {}
+    for budget in (10_000, 300):
+        view.token_budget = budget
+        for particles in (32, 512):
+            z = d.sample((particles,))
+
+            def step(z: torch.Tensor = z) -> None:
+                torch.autograd.grad(d.prefix_scores(z).log_probs[..., -1].sum(), view.trainable_parameters())
+
+            step()
+            found[budget, particles] = peak(step, tmp_path / "trace.json")
+    growth = {budget: found[budget, 512] - found[budget, 32] for budget in (10_000, 300)}
+    assert growth[10_000] > 10 * found[10_000, 32]
+    tokens = (512 - 32) * 9
+    assert growth[300] < 176 * tokens  # bytes: hidden states, 64 a token; texts and indices, some numbers of 8 a token
+    assert growth[10_000] > 2500 * tokens
+
+
+def test_logits_of_all_cache_sized_parts_together_are_bounded(tmp_path, monkeypatch):
+    """Within the token budget too: 2^16 of them are kept, however many parts have made them."""
+    lm = tiny_lm("gpt2", vocab=26)
+    lm.model.resize_token_embeddings(2048, mean_resizing=False)
+    view = adapter(LanguageModel(type(lm.model)(lm.model.config), lm.tokenizer), 0)
+    d = Completion(view, PROMPT[:1], max_tokens=4, min_tokens=4)
+    monkeypatch.setattr(chunks, "_CACHE", 0)
+    monkeypatch.setattr(chunks, "_FEWEST", 24)
+    for module in (scoring, unembedding):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**16)
+    z = d.sample((64,))  # 5 x 64 positions of 2,048 words have 10 times as many
+
+    def step() -> None:
+        with packing(True):
+            torch.autograd.grad(d.log_prob(z).sum(), view.trainable_parameters())
+
+    step()
+    bounded = peak(step, tmp_path / "trace.json")
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2**30)
+    assert peak(step, tmp_path / "trace.json") - bounded > 4 * (5 * 64 * 2048 - 2**17)
