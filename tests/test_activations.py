@@ -1,4 +1,4 @@
-"""One operation for an activation function that transformers writes as eight: the same function, the same checkpoint."""
+"""One operation for an activation function that transformers writes as eight: the same function and checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def kept_for_backward(module: torch.nn.Module, x: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("activation", FUSED)
 def test_the_function_is_the_same(activation):
-    """Values, first and second derivatives on a grid, in double precision: 1e-9, since transformers rounds sqrt(2/pi)."""
+    """Values, first and second derivatives on a grid, to 1e-9: transformers rounds sqrt(2/pi)."""
     model = torch.nn.Sequential(ACT2FN[activation])
     fused = copy.deepcopy(model)
     fuse_activations(fused)

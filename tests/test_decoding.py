@@ -13,7 +13,7 @@ from reference import Plain, tokens
 from tiny import ARCHITECTURES, tiny_lm
 from transformers import DynamicCache
 
-from lmppl.distributions import Completion, NextToken
+from lmppl.distributions import Completion, NextToken, token_steps
 from lmppl.engine import decoding, room
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import Recomputing, decoder
@@ -39,13 +39,17 @@ def test_a_cache_with_room_is_a_cache(arch, monkeypatch):
         for t in range(9):
             steps.step(torch.tensor([2, 3, 4]).roll(t))
             if few == 0:
-                places.append(steps.cache.layers[0].keys.data_ptr())
+                places.append(steps.cache.layers[0].keys)  # kept, so that no other gets its address
             if t == 5:
                 steps.select(torch.tensor([2, 0, 0]))
             logits.append(steps.logits)
         found.append(torch.stack(logits))
     assert torch.equal(*found)
-    assert [len(list(same)) for _, same in itertools.groupby(places)] == [4, 2, 3]  # one token and room for three
+    assert [len(list(same)) for _, same in itertools.groupby(x.data_ptr() for x in places)] == [
+        4,
+        2,
+        3,
+    ]  # one token and room for three
 
 
 @pytest.mark.parametrize("kind", [Decoder, Recomputing, decoder])
@@ -85,6 +89,42 @@ def test_trials_are_not_counted():
     supports_trees(lm)
     decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))
     assert lm.tokens_scored == 2
+
+
+@pytest.mark.parametrize("allowed", [None, [0, 3, 4], "of the prefix"])
+def test_rows_are_drawn_a_few_at_a_time(allowed, monkeypatch):
+    """From the same numbers the same texts, with rules that are each row's own, and the same scores."""
+    lm, at_once = tiny_lm(vocab=V), []
+    limits, temperature = torch.tensor([2, 4, 3]), torch.tensor([0.5, 1.0, 2.0])
+    if allowed == "of the prefix":  # no token twice in a row
+
+        def allowed(prefix):
+            mask = torch.ones(*prefix.shape[:-1], V, dtype=torch.bool)
+            return mask if prefix.shape[-1] == 0 else mask.scatter(-1, prefix[..., -1:], False)
+
+    whole, drawn = token_steps._drawn, []
+
+    def counting(rules, logits, *others):
+        at_once.append(len(logits))
+        return whole(rules, logits, *others)
+
+    monkeypatch.setattr(token_steps, "_drawn", counting)
+    for most in (2**25, 7 * V):
+        monkeypatch.setattr(token_steps, "LOGITS_AT_ONCE", most)
+        monkeypatch.setattr(token_steps, "fitting", lambda lm, floats, most: most)
+        for d in (
+            Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=limits, temperature=temperature, allowed=allowed),
+            Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=3, allowed=allowed),
+        ):
+            torch.manual_seed(0)
+            z, log_prob = d.sample_and_log_prob((8,))
+            steps = d.token_steps(torch.Size((8, 3)))
+            drawn.append((z, log_prob, steps.score(z[..., 0].flatten())))
+        assert max(at_once) == (24 if most == 2**25 else 7)
+        at_once.clear()
+    for found, expected in zip(drawn[2:], drawn[:2], strict=True):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 # Shared prompts -------------------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import text
+from ..engine.chunks import fitting
 from ..engine.recomputing import decoder
+from ..engine.unembedding import LOGITS_AT_ONCE
 from ..language_model import LanguageModel
 from .rules import Rules
 
@@ -66,7 +70,9 @@ class TokenSteps:
 
     def score(self, tokens: Tensor) -> Tensor:
         """(R,) log-probability that ``tokens`` come next; unspecified in rows that have ended."""
-        return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+        if self.rules.forced(self.prefix.shape[1]):
+            return torch.where(self.rules.is_stop(tokens), 0.0, -torch.inf)
+        return self._in_parts(_scored, tokens.clamp(min=0))[0]
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-probability, both (R,), from one uniform number a row.
@@ -77,18 +83,19 @@ class TokenSteps:
         if self.rules.forced(t):
             token = self.rules.stop.expand(len(self.ended))
             return token.masked_fill(self.ended, text.PAD), torch.zeros_like(uniform)
-        rules, logits, tokens = self.rules, self._logits(), None
-        if (narrowed := rules.narrowed(t)) is not None:
-            rules, tokens = narrowed
-            logits = logits.index_select(1, tokens)
-        logits, dead = rules.permitted(logits[:, None], self.prefix, t)
-        if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~self.ended).any()):
-            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
-        probs = logits[:, 0].softmax(-1)  # (R, V); one pass less over the vocabulary than by way of its logarithm
-        token = invert(probs, uniform)
-        log_prob = probs.gather(1, token[:, None])[:, 0].log()
-        token = token if tokens is None else tokens[token]
-        return token.masked_fill(self.ended, text.PAD), log_prob.masked_fill(self.ended, 0.0)
+        token, log_prob = self._in_parts(_drawn, self.ended, uniform)
+        return token, log_prob
+
+    def _in_parts(self, compute: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> list[Tensor]:
+        """``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, on no more rows at once than fit."""
+        logits = self._logits()
+        at_once = fitting(self.lm, logits.shape[1], max(1, LOGITS_AT_ONCE // logits.shape[1]))
+        if len(logits) <= at_once:
+            return list(compute(self.rules, logits, self.prefix, *each))
+        rows = torch.arange(len(logits), device=logits.device)
+        parts = zip(*(x.split(at_once) for x in (rows, logits, self.prefix, *each)), strict=True)
+        found = [compute(self.rules.select(r), *others) for r, *others in parts]
+        return [torch.cat(of_each) for of_each in zip(*found, strict=True)]
 
     def append(self, tokens: Tensor) -> None:
         """Append ``tokens`` (R,), PAD in rows that have ended; or several at once, (R, T), none of them a stop.
@@ -117,6 +124,27 @@ class TokenSteps:
             self._unread = int((self._pending != text.PAD).sum())
         if self._decoder is not None:
             self._decoder.select(index)
+
+
+def _scored(rules: Rules, logits: Tensor, prefix: Tensor, tokens: Tensor) -> tuple[Tensor]:
+    """`TokenSteps.score` of some rows with these logits (r, V)."""
+    return (rules.selected(logits[:, None], tokens[:, None, None], prefix, prefix.shape[1])[:, 0, 0],)
+
+
+def _drawn(rules: Rules, logits: Tensor, prefix: Tensor, ended: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """`TokenSteps.draw` of some rows with these logits (r, V)."""
+    t, tokens = prefix.shape[1], None
+    if (narrowed := rules.narrowed(t)) is not None:
+        rules, tokens = narrowed
+        logits = logits.index_select(1, tokens)
+    logits, dead = rules.permitted(logits[:, None], prefix, t)
+    if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~ended).any()):
+        raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+    probs = logits[:, 0].softmax(-1)  # (r, V); one pass less over the vocabulary than by way of its logarithm
+    token = invert(probs, uniform)
+    log_prob = probs.gather(1, token[:, None])[:, 0].log()
+    token = token if tokens is None else tokens[token]
+    return token.masked_fill(ended, text.PAD), log_prob.masked_fill(ended, 0.0)
 
 
 def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
