@@ -183,8 +183,8 @@ def main(
     lm = language_model(width, vocab, activation)
     config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     guide = lm.with_adapter(config)
-    networks = Published(guide, config, lambda: network(width, vocab, activation))
     for length in prompt or [20, 200]:
+        networks = Published(guide, config, lambda: network(width, vocab, activation))
         torch.manual_seed(0)
         task = Task(lm, guide, length, tokens, observed, batch)
         loss, gradient = agreement(networks, task, particles)
