@@ -102,6 +102,24 @@ def test_particles_cost_no_more_than_their_tokens(views, name):
     assert each <= longest
 
 
+def test_a_prompt_is_read_by_few_chunks_of_texts(views):
+    """100 texts after each of 5 prompts, some 40 at a time: each chunk reads one prompt, or two."""
+    _, q = views
+    prompt = torch.randint(1, 8, (5, 9), generator=torch.Generator().manual_seed(0))
+    d = Completion(q, prompt, max_tokens=3, stop=None)
+    d.sample((2,))  # what is tried once
+    found = {}
+    for q.token_budget in (100_000, 40 * 13):
+        torch.manual_seed(0)
+        before = q.tokens_scored
+        z = d.sample((100,))
+        found[q.token_budget] = z, q.tokens_scored - before
+    (whole, once), (parts, tokens) = found.values()
+    assert torch.equal(whole, parts)
+    assert once == 5 * 9 + 500 * 2
+    assert once < tokens <= once + 9 * (500 // 40 + 1)
+
+
 def test_a_text_that_has_ended_costs_nothing(views, monkeypatch):
     """Counts are kept while rows end and are reordered; they are what is there to count."""
     lm, _ = views

@@ -239,7 +239,9 @@ class Completion(TorchDistribution):
         log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))
         whole = rules.is_stop(kept).any(-1) if self.stop.numel() else length >= rules.max_tokens
         at_once = rows_at_once(self.lm, self._prompts(), width + 1)
-        for chunk in (~whole).nonzero()[:, 0].split(at_once) if not bool(whole.all()) else ():
+        unfinished = (~whole).nonzero()[:, 0]
+        unfinished = unfinished[index[unfinished].argsort(stable=True)]  # a prompt's rows in as few chunks as can be
+        for chunk in unfinished.split(at_once) if len(unfinished) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             steps = steps.exactly() if exact else steps
             first, last = int(length[chunk].min()), int(length[chunk].max())
