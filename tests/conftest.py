@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,14 @@ pytest.register_assert_rewrite("brute_force", "contracts", "five_sigma")
 settings.register_profile("lmppl", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("lmppl")
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """On the first import of a day arviz writes a file; processes that do so at once trip over one another."""
+    if config.getoption("numprocesses", None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import arviz  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
