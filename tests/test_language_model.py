@@ -189,8 +189,10 @@ def test_a_base_model_with_adapters_is_saved_clean_for_transformers(lm, tmp_path
     lm.save_pretrained(tmp_path / "lm")
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(plain.eval()(torch.tensor([[2, 3, 4], [5, 2, 0]])).logits, logits(lm))
+    found = plain.eval()(torch.tensor([[2, 3, 4], [5, 2, 0]])).logits
+    torch.testing.assert_close(found, logits(lm))  # but for rounding: transformers' gelu_new is many operations
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
+    assert torch.equal(logits(LanguageModel(plain, tokenizer)), logits(lm))
     assert tokenizer("ab.", add_special_tokens=False)["input_ids"] == lm.encode("ab.").tolist()
     again = LanguageModel.from_pretrained(tmp_path / "lm")
     assert torch.equal(logits(again), logits(lm)) and again.eos_id == lm.eos_id
@@ -257,7 +259,8 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
 def test_the_shared_checkpoint_loads(stories, checkpoint):
     plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     x = stories.encode("Tom went to the park.")[None]
-    assert torch.equal(stories(x).logits, plain(x).logits)
+    torch.testing.assert_close(stories(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(stories(x).logits, LanguageModel(plain, stories.tokenizer)(x).logits)
 
 
 def test_prompt_learning_is_refused():
