@@ -262,52 +262,59 @@ def test_two_adapters_do_not_disturb_one_another(arch):
         assert all(torch.equal(a, b) for a, b in zip(joint, own, strict=True))
 
 
+class Several:
+    """Packed and plain rows of two adapters and the base in one loss."""
+
+    def __init__(self, lm: LanguageModel):
+        self.views = [adapted(lm), adapted(lm), lm]
+        self.parameters = [p for view in self.views for p in view.trainable_parameters()]
+        self.context = text.cat(PROMPTS[3], text.prefixes(ragged([3, 2], seed=3), stop=0))  # (P, 2, L)
+        self.y = text.cat(ragged([2], seed=4)[0], STOP)
+
+    def loss(self) -> torch.Tensor:
+        with packing(True):
+            return sum(scored(view, self.context, self.y).mean() * (i + 1) for i, view in enumerate(self.views))
+
+    def gradient(self, loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+
+def assert_same(found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor | None]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+
+
 @moe
 @every_architecture
 def test_checkpointed_layers_are_computed_again_as_they_were(arch):
-    """Packed and plain rows of two adapters and the base in one backward pass: the gradient without checkpointing."""
+    """The gradient without checkpointing."""
     lm = network(arch)
-    views = [adapted(lm), adapted(lm), lm]
-    context = text.cat(PROMPTS[3], text.prefixes(ragged([3, 2], seed=3), stop=0))  # (P, 2, L)
-    y = text.cat(ragged([2], seed=4)[0], STOP)
-    grads = []
-    for switch in (lm.model.activation_checkpointing_disable, lm.model.activation_checkpointing_enable):
-        switch()
-        if grads and arch in UNREPEATABLE:
-            with pytest.raises(RuntimeError, match="gradient checkpointing"):
-                scored(views[0], context, y)
-            return
-        with packing(True):
-            total = sum(scored(view, context, y).mean() * (i + 1) for i, view in enumerate(views))
-        parameters = [p for view in views for p in view.trainable_parameters()]
-        grads.append(torch.autograd.grad(total, parameters, allow_unused=True))
-    for a, b in zip(*grads, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+    several = Several(lm)
+    expected = several.gradient(several.loss())
+    lm.model.activation_checkpointing_enable()
+    if arch in UNREPEATABLE:
+        with pytest.raises(RuntimeError, match="gradient checkpointing"):
+            several.loss()
+        return
+    assert_same(several.gradient(several.loss()), expected)
 
 
 @moe
 @every_architecture
 def test_what_exceeds_the_token_budget_is_computed_again_as_it_was(arch):
-    """Packed and plain rows of two adapters and the base in one backward pass: the gradient of a large budget."""
+    """The gradient of a large budget."""
     lm = network(arch)
-    views = [adapted(lm), adapted(lm), lm]
-    context = text.cat(PROMPTS[3], text.prefixes(ragged([3, 2], seed=3), stop=0))  # (P, 2, L)
-    y = text.cat(ragged([2], seed=4)[0], STOP)
-    grads, again = [], []
+    several, grads, again = Several(lm), [], []
     for budget in (1000, 20):
-        for view in views:
+        for view in several.views:
             view.token_budget = budget
-        with packing(True):
-            total = sum(scored(view, context, y).mean() * (i + 1) for i, view in enumerate(views))
-        parameters = [p for view in views for p in view.trainable_parameters()]
+        loss = several.loss()
         before = lm.tokens_scored
-        grads.append(torch.autograd.grad(total, parameters, allow_unused=True))
+        grads.append(several.gradient(loss))
         again.append(lm.tokens_scored - before)
     assert again[0] == 0 < again[1]
-    for a, b in zip(*grads, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a - b).abs().max() < 1e-5 * (1 + b.abs().max())
+    assert_same(*grads)
 
 
 # Large vocabularies, half precision -----------------------------------------------------------------------------------

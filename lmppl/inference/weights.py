@@ -39,7 +39,7 @@ class Plates:
         log_prob = log_prob[(None,) * lead] if lead > 0 else log_prob
         others = [d for d in range(-self.nesting, 0) if d not in self.dims]
         log_prob = log_prob.sum(others) if others else log_prob
-        return log_prob if log_prob.shape[2:] == self.sizes else log_prob.expand(log_prob.shape[:2] + self.sizes)
+        return log_prob.expand(log_prob.shape[:2] + self.sizes)
 
     def lead(self, value: Tensor, event_dim: int) -> Tensor:
         """A site's value (particle, *plate axes, *event) as (particle, *kept, *others larger than 1, *event)."""
