@@ -346,7 +346,8 @@ def test_half_precision_gives_log_probabilities_in_single(arch, dtype):
         z, log_prob = found.sample_and_log_prob((4,))
         assert (found.log_prob(z) - log_prob).abs().max() < 2 * tolerance
         next_token = NextToken(lm, PROMPTS).logits
-        steps = found.token_steps().log_probs()
+        growing = found.token_steps()
+        steps = torch.stack([growing.score(torch.full((len(PROMPTS),), v)) for v in range(V)], -1)
     assert {x.dtype for x in (by_token, log_prob, next_token, steps)} == {torch.float32}
     for distribution in (next_token, steps):
         assert (distribution.double().exp().sum(-1) - 1).abs().max() < 1e-6

@@ -109,7 +109,7 @@ class Repeats:
 
 
 class RejectionSteps(TokenSteps):
-    """Token steps under a `Check`: `draw` asks about candidates only, `log_probs` and `score` about all tokens."""
+    """Token steps under a `Check`: `draw` asks about candidates only, `score` about all tokens."""
 
     def exactly(self) -> TokenSteps:
         steps = TokenSteps.__new__(TokenSteps)

@@ -20,7 +20,7 @@ class DeadEnd(ValueError):
 
 
 class TokenSteps:
-    """R unfinished texts: `log_probs` of the next token, `append` one to each, `select` (reorder) the rows.
+    """R unfinished texts: `draw` or `score` a next token, `append` one to each, `select` (reorder) the rows.
 
     ``contexts`` (U, Lc) are distinct prompts, ``index`` (R,) each row's prompt.  With ``share``, another `TokenSteps`
     over the same network and prompts, tokens and logits are taken from it: one pass serves proposal and target.
@@ -53,15 +53,6 @@ class TokenSteps:
             self._decoder.step(self._pending.clamp(min=0), self._unread)
             self._pending = None
         return self._decoder.logits
-
-    def log_probs(self) -> Tensor:
-        """(R, V) log-probabilities of the next token, -inf for what cannot be; unspecified in rows that have ended."""
-        t = self.prefix.shape[1]
-        if self.rules.forced(t):
-            result = torch.full((len(self.ended), self.rules.vocab_size), -torch.inf, device=self.ended.device)
-            result[:, self.rules.stop] = 0.0
-            return result
-        return self.rules.log_probs(self._logits()[:, None], self.prefix, t)[:, 0]
 
     @property
     def inserting(self) -> Tensor:
