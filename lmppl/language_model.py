@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import string as strings
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmppl import text as texts
 from lmppl.adapters import Adapter, CheckpointError, Network, first_line
+from lmppl.chat import render
 from lmppl.text import PAD
 from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
@@ -57,7 +58,9 @@ class LanguageModel(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.network: Network = network
-        self.vocabulary = _vocabulary or Vocabulary(tokenizer, config, network.vocab_size)
+        self.vocabulary = _vocabulary or Vocabulary(
+            tokenizer, config, network.vocab_size, getattr(model, "generation_config", None)
+        )
         self.max_length: int | None = first_int(
             getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)
         )
@@ -116,7 +119,14 @@ class LanguageModel(nn.Module):
 
     @property
     def eos_id(self) -> int | None:
+        """The end that `encode` writes; None where there is none."""
         return self.vocabulary.eos_id
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every end of a text: those of the generation configuration, else the configuration's, else the tokenizer's."""
+        self.token_id("eos")
+        return self.vocabulary.eos_ids
 
     @property
     def bos_id(self) -> int | None:
@@ -222,22 +232,30 @@ class LanguageModel(nn.Module):
 
     # Text ------------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: Any, stop: str | int | None = None) -> Tensor:
+    def encode(self, text: Any, stop: str | int | None = None, *, start: bool = False) -> Tensor:
         """The tokens of a string, or of a nested list of strings: ``LongTensor[..., L]``, no special tokens added.
 
+        A string is a piece of text, which may stand anywhere: its tokens spell it and nothing else.
+
         :param stop: "eos", a one-token string or an id, appended to every text: an observed whole text needs it.
+        :param start: write the strings as the tokenizer writes the start of a document, with the space that SentencePiece
+            and its like put before it. Strings that are given as prompts (``Completion(lm, "Once")``) are read so.
+
+        Raises ValueError naming the text, and the word of it, that the tokenizer cannot write.
 
         >>> lm.encode(["The end.", "Once"], stop="eos").shape
         """
         shape, flat = flatten(text)
         end = () if stop is None else (self.token_id(stop),)
-        rows = [ids + end for ids in self.vocabulary.encode(flat)]
+        rows = [ids + end for ids in self.vocabulary.encode(flat, start)]
         width = max((len(ids) for ids in rows), default=0)
         padded = [ids + (PAD,) * (width - len(ids)) for ids in rows]
         return torch.tensor(padded, dtype=torch.long, device=self.device).reshape(*shape, width)
 
     def decode(self, text: Tensor) -> Any:
         """The string of a text ``[L]``, or a nested list that mirrors the leading axes; special tokens are dropped.
+
+        A string is what its tokens spell one after another, its first space included.
 
         >>> lm.decode(lm.encode(["The end.", "Once"], stop="eos"))
         ['The end.', 'Once']
@@ -250,34 +268,81 @@ class LanguageModel(nn.Module):
     def join(self, *parts: Tensor | str) -> Tensor:
         """One text after another, batched and broadcasting: ``[..., L1], [..., L2], ... -> [..., L]``.
 
-        An eos inside is dropped, because the text goes on; any other stop is part of the text and stays.
+        The eos that ends a text is dropped, because the text goes on. An eos inside a text, as the turn ends of a chat,
+        and any other stop are part of the text and stay. Strings stay as they are written.
 
         >>> lm.decode(lm.join(lm.encode("The end.", stop="eos"), " Once"))
         'The end. Once'
         """
         if not parts:
             raise ValueError("join needs at least one text")
-        return texts.cat(*(self._open(part, "texts") for part in parts))
+        return self._assembled([("texts", part) for part in parts])
 
     def fill(self, template: str, **fields: Tensor | str) -> Tensor:
-        """A template whose fields ``{x}`` are texts, batched and broadcasting; an eos inside a field is dropped.
+        """A template whose fields ``{x}`` are texts, batched and broadcasting; put together as by `join`.
+
+        Where all fields are strings it is ``lm.encode(template.format(**fields))``.
 
         >>> lm.fill("Beginning: {x}\\nEnding: {y}\\nMiddle:", x=x, y=y)
         """
-        parts: list[Tensor] = []
+        parts: list[tuple[str, Tensor | str]] = []
         used = set()
         for fixed, name, spec, conversion in strings.Formatter().parse(template):
-            if fixed:
-                parts.append(self.encode(fixed))
+            parts.append(("template", fixed))
             if name is None:
                 continue
             if name not in fields or spec or conversion:
                 raise ValueError(f"template has the field {name!r}; the fields given are {sorted(fields)}")
             used.add(name)
-            parts.append(self._open(fields[name], name))
+            parts.append((name, fields[name]))
         if unknown := sorted(set(fields) - used):
             raise ValueError(f"{unknown[0]} is no field of the template {template!r}")
-        return texts.cat(*parts) if parts else self.encode("")
+        return self._assembled(parts)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_arguments: Any
+    ) -> Tensor:
+        """A conversation in the tokenizer's own chat template, whose contents may be texts: ``LongTensor[..., L]``.
+
+        Where all contents are strings it is ``tokenizer.apply_chat_template(messages, tokenize=True)``. A content that is
+        a text is put where the template puts a string, batched and broadcasting, without the eos that ends it: the
+        template writes its own. A template that reads its contents sees a placeholder there.
+
+        :param messages: of ``{"role": ..., "content": ...}``, a content being a string or a text.
+        :param add_generation_prompt: whether the template opens the turn that is to be written.
+        :param template_arguments: what else the template, or ``apply_chat_template``, takes.
+
+        Raises ValueError for a tokenizer without a template, and for messages that the template refuses.
+
+        >>> lm.chat([{"role": "user", "content": question}, {"role": "assistant", "content": z}, ...])
+        """
+        rendered = render(self.tokenizer, messages, add_generation_prompt, template_arguments)
+        parts = [("content", messages[part]["content"] if isinstance(part, int) else part) for part in rendered]
+        return self._assembled(parts, start=True)
+
+    def _assembled(self, parts: Iterable[tuple[str, Tensor | str]], start: bool = False) -> Tensor:
+        """Named parts in a row: strings that stand side by side are encoded as one, texts lose the eos at their end."""
+        found: list[Tensor | str] = []
+        for name, part in parts:
+            if isinstance(part, str):
+                if found and isinstance(found[-1], str):
+                    part = found.pop() + part
+                found.append(part)
+            elif isinstance(part, Tensor):
+                found.append(self._opened(part))
+            else:
+                raise ValueError(f"{name} must be texts or strings, not {type(part).__name__}")
+        begin = [
+            self.encode(p, start=start and not i) if isinstance(p, str) else p for i, p in enumerate(found) if p != ""
+        ]
+        return texts.cat(*begin) if begin else self.encode("")
+
+    def _opened(self, text: Tensor) -> Tensor:
+        """A text that goes on: the eos at its end dropped."""
+        last = texts.length(text)[..., None] - 1
+        at_end = torch.arange(text.shape[-1], device=text.device) == last
+        ends = torch.tensor(self.vocabulary.eos_ids, dtype=text.dtype, device=text.device)
+        return text.masked_fill(at_end & torch.isin(text, ends), PAD)
 
     def token_id(self, stop: str | int) -> int:
         """The id of one stop: "eos", a string that is one token, or an id. Raises ValueError naming `stop`."""
@@ -296,17 +361,10 @@ class LanguageModel(nn.Module):
             several = (stop,)
         else:
             several = stop
-        ids = list(dict.fromkeys(self.token_id(s) for s in several))
+        ids = list(dict.fromkeys(i for s in several for i in (self.eos_ids if s == "eos" else (self.token_id(s),))))
         if stop is not None and not ids:
             raise ValueError("stop is empty; for texts without a stop, pass stop=None")
         return torch.tensor(ids, dtype=torch.long, device=self.device)
-
-    def _open(self, part: Tensor | str, name: str) -> Tensor:
-        """A text that goes on: its eos dropped."""
-        tokens = self.encode(part) if isinstance(part, str) else part
-        if not isinstance(tokens, Tensor):
-            raise ValueError(f"{name} must be texts or strings, not {type(part).__name__}")
-        return tokens if self.eos_id is None else tokens.masked_fill(tokens == self.eos_id, PAD)
 
 
 def _is_path(name: str) -> bool:

@@ -20,7 +20,6 @@ from transformers import AutoTokenizer
 from lmppl import LanguageModel
 from lmppl.constraints import Check, ban, every, grammar, json_schema, only, regex, without, words
 from lmppl.constraints.masks import keeps
-from lmppl.constraints.spelling import spelling
 from lmppl.distributions import Completion
 from lmppl.distributions.token_steps import DeadEnd
 from lmppl.text import length, pad
@@ -173,11 +172,12 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch):
         regex(AB, "a")
 
 
-def test_a_decoder_that_does_more_than_to_join_is_refused():
+def test_a_decoder_that_does_more_than_to_join_is_taken_token_by_token():
+    """WordPiece puts a space before what does not continue a word, and a pattern sees it there."""
     lm = spelled_lm("a", "##b")
     lm.tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(ValueError, match="decodes the tokens"):
-        spelling(lm)
+    assert lm.decode(torch.tensor([1, 2, 1])) == " ab a"
+    assert regex(lm, " ab a").accepts(torch.tensor([[1, 2, 1], [1, 1, 2]])).tolist() == [True, False]
 
 
 def test_a_stop_that_cannot_come_is_a_dead_end():

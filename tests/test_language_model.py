@@ -69,7 +69,7 @@ def test_encode_is_cached_without_being_wrong():
     assert lm.encode("ab").tolist() != first.tolist()
 
 
-def test_join_drops_eos_and_padding_and_keeps_other_stops():
+def test_join_drops_the_eos_at_the_end_of_a_text_and_keeps_what_is_inside():
     lm = tiny_lm()
     x = lm.encode(["a.", "bb"], stop="eos")
     z = lm.encode(["c", "", "a"], stop=".")
@@ -77,7 +77,10 @@ def test_join_drops_eos_and_padding_and_keeps_other_stops():
     assert lm.decode(joined) == [[f"{x}{z}.b" for z in ("c", "", "a")] for x in ("a.", "bb")]
     assert not (joined == lm.eos_id).any()
     middle = torch.tensor([2, lm.eos_id, 3])
-    assert lm.join(middle).tolist() == [2, 3]
+    assert lm.join(middle).tolist() == middle.tolist()
+    assert lm.join(middle, lm.encode("", stop="eos"), "a").tolist() == [*middle.tolist(), *lm.encode("a").tolist()]
+    twice = torch.tensor([[2, lm.eos_id, lm.eos_id], [2, lm.eos_id, PAD]])
+    assert lm.join(twice, "a").tolist() == [[2, lm.eos_id, lm.encode("a").item()], [2, lm.encode("a").item(), PAD]]
 
 
 def test_fill_is_string_formatting():

@@ -17,6 +17,8 @@ LAYERS = {
     "tools": 0,
     "activations": 0,
     "ngram": 1,
+    "spelling": 0,
+    "chat": 0,
     "vocabulary": 1,
     "adapters": 1,
     "language_model": 2,

@@ -278,7 +278,7 @@ def words(*vocabulary: str, pre, decoder) -> PreTrainedTokenizerFast:
 
 
 def test_a_tokenizer_that_puts_spaces_before_what_it_encodes():
-    """As Llama's: "7" by itself would be " 7", so that it is encoded after the text."""
+    """As Llama's: "7" by itself would be " 7", so that it is encoded as a piece."""
     pieces = ["<eos>", "▁", *"0123456789+=", "▁7", "▁3"]
     backend = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [("▁", "7"), ("▁", "3")]))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")

@@ -12,10 +12,10 @@ from ..language_model import LanguageModel
 
 
 def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:
-    """A text, or the text of strings; ValueError naming the argument for anything else."""
+    """A text, or the documents that strings begin; ValueError naming the argument for anything else."""
     if not isinstance(given, Tensor):
         try:
-            given = lm.encode(given)
+            given = lm.encode(given, start=True)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     text.validate(given, name, lm.vocab_size)

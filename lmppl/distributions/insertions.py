@@ -113,25 +113,15 @@ class Insertions:
     def _written(self, prefix: list[int], text: str, output: str) -> Tokens:
         """``output`` as tokens that spell it after ``prefix``; none where the tokenizer cannot write it.
 
-        A tokenizer may put a space before whatever it encodes by itself, so that it must be encoded in context; one
-        whose decoder puts spaces between words spells it but for the spaces.
+        A tokenizer that puts words apart spells it but for the spaces.
         """
         vocabulary = self.lm.vocabulary
-        spaced: Tokens = ()
-        for context in ("", text[-1:], text):
-            try:
-                head, whole = vocabulary.encode([context, context + output])
-            except ValueError:  # a closed vocabulary that lacks a word of it
-                continue
-            if whole[: len(head)] != head:
-                continue
-            tokens = whole[len(head) :]
-            spelled = vocabulary.decode([*prefix, *tokens])
-            if spelled == text + output:
-                return tokens
-            if not spaced and spelled.split() and _dense(spelled) == _dense(text + output):
-                spaced = tokens
-        return spaced
+        try:
+            (tokens,) = vocabulary.encode([output])
+        except ValueError:  # a closed vocabulary that lacks a word of it
+            return ()
+        spelled = vocabulary.decode([*prefix, *tokens])
+        return tokens if spelled == text + output or _dense(spelled) == _dense(text + output) else ()
 
 
 def _dense(text: str) -> str:

@@ -38,16 +38,22 @@ _WORTHWHILE = 0.75  # pack when it sends at most this share of the tokens throug
 
 
 def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
-    """The context as the network reads it: bos first iff the tokenizer does so by default or the context is empty."""
+    """The context as the network reads it.
+
+    A bos comes first iff the tokenizer puts one there by default or the context is empty, unless it begins with one.
+    """
     empty = text.length(context) == 0
     if not (lm.adds_bos or bool(empty.any())):
         return context
     if lm.bos_id is None:
         raise ValueError("prompt: an empty prompt needs a bos or eos token, and this tokenizer has neither")
+    wanted = empty
+    if lm.adds_bos:
+        wanted = (context[..., :1] != lm.bos_id).all(-1)  # of an empty one too
+        if not bool(wanted.any()):
+            return context
     bos = torch.full((*context.shape[:-1], 1), lm.bos_id, device=context.device)
-    if not lm.adds_bos:
-        bos = bos.masked_fill(~empty[..., None], text.PAD)
-    return text.cat(bos, context)
+    return text.cat(bos.masked_fill(~wanted[..., None], text.PAD), context)
 
 
 def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:

@@ -1,0 +1,60 @@
+"""Chat templates with room for texts: what a tokenizer's template says, and where each text stands in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from torch import Tensor
+
+Part = str | int
+
+
+def render(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]
+) -> list[Part]:
+    """The conversation as strings and the numbers of the messages whose contents, texts, stand between them.
+
+    The template is given a placeholder for each text. Raises ValueError for a tokenizer without a template, and naming
+    `messages` for what is no conversation, what the template refuses, and a text that it leaves out.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: the tokenizer has no chat template; set lm.tokenizer.chat_template, or use lm.fill")
+    if isinstance(messages, Mapping | str) or not all(_is_message(m) for m in messages):
+        raise ValueError(
+            'messages: expected a list of {"role": str, "content": str or text}, '
+            f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in messages]}"
+        )
+    strings = [m["content"] for m in messages if isinstance(m["content"], str)]
+    mark = "TEXT"
+    while any(mark in s for s in strings):
+        mark += "X"
+    given = [{**m, "content": _placeholder(mark, i, m["content"])} for i, m in enumerate(messages)]
+    try:
+        rendered = tokenizer.apply_chat_template(
+            given, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
+        )
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"messages: the chat template refuses them ({reason})") from error
+    pieces: list[str] = re.split(f"{mark}([0-9]+){mark}", rendered)
+    parts: list[Part] = [int(p) if i % 2 else p for i, p in enumerate(pieces)]
+    found = [p for p in parts if isinstance(p, int)]
+    texts = [i for i, m in enumerate(messages) if isinstance(m["content"], Tensor)]
+    if found != texts:
+        raise ValueError(f"messages: the chat template writes the texts of messages {found}, where {texts} were given")
+    return parts
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str | Tensor)
+    )
+
+
+def _placeholder(mark: str, number: int, content: str | Tensor) -> str:
+    return content if isinstance(content, str) else f"{mark}{number}{mark}"
