@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from . import programs
 from .programs import Node, Program, Sketch
 
 
+Template = str | Sequence[Mapping[str, str]]
+"""What a prompt is made from: a string with fields, or messages with fields in their contents."""
+
+
 class AutoGuide:
     r"""The model run without its observations, each latent text drawn from an adapter of its own language model.
 
@@ -36,9 +40,10 @@ class AutoGuide:
     :param peft_config: a new adapter's configuration, the path of a saved one, or a `LanguageModel` with an adapter
         that is shared with something else.
     :param template: the prompt of every latent text: a string whose fields name arguments of the model (texts or
-        strings), observed texts and latent texts before it in the program; a dict of such strings by site; or None:
-        the observed texts in program order, then the site's own prompt, a line each.  The site's own prompt comes last,
-        so that the text continues what it continues in the model; what is observed and no text is not shown.
+        strings), observed texts and latent texts before it in the program; a list of chat messages whose contents are
+        such strings, for `LanguageModel.chat`; a dict of either by site; or None: the observed texts in program order,
+        then the site's own prompt, a line each.  The site's own prompt comes last, so that the text continues what it
+        continues in the model; what is observed and no text is not shown.
     :param args: example arguments, from which the language models are learned at once; None: at the first call.
     :param kwargs: likewise.
     :param lm: the base language model, where example arguments are not at hand.
@@ -61,7 +66,7 @@ class AutoGuide:
         self,
         model: Program,
         peft_config: peft.PeftConfig | str | os.PathLike[str] | LanguageModel,
-        template: str | Mapping[str, str] | None = None,
+        template: Template | Mapping[str, Template] | None = None,
         *,
         args: tuple[Any, ...] | None = None,
         kwargs: dict[str, Any] | None = None,
@@ -202,9 +207,19 @@ class _Writer(Messenger):
             parts: list[Any] = []
             for node in self.observed.values():
                 parts += [_beside(node, msg), self.guide.separator]
-            return lm.join(*parts, msg["fn"].prompt)
+            return lm.join(*parts, _without_bos(lm, msg["fn"].prompt))
+        if isinstance(template, str):
+            return lm.fill(template, **self._fields(template, lm))
+        return lm.chat([{**message, "content": self._content(message["content"], lm)} for message in template])
+
+    def _content(self, template: str, lm: LanguageModel) -> Tensor | str:
+        """A message's content: a string where it has no fields."""
+        fields = self._fields(template, lm)
+        return lm.fill(template, **fields) if fields else template.format()
+
+    def _fields(self, template: str, lm: LanguageModel) -> dict[str, Tensor]:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        return lm.fill(template, **{name: self._field(name, lm) for name in names})
+        return {name: self._field(name, lm) for name in names}
 
     def _field(self, name: str, lm: LanguageModel) -> Tensor:
         if name not in self.fields:
@@ -218,6 +233,14 @@ class _Writer(Messenger):
         if not isinstance(value, Tensor) or value.dtype != torch.long or not value.dim():
             raise ValueError(f"template: the field {name!r} is no text but {type(value).__name__}")
         return value
+
+
+def _without_bos(lm: LanguageModel, prompt: Tensor) -> Tensor:
+    """A prompt that comes after something else."""
+    if not lm.adds_bos or not prompt.shape[-1]:
+        return prompt
+    first = torch.arange(prompt.shape[-1], device=prompt.device) == 0
+    return prompt.masked_fill(first & (prompt == lm.bos_id), text.PAD)
 
 
 def _is_text(node: Node) -> bool:
