@@ -22,7 +22,6 @@ from ..language_model import LanguageModel
 from . import programs
 from .programs import Node, Program, Sketch
 
-
 Template = str | Sequence[Mapping[str, str]]
 """What a prompt is made from: a string with fields, or messages with fields in their contents."""
 
