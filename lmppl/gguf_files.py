@@ -62,8 +62,9 @@ def load(name: str, gguf_file: str | os.PathLike[str], **kwargs: Any) -> tuple[A
 
 def _find(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
     """The file on disk: below a directory, else from the hub or its cache."""
-    if Path(name).is_dir() and not (Path(name) / where.get("subfolder", "") / gguf_file).is_file():
-        raise CheckpointError(f"{Path(name) / where.get('subfolder', '') / gguf_file}: there is no such GGUF file")
+    below = Path(name) / (where.get("subfolder") or "") / gguf_file
+    if Path(name).is_dir() and not below.is_file():
+        raise CheckpointError(f"{below}: there is no such GGUF file")
     try:
         path = Path(str(cached_file(name, gguf_file, **where)))
         with path.open("rb") as file:
