@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo paper test test-slow lint format bench peers build clean
+.PHONY: .venv algorithms demo paper smollm2 test test-pretrained test-slow lint format bench peers build clean
 
 .venv: $(INSTALLED)
 
@@ -24,7 +24,18 @@ test: $(INSTALLED)
 	$(BIN)/pytest -n 2 -q
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 -q -m slow
+	$(BIN)/pytest -n 2 -q -m 'slow and not pretrained'
+
+# A pretrained language model, fetched and converted once; prints where it is.
+smollm2: $(INSTALLED)
+	@$(BIN)/python -m lmppl.pretrained smollm2
+
+# On the checkpoint of $LMPPL_SMOLLM2, else on the one that `make smollm2` makes.
+test-pretrained: $(INSTALLED)
+	@set -e; path=$$LMPPL_SMOLLM2; \
+	test -n "$$path" || path=$$($(BIN)/python -m lmppl.pretrained smollm2); \
+	test -f "$$path/config.json" || { echo "LMPPL_SMOLLM2=$$path: there is no checkpoint" >&2; exit 1; }; \
+	LMPPL_SMOLLM2=$$path $(BIN)/pytest -q -m pretrained
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lmppl import gguf_files
 from lmppl import text as texts
 from lmppl.adapters import Adapter, CheckpointError, Network, first_line
 from lmppl.chat import render
@@ -73,19 +74,24 @@ class LanguageModel(nn.Module):
     ) -> LanguageModel:
         """The language model saved under a path, or under a name on the Hugging Face hub.
 
-        Code that a checkpoint brings along runs only with ``trust_remote_code=True``. Raises CheckpointError (an
-        OSError and a ValueError) if there is no whole language model there.
+        With ``gguf_file=`` (the extra ``gguf``), weights and tokenizer are those of one GGUF file there, dequantised;
+        `save_pretrained` then writes an ordinary checkpoint. Code that a checkpoint brings along runs only with
+        ``trust_remote_code=True``. Raises CheckpointError (an OSError and a ValueError) if there is no whole language
+        model there.
 
         >>> lm = LanguageModel.from_pretrained("gpt2", device="cuda", dtype=torch.bfloat16)
+        >>> lm = LanguageModel.from_pretrained("models", gguf_file="smollm2.gguf")
         """
         name = os.fspath(name_or_path)
-        if _is_path(name) and not (Path(name) / "config.json").is_file():
-            hint = "; it is an adapter: load its base, then .with_adapter(path)" if _is_adapter(Path(name)) else ""
-            raise CheckpointError(f"{name}: no language model here (no config.json){hint}")
         trust = hf_kwargs.pop("trust_remote_code", False)
         tokenizer_kwargs = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir") if k in hf_kwargs}
         if dtype is not None:
             hf_kwargs["dtype"] = dtype
+        if (gguf_file := hf_kwargs.pop("gguf_file", None)) is not None:
+            model, tokenizer, info = gguf_files.load(name, gguf_file, **hf_kwargs)
+            return cls._whole(f"{name}: {gguf_file}", model, tokenizer, info, device)
+        if _is_path(name) and not (Path(name) / "config.json").is_file():
+            raise CheckpointError(f"{name}: no language model here (no config.json){_hint(Path(name))}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -96,6 +102,11 @@ class LanguageModel(nn.Module):
                 raise
             raise CheckpointError(f"{name}: no language model can be loaded ({first_line(error)})") from error
         model, info = loaded
+        return cls._whole(name, model, tokenizer, info, device)
+
+    @classmethod
+    def _whole(cls, name: str, model: Any, tokenizer: Any, info: dict[str, Any], device: Any) -> LanguageModel:
+        """What was loaded, if no weight of it is one that the network made up."""
         if info["missing_keys"]:
             raise CheckpointError(f"{name}: weights are missing: {sorted(info['missing_keys'])[0]}")
         return cls(model if device is None else model.to(device), tokenizer)
@@ -372,3 +383,14 @@ def _is_path(name: str) -> bool:
 
 def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
+
+
+def _hint(path: Path) -> str:
+    """What to do where a path holds something else than a checkpoint."""
+    if _is_adapter(path):
+        return "; it is an adapter: load its base, then .with_adapter(path)"
+    if path.suffix == ".gguf":
+        return f"; for a GGUF file: from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
+    if files := sorted(path.glob("*.gguf")):
+        return f"; it holds a GGUF file: pass gguf_file={files[0].name!r}"
+    return ""

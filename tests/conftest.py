@@ -16,6 +16,7 @@ from problems import VOCAB
 from tiny import tiny_lm
 
 from lmppl import LanguageModel
+from lmppl.pretrained import SMOLLM2
 
 pytest.register_assert_rewrite("brute_force", "contracts", "five_sigma")
 
@@ -31,6 +32,27 @@ def pytest_configure(config: pytest.Config) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import arviz  # noqa: F401
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever asks for the pretrained model is marked, before marked tests are left out."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("pretrained")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("pretrained"):
+        pretrained_or_skip()
+
+
+def pretrained_or_skip() -> Path:
+    path = Path(os.environ.get("LMPPL_SMOLLM2") or SMOLLM2.default_directory)
+    if not (path / "config.json").is_file():
+        pytest.skip(f"no pretrained model at {path}; run `make test-pretrained`")
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +83,14 @@ def checkpoint() -> Path:
 @pytest.fixture
 def stories(checkpoint: Path) -> LanguageModel:
     return LanguageModel.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct: $LMPPL_SMOLLM2, else where `make smollm2` puts it."""
+    return pretrained_or_skip()
+
+
+@pytest.fixture(scope="module")
+def smollm2_lm(smollm2: Path) -> LanguageModel:
+    return LanguageModel.from_pretrained(smollm2)

@@ -21,6 +21,7 @@ LAYERS = {
     "chat": 0,
     "vocabulary": 1,
     "adapters": 1,
+    "gguf_files": 1,
     "language_model": 2,
     "embedded": 3,
     "engine": 3,
@@ -28,6 +29,7 @@ LAYERS = {
     "distributions": 4,
     "inference": 5,
     "models": 6,
+    "pretrained": 6,
     "cli": 7,
 }
 
