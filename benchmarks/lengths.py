@@ -1,4 +1,4 @@
-"""Long prompts, long texts and a large vocabulary on a language model of your own: are they right, and what do they take?
+"""Long prompts, long texts and a large vocabulary on a language model of your own: right, and at what price?
 
     python -m benchmarks.lengths --lm LM [--budget 4096] [--out lengths.json]
 

@@ -1,12 +1,11 @@
 """An instruct model is asked a question; its reasoning is latent, its answer observed. Which reasoning explains it?
 
-    python examples/chat.py DIR        # a chat checkpoint, e.g. what `make smollm2` prints
+python examples/chat.py DIR        # a chat checkpoint, e.g. what `make smollm2` prints
 """
 
 import sys
 
 import pyro
-import torch
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
@@ -31,5 +30,7 @@ for answer in ("Apple", "Tomato"):
     y = lm.encode([answer], stop="eos")
     prior = Importance(model, num_particles=64).run(x, y)
     smc = SMC(model, num_particles=64).run(x, y)
-    print(f"{answer}: log p(y | x) = {smc.log_evidence.item():.2f} by SMC, {prior.log_evidence.item():.2f} by importance")
+    print(
+        f"{answer}: log p(y | x) = {smc.log_evidence.item():.2f} by SMC, {prior.log_evidence.item():.2f} by importance"
+    )
     print(*(f"  {p:.2f} {z!r}" for z, p in prior.table("z", 0)[:4]), sep="\n")
