@@ -169,11 +169,17 @@ def _axes(node: Node, nesting: int) -> Axes:
 def _stops(report: Report, name: str, node: Node) -> None:
     """The mean stop probability after t tokens, over the draws that have as many."""
     fn, value = node["fn"], node["value"]
+    stopped = torch.isin(value, fn.stop).any(-1)
+    if not bool(stopped.all()):
+        report.problems.append(
+            f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws come to where its constraint permits "
+            f"nothing, as after {fn.lm.decode(value[~stopped][0])!r}, and get weight zero; permit a stop there"
+        )
     with torch.no_grad():
         stop = fn.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
     end = torch.isin(value, fn.stop).long().argmax(-1)
     column = torch.arange(stop.shape[-1], device=stop.device)
-    there = column <= end[..., None]
+    there = (column <= end[..., None]) & stopped[..., None]
     mean = torch.where(there, stop, torch.nan).flatten(0, -2).nanmean(0)
     report.stop_probabilities[name] = mean.tolist()
     free = there & (column >= fn.min_tokens[..., None]) & (column < fn.max_tokens[..., None])

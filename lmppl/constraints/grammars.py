@@ -7,7 +7,6 @@ that the mask, as a proposal, reaches all that the condition on the whole text r
 from __future__ import annotations
 
 import json
-import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,10 +17,14 @@ from torch import Tensor
 
 from ..language_model import LanguageModel, Stop
 from ..text import PAD
+from .endings import endings, escaped
 from .masks import PrefixConstraint, distinct
-from .spelling import Spelling, llguidance, spelling
+from .spelling import llguidance
 
 _STATES = 4096  # matchers and masks remembered
+_FEW = 1024  # permitted tokens, all of which are looked behind
+_WIDE = 32  # with more ways to go on, one is taken to lead somewhere
+_AHEAD, _TRIED = 16, 1024  # tokens looked ahead, and texts tried in all
 _HEADER = '%llguidance {"no_forcing": true}\n'  # else only one way to cut a forced text into tokens is allowed
 
 
@@ -31,12 +34,15 @@ def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
     :param pattern: in the syntax of Rust's regex crate (no look-around, no back-references); "." is any character but
         a newline.  A completion's first word has its leading space.
     :param stop: as of the `Completion`, see `Grammar`.
-    :raises ValueError: for a pattern that cannot be read.
+    :raises ValueError: for a pattern that cannot be read, is empty, or matches no text that can be written and ended.
 
         >>> Completion(lm, x, max_tokens=9, stop=".", allowed=regex(lm, r" He [a-z ]+\.", stop="."))
     """
+    if not pattern:
+        raise ValueError("pattern: it is empty, and would match the empty text alone")
     wrapped = llguidance().LLMatcher.grammar_from_regex(pattern)
-    return Grammar(lm, json.loads(wrapped)["grammars"][0]["lark_grammar"], stop, name="pattern")
+    slashed = json.loads(wrapped)["grammars"][0]["lark_grammar"].removeprefix("start: ")
+    return _of_terminal(lm, slashed, stop, name="pattern", written=pattern)
 
 
 def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop = "eos") -> Grammar:
@@ -44,7 +50,7 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
 
     Whitespace between the parts is free, and properties come in the schema's order.
 
-    :raises ValueError: for a schema that is no JSON, or has what llguidance does not know.
+    :raises ValueError: for a schema that is no JSON, has what llguidance does not know, or allows no text.
 
         >>> json_schema(lm, {"type": "array", "items": {"type": "boolean"}})
     """
@@ -58,7 +64,7 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
 def grammar(lm: LanguageModel, lark: str, stop: Stop = "eos") -> Grammar:
     r"""The texts of a context-free grammar in the Lark dialect of llguidance, from its rule ``start``.
 
-    :raises ValueError: for a grammar that cannot be read.
+    :raises ValueError: for a grammar that cannot be read, or allows no text.
 
         >>> grammar(lm, 'start: "(" start ")" start | ""')
     """
@@ -81,16 +87,27 @@ def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Gr
     >>> without(lm, ["knife", "stone"], stop=".")
     """
     some = _any_of(strings, "strings").replace("/", r"\/")
-    return Grammar(lm, f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*)(?:{some})(?s:.*)/", stop, name="strings")
+    return _of_terminal(lm, f"/(?s:.*)/ & ~/(?s:.*)(?:{some})(?s:.*)/", stop, name="strings")
+
+
+def _of_terminal(lm: LanguageModel, terminal: str, stop: Stop, **kwargs: Any) -> Grammar:
+    """The texts of one terminal of the Lark dialect, which can be restricted to what can be written and ended."""
+    ends = endings(lm, stop).pattern()
+    also = "" if ends is None else " & /{}/".format(ends.replace("/", r"\/"))
+    return Grammar(lm, f"start: TEXT\nTEXT: {terminal}{also}", stop, **kwargs)
 
 
 class Grammar(PrefixConstraint):
     """A constraint on the text that tokens spell, from a grammar in the Lark dialect of llguidance.
 
     An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is.  A stop is allowed
-    only where the text so ended is complete.  Special tokens are allowed nowhere else.  What is allowed can be
-    completed, if the vocabulary can spell it: one that lacks some characters, as the embedded ones do, may have tokens
-    to which nothing can be added (ban them, or meet a `DeadEnd`).
+    only where the text so ended is complete.  Special tokens are allowed nowhere else.
+
+    What is allowed can be completed.  A token is not allowed after which nothing is: one that says what only the stop
+    may say ("%." before the stop "."), or that is followed by what the vocabulary cannot spell, or by such tokens only.
+    To find them, all allowed tokens are looked behind, up to 16 tokens ahead, where they are 1024 or fewer; where they
+    are more, those that begin to spell a stop.  Of more than 32 ways to go on, one is taken to lead to an end.  That is
+    exact but for vocabularies that lack characters and are larger.  Without a stop, a complete text has ended.
 
     Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
     step, particles may be reordered, and prefixes that occur several times are asked about once.
@@ -99,21 +116,27 @@ class Grammar(PrefixConstraint):
     :param lark: the grammar.
     :param stop: as of the `Completion`: "eos", a token, several, or None.
     :raises ImportError: without the extra ``grammar``.
-    :raises ValueError: for a grammar that cannot be read or becomes too complex, or a tokenizer whose texts are not
-        spelled by their tokens one after another.
+    :raises ValueError: for a grammar that cannot be read, becomes too complex or allows no text that can be written and
+        ended, or a tokenizer whose texts are not spelled by their tokens one after another.
     """
 
-    def __init__(self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark"):
+    def __init__(
+        self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark", written: str | None = None
+    ):
         self.vocab_size, self.name = lm.vocab_size, name
-        self.spelling: Spelling = spelling(lm)
-        stops = lm.stop_ids(stop).tolist()
-        self.silent_stops = [s for s in stops if self.spelling.is_silent(s)]
-        self.spoken_stops = [s for s in stops if not self.spelling.is_silent(s)]
+        self.endings = endings(lm, stop)
+        self.spelling = self.endings.spelling
         start = llguidance().LLMatcher(self.spelling.tokenizer, _HEADER + lark, log_level=0)
         self._checked(start)
         self._start = start
         self._matchers: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
+        if not self._mask(()).any():
+            raise ValueError(
+                f"{name}: no text of {lark if written is None else written!r} can be written with this vocabulary and "
+                f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
+                "stands nowhere before)"
+            )
 
     def __call__(self, prefix: Tensor) -> Tensor:
         rows, index = distinct(prefix)
@@ -130,7 +153,7 @@ class Grammar(PrefixConstraint):
         found = []
         for row in rows.tolist():
             content = [i for i in row if i != PAD]
-            if content and content[-1] in self.silent_stops:
+            if content and content[-1] in self.endings.silent:
                 del content[-1]
             matcher = self._matcher(tuple(content))
             found.append(matcher is not None and matcher.is_accepting())
@@ -144,15 +167,42 @@ class Grammar(PrefixConstraint):
         return mask
 
     def _fresh_mask(self, matcher: Any) -> np.ndarray:
+        mask = self._next(matcher)
+        if self.endings.certain:
+            return mask
+        (options,) = mask.nonzero()
+        if len(options) > _FEW:
+            options = options[self.endings.begins_stop[options]]
+        tried: dict[bytes, bool] = {}
+        for v in options.tolist():
+            mask[v] = v in self.endings.stops or self._lasts(matcher, v, b"", tried)
+        return mask
+
+    def _next(self, matcher: Any) -> np.ndarray:
+        """The mask of what may follow, as far as the next token says."""
         if matcher is None:
             return np.zeros(self.vocab_size, dtype=bool)
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         self._checked(matcher)
         mask = np.unpackbits(bits, bitorder="little").view(bool)[self.spelling.index]
-        mask[self.silent_stops] = matcher.is_accepting()
-        for stop in self.spoken_stops:
-            mask[stop] = mask[stop] and self._after(matcher, stop).is_accepting()
+        mask[self.endings.silent] = matcher.is_accepting()
+        for stop in self.endings.spoken:
+            mask[stop] = mask[stop] and self._read(matcher, stop).is_accepting()
         return mask
+
+    def _lasts(self, matcher: Any, token: int, said: bytes, tried: dict[bytes, bool], ahead: int = _AHEAD) -> bool:
+        """Whether the text can be ended some time after ``token``; ``said``: since the text that is asked about."""
+        said += self.endings.spelled[token]
+        if said not in tried:
+            after = self._read(matcher, token)
+            (options,) = self._next(after).nonzero()
+            stops = self.endings.stops
+            ended = bool(np.isin(stops, options).any()) if stops else after.is_accepting()
+            unknown = len(options) > _WIDE or not ahead or len(tried) >= _TRIED
+            tried[said] = (
+                ended or unknown or any(self._lasts(after, v, said, tried, ahead - 1) for v in options.tolist())
+            )
+        return tried[said]
 
     def _matcher(self, prefix: tuple[int, ...]) -> Any:
         """The matcher that has read ``prefix``, None where it cannot be read; to be copied, not fed."""
@@ -166,8 +216,9 @@ class Grammar(PrefixConstraint):
         return matcher
 
     def _after(self, matcher: Any, token: int) -> Any:
-        if token == PAD or self.spelling.is_silent(token):
-            return None
+        return None if token == PAD or self.spelling.is_silent(token) else self._read(matcher, token)
+
+    def _read(self, matcher: Any, token: int) -> Any:
         after = matcher.deep_copy()
         read = after.try_consume_tokens([int(self.spelling.index[token])])
         self._checked(after)
@@ -184,7 +235,7 @@ def _any_of(strings: Iterable[str], name: str) -> str:
     given = [strings] if isinstance(strings, str) else list(strings)
     if not given or not all(isinstance(s, str) and s for s in given):
         raise ValueError(f"{name}: expected strings of one character or more, got {given!r}")
-    return "|".join(re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", s).replace("\n", r"\n") for s in given)
+    return "|".join(escaped(s) for s in given)
 
 
 def _recall(cache: OrderedDict, key: tuple[int, ...]) -> Any:

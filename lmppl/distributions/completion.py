@@ -21,7 +21,7 @@ from .insertions import Insertions
 from .rejection import RejectionSteps
 from .rules import Rules
 from .support import Texts, every_text
-from .token_steps import TokenSteps
+from .token_steps import DeadEnd, TokenSteps
 
 
 class PrefixScores(NamedTuple):
@@ -193,7 +193,10 @@ class Completion(TorchDistribution):
 
     @torch.no_grad()
     def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """A sample and its log-probability, both from the same KV-cached pass."""
+        """A sample and its log-probability, both from the same KV-cached pass.
+
+        Where a constraint permits nothing, the text ends without a stop, and its log-probability is -inf.
+        """
         return self._draw(sample_shape, exact=True)
 
     def _draw(self, sample_shape: torch.Size | tuple[int, ...], exact: bool) -> tuple[Tensor, Tensor]:
@@ -209,7 +212,8 @@ class Completion(TorchDistribution):
 
         ``value`` (..., L), ``keep`` (...), leading axes broadcasting with the batch -> (..., *event), (...).  No token
         more goes through the network than in drawing the result afresh; ``keep = 0`` is a fresh draw, and a text whose
-        stop is kept comes back as it was, with 0.  The log-probability of the old ending is ``token_log_probs(value)``,
+        stop is kept comes back as it was, with 0.  A text that a constraint lets go no further ends there without a
+        stop, with -inf.  The log-probability of the old ending is ``token_log_probs(value)``,
         summed over the tokens from ``keep`` on.
 
         :raises ValueError: for a negative ``keep``, and for one that keeps more tokens than a text can have.
@@ -267,8 +271,15 @@ class Completion(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient."""
-        return self._draw(sample_shape, exact=False)[0]
+        """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient.
+
+        :raises DeadEnd: where a constraint permits nothing after a text that was drawn, which it names.
+        """
+        value, log_prob = self._draw(sample_shape, exact=False)
+        dead = value[log_prob == -torch.inf]
+        if len(dead):
+            raise DeadEnd.after(self.lm, dead[0])
+        return value
 
     def placeholder(self) -> Tensor:
         """Some text of the right shape (*batch, *event), got without asking the network."""

@@ -30,7 +30,7 @@ from torch.nn.functional import logsigmoid
 
 from .. import text
 from ..constraints import Check
-from .token_steps import DeadEnd, TokenSteps, invert
+from .token_steps import TokenSteps, invert
 
 Ask = Callable[[Tensor, Tensor], Tensor]  # rows (r,), tokens (r,) -> BoolTensor (r,)
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # what is left of p (r, V), rows (r,), k -> tokens (r,)
@@ -119,7 +119,7 @@ class RejectionSteps(TokenSteps):
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         r"""The next token of every row and log p(token) - log W-hat, both (R,), from one uniform number a row.
 
-        PAD and 0 in rows that have ended.  Raises DeadEnd where the check passes no token.
+        PAD and 0 in rows that have ended; PAD and -inf where the check passes no token.
         """
         check, t = self.rules.allowed, self.prefix.shape[1]
         assert isinstance(check, Check)
@@ -127,9 +127,8 @@ class RejectionSteps(TokenSteps):
             return super().draw(uniform)
         rules = self.rules.within(check.within)
         logits, dead = rules.permitted(self._logits()[:, None], self.prefix, t)
-        rows = (~self.ended).nonzero()[:, 0]
-        if dead is not None and bool(dead.expand(len(logits), 1, 1)[rows].any()):
-            raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
+        stuck = self.ended if dead is None else self.ended | dead[:, 0, 0]
+        rows = (~stuck).nonzero()[:, 0]
         probs = logits[rows, 0].double().softmax(-1)  # (r, V)
         late = (rules.max_tokens <= t).expand(len(self.ended))[rows] & bool(rules.stop.numel())  # a stop is certain
         free = late & (rules.stop.numel() == 1) | (rules.inserted(self.prefix, t, 1)[rows, 0] != text.PAD)
@@ -144,14 +143,13 @@ class RejectionSteps(TokenSteps):
             return invert(left, uniform[rows[row]] if k == 0 else scramble(uniform[rows[row]], k))
 
         token, log_mass = reject(probs, ask, choose, check.num_accepts, check.patience)
-        dead_row = log_mass == -torch.inf
-        if bool((dead_row & ~late).any()):
-            raise DeadEnd(f"allowed: the check passes no token after {t} tokens; let a stop token pass there")
+        nothing = log_mass == -torch.inf
         # Of several stops at the limit the check may forbid some, but never all.
-        token = torch.where(dead_row, invert(probs, uniform[rows]), token)
-        log_q = probs.gather(1, token[:, None])[:, 0].log() - log_mass.masked_fill(dead_row, 0.0)
+        token = torch.where(nothing & late, invert(probs, uniform[rows]), token)
+        log_q = probs.gather(1, token.clamp(min=0)[:, None])[:, 0].log() - log_mass.masked_fill(nothing, 0.0)
+        log_q = log_q.masked_fill(nothing & ~late, -torch.inf)
         tokens = torch.full_like(self.ended, text.PAD, dtype=torch.long)
-        log_probs = torch.zeros_like(uniform)
+        log_probs = torch.zeros_like(uniform).masked_fill(stuck & ~self.ended, -torch.inf)
         tokens[rows], log_probs[rows] = token, log_q.to(uniform.dtype)
         return tokens, log_probs
 

@@ -18,6 +18,15 @@ from .rules import Rules
 class DeadEnd(ValueError):
     """A constraint leaves no token to continue with."""
 
+    @classmethod
+    def after(cls, lm: LanguageModel, prefix: Tensor) -> DeadEnd:
+        """The error that names the text (L,) that led there."""
+        return cls(
+            f"allowed: the constraint permits no token after {lm.decode(prefix)!r} (tokens "
+            f"{prefix[prefix != text.PAD].tolist()}); permit a stop there, or a way round it. Importance and SMC go on "
+            "where a draw ends so, and give it weight zero"
+        )
+
 
 class TokenSteps:
     """R unfinished texts: `draw` or `score` a next token, `append` one to each, `select` (reorder) the rows.
@@ -68,7 +77,8 @@ class TokenSteps:
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-probability, both (R,), from one uniform number a row.
 
-        PAD and 0 in rows that have ended.  Raises DeadEnd where a constraint permits nothing.
+        PAD and 0 in rows that have ended; PAD and -inf where a constraint permits nothing: the text is impossible, and
+        `append` ends it there.
         """
         t = self.prefix.shape[1]
         if self.rules.forced(t):
@@ -89,7 +99,8 @@ class TokenSteps:
         return [torch.cat(of_each) for of_each in zip(*found, strict=True)]
 
     def append(self, tokens: Tensor) -> None:
-        """Append ``tokens`` (R,), PAD in rows that have ended; or several at once, (R, T), none of them a stop.
+        """Append ``tokens`` (R,), PAD in rows that have ended or end here without a stop; or several at once, (R, T),
+        none of them a stop.
 
         Steps that share another's are given what that one was given before.
         """
@@ -100,9 +111,10 @@ class TokenSteps:
         else:
             self.prefix = self._share.prefix
         if self.rules.stop.numel():
-            self.ended = self.ended | self.rules.is_stop(tokens[:, -1])
+            self.ended = self.ended | self.rules.is_stop(tokens[:, -1]) | (tokens[:, -1] == text.PAD)
         else:
-            self.ended = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
+            whole = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
+            self.ended = whole | (tokens[:, -1] == text.PAD)
         self.alive = len(tokens) - int(self.ended.count_nonzero())
 
     def select(self, index: Tensor) -> None:
@@ -129,12 +141,12 @@ def _drawn(rules: Rules, logits: Tensor, prefix: Tensor, ended: Tensor, uniform:
         rules, tokens = narrowed
         logits = logits.index_select(1, tokens)
     logits, dead = rules.permitted(logits[:, None], prefix, t)
-    if dead is not None and bool((dead.expand(len(logits), 1, 1)[:, 0, 0] & ~ended).any()):
-        raise DeadEnd(f"allowed: the constraint permits no token after {t} tokens; permit a stop token there")
     probs = logits[:, 0].softmax(-1)  # (r, V); one pass less over the vocabulary than by way of its logarithm
     token = invert(probs, uniform)
     log_prob = probs.gather(1, token[:, None])[:, 0].log()
     token = token if tokens is None else tokens[token]
+    if dead is not None:
+        token, log_prob = token.masked_fill(dead[:, 0, 0], text.PAD), log_prob.masked_fill(dead[:, 0, 0], -torch.inf)
     return token.masked_fill(ended, text.PAD), log_prob.masked_fill(ended, 0.0)
 
 

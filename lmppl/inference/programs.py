@@ -65,7 +65,9 @@ class Draw(Messenger):
         elif self.explore is None:
             msg["value"], self.log_probs[msg["name"]] = fn.sample_and_log_prob()
         else:
-            msg["value"] = self.explore(fn).sample()
+            broader = self.explore(fn)  # a dead end is no error here, as it is for `sample`
+            drawn = hasattr(broader, "sample_and_log_prob")
+            msg["value"] = broader.sample_and_log_prob()[0] if drawn else broader.sample()
         msg["done"] = True
 
 

@@ -200,6 +200,8 @@ def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Ten
             terms.append(
                 log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
             )
+        elif name in known and bool((dead := known[name] == -torch.inf).any()):  # a text that could not go on
+            terms.append(site_log_prob(node, plates, torch.zeros_like(known[name]).masked_fill(dead, -torch.inf)))
     return _total(terms, plates, device_of(trace))
 
 
@@ -310,6 +312,7 @@ def balance(
             valid = (plates.reduce(((at <= end) & stopped).double()) > 0) & (log_q != -torch.inf)
             last = plates.reduce((at < end).double()) == 0
             mask = guide_trace.nodes[site]["mask"]
+            valid = valid & (plates.reduce(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
             if mask is not None:
                 valid = valid & (last | (plates.reduce(torch.as_tensor(mask).double()) > 0))
             stop_site = scale_and_mask(stop_site.detach(), 1.0, mask)  # a text that is not there has ended for certain

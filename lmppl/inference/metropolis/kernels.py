@@ -164,7 +164,7 @@ def density(setting: Setting, values: Values) -> Density:
 
 def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
     """The Metropolis rule, BoolTensor (chain, *kept), from log pi(z), log pi(z') and log k(z | z') - log k(z' | z)."""
-    log_alpha = log_new - log_old + log_ratio
+    log_alpha = (log_new - log_old + log_ratio).masked_fill(log_new == -torch.inf, -torch.inf)
     uniform = randomness.uniform(log_alpha.shape, axis=1, dtype=torch.float64, device=log_alpha.device)
     return (log_old == -torch.inf) | (uniform.log() < log_alpha)
 

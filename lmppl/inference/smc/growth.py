@@ -18,7 +18,8 @@ class Growth:
     r"""Unfinished texts of one site, (particle, *plate axes), drawn from the guide's site and scored by the model's.
 
     A token's log increment is :math:`scale \cdot \log p(token) - \log q(token)`, summed over the rows of a particle.  A
-    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf.  With
+    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf, and so does
+    one that the guide can neither go on with nor stop, which ends there without a stop.  With
     ``retained`` texts by site (1, *plate axes, L), particle 0 gets its tokens from there: +inf where q has none of it.
     """
 
@@ -75,7 +76,8 @@ class Growth:
         q.append(token)
         if p is not q:
             p.append(token)
-            gone = gone | (q.ended > p.ended)  # it has ended, but not for the model
+            dead = (token == text.PAD) & ~ended
+            gone = gone | dead | (q.ended > p.ended)  # it has ended, but not for the model
             log_p = log_p.masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
         return self._ratio(log_p, log_q)
 

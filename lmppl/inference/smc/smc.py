@@ -140,7 +140,9 @@ class _State:
         if is_grown(met):
             raise SiteMismatch(_mismatch(site, met, target))
         # The guide draws a text before another latent on which the model's text depends: it is drawn whole.
-        self.values[site["name"]] = keep_first(self.retained, site["name"], site["fn"], site["fn"].sample())
+        fn = site["fn"]
+        value = fn.sample_and_log_prob()[0] if hasattr(fn, "sample_and_log_prob") else fn.sample()
+        self.values[site["name"]] = keep_first(self.retained, site["name"], fn, value)
         return self.next_text()
 
     def grow(self, model: Node, guide: Node) -> None:

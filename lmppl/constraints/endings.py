@@ -1,0 +1,98 @@
+"""How a text under a grammar may end, and what a vocabulary can write: so that no token leads where nothing follows.
+
+A grammar is about bytes, a text is written in tokens, and its last token must be a stop.  Two things go wrong between
+them: the vocabulary may not spell what must come, and a token such as "%." may say what only the stop "." may say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..language_model import LanguageModel, Stop
+from .spelling import Spelling, spelling
+
+_SPELT_OUT = 1024  # a vocabulary of so many spellings is written out in a regular expression
+_CHARACTERS = {9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}  # the bytes of ordinary text
+
+
+class Endings:
+    """The stops of a text, silent (eos, no part of it) and spoken ("."), under a vocabulary."""
+
+    def __init__(self, spelling: Spelling, stops: list[int]):
+        self.spelling, self.stops = spelling, stops
+        self.silent = [s for s in stops if spelling.is_silent(s)]
+        self.spoken = [s for s in stops if not spelling.is_silent(s)]
+
+    @cached_property
+    def spelled(self) -> list[bytes]:
+        """What each token spells, b"" where it is silent."""
+        decode = self.spelling.tokenizer.decode_bytes
+        return [decode([int(i)]) if i else b"" for i in self.spelling.index]
+
+    @cached_property
+    def certain(self) -> bool:
+        """Whether every byte that is viable is part of a text that can be written and ended, so that all lasts."""
+        return not self.spoken and self.complete
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether ordinary text can be written byte by byte."""
+        return {s[0] for s in self.spelled if len(s) == 1} >= _CHARACTERS
+
+    @cached_property
+    def begins_stop(self) -> np.ndarray:
+        """(V,) whether a token could say the beginning of a spoken stop, which no other token may then finish."""
+        found = np.zeros(len(self.spelled), dtype=bool)
+        for stop in {self.spelled[s] for s in self.spoken}:
+            for v, s in enumerate(self.spelled):
+                found[v] |= bool(s) and (s in stop or any(s.endswith(stop[:j]) for j in range(1, len(stop) + 1)))
+        found[self.stops] = False
+        return found
+
+    def pattern(self) -> str | None:
+        """A regular expression of what can be written and then ended, as far as one can say it; None: anything."""
+        if self.certain:
+            return None
+        stops = {self.spelled[s] for s in self.spoken}
+        content = {s for v, s in enumerate(self.spelled) if s and v not in self.spoken}
+        ending = ""
+        if stops:
+            ending = f"(?:{'|'.join(_escaped(stops))})" + ("?" if self.silent else "")
+        return f"(?s:{self._written(content, stops)}{ending})"
+
+    def _written(self, content: set[bytes], stops: set[bytes]) -> str:
+        """What tokens that are no stops can spell."""
+        # A character that is spelled by the stop alone ("." itself) can be written as a part of others ("..") only.
+        lacking = {s for s in stops - content if len(s) == 1}
+        if self.complete and not lacking:
+            return ".*"
+        units = {s for s in content if any(c in s for c in lacking)} if self.complete else content
+        try:
+            each = _escaped(units) + ([f"[^{''.join(_escaped(lacking))}]"] if self.complete else [])
+        except UnicodeDecodeError:  # a token that is no text by itself
+            return ".*"
+        return f"(?:{'|'.join(each)})*" if len(units) <= _SPELT_OUT else ".*"
+
+
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[int, ...], Endings]] = WeakKeyDictionary()
+
+
+def endings(lm: LanguageModel, stop: Stop) -> Endings:
+    """The endings of a language model's texts under a stop, found once."""
+    stops = lm.stop_ids(stop).tolist()
+    return _KNOWN.setdefault(lm.vocabulary, {}).setdefault(tuple(stops), Endings(spelling(lm), stops))
+
+
+def escaped(string: str) -> str:
+    """The regular expression that matches this string."""
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", string).replace("\n", r"\n")
+
+
+def _escaped(spelled: Iterable[bytes]) -> list[str]:
+    return sorted(escaped(s.decode()) for s in spelled)
