@@ -2,6 +2,8 @@
 
     python -m benchmarks.real_data --lm LM --data DATA --steps 20 --out docs/real_data.md
 
+On a large language model, fewer of everything: ``--observations 2 --particles 8 --test 4 --draws 8``.
+
 LM is a Hugging Face checkpoint; DATA a folder with prompts/prompts.txt (a prompt a line), subj/ (train.10.jsonl and the
 like) and arithmetic/ (the paper's files). Stories are sampled from the language model itself, three sentences each. The
 truth is not known here. What can be said of a guide is sd(u) on observations it was not trained on (0 at the posterior)
@@ -14,6 +16,9 @@ from __future__ import annotations
 import random
 import re
 import tempfile
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,16 +32,18 @@ from lmppl.inference import Importance
 from lmppl.inference.files import write_atomically
 from lmppl.models import EXPERIMENTS, Experiment
 
-PROMPTS, STORIES, PARTICLES = 64, 64, 32
+PROMPTS, STORIES, DRAWS = 64, 64, 32
 LONGEST = 24  # tokens of a prompt
 SHOWN = 60  # characters of a text
+DEFAULTS = {"observations": 0, "particles": 0, "test": 16, "draws": DRAWS}
 PAGE = """# On real data
 
-`python -m benchmarks.real_data --lm LM --data DATA --steps {steps}`: every model on a language model and data that the
-project did not make (LM: 2.2 million parameters, trained on simple English stories), {steps} training steps each, one
-seed, {particles} particles. A smoke run and no claim: the truth is not known. *sd(u)* on
-unseen observations, nats, is 0 at the posterior (a dash: some sample has probability 0); *ESS/N* is the effective
-share of importance samples, a mean over the observations that any sample explains.
+`{command}`: every model on a language model and data
+that the project did not make (LM: {parameters:.1f} million parameters), {steps} training steps each, one
+seed, {draws} draws for each of {test} unseen observations. A smoke run and no claim: the truth is not known. *sd(u)*
+on unseen observations, nats, is 0 at the posterior (a dash: some sample has probability 0); *ESS/N* is the effective
+share of importance samples, a mean over the observations that any sample explains; *seconds* are the processor's, of
+everything in the row.
 
 {table}
 """
@@ -77,28 +84,37 @@ def inputs(lm: LanguageModel, data: Path, folder: Path) -> dict[str, tuple[Path 
 
 
 @torch.no_grad()
-def figures(e: Experiment, guide: Any) -> tuple[float, float]:
+def figures(e: Experiment, guide: Any, test: tuple[Any, ...], draws: int) -> tuple[float, float]:
     """sd(u) and ESS/N on the test observations, means over those that any sample explains."""
-    found = Importance(e.model, guide, num_particles=PARTICLES).run(*e.test)
+    found = Importance(e.model, guide, num_particles=draws).run(*test)
     explained = (found.log_weights > -torch.inf).any(0)
     spread = found.log_weights.std(0)
     sd = spread.mean().item() if bool(spread.isfinite().all()) else float("nan")
-    share = (found.ess / PARTICLES)[explained]
+    share = (found.ess / draws)[explained]
     return sd, share.mean().item() if len(share) else 0.0
 
 
-def row(name: str, lm: LanguageModel, data: Path | None, options: dict[str, Any], steps: int) -> list[str]:
+def row(
+    name: str, lm: LanguageModel, data: Path | None, options: dict[str, Any], steps: int, size: dict[str, int]
+) -> list[str]:
     """One model, trained for ``steps``: a line of the table."""
-    e = EXPERIMENTS[name](lm, data, seed=0, **options)
+    start, make = time.process_time(), partial(EXPERIMENTS[name], lm, data, seed=0, **options)
+    e = make()
+    smaller = {key: size[key] for key in ("observations", "particles") if size[key]}
+    if smaller:
+        e = make(recipe=replace(e.recipe, **smaller))
+    test = tuple(x[: size["test"]] if isinstance(x, torch.Tensor) and x.dim() else x for x in e.test)
     torch.manual_seed(0)
-    prior, before = figures(e, None), figures(e, e.guide)
+    prior, before = figures(e, None, test, size["draws"]), figures(e, e.guide, test, size["draws"])
     e.gflownet().fit(e.batches, steps, seed=0, progress=False)
-    after = figures(e, e.guide)
-    drawn = Importance(e.model, e.guide, num_particles=PARTICLES).run(*e.test)
+    after = figures(e, e.guide, test, size["draws"])
+    drawn = Importance(e.model, e.guide, num_particles=size["draws"]).run(*test)
     text = lm.decode(drawn.samples[e.site][0].reshape(-1, drawn.samples[e.site].shape[-1])[0])
     text = " ".join(text.split()).replace("|", "/")[:SHOWN]
     sd = ["-" if s != s else f"{s:.2f}" for s, _ in (prior, before, after)]
-    return [name, e.target.replace("|", "\\|"), *sd, *(f"{share:.2f}" for _, share in (prior, before, after)), text]
+    shares = [f"{share:.2f}" for _, share in (prior, before, after)]
+    taken = f"{time.process_time() - start:.0f}"
+    return [name, e.target.replace("|", "\\|"), *sd, *shares, taken, text]
 
 
 def main(
@@ -106,6 +122,10 @@ def main(
     data: Annotated[Path, typer.Option(help="A folder with prompts/, subj/ and arithmetic/.")],
     out: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 20,
+    observations: Annotated[int, typer.Option(help="Observations of a step; 0: the recipe's.")] = 0,
+    particles: Annotated[int, typer.Option(help="Particles of a step; 0: the recipe's.")] = 0,
+    test: Annotated[int, typer.Option(help="Unseen observations.")] = 16,
+    draws: Annotated[int, typer.Option(help="Draws for each of them.")] = DRAWS,
     only: Annotated[str | None, typer.Option(help="A comma-separated choice of models.")] = None,
 ) -> None:
     """Run every model and print the table."""
@@ -116,19 +136,27 @@ def main(
         "model",
         "target",
         *(f"{f}, {w}" for f in ("sd(u)", "ESS/N") for w in ("prior", "before", "after")),
+        "seconds",
         "a draw",
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     torch.manual_seed(0)
     random.seed(0)
+    size = {"observations": observations, "particles": particles, "test": test, "draws": draws}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (path, options) in inputs(LanguageModel.from_pretrained(lm), data, Path(folder)).items():
+        base = LanguageModel.from_pretrained(lm)
+        parameters = sum(p.numel() for p in base.trainable_parameters()) / 1e6
+        for name, (path, options) in inputs(base, data, Path(folder)).items():
             if only is None or name in only.split(","):
                 # A language model of its own for each: adapters of the others would only take room.
-                cells = row(name, LanguageModel.from_pretrained(lm), path, options, steps)
+                cells = row(name, LanguageModel.from_pretrained(lm), path, options, steps, size)
                 lines.append("| " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
-    page = PAGE.format(steps=steps, particles=PARTICLES, table="\n".join(lines))
+    command = f"python -m benchmarks.real_data --lm LM --data DATA --steps {steps}"
+    command += "".join(f" --{key} {value}" for key, value in size.items() if value != DEFAULTS[key])
+    page = PAGE.format(
+        command=command, parameters=parameters, steps=steps, draws=draws, test=test, table="\n".join(lines)
+    )
     if out is not None:
         write_atomically(out, page.encode())
 
