@@ -131,7 +131,9 @@ class Network(Parts):
         places = [] if self.sharded else [(owner, key, owner.get(key)) for owner, key in self.places]
         trained = [(owner, key, p) for owner, key, p in places if type(p) is nn.Parameter and p.requires_grad]
         frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for *_, p in trained}
-        switched = [p for p in self.base_parameters if p.requires_grad and p not in frozen]
+        switched = [
+            p for p in self.base_parameters if p.requires_grad and (self.sharded or type(p) is not nn.Parameter)
+        ]
         for owner, key, p in trained:
             owner[key] = frozen[p]
         for p in switched:

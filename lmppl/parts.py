@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from lmppl.positions import Rotary
 
 STATES = 4  # in which facts about a network are remembered
-RECORDERS = "transformers.utils.output_capturing"  # whose hooks change nothing
+HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}  # whose hooks change no number
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -87,7 +87,7 @@ class Parts:
                 found += own["_forward_pre_hooks"].values()
                 # accelerate patches a model that it spreads over devices, which changes nothing.
                 found += [own["forward"]] if "forward" in own and "_hf_hook" not in own else []
-        return [f for f in found if getattr(f, "__module__", None) != RECORDERS]
+        return [f for f in found if getattr(f, "__module__", None) not in HARMLESS]
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -7,7 +7,8 @@ reads each of its prompts once, however often it is sampled from and scored afte
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,17 @@ class Prompts:
         """Drop everything."""
         with self._lock:
             self._kept.clear()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is read inside, a trial's own texts, is not kept, and what was kept before is not known."""
+        with self._lock:
+            before = self._kept, self._state
+            self._kept, self._state = OrderedDict(), None
+            try:
+                yield
+            finally:
+                self._kept, self._state = before
 
     def past(self, lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
         """Keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W), or a few less unless ``exactly``.
