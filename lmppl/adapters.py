@@ -7,19 +7,20 @@ view is switched on by setting the state of the tuner layers alone.
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import peft
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
+from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,9 +29,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmppl.activations import fuse_activations
+from lmppl.parts import WRAPPERS, Parts, plain_key
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Within = Callable[[], AbstractContextManager[None]]
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 # These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # In these, layers whose weights are read past an adapter (most of which PEFT refuses): "all-linear" is all the others.
@@ -52,35 +55,59 @@ class Adapter:
     layers: set[nn.Module]
 
 
-@dataclass(eq=False)
-class Network:
-    """The Hugging Face model that all views share, with the tokens it has scored and facts verified about it."""
+class Lock:
+    """A lock that one thread may take several times; a copy of it, as of the model that it guards, is a new one."""
 
-    model: Any
-    tokens_scored: int = 0
-    facts: dict[str, object] = field(default_factory=dict)
-    adapters: dict[str, Adapter] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
 
-    def __post_init__(self) -> None:
-        if any(isinstance(m, WRAPPERS) for m in self.model.modules()):
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+def _locked(method: Callable[Concatenate[Network, P], T]) -> Callable[Concatenate[Network, P], T]:
+    """The method, which holds the network's lock."""
+
+    @wraps(method)
+    def held(self: Network, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return held
+
+
+class Network(Parts):
+    """The Hugging Face model that all views share, with the tokens it has scored and what is known about it.
+
+    ``lock`` is held by whoever runs the model or changes what a run depends on.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if any(isinstance(m, WRAPPERS) for m in model.modules()):
             raise ValueError(
                 "model already holds PEFT layers; pass the base model and load adapters with .with_adapter(path)"
             )
-        self.model.eval()
-        fuse_activations(self.model)
-        for module in self.model.modules():
+        model.eval()
+        fuse_activations(model)
+        for module in model.modules():
             # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
             # look for in the tokens of every pass.
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
                 module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
+        super().__init__(model)
+        self.lock = Lock()
+        self.tokens_scored = 0
+        self.adapters: dict[str, Adapter] = {}
         self.active: Adapter | None = None
-        self.base_keys = frozenset(self.model.state_dict())
-        self.base_parameters: list[nn.Parameter] = list(self.model.parameters())
-        self.layers: list[Any] = []
-        self.checkpointing = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
-        head = self.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        self.vocab_size = int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+        self.kept: dict[str, object] = {}
+
+    # Views -----------------------------------------------------------------------------------------------------------
 
     def activate(self, adapter: Adapter | None) -> None:
         """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
@@ -96,18 +123,40 @@ class Network:
 
     @contextmanager
     def base_frozen(self) -> Iterator[None]:
-        """No graph is built for the base weights inside; their `requires_grad` is as before afterwards."""
-        frozen = [p for p in self.base_parameters if p.requires_grad]
-        for p in frozen:
+        """No graph is built for the base weights inside.
+
+        Passes see others in their place, that share their memory: with `requires_grad` off, a backward pass that is
+        under way in another thread would lose their gradients. (Sharded weights are switched nevertheless.)
+        """
+        places = [] if self.sharded else [(owner, key, owner.get(key)) for owner, key in self.places]
+        trained = [(owner, key, p) for owner, key, p in places if type(p) is nn.Parameter and p.requires_grad]
+        frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for *_, p in trained}
+        switched = [
+            p for p in self.base_parameters if p.requires_grad and (self.sharded or type(p) is not nn.Parameter)
+        ]
+        for owner, key, p in trained:
+            owner[key] = frozen[p]
+        for p in switched:
             p.requires_grad = False
         try:
             yield
         finally:
-            for p in frozen:
+            for owner, key, p in trained:
+                owner[key] = p
+            for p in switched:
                 p.requires_grad = True
 
-    def run(self, adapter: Adapter | None, input_ids: Tensor, within: Within = nullcontext, **kwargs: Any) -> Any:
+    def run(
+        self,
+        adapter: Adapter | None,
+        input_ids: Tensor,
+        within: Within = nullcontext,
+        long: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
+
+        ``long``: see `Rotary.read`. Raises ValueError where modules of the adapter were replaced.
 
         Where the model's gradient checkpointing is on, layers are computed again in the backward pass: with the adapter
         of this pass, whichever has been active since, and inside ``within()``.
@@ -115,19 +164,30 @@ class Network:
 
         @contextmanager
         def setting() -> Iterator[None]:
-            self.activate(adapter)
-            with self.base_frozen() if adapter and torch.is_grad_enabled() else nullcontext(), within():
-                yield
+            with self.lock:
+                self.activate(adapter)
+                freeze = adapter is not None and torch.is_grad_enabled()
+                with self.base_frozen() if freeze else nullcontext(), self.rotary.read(long), within():
+                    yield
 
-        layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
-        try:
-            for layer in layers:
-                layer.__dict__["forward"] = partial(_repeated, layer, setting)
-            with setting():
-                return self.model(input_ids, **kwargs)
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+        with self.lock:
+            self.follow()
+            if adapter is not None and not adapter.layers.issubset(self.layers):
+                raise ValueError(
+                    f"modules of {type(self.model).__name__} that held adapter {adapter.name!r} were replaced; "
+                    "save the adapter before, and load it with .with_adapter(path)"
+                )
+            if self.model.training:
+                self.model.eval()
+            layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
+            try:
+                for layer in layers:
+                    layer.__dict__["forward"] = partial(_repeated, layer, setting)
+                with setting():
+                    return self.model(input_ids, **kwargs)
+            finally:
+                for layer in layers:
+                    layer.__dict__.pop("forward", None)
 
     def _layers_to_repeat(self, kwargs: dict[str, Any]) -> list[Any]:
         """The layers to compute again in the backward pass; RuntimeError where that would not be right."""
@@ -147,6 +207,7 @@ class Network:
             )
         return layers
 
+    @_locked
     def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
         """Inject a new adapter; whatever was there keeps its weights, its gradients and its `requires_grad`."""
         name = self._name(name)
@@ -175,14 +236,16 @@ class Network:
             self.model.__dict__.pop("peft_config", None)
             for p, requires_grad in before.items():
                 p.requires_grad = requires_grad
-            self.layers = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
+            own = [p for p in self.model.parameters() if p not in before]
+            self.of_adapters.update(own)
+            self.look()
             self.model.eval()
             self._switch(None)  # PEFT leaves new layers on, half an adapter too where it failed midway
-        own = [p for p in self.model.parameters() if p not in before]
         layers = {m for m in self.layers if name in _names(m)}
         adapter = self.adapters[name] = Adapter(name, config, [p for p in own if p.requires_grad], layers)
         return adapter
 
+    @_locked
     def load(self, path: str, name: str | None) -> Adapter:
         """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit."""
         if not (Path(path) / "adapter_config.json").is_file():
@@ -211,16 +274,18 @@ class Network:
             raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
         return adapter
 
+    @_locked
     def save_base(self, directory: Path) -> None:
         """Write the base weights as a Hugging Face checkpoint in which no adapter shows."""
-        state = {_plain(k): w for k, w in self.model.state_dict().items() if _plain(k) in self.base_keys}
+        state = {plain_key(k): w for k, w in self.model.state_dict().items() if plain_key(k) in self.base_keys}
         self.model.save_pretrained(directory, state_dict=state, safe_serialization=True)
 
+    @_locked
     def save_adapter(self, adapter: Adapter, directory: Path) -> None:
         """Write one adapter in the layout of PEFT."""
         with self._peft_config():
             state = peft.get_peft_model_state_dict(self.model, adapter_name=adapter.name, save_embedding_layers=False)
-        plain = {_plain(k): w for k, w in state.items()}
+        plain = {plain_key(k): w for k, w in state.items()}
         if len(plain) == len(state):  # else PEFT itself wrapped one layer several times, as it does for experts
             state = plain
         save_file(
@@ -255,11 +320,6 @@ class Network:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line of bounded length."""
     return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
-
-
-def _plain(key: str) -> str:
-    """The key as it would be had no adapter wrapped the layer."""
-    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
 
 
 def _names(layer: Any) -> set[str]:

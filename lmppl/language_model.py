@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import string as strings
 import tempfile
@@ -55,6 +56,8 @@ class LanguageModel(nn.Module):
         if network is None:
             # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
             network = model.__dict__["_lmppl_network"] = Network(model)
+        with network.lock:
+            network.follow()
         config = model.config.get_text_config()
         self.model = model
         self.tokenizer = tokenizer
@@ -67,6 +70,8 @@ class LanguageModel(nn.Module):
         )
         self.token_budget = TOKEN_BUDGET
         self._adapter = _adapter
+        self._vocab_size = network.vocab_size
+        self._long: bool | None = None
 
     @classmethod
     def from_pretrained(
@@ -125,8 +130,16 @@ class LanguageModel(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the network gives a logit."""
-        return self.network.vocab_size
+        """How many ids the network gives a logit. Raises ValueError where that changed since it was wrapped."""
+        self._refuse_resized()
+        return self._vocab_size
+
+    def _refuse_resized(self) -> None:
+        if self.network.vocab_size != self._vocab_size:
+            raise ValueError(
+                f"model: it has {self.network.vocab_size} ids, and had {self._vocab_size} when it was wrapped; after "
+                "resize_token_embeddings, wrap it again: LanguageModel(model, tokenizer)"
+            )
 
     @property
     def eos_id(self) -> int | None:
@@ -178,10 +191,26 @@ class LanguageModel(nn.Module):
         :param tokens: what to add to `tokens_scored` (default: every element of `input_ids`).
         """
         network = self.network
-        network.tokens_scored += input_ids.numel() if tokens is None else tokens
-        if network.model.training:
-            network.model.eval()
-        return network.run(self._adapter, input_ids, **kwargs)
+        with network.lock:
+            self._refuse_resized()
+            network.tokens_scored += input_ids.numel() if tokens is None else tokens
+            return network.run(self._adapter, input_ids, long=self._long, **kwargs)
+
+    def reading(self, *, long: bool) -> LanguageModel:
+        """This view, every pass with the rotary factors of long texts, or all with those of short ones.
+
+        Of short texts: `max_length` is the length up to which they hold. See `lmppl.positions`.
+        """
+        view = copy.copy(self)
+        view._long = long
+        if not long:
+            view.max_length = self.network.rotary.turn
+        return view
+
+    @property
+    def long(self) -> bool | None:
+        """What `reading` was given: None where a pass is read as its own length demands."""
+        return self._long
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""
@@ -202,6 +231,7 @@ class LanguageModel(nn.Module):
         >>> guide.save_pretrained("out/guide")
         >>> guide = lm.with_adapter("out/guide")
         """
+        self._refuse_resized()
         if isinstance(peft_config, peft.PeftConfig):
             adapter = self.network.add(peft_config, name)
         elif isinstance(peft_config, str | os.PathLike):
@@ -220,8 +250,11 @@ class LanguageModel(nn.Module):
 
         >>> optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-3)
         """
-        own = self.network.base_parameters if self._adapter is None else self._adapter.parameters
-        return [p for p in own if p.requires_grad]
+        with self.network.lock:
+            self.network.follow()
+            self._refuse_resized()
+            own = self.network.base_parameters if self._adapter is None else self._adapter.parameters
+            return [p for p in own if p.requires_grad]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the base model and tokenizer for transformers, or the adapter for peft; whole or not at all."""

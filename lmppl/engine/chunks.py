@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch.distributed.tensor import DTensor
-
 from ..language_model import LanguageModel
 
 _CACHE = 2**20  # floats: about what a processor core's caches hold
@@ -22,4 +20,4 @@ def fitting(lm: LanguageModel, floats: int, most: int) -> int:
 
 def is_sharded(lm: LanguageModel) -> bool:
     """Whether the weights are spread over processes, so that every pass is a collective that all must enter."""
-    return any(isinstance(p, DTensor) for p in lm.network.base_parameters)
+    return lm.network.sharded

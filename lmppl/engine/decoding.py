@@ -25,13 +25,15 @@ class Decoder:
 
     ``contexts`` (U, Lc) are the distinct prompts and ``index`` (R,) says which one each row continues.  ``logits``
     (R, V) predict each row's next token; `step` appends a token to every row; `select` reorders, repeats or drops rows
-    (SMC resampling).
+    (SMC resampling).  ``whole``: the contexts are what the network reads, with a bos where there is to be one.
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor, *, share: bool | None = None):
+    def __init__(
+        self, lm: LanguageModel, contexts: Tensor, index: Tensor, *, share: bool | None = None, whole: bool = False
+    ):
         self.lm = lm
-        contexts = with_bos(lm, contexts)
+        contexts = contexts if whole else with_bos(lm, contexts)
         length = text.length(contexts)  # (U,)
         width = int(length.max())
         # Padded on the left, so that a window that counts columns back from a token counts text alone.
@@ -77,21 +79,22 @@ class Decoder:
         T = tokens.shape[1]
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), T)], 1)
+        # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
+        position = self.position[:, None] + torch.arange(T, device=tokens.device)
+        if self.lm.max_length is not None:
+            position = position.clamp(max=self.lm.max_length - 1)
         out = self.lm.forward(
             tokens,
             tokens=count,
             use_cache=True,
             attention_mask=self.mask,
-            position_ids=self.position[:, None] + torch.arange(T, device=tokens.device),
+            position_ids=position,
             logits_to_keep=1,
             within=nullcontext if self.prompts is None else partial(behind, self.lm.model, self.prompts),
             **{self._cache_name: self.cache},
         )
         self.cache, self.logits = out[self._cache_name], precise(out.logits[:, -1])
-        # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
         self.position = self.position + T
-        if self.lm.max_length is not None:
-            self.position = self.position.clamp(max=self.lm.max_length - 1)
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:

@@ -7,6 +7,8 @@ reads each of its prompts once, however often it is sampled from and scored afte
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..adapters import Network
+from ..adapters import Lock, Network
 from ..language_model import LanguageModel
 from .chunks import is_sharded
 from .trials import agree, verified
@@ -38,22 +40,38 @@ class Past(NamedTuple):
 class Prompts:
     """What one network has read; least recently used prompts go first."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: Lock) -> None:
         self.capacity = CAPACITY  # 0: nothing is kept
+        self._lock = lock  # the network's
         self._kept: OrderedDict[Ids, Layers] = OrderedDict()
-        self._weights: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._state: tuple[object, list[Tensor]] | None = None
 
     def forget(self) -> None:
         """Drop everything."""
-        self._kept.clear()
+        with self._lock:
+            self._kept.clear()
 
-    @torch.no_grad()
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is read inside, a trial's own texts, is not kept, and what was kept before is not known."""
+        with self._lock:
+            before = self._kept, self._state
+            self._kept, self._state = OrderedDict(), None
+            try:
+                yield
+            finally:
+                self._kept, self._state = before
+
     def past(self, lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
         """Keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W), or a few less unless ``exactly``.
 
         What is not known is read, and kept. Padded on the left if ``exactly``, as decoding wants it, else on the right.
         None where nothing is to be kept.
         """
+        with lm.network.lock, torch.no_grad():
+            return self._past(lm, rows, end, exactly)
+
+    def _past(self, lm: LanguageModel, rows: Tensor, end: Tensor, exactly: bool) -> Past | None:
         if not self.capacity or len(rows) > _MOST_ROWS or not int(end.max()) or int(end.sum()) > self.capacity:
             return None
         if not self._current(lm):
@@ -98,17 +116,24 @@ class Prompts:
             self._kept[t] = [tuple(x[row, :, : len(t)].clone() for x in (each.keys, each.values)) for each in layers]
 
     def _current(self, lm: LanguageModel) -> bool:
-        """Whether the base weights are what they were: the versions that autograd counts, and a number of each."""
-        weights = lm.network.base_parameters
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in weights]
-        numbers = torch.cat([p.as_strided((1,), (1,)) for p in weights])
-        before, self._weights = self._weights, (versions, numbers)
-        return before is not None and before[0] == versions and torch.equal(before[1], numbers)
+        """Whether all that a pass depends on is as it was.
+
+        Of weights and buffers these are the versions that autograd counts, and a number of each.
+        """
+        network = lm.network
+        network.follow()
+        weights = [w for w in (*network.base_parameters, *network.buffers) if w.numel()]
+        versions = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        same = (network.changes, network.model.config._attn_implementation, lm.long, versions)
+        numbers = [torch.cat(ws) for ws in _by_type([w.detach().as_strided((1,), (1,)) for w in weights])]
+        before, self._state = self._state, (same, numbers)
+        return before is not None and before[0] == same and all(map(torch.equal, before[1], numbers))
 
 
 def prompts(network: Network) -> Prompts:
     """What a network has read."""
-    kept = network.facts.setdefault("prompts", Prompts())
+    with network.lock:
+        kept = network.kept.setdefault("prompts", Prompts(network.lock))
     assert isinstance(kept, Prompts)
     return kept
 
@@ -119,21 +144,34 @@ def recalled(lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = Fa
 
 
 def _keeps(lm: LanguageModel) -> bool:
-    """Whether this is the base network, no gradient is asked for, and its cache is one of plain keys and values."""
+    """Whether this is the base network, no gradient is asked for, and its cache is one of plain keys and values.
+
+    Under autocast, and with hooks, whose effect may be another at every pass, nothing is kept and nothing recalled.
+    """
     if lm.has_adapter or torch.is_grad_enabled() or not prompts(lm.network).capacity:
         return False
     if is_sharded(lm):
         return False  # to look at a weight is a collective, which not all would enter
+    with lm.network.lock:
+        if lm.network.autocast is not None or lm.network.strangers():
+            return False
     return verified(lm, "kept_prompts", _trial)
 
 
 def _trial(lm: LanguageModel) -> bool:
     ids = torch.randint(lm.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0)).to(lm.device)
-    past = Prompts().past(lm, ids, torch.tensor([4, 4], device=lm.device))
+    past = Prompts(lm.network.lock).past(lm, ids, torch.tensor([4, 4], device=lm.device))
     whole = lm.forward(ids, use_cache=False).logits[:, 4:]
     assert past is not None
     after = torch.arange(4, 6, device=lm.device).expand(2, -1)
     return agree(lm, lm.forward(ids[:, 4:], past_key_values=past.cache, position_ids=after).logits, whole, 1e-4)
+
+
+def _by_type(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
+    found: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for x in tensors:
+        found.setdefault((x.dtype, x.device), []).append(x)
+    return found.values()
 
 
 def _widened(x: Tensor, width: int, left: bool) -> Tensor:

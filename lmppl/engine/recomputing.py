@@ -9,8 +9,10 @@ from .. import text
 from ..language_model import LanguageModel
 from .decoding import Decoder
 from .prompts import prompts
-from .scoring import chunk_rows, with_bos
+from .scoring import chunk_rows, counts_columns, with_bos
 from .trials import agree, precise, verified
+from .turning import Turning
+from .views import by_length
 
 
 class Recomputing:
@@ -33,14 +35,18 @@ class Recomputing:
     def _read(self) -> Tensor:
         rows, inverse = torch.unique(self.tokens, dim=0, return_inverse=True)
         last = text.length(rows) - 1
+        parts = [
+            (view, chunk)
+            for view, which in by_length(self.lm, last + 1)
+            for chunk in which.nonzero()[:, 0].split(chunk_rows(self.lm, rows.shape[1]))
+        ]
         found = []
-        for chunk in torch.arange(len(rows), device=rows.device).split(chunk_rows(self.lm, rows.shape[1])):
+        for view, chunk in parts:
             length = int(last[chunk].max()) + 1
-            out = self.lm.forward(
-                rows[chunk, :length].clamp(min=0), tokens=int((last[chunk] + 1).sum()), use_cache=False
-            )
+            out = view.forward(rows[chunk, :length].clamp(min=0), tokens=int((last[chunk] + 1).sum()), use_cache=False)
             found.append(out.logits[torch.arange(len(chunk), device=rows.device), last[chunk]])
-        return precise(torch.cat(found))[inverse]
+        order = torch.cat([chunk for _, chunk in parts]).argsort()
+        return precise(torch.cat(found))[order[inverse]]
 
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
         """Append ``tokens`` (R,) or (R, T)."""
@@ -52,18 +58,16 @@ class Recomputing:
         self._logits = None if self._logits is None else self._logits[index]
 
 
-def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Recomputing:
+def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Turning | Recomputing:
     """A cached decoder wherever that is right for this network, else one without a cache."""
-    return (Decoder if _cache_agrees(lm) else Recomputing)(lm, contexts, index)
+    if not _cache_agrees(lm) or (counts_columns(lm) and len(text.length(contexts).unique()) > 1):
+        return Recomputing(lm, contexts, index)
+    return (Decoder if lm.network.rotary.turn is None else Turning)(lm, contexts, index)
 
 
 def _cache_agrees(lm: LanguageModel) -> bool:
     """Whether cached steps give this network's own logits."""
-    known = "cached_decoding" in lm.network.facts
-    agrees = verified(lm, "cached_decoding", _trial)
-    if not known:
-        prompts(lm.network).forget()  # the trial's own
-    return agrees
+    return verified(lm, "cached_decoding", _trial)
 
 
 def _trial(lm: LanguageModel) -> bool:
@@ -72,7 +76,8 @@ def _trial(lm: LanguageModel) -> bool:
     contexts, swapped = ids[:, :3].clone(), torch.tensor([1, 0], device=lm.device)
     contexts[0, 1:] = text.PAD
     index = torch.tensor([0, 1], device=lm.device)
-    cached, whole = Decoder(lm, contexts, index), Recomputing(lm, contexts, index)
+    with prompts(lm.network).aside():
+        cached, whole = Decoder(lm, contexts, index), Recomputing(lm, contexts, index)
     for t in range(3, 6):
         for each in (cached, whole):
             each.step(ids[:, t])

@@ -24,6 +24,7 @@ from .prompts import Past, recalled
 from .tree_attention import Level, tree, windows_seen
 from .trials import agree, precise, verified
 from .unembedding import LOGITS_AT_ONCE, hidden_states, splits, unembed_each
+from .views import by_length
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
@@ -122,26 +123,31 @@ class _Part:
     wanted: Tensor  # (P, N, B, T): where in its row each token of the value is predicted
     rows: Tensor  # (P, N, B)
     cost: int  # tokens through the network
-    read: Callable[..., tuple[Tensor, Tensor]]  # `_read_plain`, or `_Tree.read` of a packing
+    readings: list[_Reading]
     split: bool  # hidden states first, then logits a few at a time
     again: bool = False  # whether the backward pass reads it again, its activations not being kept
     logits_again: bool = False  # whether it computes all of the logits again
+
+    def read(self, run: Run, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``run`` says of the tokens, (M, D), and where in it their positions ``wanted`` are."""
+        out, index = self.readings[0].read(tokens, wanted, run)
+        for longer in self.readings[1:]:
+            more, there = longer.read(tokens, wanted, run)
+            index = torch.where(wanted < self.readings[0].end, index, there + len(out))
+            out = torch.cat([out, more])
+        return out, index
 
 
 def _parts(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width: int) -> Iterator[_Part]:
     """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled."""
     wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
     wanted = wanted.clamp(max=tokens.shape[-1] - 1)
-    plan = _Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
-    if plan is not None and plan.cost <= _WORTHWHILE * tokens.numel() and supports_trees(lm):
-        plan.recall(lm, wanted)
-    else:
-        plan = None
-    cost = tokens.numel() if plan is None else plan.cost
+    readings = _readings(lm, tokens, wanted)
+    cost = sum(reading.cost for reading in readings)
     split = cost * lm.vocab_size > _MANY_LOGITS and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
-    if plan is not None:
-        most = min(most, max(_fitting(lm), _REPEATED * plan.repeated))
+    if any(reading.tree is not None for reading in readings):
+        most = min(most, max(_fitting(lm), _REPEATED * sum(reading.repeated for reading in readings)))
     if cost > most and rows.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
@@ -149,9 +155,46 @@ def _parts(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width
         for t, s, r in zip(*parts, strict=True):
             yield from _parts(lm, t, s, r, width)
     else:
-        # What a pass depends on is decided here, once: the backward pass must read it as it was read.
-        read = partial(_read_plain, at_once=_fitting(lm)) if plan is None else plan.read
-        yield _Part(tokens, wanted, rows, cost, read, split)
+        yield _Part(tokens, wanted, rows, cost, readings, split)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How tokens are read, up to ``end``. It is decided once: the backward pass must read them as they were read."""
+
+    lm: LanguageModel
+    end: int
+    tree: _Tree | None  # None: row by row
+    at_once: int
+    cost: int
+
+    @property
+    def repeated(self) -> int:
+        """How many tokens each part of a split would read again."""
+        return 0 if self.tree is None else self.tree.repeated
+
+    def read(self, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """What ``run`` says of the tokens, (M, D), and where in it their positions ``wanted`` are."""
+        tokens, wanted = tokens[..., : self.end], wanted.clamp(max=self.end - 1)
+        if self.tree is not None:
+            return self.tree.read(self.lm, tokens, wanted, run)
+        return _read_plain(self.lm, tokens, wanted, run, self.at_once)
+
+
+def _readings(lm: LanguageModel, tokens: Tensor, wanted: Tensor) -> list[_Reading]:
+    """How to read the tokens; in two ways where some of ``wanted`` end a short text and others a long one."""
+    predicted = (wanted + 1).minimum(text.length(tokens)[..., None])  # from so many tokens; what follows a text is not
+    found = []
+    for view, _ in by_length(lm, predicted):
+        end = min(tokens.shape[-1], view.max_length) if view.long is False and view.max_length else tokens.shape[-1]
+        seen = tokens[..., :end]
+        tree = _Tree(seen) if tokens.shape[0] * tokens.shape[1] > 1 else None
+        if tree is not None and tree.cost <= _WORTHWHILE * seen.numel() and supports_trees(lm):
+            tree.recall(view, wanted.clamp(max=end - 1))
+        else:
+            tree = None
+        found.append(_Reading(view, end, tree, _fitting(lm), seen.numel() if tree is None else tree.cost))
+    return found
 
 
 def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
@@ -176,12 +219,12 @@ def _scores(lm: LanguageModel, part: _Part, head: Head) -> Tensor:
     rows = part.rows.flatten()
     if part.split:
         # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
-        read = partial(part.read, lm, part.tokens, part.wanted, hidden_states)
+        read = partial(part.read, hidden_states, part.tokens, part.wanted)
         states, index = read_again(lm, read) if part.again else read()
         return unembed_each(lm, states, index.flatten(0, 2), rows, head, all_again=part.logits_again)
 
     def whole(tokens: Tensor, wanted: Tensor) -> Tensor:
-        logits, index = part.read(lm, tokens, wanted, _logits)
+        logits, index = part.read(_logits, tokens, wanted)
         return head(precise(logits[index.flatten(0, 2)]), rows)
 
     return again(whole, part.tokens, part.wanted) if part.again else whole(part.tokens, part.wanted)
@@ -329,11 +372,19 @@ def windows(lm: LanguageModel) -> list[int | None] | None:
     config = lm.model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "attention_layers", None):
         return None
+    if counts_columns(lm):
+        return None
     window = getattr(config, "sliding_window", None)
     alike = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
     reach = {"full_attention": None, "sliding_attention": window}
     kinds = getattr(config, "layer_types", None) or alike
     return [reach[kind] for kind in kinds] if set(kinds) <= set(reach) else None
+
+
+def counts_columns(lm: LanguageModel) -> bool:
+    """Whether a token's place among the pass's, padding included, is what its attention depends on (Llama 4)."""
+    config = lm.model.config.get_text_config()
+    return bool(getattr(config, "attn_temperature_tuning", False))
 
 
 def _tree_agrees(lm: LanguageModel) -> bool:

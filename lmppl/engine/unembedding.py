@@ -25,18 +25,19 @@ _DISTINCT = 0.75  # below this share of distinct positions it pays to compute ea
 def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
     """What the decoder says of ``input_ids`` (B, W) from ``first`` on, (B, W - first, D)."""
     found: list[Any] = []
-    hook = lm.model.get_decoder().register_forward_hook(lambda module, args, out: found.append(out))
-    try:
-        lm.forward(input_ids, logits_to_keep=1, **kwargs)
-    finally:
-        hook.remove()
+    with lm.network.lock:
+        hook = lm.model.get_decoder().register_forward_hook(lambda module, args, out: found.append(out))
+        try:
+            lm.forward(input_ids, logits_to_keep=1, **kwargs)
+        finally:
+            hook.remove()
     states: Tensor = found[0].last_hidden_state
     return states[:, first:]
 
 
 def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
     """The logits (n, V) of hidden states (n, D)."""
-    with _answering(lm.model.get_decoder(), states[None]):
+    with lm.network.lock, _answering(lm.model.get_decoder(), states[None]):
         logits: Tensor = lm.forward(
             states.new_zeros(1, len(states), dtype=torch.long), tokens=0, use_cache=False
         ).logits

@@ -28,11 +28,12 @@ def generate(
         max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end, num_return_sequences=1 if single else n,
         **untouched | options,
     )  # fmt: skip
-    lm.network.activate(None)
     columns = []
     for row in with_bos(lm, x):
         prompt = row[row != text.PAD][None]  # (1, L)
-        out = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        with lm.network.lock:
+            lm.network.activate(None)
+            out = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         columns.append(ended(out[:, prompt.shape[1] :], end, max_tokens).expand(n, -1))
     return torch.stack(columns, 1)
 

@@ -1,0 +1,58 @@
+"""Decoding with networks that read long texts otherwise than short ones (`views`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..language_model import LanguageModel
+from .decoding import Decoder
+from .scoring import with_bos
+from .views import by_length
+
+
+class Turning:
+    """What `Decoder` does, with one of them for short rows, and one for all rows as soon as any of them is long."""
+
+    def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
+        self.lm = lm
+        self.tokens = with_bos(lm, contexts)[index]  # (R, W), right-padded
+        self.length = text.length(self.tokens)
+        self.decoders: dict[bool | None, Decoder] = {}  # by whether they read long texts
+        self._provide()
+
+    def _provide(self) -> None:
+        """Have a decoder for each row's length, and none that no row needs any more."""
+        views = [view for view, _ in by_length(self.lm, self.length)]
+        for view in views:
+            if view.long not in self.decoders:
+                tokens = self.tokens if view.long else self.tokens[:, : view.max_length]
+                rows, index = torch.unique(tokens, dim=0, return_inverse=True)
+                self.decoders[view.long] = Decoder(view, rows, index, whole=True)
+        self.decoders = {view.long: self.decoders[view.long] for view in views}
+
+    @property
+    def logits(self) -> Tensor:
+        """(R, V): what predicts each row's next token."""
+        found = [decoder.logits for decoder in self.decoders.values()]
+        if len(found) == 1:
+            return found[0]
+        _, is_long = by_length(self.lm, self.length)[1]
+        return torch.where(is_long[:, None], found[1], found[0])
+
+    def step(self, tokens: Tensor, alive: int | None = None) -> None:
+        """Append ``tokens`` (R,) or (R, T)."""
+        tokens = tokens.reshape(len(tokens), -1)
+        for decoder in self.decoders.values():
+            decoder.step(tokens, alive)
+        self.tokens = text.cat(self.tokens, tokens)
+        self.length = self.length + tokens.shape[1]
+        self._provide()
+
+    def select(self, index: Tensor) -> None:
+        """Row r becomes row ``index[r]``."""
+        for decoder in self.decoders.values():
+            decoder.select(index)
+        self.tokens, self.length = self.tokens[index], self.length[index]
+        self._provide()

@@ -1,0 +1,113 @@
+"""What a model is made of and what its passes depend on, kept up to date while its owner goes on changing it."""
+
+from __future__ import annotations
+
+import operator
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
+
+from lmppl.positions import Rotary
+
+STATES = 4  # in which facts about a network are remembered
+HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}  # whose hooks change no number
+WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+class Parts:
+    """The modules and weights of a model, base and adapters apart, and the facts that hold for it as it is now.
+
+    ``base_parameters`` and ``buffers`` are the base network's, ``places`` are where its weights stand, ``layers`` hold
+    adapters; ``of_adapters`` are the weights that adapters brought. ``changes`` counts replacements.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.base_parameters: list[nn.Parameter] = []
+        self.of_adapters: set[nn.Parameter] = set()
+        self.changes = 0
+        self._facts: dict[tuple[object, ...], tuple[list[object], dict[str, bool]]] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Take notice of the model's modules and weights."""
+        modules = list(self.model.modules())
+        base = [p for p in self.model.parameters() if p not in self.of_adapters]
+        if set(base) != set(self.base_parameters):
+            self.base_parameters = base
+            state = self.model.state_dict(keep_vars=True)
+            self.base_keys = frozenset(plain_key(k) for k, w in state.items() if w not in self.of_adapters)
+        self.buffers: list[Tensor] = [b for m in modules for b in m._buffers.values() if b is not None]
+        owners = [m._parameters for m in modules]
+        self.places = [(ps, k) for ps in owners for k, p in ps.items() if p is not None and p not in self.of_adapters]
+        self.layers: list[Any] = [m for m in modules if isinstance(m, WRAPPERS)]
+        self.checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing")]
+        self.rotary = Rotary(self.model)
+        head = self.model.get_output_embeddings()
+        self._head = next(((m._modules, k) for m in modules for k, child in m._modules.items() if child is head), None)
+        self._attributes = [m.__dict__ for m in modules]
+        self._holders = [*chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)]
+        self._held = self._holding()
+        # Weights that are spread over processes come and go within each pass.
+        self.sharded = any(isinstance(p, DTensor) for p in self.base_parameters)
+
+    def _holding(self) -> list[object]:
+        return [*chain.from_iterable(map(dict.values, self._holders))]
+
+    def follow(self) -> None:
+        """Take notice of modules and weights that were replaced since."""
+        if self.sharded:
+            return
+        held = self._holding()
+        if len(held) == len(self._held) and all(map(operator.is_, held, self._held)):
+            return
+        self.look()
+        self.changes += 1
+        self._facts.clear()
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the network gives a logit."""
+        weight = None if self._head is None else getattr(self._head[0].get(self._head[1]), "weight", None)
+        return int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
+
+    def strangers(self) -> list[object]:
+        """What changes a pass and is no weight: hooks and patched forward methods."""
+        found: list[object] = [*torch_module._global_forward_hooks.values()]
+        found += torch_module._global_forward_pre_hooks.values()
+        for own in self._attributes:
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                found += own["_forward_hooks"].values()
+                found += own["_forward_pre_hooks"].values()
+                # accelerate patches a model that it spreads over devices, which changes nothing.
+                found += [own["forward"]] if "forward" in own and "_hf_hook" not in own else []
+        return [f for f in found if getattr(f, "__module__", None) not in HARMLESS]
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that autocast computes in, where it is on."""
+        kind = self.base_parameters[0].device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    @property
+    def facts(self) -> dict[str, bool]:
+        """What is known of the network as it is now: under these hooks, this autocast, this attention function."""
+        self.follow()
+        strangers = self.strangers()
+        key = (self.autocast, self.model.config._attn_implementation, *map(id, strangers))
+        if key not in self._facts:
+            while len(self._facts) >= STATES:
+                del self._facts[[*self._facts][1]]
+            self._facts[key] = strangers, {}  # the strangers too, so that no other gets their ids
+        return self._facts[key][1]
+
+
+def plain_key(key: str) -> str:
+    """The key as it would be had no adapter wrapped the layer."""
+    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
