@@ -87,17 +87,17 @@ def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Gr
 class Grammar(PrefixConstraint):
     """A constraint on the text that tokens spell, from a grammar in the Lark dialect of llguidance.
 
-    An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is.  A stop is allowed
-    only where the text so ended is complete.  Special tokens are allowed nowhere else.  What is allowed can be
-    completed, if the vocabulary can spell it: one that lacks some characters, as the embedded ones do, may have tokens
-    to which nothing can be added (ban them, or meet a `DeadEnd`).
+    An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is, and so is a string
+    of several tokens.  A stop is allowed only where the text so ended is complete.  Special tokens are allowed nowhere
+    else.  What is allowed can be completed, if the vocabulary can spell it: one that lacks some characters, as the
+    embedded ones do, may have tokens to which nothing can be added (ban them, or meet a `DeadEnd`).
 
     Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
     step, particles may be reordered, and prefixes that occur several times are asked about once.
 
     :param lm: the language model whose tokens are constrained.
     :param lark: the grammar.
-    :param stop: as of the `Completion`: "eos", a token, several, or None.
+    :param stop: as of the `Completion`: "eos", a string, a token, several, or None.
     :raises ImportError: without the extra ``grammar``.
     :raises ValueError: for a grammar that cannot be read or becomes too complex, or a tokenizer whose texts are not
         spelled by their tokens one after another.
@@ -106,7 +106,8 @@ class Grammar(PrefixConstraint):
     def __init__(self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark"):
         self.vocab_size, self.name = lm.vocab_size, name
         self.spelling: Spelling = spelling(lm)
-        stops = lm.stop_ids(stop).tolist()
+        ids, self.stop_strings = lm.stops(stop)
+        stops = ids.tolist()
         self.silent_stops = [s for s in stops if self.spelling.is_silent(s)]
         self.spoken_stops = [s for s in stops if not self.spelling.is_silent(s)]
         start = llguidance().LLMatcher(self.spelling.tokenizer, _HEADER + lark, log_level=0)
@@ -140,19 +141,27 @@ class Grammar(PrefixConstraint):
         """The packed mask of what may follow."""
         mask = _recall(self._masks, prefix)
         if mask is None:
-            mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix))))
+            mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix), prefix)))
         return mask
 
-    def _fresh_mask(self, matcher: Any) -> np.ndarray:
+    def _fresh_mask(self, matcher: Any, prefix: tuple[int, ...]) -> np.ndarray:
         if matcher is None:
             return np.zeros(self.vocab_size, dtype=bool)
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         self._checked(matcher)
         mask = np.unpackbits(bits, bitorder="little").view(bool)[self.spelling.index]
         mask[self.silent_stops] = matcher.is_accepting()
-        for stop in self.spoken_stops:
+        for stop in (*self.spoken_stops, *self._completing(prefix)):
             mask[stop] = mask[stop] and self._after(matcher, stop).is_accepting()
         return mask
+
+    def _completing(self, prefix: tuple[int, ...]) -> list[int]:
+        """The tokens that complete a stop string after ``prefix``."""
+        if self.stop_strings is None:
+            return []
+        read = torch.tensor(prefix, dtype=torch.long, device=self.stop_strings.next.device)
+        completing = self.stop_strings.completing(self.stop_strings.states(read, len(prefix))[0])
+        return completing.nonzero()[:, 0].tolist()
 
     def _matcher(self, prefix: tuple[int, ...]) -> Any:
         """The matcher that has read ``prefix``, None where it cannot be read; to be copied, not fed."""
