@@ -177,7 +177,7 @@ def _stops(report: Report, name: str, node: Node) -> None:
         )
     with torch.no_grad():
         stop = fn.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
-    end = torch.isin(value, fn.stop).long().argmax(-1)
+    end = programs.all_stops(fn).ending(value).at
     column = torch.arange(stop.shape[-1], device=stop.device)
     there = (column <= end[..., None]) & stopped[..., None]
     mean = torch.where(there, stop, torch.nan).flatten(0, -2).nanmean(0)
@@ -220,9 +220,9 @@ def _why_impossible(node: Node, latent: bool) -> str:
         return "probability zero under every particle (zero evidence); soften the factor or improve the guide"
     value = node["value"]
     if fn.stop.numel():
-        if not bool(torch.isin(value, fn.stop).any(-1).all()):
+        if not bool(programs.all_stops(fn).ending(value).ended.all()):
             return (
-                "the observed text does not end with its stop token, so the evidence is zero; encode it with "
+                "the observed text does not end with its stop, so the evidence is zero; encode it with "
                 "lm.encode(..., stop=...), or observe how the text begins with stop=None, max_tokens=length(y)"
             )
         if bool((text.length(value) - 1 > fn.max_tokens).any()):
@@ -232,6 +232,8 @@ def _why_impossible(node: Node, latent: bool) -> str:
             )
         return "probability zero under every particle (zero evidence): tokens after its first stop, or not allowed"
     if bool((text.length(value) != fn.max_tokens).any()):
+        if programs.stop_argument(fn):
+            return "a text ends with its stop string or has max_tokens tokens; encode it with lm.encode(..., stop=...)"
         return "without a stop, a text has exactly max_tokens tokens; pass max_tokens=length(y)"
     return "probability zero under every particle (zero evidence); check allowed"
 

@@ -20,6 +20,7 @@ from lmppl import gguf_files
 from lmppl import text as texts
 from lmppl.adapters import Adapter, CheckpointError, Network, first_line
 from lmppl.chat import render
+from lmppl.stop_strings import Stops
 from lmppl.text import PAD
 from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
@@ -281,7 +282,7 @@ class LanguageModel(nn.Module):
 
         A string is a piece of text, which may stand anywhere: its tokens spell it and nothing else.
 
-        :param stop: "eos", a one-token string or an id, appended to every text: an observed whole text needs it.
+        :param stop: "eos", a string or an id, appended to every text: an observed whole text needs it.
         :param start: write the strings as the tokenizer writes the start of a document, with the space that
             SentencePiece puts before it. Strings that are given as prompts (``Completion(lm, "Once")``) are read so.
 
@@ -290,7 +291,7 @@ class LanguageModel(nn.Module):
         >>> lm.encode(["The end.", "Once"], stop="eos").shape
         """
         shape, flat = flatten(text)
-        end = () if stop is None else (self.token_id(stop),)
+        end = () if stop is None else self.vocabulary.ending_ids(stop)
         rows = [ids + end for ids in self.vocabulary.encode(flat, start)]
         width = max((len(ids) for ids in rows), default=0)
         padded = [ids + (PAD,) * (width - len(ids)) for ids in rows]
@@ -394,20 +395,37 @@ class LanguageModel(nn.Module):
     def stop_ids(self, stop: Stop) -> Tensor:
         """The ids of all stops, each once: ``LongTensor[S]``, empty for None.
 
+        Raises ValueError for a string that is not one token.
+
         >>> lm.stop_ids(["eos", "."])
         """
-        if isinstance(stop, Tensor):
-            stop = stop.reshape(-1).tolist()
-        if stop is None:
-            several: Iterable[str | int] = ()
-        elif isinstance(stop, str) or not isinstance(stop, Iterable):
-            several = (stop,)
-        else:
-            several = stop
-        ids = list(dict.fromkeys(i for s in several for i in (self.eos_ids if s == "eos" else (self.token_id(s),))))
-        if stop is not None and not ids:
-            raise ValueError("stop is empty; for texts without a stop, pass stop=None")
-        return torch.tensor(ids, dtype=torch.long, device=self.device)
+        several = _several(stop)
+        ids = dict.fromkeys(i for s in several for i in (self.eos_ids if s == "eos" else (self.token_id(s),)))
+        return torch.tensor([*ids], dtype=torch.long, device=self.device)
+
+    def stops(self, stop: Stop) -> Stops:
+        """The ids of all stops that are one token, and the strings among them that are several.
+
+        Raises ValueError for a string that is empty, or that no tokens spell.
+
+        >>> lm.stops(["eos", "\\nQuestion:"])
+        """
+        several = _several(stop)
+        strings = [s for s in several if isinstance(s, str) and s != "eos" and self.vocabulary.one_token(s) is None]
+        ids = self.stop_ids([s for s in several if s not in strings] or None)
+        return Stops(ids, self.vocabulary.stop_strings(tuple(dict.fromkeys(strings)), ids.device) if strings else None)
+
+
+def _several(stop: Stop) -> list[str | int]:
+    """All stops that were given; none for None."""
+    if stop is None:
+        return []
+    if isinstance(stop, Tensor):
+        stop = stop.reshape(-1).tolist()
+    several = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else [*stop]
+    if not several:
+        raise ValueError("stop is empty; for texts without a stop, pass stop=None")
+    return several
 
 
 def _is_path(name: str) -> bool:

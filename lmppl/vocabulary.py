@@ -13,8 +13,10 @@ from functools import cached_property
 from typing import Any
 
 from .spelling import special_ids, spellings
+from .stop_strings import StopStrings
 
 CACHED_STRINGS = 4096
+CACHED_AUTOMATA = 16
 _ANCHORS = ("\n", ".", "(", "0", "a", "我")  # what a piece is encoded after, where it must not begin a document
 
 Ids = tuple[int, ...]
@@ -44,6 +46,7 @@ class Vocabulary:
         self.adds_bos = len(written) > 0 and written[0] == tokenizer.bos_token_id
         self._cache: dict[tuple[str, bool], Ids] = {}
         self._endings: dict[int, str] = {}
+        self._stop_strings: dict[tuple[Any, ...], StopStrings] = {}
 
     def _configured(self, sources: tuple[Any, Any], name: str) -> Ids:
         """The ids that the generation configuration names, else the model's, in the order given.
@@ -203,11 +206,29 @@ class Vocabulary:
             return self.eos_id
         if isinstance(stop, str):
             if (found := self.one_token(stop)) is None:
-                raise ValueError(f"stop={stop!r} is {self._written(stop)}; a stop is one token")
+                raise ValueError(f"stop={stop!r} is {self._written(stop)}; one token is expected here")
             return found
         if isinstance(stop, bool) or not isinstance(stop, int) or not 0 <= stop < self.size:
             raise ValueError(f"stop={stop!r} is neither 'eos', a string nor an id below {self.size}")
         return stop
+
+    def stop_strings(self, strings: tuple[str, ...], device: Any) -> StopStrings:
+        """The automaton of these stop strings. Raises ValueError for one that is empty or that no tokens spell."""
+        key = (strings, device)
+        if key not in self._stop_strings:
+            if len(self._stop_strings) >= CACHED_AUTOMATA:
+                self._stop_strings.clear()
+            self._stop_strings[key] = StopStrings(self.spelled, strings, device)
+        return self._stop_strings[key]
+
+    def ending_ids(self, stop: str | int) -> Ids:
+        """The tokens that end a text by a stop: one, or those that the tokenizer writes a string of several with."""
+        if not isinstance(stop, str) or stop == "eos" or self.one_token(stop) is not None:
+            return (self.token_id(stop),)
+        (ids,) = self.encode([stop]) if stop else ((),)
+        if not ids or self.spell(ids) != stop.encode():
+            raise ValueError(f"stop={stop!r} is {self._written(stop)}")
+        return ids
 
     def one_token(self, string: str) -> int | None:
         """The id of the token that spells a string, or is the special token so written; None where there is none."""

@@ -19,6 +19,7 @@ LAYERS = {
     "positions": 0,
     "spelling": 0,
     "chat": 0,
+    "stop_strings": 0,
     "parts": 1,
     "ngram": 1,
     "vocabulary": 1,

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..language_model import LanguageModel, Stop
+from ..stop_strings import StopStrings
 from .spelling import Spelling, spelling
 
 _SPELT_OUT = 1024  # a vocabulary of so many spellings is written out in a regular expression
@@ -22,10 +23,10 @@ _CHARACTERS = {9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0
 
 
 class Endings:
-    """The stops of a text, silent (eos, no part of it) and spoken ("."), under a vocabulary."""
+    """The stops of a text, silent (eos, no part of it) and spoken ("."), and its stop strings, under a vocabulary."""
 
-    def __init__(self, spelling: Spelling, stops: list[int]):
-        self.spelling, self.stops = spelling, stops
+    def __init__(self, spelling: Spelling, stops: list[int], strings: StopStrings | None = None):
+        self.spelling, self.stops, self.strings = spelling, stops, strings
         self.silent = [s for s in stops if spelling.is_silent(s)]
         self.spoken = [s for s in stops if not spelling.is_silent(s)]
 
@@ -38,7 +39,7 @@ class Endings:
     @cached_property
     def certain(self) -> bool:
         """Whether every byte that is viable is part of a text that can be written and ended, so that all lasts."""
-        return not self.spoken and self.complete
+        return not self.spoken and self.strings is None and self.complete
 
     @cached_property
     def complete(self) -> bool:
@@ -63,8 +64,20 @@ class Endings:
         content = {s for v, s in enumerate(self.spelled) if s and v not in self.spoken}
         ending = ""
         if stops:
-            ending = f"(?:{'|'.join(_escaped(stops))})" + ("?" if self.silent else "")
+            ending = f"(?:{'|'.join(_escaped(stops))})" + ("?" if self.silent or self.strings is not None else "")
         return f"(?s:{self._written(content, stops)}{ending})"
+
+    def completing(self, state: int) -> list[int]:
+        """The tokens that complete a stop string, by the state of what was read."""
+        return [] if self.strings is None else self.strings.completing_ids(state)
+
+    def after(self, state: int, token: int) -> int:
+        """The state after one token more."""
+        return 0 if self.strings is None else int(self.strings.next[state, token])
+
+    def is_final(self, state: int) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.strings is not None and bool(self.strings.final[state])
 
     def _written(self, content: set[bytes], stops: set[bytes]) -> str:
         """What tokens that are no stops can spell."""
@@ -80,13 +93,17 @@ class Endings:
         return f"(?:{'|'.join(each)})*" if len(units) <= _SPELT_OUT else ".*"
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[int, ...], Endings]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, dict[Any, Endings]] = WeakKeyDictionary()
 
 
 def endings(lm: LanguageModel, stop: Stop) -> Endings:
     """The endings of a language model's texts under a stop, found once."""
-    stops = lm.stop_ids(stop).tolist()
-    return _KNOWN.setdefault(lm.vocabulary, {}).setdefault(tuple(stops), Endings(spelling(lm), stops))
+    ids, strings = lm.stops(stop)
+    stops = ids.tolist()
+    known, key = _KNOWN.setdefault(lm.vocabulary, {}), (*stops, strings and strings.strings)
+    if key not in known:
+        known[key] = Endings(spelling(lm), stops, strings)
+    return known[key]
 
 
 def escaped(string: str) -> str:

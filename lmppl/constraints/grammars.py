@@ -100,21 +100,23 @@ def _of_terminal(lm: LanguageModel, terminal: str, stop: Stop, **kwargs: Any) ->
 class Grammar(PrefixConstraint):
     """A constraint on the text that tokens spell, from a grammar in the Lark dialect of llguidance.
 
-    An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is.  A stop is allowed
-    only where the text so ended is complete.  Special tokens are allowed nowhere else.
+    An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is, and so is a string
+    of several tokens.  A stop is allowed only where the text so ended is complete.  Special tokens are allowed nowhere
+    else.
 
     What is allowed can be completed.  A token is not allowed after which nothing is: one that says what only the stop
     may say ("%." before the stop "."), or that is followed by what the vocabulary cannot spell, or by such tokens only.
     To find them, all allowed tokens are looked behind, up to 16 tokens ahead, where they are 1024 or fewer; where they
     are more, those that begin to spell a stop.  Of more than 32 ways to go on, one is taken to lead to an end.  That is
-    exact but for vocabularies that lack characters and are larger.  Without a stop, a complete text has ended.
+    exact but for vocabularies that lack characters and are larger.  Without a stop, a complete text has
+    ended.
 
     Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
     step, particles may be reordered, and prefixes that occur several times are asked about once.
 
     :param lm: the language model whose tokens are constrained.
     :param lark: the grammar.
-    :param stop: as of the `Completion`: "eos", a token, several, or None.
+    :param stop: as of the `Completion`: "eos", a string, a token, several, or None.
     :raises ImportError: without the extra ``grammar``.
     :raises ValueError: for a grammar that cannot be read, becomes too complex or allows no text that can be written and
         ended, or a tokenizer whose texts are not spelled by their tokens one after another.
@@ -163,11 +165,13 @@ class Grammar(PrefixConstraint):
         """The packed mask of what may follow."""
         mask = _recall(self._masks, prefix)
         if mask is None:
-            mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix))))
+            mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix), prefix)))
         return mask
 
-    def _fresh_mask(self, matcher: Any) -> np.ndarray:
-        mask = self._next(matcher)
+    def _fresh_mask(self, matcher: Any, prefix: tuple[int, ...]) -> np.ndarray:
+        strings = self.endings.strings
+        state = 0 if strings is None else strings.state(prefix)
+        mask = self._next(matcher, state)
         if self.endings.certain:
             return mask
         (options,) = mask.nonzero()
@@ -175,10 +179,10 @@ class Grammar(PrefixConstraint):
             options = options[self.endings.begins_stop[options]]
         tried: dict[bytes, bool] = {}
         for v in options.tolist():
-            mask[v] = v in self.endings.stops or self._lasts(matcher, v, b"", tried)
+            mask[v] = v in self.endings.stops or self._lasts(matcher, state, v, b"", tried)
         return mask
 
-    def _next(self, matcher: Any) -> np.ndarray:
+    def _next(self, matcher: Any, state: int) -> np.ndarray:
         """The mask of what may follow, as far as the next token says."""
         if matcher is None:
             return np.zeros(self.vocab_size, dtype=bool)
@@ -186,23 +190,30 @@ class Grammar(PrefixConstraint):
         self._checked(matcher)
         mask = np.unpackbits(bits, bitorder="little").view(bool)[self.spelling.index]
         mask[self.endings.silent] = matcher.is_accepting()
-        for stop in self.endings.spoken:
+        for stop in (*self.endings.spoken, *self.endings.completing(state)):
             mask[stop] = mask[stop] and self._read(matcher, stop).is_accepting()
         return mask
 
-    def _lasts(self, matcher: Any, token: int, said: bytes, tried: dict[bytes, bool], ahead: int = _AHEAD) -> bool:
+    def _lasts(
+        self, matcher: Any, state: int, token: int, said: bytes, tried: dict[bytes, bool], ahead: int = _AHEAD
+    ) -> bool:
         """Whether the text can be ended some time after ``token``; ``said``: since the text that is asked about."""
         said += self.endings.spelled[token]
         if said not in tried:
-            after = self._read(matcher, token)
-            (options,) = self._next(after).nonzero()
-            stops = self.endings.stops
-            ended = bool(np.isin(stops, options).any()) if stops else after.is_accepting()
-            unknown = len(options) > _WIDE or not ahead or len(tried) >= _TRIED
-            tried[said] = (
-                ended or unknown or any(self._lasts(after, v, said, tried, ahead - 1) for v in options.tolist())
-            )
+            after, state = self._read(matcher, token), self.endings.after(state, token)
+            tried[said] = self.endings.is_final(state) or self._goes_on(after, state, said, tried, ahead)
         return tried[said]
+
+    def _goes_on(self, matcher: Any, state: int, said: bytes, tried: dict[bytes, bool], ahead: int) -> bool:
+        """Whether a text that no stop string has ended has, or leads to, an end."""
+        (options,) = self._next(matcher, state).nonzero()
+        if self.endings.stops and np.isin(self.endings.stops, options).any():
+            return True
+        if not self.endings.stops and self.endings.strings is None and matcher.is_accepting():
+            return True
+        if len(options) > _WIDE or not ahead or len(tried) >= _TRIED:
+            return True  # for all that is known
+        return any(self._lasts(matcher, state, v, said, tried, ahead - 1) for v in options.tolist())
 
     def _matcher(self, prefix: tuple[int, ...]) -> Any:
         """The matcher that has read ``prefix``, None where it cannot be read; to be copied, not fed."""

@@ -28,7 +28,7 @@ class PrefixScores(NamedTuple):
     """What one pass over a value says of all its prefixes; both (..., max_tokens + 1)."""
 
     log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where it cannot stop
-    stop_log_probs: Tensor  # column t: log p(stop | z_1..z_t)
+    stop_log_probs: Tensor  # column t: log p(stop | z_1..z_t); 0 where a stop string has ended the text
 
 
 class Completion(TorchDistribution):
@@ -44,19 +44,29 @@ class Completion(TorchDistribution):
     :param prompt: text (*batch, Lp), or strings as `LanguageModel.encode` takes them; an empty prompt starts from bos.
     :param max_tokens: the most tokens before the stop, an int or LongTensor broadcasting to the batch.
     :param min_tokens: the fewest, likewise.
-    :param stop: "eos", a string of one token, a token id, or several of these (any of them ends the text); None:
-        exactly ``max_tokens`` tokens and no stop, so that the value says "the text begins with these tokens".
+    :param stop: "eos", a string, a token id, or several of these (any of them ends the text); None: exactly
+        ``max_tokens`` tokens and no stop, so that the value says "the text begins with these tokens".
     :param allowed: a constraint on the next token, see `lmppl.constraints`.
     :param temperature: per token; a number, or a tensor broadcasting to the batch.
     :param tools: what inserts tokens, see `lmppl.tools`; an inserted token has probability 1.  The first tool that
         answers is heard.
 
+    A stop that is one token is that token.  A string of several, a *stop string*, ends the text right after the first
+    token at whose end the completion, decoded, ends with it, however it is spelled: by tokens that begin before it, but
+    not by one that runs over its end.  It is part of the text.  A token that would complete it after fewer than
+    ``min_tokens`` others is impossible.  A stop string can not be made certain at the limit:
+
+    - beside a stop token, such a text has at most ``max_tokens`` tokens, the stop string's among them, and no stop
+      token; a text that has not ended after ``max_tokens`` tokens gets one, as ever.
+    - with stop strings alone, a text that has not ended after ``max_tokens`` tokens is cut off there.  No prefix is
+      terminable then, as without a stop.
+
     Shapes: ``batch_shape = prompt.shape[:-1]`` (broadcast with tensor parameters); ``event_shape = (max_tokens + 1,)``,
-    ``(max_tokens,)`` without a stop.
+    ``(max_tokens,)`` without a stop token.
 
     Gradients flow to the language model's trainable parameters through `log_prob`; sampling runs without gradient.
 
-    :raises ValueError: naming the argument, for a stop that is not one token, shapes that do not broadcast, or a text
+    :raises ValueError: naming the argument, for a stop that no tokens spell, shapes that do not broadcast, or a text
         longer than the model's context.
 
     Example::
@@ -84,7 +94,7 @@ class Completion(TorchDistribution):
         self.lm = lm
         self.prompt = as_text(lm, prompt, "prompt")
         device = self.prompt.device
-        self.stop = lm.stop_ids(stop).to(device)
+        self.stop, self.stop_strings = lm.stops(stop)
         self.max_tokens = as_count(max_tokens, "max_tokens", device)
         self.min_tokens = as_count(min_tokens, "min_tokens", device)
         self.temperature = torch.as_tensor(temperature, device=device)
@@ -95,7 +105,7 @@ class Completion(TorchDistribution):
             raise ValueError(f"stop: {stop!r} lies outside the vocabulary of {lm.vocab_size} tokens")
         self.allowed = checked(allowed, lm.vocab_size, device)
         self.tools = tuple(tools)
-        self._insertions = Insertions(lm, self.tools, self.stop) if self.tools else None
+        self._insertions = Insertions(lm, self.tools, self.stop, self.stop_strings) if self.tools else None
         self._limit = int(self.max_tokens.max())
         parts = (self.prompt.shape[:-1], self.max_tokens.shape, self.min_tokens.shape, self.temperature.shape)
         try:
@@ -160,6 +170,7 @@ class Completion(TorchDistribution):
             self.lm.vocab_size,
             per_row(self._epsilon),
             self._insertions,
+            self.stop_strings,
         )
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -241,7 +252,9 @@ class Completion(TorchDistribution):
         index, rules = self._prompt_index(shape), self._rules(shape)
         value, length = kept.clone(), text.length(kept)
         log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))
-        whole = rules.is_stop(kept).any(-1) if self.stop.numel() else length >= rules.max_tokens
+        whole = rules.stops.ends(kept).any(-1)
+        if not self.stop.numel():
+            whole = whole | (length >= rules.max_tokens)
         at_once = rows_at_once(self.lm, self._prompts(), width + 1)
         unfinished = (~whole).nonzero()[:, 0]
         unfinished = unfinished[index[unfinished].argsort(stable=True)]  # a prompt's rows in as few chunks as can be
@@ -283,7 +296,7 @@ class Completion(TorchDistribution):
 
     def placeholder(self) -> Tensor:
         """Some text of the right shape (*batch, *event), got without asking the network."""
-        filler = next(i for i in range(self.lm.vocab_size) if i not in self.stop)
+        filler = self._filler()
         column = torch.arange(self.event_shape[0], device=self.prompt.device)
         if not self.stop.numel():
             return torch.where(column < self.max_tokens[..., None], filler, text.PAD).expand(self.shape())
@@ -291,6 +304,16 @@ class Completion(TorchDistribution):
         return torch.where(column < short, filler, torch.where(column == short, self.stop[0], text.PAD)).expand(
             self.shape()
         )
+
+    def _filler(self) -> int:
+        """A token that ends no text, nor do several of it where there is such a one."""
+        ids = torch.arange(self.lm.vocab_size, device=self.stop.device)
+        content = ~torch.isin(ids, self.stop)
+        if self.stop_strings is not None:
+            alike = ids[:, None].expand(-1, self.stop_strings.longest)
+            harmless = content & ~self.stop_strings.ends(alike).any(-1)
+            content = harmless if bool(harmless.any()) else content
+        return int(content.long().argmax())
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
@@ -310,7 +333,9 @@ class Completion(TorchDistribution):
     def prefix_log_probs(self, value: Tensor) -> Tensor:
         """log p(z_1..z_t stop) for t = 0..max_tokens, (*batch, max_tokens + 1), from one pass over the value.
 
-        -inf where the text cannot stop and past the value's end; the stop is the value's own.
+        -inf where the text cannot stop and past the value's end; the stop is the value's own.  Of a text that a stop
+        string ends after n tokens, column n is log p(z), and the prefixes before are stopped by the first stop token.
+        Where there are no stop tokens, all is -inf.
         """
         return self.prefix_scores(value).log_probs
 
@@ -345,36 +370,33 @@ class Completion(TorchDistribution):
         length = text.length(value)
         rules = self._rules(batch)
         at = torch.arange(width, device=value.device)
-        if self.stop.numel():
-            stops = rules.is_stop(value)
-            ended = stops.any(-1)
-            end = torch.where(ended, stops.long().argmax(-1), length)  # tokens before the stop
-            own = torch.where(ended, value.gather(-1, end.clamp(max=width - 1)[..., None])[..., 0], self.stop[0])
-            possible = ended & (length == end + 1) & ~too_long
-        else:
-            end, own = length, torch.zeros_like(length)
-            possible = (length == self.max_tokens) & ~too_long
+        ending = rules.stops.ending(value)
+        end, complete = ending.at, ending.ended
+        if not self.stop.numel():
+            complete = complete & (length <= self.max_tokens) | (length == self.max_tokens)
+        possible = complete & (length == ending.width) & ~too_long
+        # A token that ends the text predicts nothing, nor does the last one where there is no stop token.
+        read = end - (ending.by_string.long() if self.stop.numel() else 1)
         # The network reads no further than the longest value.
-        reach = max(1, int((end + (1 if self.stop.numel() else 0)).max())) if value.numel() else 0
-        reach = min(reach, width)
+        reach = min(max(1, int(read.max()) + 1) if value.numel() else 0, width)
         flat = value.expand(*batch, width)[..., :reach].reshape(batch.numel(), reach)
-        flat_own = own.expand(batch).flatten()
+        flat_own = ending.stop.expand(batch).flatten()
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
             both = torch.stack([flat[rows].clamp(min=0), flat_own[rows][:, None].expand(-1, reach)], -1)  # (r, T, 2)
             return rules.select(rows).selected(logits, both, flat[rows])
 
         if reach:
-            # A stop predicts nothing (nor does the last token where there is no stop): the network need not read it.
-            read = value.masked_fill(at >= (end if self.stop.numel() else end - 1)[..., None], text.PAD)
-            both = score(self.lm, self.prompt, read[..., :reach], head).expand(*batch, reach, 2)
+            needed = value.masked_fill(at >= read[..., None], text.PAD)
+            both = score(self.lm, self.prompt, needed[..., :reach], head).expand(*batch, reach, 2)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device)
         refuse_nan(token)
         token = token.masked_fill(at >= length[..., None], 0.0)
-        token = token.masked_fill((at > end[..., None]) & (at < length[..., None]), -torch.inf)
+        token = token.masked_fill((at >= ending.width[..., None]) & (at < length[..., None]), -torch.inf)
         stop = stop.masked_fill(at > end[..., None], -torch.inf)
+        stop = stop.masked_fill(ending.by_string[..., None] & (at == end[..., None]), 0.0)
         return _Scores(token, stop, possible.expand(batch))
 
     def _expanded(self, x: Tensor, event_dim: int = 0) -> Tensor:

@@ -21,6 +21,7 @@ It normalises, as any law of the next token does.  It follows that
   and in the guide alike, on-policy and replayed: w is a function of the text only;
 - a prefix within an insertion cannot stop: ``stop_log_probs`` is -inf there;
 - inserted tokens count towards ``max_tokens``, where the stop is certain: what is still pending there is cut off.
+  An insertion may complete a stop string, which ends the text there.
   ``min_tokens``, ``temperature``, exploration and constraints do not touch an insertion; a constraint is asked about
   the whole text again after it;
 - drawing costs nothing beyond reading the inserted tokens, as any other.
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from ..constraints.masks import distinct
 from ..language_model import LanguageModel
+from ..stop_strings import StopStrings
 from ..text import PAD
 from ..tools import Tool
 
@@ -55,8 +57,8 @@ class Insertions:
     :raises ValueError: for tools that are no functions.
     """
 
-    def __init__(self, lm: LanguageModel, tools: Iterable[Tool], stop: Tensor):
-        self.lm, self.tools, self.stops = lm, tuple(tools), frozenset(stop.tolist())
+    def __init__(self, lm: LanguageModel, tools: Iterable[Tool], stop: Tensor, strings: StopStrings | None = None):
+        self.lm, self.tools, self.stops, self.strings = lm, tuple(tools), frozenset(stop.tolist()), strings
         if not all(callable(tool) for tool in self.tools):
             raise ValueError(f"tools: expected functions of the text so far, got {self.tools!r}")
         self._root: _Prefix | None = None
@@ -66,6 +68,9 @@ class Insertions:
 
         Column t is about the first t tokens; PAD too where the text has stopped by then.
         """
+        if self.strings is not None:  # what follows the end of a text is not asked about
+            over = self.strings.ends(prefix).cumsum(-1) > 0
+            prefix = prefix.masked_fill(over, PAD)
         rows, index = distinct(prefix)
         width = prefix.shape[-1] + 1
         forced = [self._along(row) for row in rows.tolist()]

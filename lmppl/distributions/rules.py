@@ -3,8 +3,9 @@
     log p(v | prefix) = log softmax over permitted v of logits[v] / temperature
     (with epsilon > 0, log of (1 - epsilon) times that softmax + epsilon / number of permitted tokens)
 
-A stop token is forbidden before ``min_tokens``; after ``max_tokens`` stop tokens are all that is permitted and keep
-their relative probabilities.  Forbidden tokens get -inf exactly.  Up to ``max_tokens``, what a tool inserts is certain.
+A stop token is forbidden before ``min_tokens``, and so is a token that completes a stop string; after ``max_tokens``
+stop tokens are all that is permitted and keep their relative probabilities.  Forbidden tokens get -inf exactly.  Up to
+``max_tokens``, what a tool inserts is certain.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import text
 from ..constraints import Constraint, allowed_at
+from ..stop_strings import Stops, StopStrings
 from .insertions import Insertions
 
 _FEW = 0.7  # of the vocabulary: with fewer permitted, they are sooner taken out than the others barred
@@ -29,7 +31,7 @@ _FEW = 0.7  # of the vocabulary: with fewer permitted, they are sooner taken out
 class Rules:
     """Rules for R rows; every per-row tensor is 0-d (shared by all rows) or (R,)."""
 
-    stop: Tensor  # (k,) stop token ids; empty: the text has exactly max_tokens tokens
+    stop: Tensor  # (k,) stop token ids; empty: the text has exactly max_tokens tokens, if no stop string ends it
     max_tokens: Tensor
     min_tokens: Tensor
     temperature: Tensor
@@ -37,6 +39,7 @@ class Rules:
     vocab_size: int
     epsilon: Tensor  # the share of each token's probability that is spread evenly over what is permitted
     insertions: Insertions | None = None
+    strings: StopStrings | None = None
 
     def select(self, rows: Tensor) -> Rules:
         """The rules of these rows."""
@@ -57,6 +60,11 @@ class Rules:
     def within(self, allowed: Constraint | None) -> Rules:
         """The same rules under another constraint."""
         return replace(self, allowed=allowed)
+
+    @property
+    def stops(self) -> Stops:
+        """All that ends a text."""
+        return Stops(self.stop, self.strings)
 
     def is_stop(self, tokens: Tensor) -> Tensor:
         return torch.isin(tokens, self.stop)
@@ -86,7 +94,7 @@ class Rules:
         T = logits.shape[1]
         if self._tempered:
             logits = logits / (self.temperature[:, None, None] if self.temperature.dim() else self.temperature)
-        if T == 1 and self._constant:
+        if T == 1 and self._constant(first):
             barrier, dead, _ = self._known(first)
             logits = logits if barrier is None else logits + barrier  # several times faster than where
         else:
@@ -114,10 +122,11 @@ class Rules:
         """Whether anything is spread evenly."""
         return bool(self.epsilon.any())
 
-    @cached_property
-    def _constant(self) -> bool:
-        """Whether nothing but the limits makes a difference between one token and the next."""
-        return self._shared and (self.allowed is None or isinstance(self.allowed, Tensor))
+    def _constant(self, t: int) -> bool:
+        """Whether nothing but the limits matters to what may follow ``t`` tokens."""
+        if not self._shared or (self.strings is not None and t < self._limits[0]):
+            return False
+        return self.allowed is None or isinstance(self.allowed, Tensor)
 
     @cached_property
     def _cases(self) -> dict[tuple[bool, bool], tuple[Tensor | None, Tensor | None, tuple[Rules, Tensor] | None]]:
@@ -135,7 +144,7 @@ class Rules:
                 barrier = torch.zeros(barred.shape, device=barred.device).masked_fill_(barred, -torch.inf)
                 tokens = (~barred.flatten()).nonzero()[:, 0]
                 if dead is None and self.insertions is None and len(tokens) < _FEW * self.vocab_size:
-                    few = replace(self, stop=self.stop[:0], allowed=None, vocab_size=len(tokens)), tokens
+                    few = replace(self, stop=self.stop[:0], strings=None, allowed=None, vocab_size=len(tokens)), tokens
             self._cases[case] = barrier, dead, few
         return self._cases[case]
 
@@ -144,7 +153,7 @@ class Rules:
 
         None where rows differ, a tool may write or most of the vocabulary is permitted.
         """
-        return self._known(t)[2] if self._constant else None
+        return self._known(t)[2] if self._constant(t) else None
 
     def _barred(self, T: int, prefix: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
         """What gets -inf, broadcasting to (R, T, V), and where nothing is permitted (R, T, 1); None where that is none.
@@ -193,10 +202,16 @@ class Rules:
         if isinstance(self.allowed, Tensor):
             forbidden = ~self.allowed
         elif self.allowed is not None:
-            forbidden = ~torch.stack([self._allowed_after(prefix[:, :t]) for t in range(first, first + T)], -2)
+            over = self.stops.ends(prefix).cumsum(-1) > 0
+            masks = [self._allowed_after(prefix[:, :t], over[:, t - 1 : t]) for t in range(first, first + T)]
+            forbidden = ~torch.stack(masks, -2)
+        t = torch.arange(first, first + T, device=self.stop.device)
+        if self.strings is not None and first < self._limits[0]:
+            early = (t < (self.min_tokens[:, None] if self.min_tokens.dim() else self.min_tokens))[..., None]
+            completing = self.strings.completing(self.strings.states(prefix[:, : first + T - 1], first)) & early
+            forbidden = completing if forbidden is None else forbidden | completing
         if not self.stop.numel():
             return forbidden
-        t = torch.arange(first, first + T, device=self.stop.device)
         per_row = [x[:, None] if x.dim() else x for x in (self.min_tokens, self.max_tokens)]
         too_early, too_late = t < per_row[0], t >= per_row[1]  # (T,) or (R, T)
         stops = self._stops
@@ -212,10 +227,10 @@ class Rules:
             forbidden = torch.where(too_late[..., None], barred, forbidden)
         return forbidden
 
-    def _allowed_after(self, prefix: Tensor) -> Tensor:
-        """The constraint's mask (R, V) after ``prefix`` (R, t); it is asked about unfinished texts only."""
+    def _allowed_after(self, prefix: Tensor, over: Tensor) -> Tensor:
+        """The constraint's mask (R, V) after ``prefix`` (R, t); it is asked about texts only that are not ``over``."""
         t = prefix.shape[1]
-        asked = ~(self.is_stop(prefix) | (prefix == text.PAD)).any(-1)
+        asked = ~(over.any(-1) | (prefix == text.PAD).any(-1))
         if self.stop.numel() < 2:  # at the limit, the only stop is certain
             asked = asked & (t < self.max_tokens)
         assert self.allowed is not None

@@ -37,13 +37,25 @@ def every_text(rules: Rules) -> Tensor:
         ids = ids[rules.allowed]
     content, stops = ids[~rules.is_stop(ids)], rules.stop.numel()
     shortest, longest = int((rules.min_tokens if stops else rules.max_tokens).min()), int(rules.max_tokens.max())
-    count = sum(len(content) ** n * max(1, stops) for n in range(shortest, longest + 1))
+    strings = rules.strings
+    # The fewest tokens of a text that a stop string ends; min_tokens do not touch what a tool inserts.
+    earliest = 1 if rules.insertions is not None else int(rules.min_tokens.min()) + 1
+    fewest = shortest if strings is None else min(shortest, earliest)
+    count = sum(len(content) ** n * max(1, stops) for n in range(fewest, longest + 1))
     if count > _ENUMERABLE:
         raise ValueError(f"enumerate_support: {count:,} texts; use inference.Enumeration(mass=...) instead")
     blocks = []
-    for n in range(shortest, longest + 1):
+    for n in range(fewest, longest + 1):
         body = torch.cartesian_prod(*[content] * n) if n else content.new_empty(1, 0)
         body = body.reshape(len(content) ** n, n)
+        if strings is not None:
+            ends = strings.ends(body)
+            body, ended = body[~ends[:, :-1].any(1)], ends[:, -1:].any(1)[~ends[:, :-1].any(1)]
+            if n >= earliest:
+                blocks.append(text.pad(body[ended], longest + (1 if stops else 0)))
+            body = body[~ended]
+        if n < shortest:
+            continue
         if stops:
             body = torch.cat([body.repeat(stops, 1), rules.stop.repeat_interleave(len(body))[:, None]], 1)
         blocks.append(text.pad(body, longest + (1 if stops else 0)))

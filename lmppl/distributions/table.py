@@ -11,6 +11,8 @@ from torch.distributions import constraints as torch_constraints
 from torch.nn.functional import pad
 
 from .. import randomness, text
+from ..language_model import Stop
+from ..stop_strings import Stops
 from .completion import PrefixScores
 from .support import Texts
 
@@ -119,18 +121,23 @@ class TextTable(Table):
     :param lm: the language model whose tokens these are; it decodes them, and is never asked to score.
     :param texts: (K, L), distinct, each ended by one of ``stop``.
     :param logits: (*batch, K).
-    :param stop: token ids (S,); empty: texts without a stop, none of whose prefixes is terminable.
+    :param stop: token ids (S,), or what `Completion` takes; empty: texts without a stop, none of whose prefixes is
+        terminable.
 
     Example::
 
         z = pyro.sample("z", TextTable(lm, lm.encode(["yes", "no"], stop="eos"), logits, lm.stop_ids("eos")))
     """
 
-    def __init__(self, lm: Any, texts: Tensor, logits: Tensor, stop: Tensor):
+    def __init__(self, lm: Any, texts: Tensor, logits: Tensor, stop: Stop):
         text.validate(texts, "texts")
-        self.lm, self.stop = lm, stop
-        self.min_tokens = text.length(texts).min() - int(stop.numel() > 0)
-        super().__init__(texts, logits)
+        self.lm = lm
+        stops: Stops = Stops(stop, None) if isinstance(stop, Tensor) else lm.stops(stop)
+        self.stop, self.stop_strings = stops
+        at = stops.ending(texts).at
+        self.min_tokens = at.min()
+        room = int(at.max()) + int(self.stop.numel() > 0)  # a column for every prefix
+        super().__init__(text.pad(texts, max(texts.shape[-1], room)), logits)
 
     @property
     def support(self) -> Texts:
@@ -154,14 +161,14 @@ class TextTable(Table):
         r"""`prefix_log_probs` with log p(stop | z_1..z_t) = log p(z_1..z_t stop) - log p(texts that begin z_1..z_t)."""
         width = self.event_shape[0]
         value = text.pad(value, width)
-        end = text.length(value) - 1  # where the stop stands
+        ending = Stops(self.stop, self.stop_strings).ending(value)
         column = torch.arange(width, device=value.device)
-        own = value.gather(-1, end.clamp(min=0)[..., None])
         begins = torch.ones(*value.shape[:-1], len(self.values), dtype=torch.bool, device=value.device)
         log_probs, stops = [], []
         for t in range(width if self.stop.numel() else 0):
+            own = ending.stop.masked_fill(ending.by_string & (ending.at <= t), text.PAD)[..., None]
             stopped = torch.where(column < t, value, torch.where(column == t, own, text.PAD))
-            log_p = self.log_prob(stopped).masked_fill(t > end, -torch.inf)
+            log_p = self.log_prob(stopped).masked_fill(t > ending.at, -torch.inf)
             reach = self.logits.masked_fill(~begins, -torch.inf)  # (*batch, K)
             possible = (reach > -torch.inf).any(-1)
             log_reach = torch.where(possible[..., None], reach, 0.0).logsumexp(-1)
@@ -169,6 +176,6 @@ class TextTable(Table):
             stops.append((log_p - log_reach).masked_fill(~possible, -torch.inf))
             begins = begins & (value[..., None, t] == self.values[:, t])
         if not log_probs:
-            never = torch.full((*torch.broadcast_shapes(end.shape, self.batch_shape), width + 1), -torch.inf)
+            never = torch.full((*torch.broadcast_shapes(ending.at.shape, self.batch_shape), width + 1), -torch.inf)
             return PrefixScores(never, never)
         return PrefixScores(*(torch.stack(torch.broadcast_tensors(*x), -1) for x in (log_probs, stops)))

@@ -113,8 +113,9 @@ class TokenSteps:
         if self.rules.stop.numel():
             self.ended = self.ended | self.rules.is_stop(tokens[:, -1]) | (tokens[:, -1] == text.PAD)
         else:
-            whole = self.prefix.shape[1] >= self.rules.max_tokens.expand(len(tokens))
-            self.ended = whole | (tokens[:, -1] == text.PAD)
+            self.ended = self.ended | (self.prefix.shape[1] >= self.rules.max_tokens) | (tokens[:, -1] == text.PAD)
+        if self.rules.strings is not None:
+            self.ended = self.ended | self.rules.strings.ended(self.prefix)
         self.alive = len(tokens) - int(self.ended.count_nonzero())
 
     def select(self, index: Tensor) -> None:

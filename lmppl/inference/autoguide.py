@@ -187,7 +187,7 @@ class _Writer(Messenger):
                 self._prompt(msg, lm),
                 max_tokens=fn.max_tokens,
                 min_tokens=fn.min_tokens,
-                stop=fn.stop if fn.stop.numel() else None,
+                stop=programs.stop_argument(fn) or None,
                 allowed=fn.allowed,
                 temperature=fn.temperature,
                 tools=fn.tools,

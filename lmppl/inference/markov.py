@@ -127,6 +127,8 @@ class Markov:
             raise ValueError(f"prior: expected one prompt, got the batch shape {tuple(prior.batch_shape)}")
         if callable(prior.allowed) and not isinstance(prior.allowed, Tensor):
             raise ValueError("prior: a constraint by a function of the prefix is not Markov; use a factor")
+        if prior.stop_strings is not None:
+            raise ValueError("prior: a stop string reads several tokens of the text; use Enumeration or SMC")
         if prior.tools:
             raise ValueError("prior: a tool reads the whole text, so that it is not Markov; use Enumeration or SMC")
         if factor.next.shape[1] != prior.lm.vocab_size:

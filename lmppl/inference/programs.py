@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .. import randomness, text
+from ..stop_strings import Ending, Stops
 
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 Program = Callable[..., Any]
@@ -124,6 +125,29 @@ def is_terminable(node: Node) -> bool:
     return hasattr(node["fn"], "prefix_scores") and node["fn"].stop.numel() > 0
 
 
+def all_stops(fn: Any) -> Stops:
+    """What ends the texts of a distribution."""
+    return Stops(fn.stop, getattr(fn, "stop_strings", None))
+
+
+def stop_argument(fn: Any) -> list[int | str]:
+    """What ends the texts of a distribution, as its ``stop`` was or might have been given; empty for None."""
+    ids, strings = all_stops(fn)
+    return [*ids.tolist(), *(strings.strings if strings is not None else ())]
+
+
+def completed(fn: Any, strings: Any) -> Tensor:
+    """Strings as texts of a distribution: encoded, with its (first) stop where they have none."""
+    value, argument = fn.lm.encode(strings), stop_argument(fn)
+    if not argument:
+        return value
+    value = text.pad(value, max(1, value.shape[-1]))
+    last = (text.length(value) - 1).clamp(min=0)[..., None]
+    ended = all_stops(fn).ends(value).gather(-1, last)
+    stop = torch.tensor(fn.lm.vocabulary.ending_ids(argument[0]), device=value.device)
+    return text.cat(value, torch.where(ended, text.PAD, stop))
+
+
 def _samples(trace: Trace) -> list[tuple[str, Node]]:
     own = (PARTICLES, PREFIXES)
     return [(n, s) for n, s in trace.nodes.items() if s["type"] == "sample" and n not in own]
@@ -203,12 +227,13 @@ def cat_particles(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return result
 
 
-def cut(value: Tensor, end: Tensor, at: Tensor) -> Tensor:
-    """The texts stopped after ``at`` tokens with their own stop, which stands at ``end``; at >= end: the whole text.
+def cut(value: Tensor, ending: Ending, at: Tensor) -> Tensor:
+    """The texts stopped after ``at`` tokens by their stop token; from where they end on, the whole text.
 
-    ``value`` (..., L), ``end`` (...), ``at`` (P, ...) -> (P, ..., L).
+    ``value`` (..., L), ``ending`` (...), ``at`` (P, ...) -> (P, ..., L).
     """
-    at = torch.minimum(at, end)[..., None]
-    own = value.gather(-1, end.clamp(max=value.shape[-1] - 1)[..., None])
+    whole = at >= ending.at
+    own = ending.stop.masked_fill(whole & (ending.by_string | ~ending.ended), text.PAD)[..., None]
+    at = torch.minimum(at, ending.at)[..., None]
     column = torch.arange(value.shape[-1], device=value.device)
     return torch.where(column < at, value, torch.where(column == at, own, text.PAD))

@@ -276,12 +276,12 @@ def balance(
     else:
         fn, value = drawn.nodes[site]["fn"], held[site]
         width = fn.event_shape[0]
-        stops = torch.isin(value, fn.stop)
-        end, stopped = stops.long().argmax(-1), stops.any(-1)  # (particle, *plate axes)
+        ending = programs.all_stops(fn).ending(value)
+        end, stopped = ending.at, ending.ended  # (particle, *plate axes)
         first = torch.minimum(fn.min_tokens.expand(end.shape), end)
         at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes)
         P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
-        held[site] = programs.cut(value, end, at)
+        held[site] = programs.cut(value, ending, at)
     extra: dict[str, Tensor] = {}
     shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
 
@@ -289,6 +289,8 @@ def balance(
     with torch.no_grad():
         model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
     programs.match(model_trace, guide_trace)
+    if site is not None and site in model_trace.nodes:
+        _same_stop_strings(site, model_trace.nodes[site]["fn"], fn)
     plates = kept_plates([model_trace, guide_trace], nesting)
     if site is not None and where is not None:
         scores = guide_trace.nodes[site]["fn"].prefix_scores(
@@ -332,6 +334,17 @@ def balance(
         guide=guide_trace,
         plates=plates,
     )
+
+
+def _same_stop_strings(site: str, model: Any, guide: Any) -> None:
+    """Raise SiteMismatch where a text would end by another string in the model: its prefixes are not the guide's."""
+    own = [getattr(fn, "stop_strings", None) for fn in (model, guide)]
+    given = [set() if strings is None else set(strings.strings) for strings in own]
+    if given[0] != given[1]:
+        raise programs.SiteMismatch(
+            f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "
+            f"{sorted(given[0])}; give both the same"
+        )
 
 
 def _at(prefix_scores: Tensor, where: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from ... import text
 from .. import programs
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
@@ -56,7 +55,7 @@ def _measure(trace: Trace, name: str, posterior: Posterior) -> tuple[Tensor, Ten
     A text that has further axes counts by its mean over them.
     """
     fn, value = trace.nodes[name]["fn"], trace.nodes[name]["value"]
-    end = text.length(value) - 1
+    end = programs.all_stops(fn).ending(value).at
     log_stop = fn.prefix_scores(value).stop_log_probs
     at = end.clamp(0, log_stop.shape[-1] - 1).expand(log_stop.shape[:-1])
     stop = log_stop.gather(-1, at[..., None])[..., 0].exp()

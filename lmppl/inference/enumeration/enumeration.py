@@ -279,7 +279,7 @@ def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Ten
             most, least, temperature = (x[rows] if x.dim() else x for x in numbers)
             own = Completion(
                 fn.lm, prompt[rows], max_tokens=most, min_tokens=least, temperature=temperature, allowed=fn.allowed,
-                stop=fn.stop if fn.stop.numel() else None, tools=fn.tools,
+                stop=programs.stop_argument(fn) or None, tools=fn.tools,
             ).log_prob(value[rows])  # fmt: skip
             log_prob = own.new_full(row_real.shape, -torch.inf) if log_prob is None else log_prob
             log_prob[rows] = own

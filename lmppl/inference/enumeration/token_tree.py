@@ -82,6 +82,7 @@ class Tree:
         self.row = roots * self.cells + self.cell  # (E,) pool: which row of the batch each expanded node continues
         self.prefix = torch.full((len(roots), self.network.limit), text.PAD, device=device)  # (E, W)
         self.depth = torch.zeros_like(roots)
+        self.state = torch.zeros_like(roots)  # (E,) of the stop strings
         self.waiting = Growth(
             *(torch.empty(0, dtype=d, device=device) for d in (torch.long, torch.long, torch.float64))
         )
@@ -124,13 +125,15 @@ class Tree:
         first = len(self.row)
         self.expanded += len(nodes.token)
         self.row = torch.cat([self.row, self.row[nodes.parent]])
+        self.state = torch.cat([self.state, self.network.state(self.state[nodes.parent], nodes.token)])
         self.prefix, self.depth = torch.cat([self.prefix, prefix]), torch.cat([self.depth, depth])
         return torch.arange(first, len(self.row), device=prefix.device)
 
     def add(self, growth: Growth) -> None:
         """Sort children into finished texts, nodes worth keeping, and pruned mass."""
         depth = self.depth[growth.parent] + (growth.token != text.PAD)
-        over = self.network.is_over(self.row[growth.parent], growth.token, depth)
+        state = self.network.state(self.state[growth.parent], growth.token)
+        over = self.network.is_over(self.row[growth.parent], growth.token, depth, state)
         self.done.append(Growth(*(x[over] for x in growth)))
         self.waiting = Growth(*(torch.cat([a, b[~over]]) for a, b in zip(self.waiting, growth, strict=True)))
         self.full = self.expanded > max(8 * self.max_support, EXPANSIONS)
@@ -159,7 +162,7 @@ class Tree:
         at = self.depth[parent]
         value.scatter_(1, at[:, None], token[:, None])
         at = at + (token != text.PAD)
-        value = self.network.with_stop(value, token, at)
+        value = self.network.with_stop(value, token, at, self.network.state(self.state[parent], token))
         joint = done.log_p[kept]
         return Texts(root, text.pad(value, self.network.width), joint - log_root[root], joint, left)
 
@@ -168,7 +171,7 @@ class Network:
     """What a text distribution says of the next token after many prefixes."""
 
     def __init__(self, fn: Any):
-        self.fn, self.lm, self.stop = fn, fn.lm, fn.stop
+        self.fn, self.lm, self.stop, self.strings = fn, fn.lm, fn.stop, fn.stop_strings
         shape = fn.batch_shape
         self.rules = fn._rules(shape)
         batch = fn.prompt.shape[:-1]
@@ -183,17 +186,22 @@ class Network:
         # With one stop and no constraint the stop after the last token is certain: nothing to ask the network.
         self.certain_stop = self.stop.numel() == 1 and fn.allowed is None
 
-    def is_over(self, row: Tensor, token: Tensor, depth: Tensor) -> Tensor:
+    def state(self, before: Tensor, token: Tensor) -> Tensor:
+        """The stop strings' states after one token more."""
+        return before if self.strings is None else self.strings.after(before, token)
+
+    def is_over(self, row: Tensor, token: Tensor, depth: Tensor, state: Tensor) -> Tensor:
         """Whether texts of ``depth`` tokens, the last one ``token``, are finished."""
         over = torch.isin(token, self.stop) if self.stop.numel() else torch.zeros_like(token, dtype=torch.bool)
         if self.certain_stop or not self.stop.numel():
             over = over | (depth >= self.max_tokens[row])
-        return over
+        return over if self.strings is None else over | self.strings.final[state]
 
-    def with_stop(self, value: Tensor, last: Tensor, length: Tensor) -> Tensor:
+    def with_stop(self, value: Tensor, last: Tensor, length: Tensor, state: Tensor) -> Tensor:
         """The certain stop appended to texts that end without one."""
         if self.certain_stop:
-            short = (last != self.stop[0]).nonzero()[:, 0]
+            open_ended = last != self.stop[0]
+            short = (open_ended if self.strings is None else open_ended & ~self.strings.final[state]).nonzero()[:, 0]
             value[short, length[short]] = self.stop[0]
         return value
 

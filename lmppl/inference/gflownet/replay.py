@@ -313,9 +313,4 @@ def _complete(fn: Any, strings: Any) -> Tensor:
     """Strings as texts of a site: encoded, with its stop where it is missing."""
     if not hasattr(fn, "lm"):
         raise ValueError("values: strings are for texts only")
-    value = fn.lm.encode(strings)
-    if not fn.stop.numel():
-        return value
-    last = value.gather(-1, (text.length(value) - 1).clamp(min=0)[..., None]) if value.shape[-1] else value[..., :0]
-    ended = torch.isin(last, fn.stop).any(-1, keepdim=True)
-    return text.cat(value, torch.where(ended, text.PAD, fn.stop[0]))
+    return programs.completed(fn, strings)

@@ -38,8 +38,8 @@ class Served(Exploration):
     :param timeout: seconds until an answer is given up.
 
     :raises ConnectionError: where the server does not answer, or with an error.
-    :raises ValueError: for texts with ``allowed`` or ``tools``, which no server knows of, and for an answer that has no
-        token ids, or others than can be.
+    :raises ValueError: for texts with ``allowed`` or ``tools``, which no server knows of, or with stop strings, which
+        servers find within tokens too; and for an answer that has no token ids, or others than can be.
 
     Example::
 
@@ -82,6 +82,11 @@ class Served(Exploration):
         if fn.allowed is not None or fn.tools:
             raise ValueError(
                 "exploration: a server knows nothing of allowed= and tools=; draw these texts from the guide"
+            )
+        if fn.stop_strings is not None:
+            raise ValueError(
+                f"exploration: a server ends texts at {list(fn.stop_strings.strings)} even within a token; draw these "
+                "texts from the guide"
             )
         return _Remote(fn, self)
 

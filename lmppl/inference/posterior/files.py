@@ -58,7 +58,7 @@ def save(posterior: Posterior, path: Path) -> None:
         "plates": vars(sites.plates),
         "event_dims": sites.event_dims,
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
-        "stops": {site: stop.tolist() for site, stop in sites.stops.items()},
+        "stops": sites.stops,
     }
     with fresh_directory(path) as fresh:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
@@ -88,7 +88,6 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
     plates = Plates(names, dims, sizes, int(rest["plates"]["nesting"]))
     decoders = {site: lm.decode if lm is not None else Lookup(strings) for site, strings in rest["strings"].items()}
     lms = {} if lm is None else dict.fromkeys(rest["stops"], lm)
-    stops = {site: torch.tensor(ids, dtype=torch.long) for site, ids in rest["stops"].items()}
     values = {name.removeprefix("values."): t for name, t in tensors.items() if name.startswith("values.")}
     others: dict[str, Any] = {name: () if name in rest["empty"] else _gathered(tensors, name) for name in _others(kind)}
     n = len(others["log_weights"])
@@ -96,7 +95,7 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
         raise ValueError("its tensors and its sites do not fit together")
     if any(len(values[k]) != n or values[k].dim() != 1 + plates.nesting + e for k, e in rest["event_dims"].items()):
         raise ValueError("the shapes of its values do not fit its weights")
-    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, stops), **others)
+    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"]), **others)
 
 
 def _others(cls: type[Posterior]) -> list[str]:

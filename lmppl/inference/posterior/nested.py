@@ -30,5 +30,5 @@ def marginal(posterior: Posterior, site: str) -> Table:
     batch = axes[len(axes) + min(plates.dims) :] if plates.dims else ()
     logits = mass.T.reshape(*batch, -1).log()
     if site in posterior.sites.lms and len(event) == 1:
-        return TextTable(posterior.sites.lms[site], distinct, logits, posterior.sites.stops[site])
+        return TextTable(posterior.sites.lms[site], distinct, logits, posterior.sites.stops[site] or None)
     return Table(distinct, logits)

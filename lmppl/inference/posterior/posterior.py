@@ -37,7 +37,7 @@ class Sites:
     event_dims: dict[str, int]
     decoders: dict[str, Callable[[Tensor], Any]] = field(repr=False)
     lms: dict[str, Any] = field(default_factory=dict, repr=False)
-    stops: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of texts: the ids that end them, perhaps none
+    stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends texts, perhaps nothing
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Posterior:
             {name: node["fn"].event_dim for name, node in nodes.items()},
             {name: lm.decode for name, lm in lms.items()},
             lms,
-            {name: nodes[name]["fn"].stop for name in lms},
+            {name: programs.stop_argument(nodes[name]["fn"]) for name in lms},
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 

@@ -12,7 +12,6 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from ... import text
 from .. import programs
 from ..arguments import at_least
 from ..partial import only
@@ -195,7 +194,7 @@ def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str],
         raise ValueError("candidates: strings are for a text site; give its values as a tensor (C, ...)")
     if not fn.event_dim:
         return strings, torch.tensor([fn.lm.token_id(s) for s in strings])
-    return strings, text.cat(fn.lm.encode(strings), fn.stop[:1])
+    return strings, programs.completed(fn, strings)
 
 
 def _sketch(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> Trace:

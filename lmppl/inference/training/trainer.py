@@ -279,7 +279,7 @@ class Trainer(ABC):
         length, stop = [], []
         for node in programs.latents(weighted.guide).values():
             if programs.is_terminable(node):
-                end = torch.isin(node["value"], node["fn"].stop).long().argmax(-1)
+                end = programs.all_stops(node["fn"]).ending(node["value"]).at
                 log_stop = node["fn"].prefix_scores(node["value"]).stop_log_probs
                 length.append(end.double().mean())
                 stop.append(log_stop.gather(-1, end[..., None]).exp().double().mean())
