@@ -78,7 +78,7 @@ def test_a_growing_text_costs_one_token_a_step_and_reordering_nothing(monkeypatc
     read, looked = [], []
     after, fresh = allowed._after, allowed._fresh_mask
     monkeypatch.setattr(allowed, "_after", lambda m, token: read.append(token) or after(m, token))
-    monkeypatch.setattr(allowed, "_fresh_mask", lambda m: looked.append(m) or fresh(m))
+    monkeypatch.setattr(allowed, "_fresh_mask", lambda m, prefix: looked.append(m) or fresh(m, prefix))
     prefix = torch.zeros(6, 0, dtype=torch.long)
     for _ in range(4):
         allowed(prefix)

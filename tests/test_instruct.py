@@ -88,7 +88,7 @@ def test_importance_sampling_and_smc_agree_about_a_conversation(lm):
     y = lm.encode("Red.", stop="eos")
     pyro.set_rng_seed(0)
     runs = {
-        kind: torch.stack([kind(answering(lm), num_particles=32).run(y).log_evidence for _ in range(8)]).double().exp()
+        kind: torch.stack([kind(answering(lm), num_particles=16).run(y).log_evidence for _ in range(6)]).double().exp()
         for kind in (Importance, SMC)
     }
     means, errors = ([f(r) for r in runs.values()] for f in (torch.mean, lambda r: r.std() / math.sqrt(len(r))))
