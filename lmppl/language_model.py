@@ -37,6 +37,10 @@ class LanguageModel(nn.Module):
     `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
     views: each layer is computed again in the backward pass, by the view that ran it.
 
+    The law of a token is what the network says that reads the text so far, alone, also where its positions depend on
+    how long the text is (LongRoPE). Several threads may use views of one network: they take turns, pass by pass. What
+    is replaced in the model later is followed, but for its vocabulary: wrap it again after `resize_token_embeddings`.
+
     `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
     work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
     many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again.
