@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from chunks import AB, BDOT, DOT, EOS, WORDS, A, B, StringLaw, chunk_lm
+from chunks import AB, EOS, WORDS, A, B, StringLaw, chunk_lm
 from contracts import TextContract, assert_follows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,22 +20,22 @@ from lmppl import text
 from lmppl.constraints import regex
 from lmppl.distributions import Completion
 from lmppl.inference import (
-    Automaton,
-    Markov,
-    Served,
     SMC,
     AutoGuide,
+    Automaton,
     DetailedBalance,
     Enumeration,
     Importance,
+    Markov,
     MetropolisHastings,
     PooledVarGrad,
     Posterior,
+    Served,
     SiteMismatch,
     SubTB,
     VarGrad,
+    programs,
 )
-from lmppl.inference import programs
 from lmppl.inference.weights import balance
 from lmppl.stop_strings import StopStrings
 from lmppl.text import PAD
@@ -335,7 +335,7 @@ def test_ends_wherever_what_is_spelled_ends_with_a_string(words, strings, ids):
     value = torch.tensor([*ids, PAD], dtype=torch.long)
     assert automaton.ends(value).tolist() == [*expected, False]
     for t in range(len(ids)):
-        assert automaton.ended(value[: t + 1]) == expected[t]
+        assert automaton.final[automaton.states(value[: t + 1], t + 1)].tolist() == expected[t : t + 1]
         completing = automaton.completing(automaton.states(value[:t], t)[0])
         before = spelled[t - 1] if t else ""
         assert completing.tolist() == [any((before + w).endswith(x) for x in strings) for w in words]

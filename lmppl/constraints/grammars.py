@@ -141,17 +141,21 @@ class Grammar(PrefixConstraint):
         """The packed mask of what may follow."""
         mask = _recall(self._masks, prefix)
         if mask is None:
-            mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix), prefix)))
+            matcher = self._matcher(prefix)
+            fresh = self._fresh_mask(matcher)
+            for token in self._completing(prefix):
+                fresh[token] = fresh[token] and self._after(matcher, token).is_accepting()
+            mask = _remember(self._masks, prefix, np.packbits(fresh))
         return mask
 
-    def _fresh_mask(self, matcher: Any, prefix: tuple[int, ...]) -> np.ndarray:
+    def _fresh_mask(self, matcher: Any) -> np.ndarray:
         if matcher is None:
             return np.zeros(self.vocab_size, dtype=bool)
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
         self._checked(matcher)
         mask = np.unpackbits(bits, bitorder="little").view(bool)[self.spelling.index]
         mask[self.silent_stops] = matcher.is_accepting()
-        for stop in (*self.spoken_stops, *self._completing(prefix)):
+        for stop in self.spoken_stops:
             mask[stop] = mask[stop] and self._after(matcher, stop).is_accepting()
         return mask
 
