@@ -221,8 +221,9 @@ def _why_impossible(node: Node, latent: bool) -> str:
     value = node["value"]
     if fn.stop.numel():
         if not bool(programs.all_stops(fn).ending(value).ended.all()):
+            string = " or a stop string" if programs.all_stops(fn).strings is not None else ""
             return (
-                "the observed text does not end with its stop, so the evidence is zero; encode it with "
+                f"the observed text does not end with its stop token{string}, so the evidence is zero; encode it with "
                 "lm.encode(..., stop=...), or observe how the text begins with stop=None, max_tokens=length(y)"
             )
         if bool((text.length(value) - 1 > fn.max_tokens).any()):

@@ -60,10 +60,6 @@ class StopStrings:
         """Whether texts (..., L) end with a stop string after each of their tokens, (..., L)."""
         return (text >= 0) & self.final[self.states(text)[..., 1:]]
 
-    def ended(self, text: Tensor) -> Tensor:
-        """Whether texts (..., L) end with a stop string, (...)."""
-        return self.final[self.states(text, text.shape[-1])[..., -1]]
-
     def completing(self, state: Tensor) -> Tensor:
         """Which tokens complete a stop string, by the state before them: (...) -> (..., V)."""
         return self._completing[state]

@@ -41,7 +41,7 @@ COMPLETIONS = {
     "min_tokens: above max_tokens": ("min_tokens", {"min_tokens": 4}),
     "min_tokens: shape": ("min_tokens", {"min_tokens": torch.tensor([1, 0, 1])}),
     "both limits: shape": ("m.._tokens", {"min_tokens": torch.tensor([1, 0, 1]), "max_tokens": torch.tensor([3, 3])}),
-    "stop: several tokens": ("stop", {"stop": "ab"}),
+    "stop: spelled by no tokens": ("stop", {"stop": "xy"}),
     "stop: unknown": ("stop", {"stop": V}),
     "stop: none of several": ("stop", {"stop": []}),
     "allowed: mask": ("allowed", {"allowed": torch.ones(V + 1, dtype=torch.bool)}),

@@ -335,7 +335,7 @@ def test_ends_wherever_what_is_spelled_ends_with_a_string(words, strings, ids):
     value = torch.tensor([*ids, PAD], dtype=torch.long)
     assert automaton.ends(value).tolist() == [*expected, False]
     for t in range(len(ids)):
-        assert automaton.ended(value[: t + 1]) == expected[t]
+        assert automaton.final[automaton.states(value[: t + 1], t + 1)].tolist() == expected[t : t + 1]
         completing = automaton.completing(automaton.states(value[:t], t)[0])
         before = spelled[t - 1] if t else ""
         assert completing.tolist() == [any((before + w).endswith(x) for x in strings) for w in words]

@@ -51,10 +51,11 @@ class Completion(TorchDistribution):
     :param tools: what inserts tokens, see `lmppl.tools`; an inserted token has probability 1.  The first tool that
         answers is heard.
 
-    A stop that is one token is that token.  A string of several, a *stop string*, ends the text right after the first
-    token at whose end the completion, decoded, ends with it, however it is spelled: by tokens that begin before it, but
-    not by one that runs over its end.  It is part of the text.  A token that would complete it after fewer than
-    ``min_tokens`` others is impossible.  A stop string can not be made certain at the limit:
+    A stop that is one token is that token, however else its string may be spelled.  A string of several tokens, a *stop
+    string*, ends the text right after the first token at whose end the completion, decoded, ends with it: spelled in
+    any way, by tokens that begin before it too, but not by one that runs over its end.  It is part of the text.  A
+    token that would complete it after fewer than ``min_tokens`` others is impossible.  It can not be made certain at
+    the limit:
 
     - beside a stop token, such a text has at most ``max_tokens`` tokens, the stop string's among them, and no stop
       token; a text that has not ended after ``max_tokens`` tokens gets one, as ever.

@@ -41,6 +41,7 @@ class TokenSteps:
         self.lm, self.rules = lm, rules
         self.prefix = index.new_empty(len(index), 0)  # (R, t): the tokens drawn so far
         self.ended = torch.zeros_like(index, dtype=torch.bool)
+        self._state = torch.zeros_like(index)  # of the stop strings
         if not rules.stop.numel():
             self.ended = self.ended | (rules.max_tokens == 0)
         self.prompt: Tensor = contexts[index] if share is None else share.prompt  # (R, Lc)
@@ -115,14 +116,16 @@ class TokenSteps:
         else:
             self.ended = self.ended | (self.prefix.shape[1] >= self.rules.max_tokens) | (tokens[:, -1] == text.PAD)
         if self.rules.strings is not None:
-            self.ended = self.ended | self.rules.strings.ended(self.prefix)
+            for token in tokens.unbind(1):
+                self._state = self.rules.strings.after(self._state, token)
+            self.ended = self.ended | self.rules.strings.final[self._state]
         self.alive = len(tokens) - int(self.ended.count_nonzero())
 
     def select(self, index: Tensor) -> None:
         """Row r becomes row ``index[r]``."""
         self.prefix, self.ended, self.prompt = self.prefix[index], self.ended[index], self.prompt[index]
         self.alive = len(index) - int(self.ended.count_nonzero())
-        self.rules = self.rules.select(index)
+        self._state, self.rules = self._state[index], self.rules.select(index)
         if self._pending is not None:
             self._pending = self._pending[index]
             self._unread = int((self._pending != text.PAD).sum())
