@@ -22,8 +22,8 @@ def render(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template; set lm.tokenizer.chat_template, or use lm.fill")
-    if not isinstance(messages, Sequence) or not messages or not all(_is_message(m) for m in messages):
-        found = messages if isinstance(messages, Sequence) and not isinstance(messages, str) else [messages]
+    if not isinstance(messages, list | tuple) or not messages or not all(_is_message(m) for m in messages):
+        found: Any = messages if isinstance(messages, list | tuple) else [messages]
         raise ValueError(
             'messages: expected a list of {"role": str, "content": str or text}, '
             f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in found]}"

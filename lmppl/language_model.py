@@ -124,7 +124,7 @@ class LanguageModel(nn.Module):
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every end of a text: those of the generation configuration, else the configuration's, else the tokenizer's."""
+        """Every end of a text: the generation configuration's, else the configuration's, else the tokenizer's."""
         self.token_id("eos")
         return self.vocabulary.eos_ids
 
@@ -238,8 +238,8 @@ class LanguageModel(nn.Module):
         A string is a piece of text, which may stand anywhere: its tokens spell it and nothing else.
 
         :param stop: "eos", a one-token string or an id, appended to every text: an observed whole text needs it.
-        :param start: write the strings as the tokenizer writes the start of a document, with the space that SentencePiece
-            and its like put before it. Strings that are given as prompts (``Completion(lm, "Once")``) are read so.
+        :param start: write the strings as the tokenizer writes the start of a document, with the space that
+            SentencePiece and its like put before it. Strings given as prompts (``Completion(lm, "Once")``) are read so.
 
         Raises ValueError naming the text, and the word of it, that the tokenizer cannot write.
 
@@ -304,8 +304,8 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """A conversation in the tokenizer's own chat template, whose contents may be texts: ``LongTensor[..., L]``.
 
-        Where all contents are strings it is ``tokenizer.apply_chat_template(messages, tokenize=True)``. A content that is
-        a text is put where the template puts a string, batched and broadcasting, without the eos that ends it: the
+        Where all contents are strings it is ``tokenizer.apply_chat_template(messages, tokenize=True)``. A content that
+        is a text is put where the template puts a string, batched and broadcasting, without the eos that ends it: the
         template writes its own. A template that reads its contents sees a placeholder there.
 
         :param messages: of ``{"role": ..., "content": ...}``, a content being a string or a text.
@@ -326,8 +326,9 @@ class LanguageModel(nn.Module):
         for name, part in parts:
             if isinstance(part, str):
                 if found and isinstance(found[-1], str):
-                    part = found.pop() + part
-                found.append(part)
+                    found[-1] += part
+                else:
+                    found.append(part)
             elif isinstance(part, Tensor):
                 found.append(self._opened(part))
             else:

@@ -137,7 +137,7 @@ class Vocabulary:
             raise self._refused(text, str(error)) from error
 
     def _refused(self, text: str, reason: str) -> ValueError:
-        """The error for a text that cannot be written, naming its first word, and of that the character, that cannot."""
+        """The error for a text that cannot be written, naming its first word that cannot, and the character of it."""
         words = re.findall(r"\s*\S+|\s+", text)
         word = next((w for w in words if not self._can_write(w)), text)
         character = next((c for c in word if not self._can_write(c)), word)
@@ -213,8 +213,8 @@ class Vocabulary:
                     found[s] = rest
                     del marked[s]
         for s in marked:
-            first, *rest = found[s]
-            found[s] = (*(self._spelling_of(self.spelled[first][1:]) or [first]), *rest)
+            first = found[s][0]
+            found[s] = (*(self._spelling_of(self.spelled[first][1:]) or [first]), *found[s][1:])
         return [found[s] for s in strings]
 
     def _spelling_of(self, text: bytes) -> list[int]:

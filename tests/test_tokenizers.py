@@ -23,7 +23,26 @@ from lmppl.inference import Importance
 from lmppl.text import PAD
 from lmppl.tools import Calculator
 
-WORDS = ["Tom", " went", "the", " kitchen", ".", ",", " ", "  ", "\n", "\n\n", "é", "né", "我们", "🙂", "6", " =", "(", "'t"]
+WORDS = [
+    "Tom",
+    " went",
+    "the",
+    " kitchen",
+    ".",
+    ",",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "é",
+    "né",
+    "我们",
+    "🙂",
+    "6",
+    " =",
+    "(",
+    "'t",
+]
 few = settings(max_examples=15)
 
 
@@ -135,7 +154,7 @@ def test_everything_sees_the_decoded_string(case):
     posterior = Importance(model, num_particles=20).run()
     drawn = lm.decode(posterior.samples["z"])
     assert {s for s, _ in posterior.table("z")} == set(drawn) and set(drawn) <= set(seen)
-    if " the" in lm.decode(lm.encode("a the")):
+    if lm.vocabulary.one_token(" the") is not None:
         assert lm.decode(lm.encode(" the")) == " the"
 
 
@@ -197,8 +216,9 @@ def test_a_stop_is_whatever_token_spells_it(case, stop):
 def test_what_a_tokenizer_loses_is_refused(case):
     """By the text, the word and the character: a character that is dropped, or unknown, is a silently wrong number."""
     family, lm = case
-    lost = next((c for c in "🙂我ß" if not re.fullmatch(family.characters, c)), None)
-    if lost is None:
+    lost = "ß"
+    if re.fullmatch(family.characters, lost):
+        assert lm.decode(lm.encode(lost)) == lost
         return
     for texts in (["Tom", f"the cat {lost}", "a"], [f"the x{lost}y"], [lost]):
         bad = next(t for t in texts if lost in t)

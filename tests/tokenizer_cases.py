@@ -24,15 +24,14 @@ SENTENCES = [
     "def f(x):\n    return x + 1\n\n\nBeginning: tom.\nEnding: the end.\nMiddle: he cut it",
     "Ein Käse, né à Paris; 我们 went 我 to the 🙂 park...",
 ]
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA_3 = LETTERS + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 EXTRA = [  # added to each tokenizer: special and not, with and without the spaces beside them
     AddedToken("<|end|>", special=True, rstrip=True),
     AddedToken("<|user|>", special=True),
-    AddedToken("<tool>", special=False),
-    AddedToken("<left>", special=False, lstrip=True),
+    AddedToken("<tool>", special=False, normalized=False),
+    AddedToken("<left>", special=False, normalized=False, lstrip=True),
 ]
 
 
@@ -124,16 +123,12 @@ def llama_2() -> hf.LlamaTokenizer:
 def llama_2_old() -> hf.PreTrainedTokenizerFast:
     """The layout of older tokenizer.json files: the space comes from a normaliser, before every segment."""
     vocab, merges = _pieces()
-    backend = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return hf.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def gemma() -> hf.GemmaTokenizer:
@@ -235,9 +230,7 @@ FAMILIES: dict[str, Family] = {
     "byte-level": Family(byte_level),
     "byte-level, prefix space": Family(lambda: byte_level(True)),
     "llama-3": Family(split_bytes),
-    "qwen": Family(
-        lambda: split_bytes(normalizers.NFC(), bos=False), normal=lambda s: unicodedata.normalize("NFC", s)
-    ),
+    "qwen": Family(lambda: split_bytes(normalizers.NFC(), bos=False), normal=lambda s: unicodedata.normalize("NFC", s)),
     "llama-2": Family(llama_2),
     "llama-2, old": Family(llama_2_old),
     "gemma": Family(gemma),
