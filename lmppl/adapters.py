@@ -216,8 +216,8 @@ class Network(Parts):
         config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
-        if getattr(config, "target_modules", None) == "all-linear" and self.model.config.model_type in STATE_SPACE:
-            config.exclude_modules = config.exclude_modules or UNADAPTABLE
+        if getattr(config, "target_modules", None) == "all-linear":
+            config.exclude_modules = config.exclude_modules or self._unadaptable() or None
         before = {p: p.requires_grad for p in self.model.parameters()}
         try:
             with warnings.catch_warnings():
@@ -244,6 +244,14 @@ class Network(Parts):
         layers = {m for m in self.layers if name in _names(m)}
         adapter = self.adapters[name] = Adapter(name, config, [p for p in own if p.requires_grad], layers)
         return adapter
+
+    def _unadaptable(self) -> list[str]:
+        """The layers that "all-linear" leaves out: they are no linear functions, or are read past an adapter."""
+        if self.model.config.model_type in STATE_SPACE:
+            return UNADAPTABLE
+        linear = {name: type(m) for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        routers = {n for n, kind in linear.items() if kind.__module__.startswith("transformers.models.")}
+        return sorted({n.rpartition(".")[2] for n in routers})  # Llama 4's, which answer with several tensors
 
     @_locked
     def load(self, path: str, name: str | None) -> Adapter:

@@ -22,14 +22,15 @@ def render(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template; set lm.tokenizer.chat_template, or use lm.fill")
-    if isinstance(messages, Mapping | str) or not all(_is_message(m) for m in messages):
+    if not isinstance(messages, list | tuple) or not messages or not all(_is_message(m) for m in messages):
+        found: Any = messages if isinstance(messages, list | tuple) else [messages]
         raise ValueError(
             'messages: expected a list of {"role": str, "content": str or text}, '
-            f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in messages]}"
+            f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in found]}"
         )
-    strings = [m["content"] for m in messages if isinstance(m["content"], str)]
+    said = repr([{k: v for k, v in m.items() if not isinstance(v, Tensor)} for m in messages])
     mark = "TEXT"
-    while any(mark in s for s in strings):
+    while any(mark in s for s in (said, repr(arguments), str(tokenizer.chat_template))):
         mark += "X"
     given = [{**m, "content": _placeholder(mark, i, m["content"])} for i, m in enumerate(messages)]
     try:

@@ -13,15 +13,15 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any
 
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _ANCHORS = ("a", "0", ".", "我")  # what stands before a token that is tried
 
 
 def spellings(tokenizer: Any, size: int) -> list[bytes]:
     """The bytes that each id below `size` spells; b"" for special tokens and ids that the tokenizer does not know."""
     special = special_ids(tokenizer)
-    added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     words = {i: word for word, i in tokenizer.get_vocab().items() if i < size and i not in special}
+    added = _only_added(tokenizer)
     own = {i: word for i, word in words.items() if i not in added}
     found = [b""] * size
     for i, word in words.items():
@@ -29,6 +29,13 @@ def spellings(tokenizer: Any, size: int) -> list[bytes]:
     for i, spelled in _spell(tokenizer, own).items():
         found[i] = spelled
     return found
+
+
+def _only_added(tokenizer: Any) -> frozenset[int]:
+    """The tokens added to a tokenizer whose model does not know them, which are found in strings as they are."""
+    added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return frozenset(i for i, word in added.items() if backend is None or backend.model.token_to_id(word) != i)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -68,7 +75,7 @@ def _rule(decoders: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
         return None
 
     def spell(word: str) -> bytes:
-        byte = _BYTE.fullmatch(word) if "ByteFallback" in kinds else None
+        byte = BYTE.fullmatch(word) if "ByteFallback" in kinds else None
         if byte:
             return bytes([int(byte[1], 16)])
         for d in decoders:
@@ -136,7 +143,7 @@ def _tried(tokenizer: Any, words: dict[int, str]) -> dict[int, bytes]:
     before = _decode(tokenizer, start)
     found = {}
     for i, word in words.items():
-        byte = _BYTE.fullmatch(word)
+        byte = BYTE.fullmatch(word)
         after = _decode(tokenizer, [*start, i])
         found[i] = bytes([int(byte[1], 16)]) if byte else after.removeprefix(before).encode()
     return found

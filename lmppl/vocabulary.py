@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-from .spelling import special_ids, spellings
+from .spelling import BYTE, special_ids, spellings
 from .stop_strings import StopStrings
 
 CACHED_STRINGS = 4096
@@ -76,21 +76,16 @@ class Vocabulary:
 
     @cached_property
     def _by_spelling(self) -> dict[bytes, int]:
-        """The first id that spells each string of bytes."""
-        return {s: i for i, s in reversed([*enumerate(self.spelled)]) if s}
+        """The first id that spells each string of bytes, one that is not named as a byte if there is such."""
+        as_bytes = {i for word, i in self._ids.items() if BYTE.fullmatch(word)}
+        ids = sorted(range(self.size), key=lambda i: (i not in as_bytes, -i))
+        return {self.spelled[i]: i for i in ids if self.spelled[i]}
 
     @cached_property
     def marks_start(self) -> bool:
         """Whether the tokenizer puts a space before what begins a document."""
-        try:
-            return self.spell(self._plain(["a"])[0]).startswith(b" ")
-        except ValueError:  # a closed vocabulary that lacks it
-            return False
-
-    @cached_property
-    def _apart(self) -> bool:
-        """Whether every token begins with a space, so that a text's first space says nothing."""
-        return all(s.startswith(b" ") for s in self.spelled if s)
+        written = (ids for s in _ANCHORS if self._can_write(s) for ids in self._plain([s]))
+        return any(self.spell(i for i in ids if i < self.size).startswith(b" ") for ids in written)
 
     def spell(self, ids: Iterable[int]) -> bytes:
         """What these tokens spell."""
@@ -99,11 +94,10 @@ class Vocabulary:
     def decode(self, ids: Sequence[int]) -> str:
         """The string of these ids, special tokens dropped; bytes that make no character become U+FFFD.
 
-        After a bos, the space with which the tokenizer marks the start of a document is dropped too; so is the first
-        space where the tokenizer knows no words without.
+        After a bos, the space with which the tokenizer marks the start of a document is dropped too.
         """
         spelled = self.spell(ids)
-        if self._apart or (len(ids) and ids[0] == self.tokenizer.bos_token_id and self.marks_start):
+        if len(ids) and ids[0] == self.tokenizer.bos_token_id and self.marks_start:
             spelled = spelled.removeprefix(b" ")
         return spelled.decode(errors="replace")
 
@@ -128,11 +122,13 @@ class Vocabulary:
                 cache.clear()
                 fresh = list(dict.fromkeys(strings))
             plain = self._plain(fresh)
-            written = plain if start else self._pieces(fresh, plain)
-            for s, ids in zip(fresh, written, strict=True):
+            for s, ids in zip(fresh, plain, strict=True):
                 if ids and max(ids) >= self.size:
                     raise ValueError(f"text {s!r} has the token id {max(ids)}, outside the model's {self.size} ids")
-                cache[s, start] = ids
+                if not self._is_whole(s, ids):
+                    raise self._refused(s, "the tokenizer has no token for it")
+            written = plain if start else self._pieces(fresh, plain)
+            cache.update({(s, start): ids for s, ids in zip(fresh, written, strict=True)})
         return [cache[s, start] for s in strings]
 
     def _plain(self, strings: list[str]) -> list[Ids]:
@@ -141,60 +137,99 @@ class Vocabulary:
             return [tuple(ids) for ids in self.tokenizer(strings, add_special_tokens=False)["input_ids"]]
         except Exception as error:  # tokenizers raises plain Exception for a word that a closed vocabulary lacks
             text = next((s for s in strings if not self._can_write(s)), strings[0])
-            words = re.findall(r"\s*\S+|\s+", text)
-            word = next((w for w in words if not self._can_write(w)), None)
-            where = "" if word in (None, text) else f" at {word!r}"
-            raise ValueError(f"text {text!r} cannot be encoded{where}: {error}") from error
+            raise self._refused(text, str(error)) from error
+
+    def _refused(self, text: str, reason: str) -> ValueError:
+        """The error for a text that cannot be written, naming its first word that cannot, and the character of it."""
+        words = re.findall(r"\s*\S+|\s+", text)
+        word = next((w for w in words if not self._can_write(w)), text)
+        character = next((c for c in word if not self._can_write(c)), word)
+        within = [repr(part) for part in dict.fromkeys((character, word)) if part != text]
+        return ValueError(f"text {text!r} cannot be encoded{' at ' * bool(within)}{' in '.join(within)}: {reason}")
 
     def _can_write(self, string: str) -> bool:
         try:
-            self.tokenizer([string], add_special_tokens=False)
+            (ids,) = self.tokenizer([string], add_special_tokens=False)["input_ids"]
         except Exception:
             return False
-        return True
+        return max(ids, default=0) >= self.size or self._is_whole(string, ids)
+
+    def _is_whole(self, string: str, ids: Sequence[int]) -> bool:
+        """Whether these tokens say all of a string, but for what the tokenizer's normaliser makes of it.
+
+        Tokenizers may drop a character that they do not know, or write an unknown token for it.
+        """
+        written = b"".join([self._names.get(i) or self.spelled[i] for i in ids]).decode(errors="replace")
+        if written in (string, f" {string}"):
+            return True
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:  # its normaliser is not known
+            return self.tokenizer.unk_token_id not in ids or self.tokenizer.unk_token in string
+        return self._said(written) == self._said(string)
+
+    @cached_property
+    def _names(self) -> dict[int, bytes]:
+        """The special tokens as they stand in a string."""
+        return {i: word.encode() for word, i in self._ids.items() if i in self.special}
+
+    def _said(self, string: str) -> list[str]:
+        """What stands between the added tokens of a string, once it is normalised.
+
+        The spaces that the tokenizer drops, puts before it or takes for a part of an added token are left out.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        said = re.split(self._added, string) if self._added else [string]
+        if backend.normalizer is not None:
+            said = [backend.normalizer.normalize_str(s) for s in said]
+        if self._drops_spaces:
+            return ["".join(s.replace("▁", " ").split()) for s in said]
+        return [s.replace("▁", " ").lstrip(" ") for s in said]
+
+    @cached_property
+    def _added(self) -> str:
+        """A regular expression of the added tokens, with the spaces that they take in."""
+        tokens = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda t: -len(t.content))
+        return "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens)
+
+    @cached_property
+    def _drops_spaces(self) -> bool:
+        """Whether the tokenizer reads words and forgets what separates them."""
+        text, pre_tokenizer = "a  b \n", self.tokenizer.backend_tokenizer.pre_tokenizer
+        found = pre_tokenizer.pre_tokenize_str(text) if pre_tokenizer else [(text, (0, len(text)))]
+        return sum(end - begin for _, (begin, end) in found) < len(text)
 
     def _pieces(self, strings: list[str], plain: list[Ids]) -> list[Ids]:
         """Without the space that the tokenizer put before a string as before a document."""
         found = dict(zip(strings, plain, strict=True))
         marked = {}  # what each string that has such a space should spell
         for s, ids in found.items():
-            spelled = () if not ids or ids[0] >= self.size else self.spelled[ids[0]]
-            if spelled[:1] == b" " and max(ids) < self.size:
+            if ids and self.spelled[ids[0]][:1] == b" ":
                 whole = self.spell(ids)
                 if _spaces(whole) > _spaces(s.encode()):
                     marked[s] = whole[1:]
         for anchor in _ANCHORS if marked else ():
-            try:
-                head, *wholes = self._plain([anchor, *(anchor + s for s in marked)])
-            except ValueError:  # a closed vocabulary that lacks it
+            if not marked or not self._can_write(anchor):
                 continue
+            head, *wholes = self._plain([anchor, *(anchor + s for s in marked)])
             for s, ids in zip([*marked], wholes, strict=True):
                 rest = ids[len(head) :]
                 if ids[: len(head)] == head and max(rest, default=0) < self.size and self.spell(rest) == marked[s]:
                     found[s] = rest
                     del marked[s]
         for s in marked:
-            found[s] = self._continuing(found[s])
+            first = found[s][0]
+            found[s] = (*(self._spelling_of(self.spelled[first][1:]) or [first]), *found[s][1:])
         return [found[s] for s in strings]
 
-    def _continuing(self, ids: Ids) -> Ids:
-        """A text whose first word continues another, as WordPiece writes it; as it is where that cannot be."""
-        prefix = getattr(getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None), "prefix", None)
-        if prefix is None:
-            return ids
-        end = next((t for t in range(1, len(ids)) if not self._is_within(ids[t], prefix)), len(ids))
-        word = self.spell(ids[:end]).decode().removeprefix(" ")
-        pieces = []
-        while word:
-            longest = next((n for n in range(len(word), 0, -1) if prefix + word[:n] in self._ids), 0)
+    def _spelling_of(self, text: bytes) -> list[int]:
+        """Tokens that spell these bytes, each as long as can be; none where there are none."""
+        found = []
+        while text:
+            longest = next((n for n in range(len(text), 0, -1) if text[:n] in self._by_spelling), 0)
             if not longest:
-                return ids
-            pieces.append(self._ids[prefix + word[:longest]])
-            word = word[longest:]
-        return (*pieces, *ids[end:])
-
-    def _is_within(self, token: int, prefix: str) -> bool:
-        return self.tokenizer.convert_ids_to_tokens(token).startswith(prefix)
+                return []
+            found.append(self._by_spelling[text[:longest]])
+            text = text[longest:]
+        return found
 
     # Stops -----------------------------------------------------------------------------------------------------------
 

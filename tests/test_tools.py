@@ -290,7 +290,7 @@ def test_a_tokenizer_that_puts_spaces_before_what_it_encodes():
 
 def test_a_tokenizer_whose_decoder_puts_spaces_between_words():
     tokenizer = words("<eos>", "3", "4", "7", "+", "=", pre=pre_tokenizers.Whitespace(), decoder=None)
-    assert inserted(tokenizer, "3+4=") == ([3], "3 + 4 = 7")
+    assert inserted(tokenizer, "3+4=") == ([3], " 3 + 4 = 7")
 
 
 def test_what_the_tokenizer_cannot_write_is_not_inserted():
