@@ -56,4 +56,4 @@ def as_dict(values: Tensor, log_weights: Tensor) -> dict[tuple[int, ...], float]
 def assert_same(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=1e-6)
+        assert found[key] == pytest.approx(value, abs=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pyro
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from plate_of_three import exact, particles  # noqa: F401  fixtures of the tests of posteriors
+from precision import double
 from problems import VOCAB
 from tiny import tiny_lm
 
@@ -61,6 +63,13 @@ def clean_slate() -> Iterator[None]:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     with pyro.validation_enabled(True):
+        yield
+
+
+@pytest.fixture
+def double_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """`double`, but for tests that are given a dtype."""
+    with nullcontext() if "dtype" in request.fixturenames else double():
         yield
 
 

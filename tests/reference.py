@@ -59,8 +59,8 @@ class Law:
             permitted -= set(self.stops)
         if self.stops and len(prefix) == self.max_tokens:
             permitted = permitted & set(self.stops) or set(self.stops)
-        weight = torch.tensor([logits[v].exp() if v in permitted else 0.0 for v in range(len(logits))])
-        return (weight / weight.sum()).log()
+        banned = torch.tensor([v not in permitted for v in range(len(logits))])
+        return logits.masked_fill(banned, -torch.inf).log_softmax(-1)
 
     def log_prob(self, value: Tokens) -> float:
         """log p(value), -inf for what cannot be drawn."""

@@ -20,7 +20,7 @@ class Task:
     def __init__(
         self,
         seed: int = 3,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float64,
         vocab: int = 8,
         x: Sequence[str] = ("abc", "d"),
         y: Sequence[str] = ("cab", "ed"),

@@ -14,6 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lmppl import LanguageModel
 from lmppl.adapters import CheckpointError
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 IDS = torch.tensor([[2, 3, 4, 5], [5, 2, 0, 6]])
 LORA = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
 
@@ -229,7 +231,7 @@ def test_gradient_checkpointing_computes_again_with_the_view_that_ran(lm):
         assert all(p.requires_grad for view in views for p in view.trainable_parameters())
     assert len(grads[True]) == len(grads[False])
     for a, b in zip(grads[True], grads[False], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_a_pass_with_a_cache_cannot_be_computed_again():

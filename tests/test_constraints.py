@@ -102,8 +102,8 @@ def test_the_masked_distribution_is_the_one_defined_by_loops(case):
     with torch.no_grad():
         found = fn.log_prob(tensor(texts)).double()
     expected = torch.tensor([law.log_prob(z) for z in texts], dtype=torch.double)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert float(found.exp().sum()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert float(found.exp().sum()) == pytest.approx(1, abs=1e-9)
 
 
 def test_samples_are_accepted_unless_the_limit_cut_them(case):
@@ -113,7 +113,7 @@ def test_samples_are_accepted_unless_the_limit_cut_them(case):
     kept = torch.tensor([case.says(tuple(i for i in row if i != PAD)) for row in z.tolist()])
     assert bool((kept | cut).all()) and bool(kept.any())
     value, log_prob = fn.sample_and_log_prob((50,))
-    torch.testing.assert_close(log_prob, fn.log_prob(value).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(log_prob, fn.log_prob(value).detach(), rtol=1e-9, atol=1e-9)
 
 
 # -- the masked language model as a proposal --------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_the_weight_of_a_text_is_the_mass_that_the_mask_kept():
             kept = CONDITION(torch.tensor(z[:t], dtype=torch.long))
             expected += float(plain.next(z[:t]).exp()[kept].sum().log())
         value = pad(torch.tensor(z), 4)
-        assert float((p.log_prob(value) - q.log_prob(value)).detach()) == pytest.approx(expected, abs=1e-4)
+        assert float((p.log_prob(value) - q.log_prob(value)).detach()) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("particles", [1, 8])

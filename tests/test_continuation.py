@@ -18,7 +18,7 @@ from lmppl.models import Continuation, Recipe, continuation, decoding, measures
 from lmppl.models.experiment import split
 
 MAX_TOKENS = 3
-T = torch.tensor([0.5, 0.8])
+T = torch.tensor([0.5, 0.8], dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_the_enumerated_target_is_that_of_plain_loops(tiny, targets):
     exact = Enumeration(Continuation(lm, max_tokens=MAX_TOKENS).model).run(x, T)
     for i, target in enumerate(targets):
         log_z = math.log(sum(math.exp(u) for u in target.values()))
-        assert float(exact.log_evidence[i]) == pytest.approx(log_z, abs=1e-4)
+        assert float(exact.log_evidence[i]) == pytest.approx(log_z, abs=1e-9)
         found = {tokens(z): float(w) for z, w in zip(exact.samples["z"][:, i], exact.probabilities[:, i], strict=True)}
         assert found.keys() == target.keys()
-        assert all(found[z] == pytest.approx(math.exp(u - log_z), abs=1e-5) for z, u in target.items())
+        assert all(found[z] == pytest.approx(math.exp(u - log_z), abs=1e-9) for z, u in target.items())
 
 
 def test_the_bound_on_what_a_partial_enumeration_leaves_out_holds(tiny):
@@ -78,7 +78,7 @@ def test_a_sequence_temperature_is_no_token_temperature(tiny):
     exact = Enumeration(Continuation(lm, max_tokens=MAX_TOKENS).model).run(x, T)
     by_token = Completion(lm, x, max_tokens=MAX_TOKENS, stop=".", temperature=T).log_prob(exact.samples["z"])
     inside = exact.log_prior > -torch.inf
-    assert torch.allclose((by_token.exp() * inside).sum(0), torch.ones(2), atol=1e-4)  # a distribution as well
+    assert torch.allclose((by_token.exp() * inside).sum(0), torch.ones(2).double(), atol=1e-9)  # a distribution as well
     tv = 0.5 * (by_token.exp() * inside - exact.probabilities).abs().sum(0)
     assert bool((tv > 0.02).all())
 
@@ -158,7 +158,7 @@ def test_what_a_method_decodes_is_scored_by_the_base_model(tiny, targets, name):
     log_p = decoding.log_likelihood(lm, x, z, max_tokens=MAX_TOKENS)
     for i in range(len(x)):
         for row, found in zip(z[:, i], log_p[:, i], strict=True):
-            assert float(found) == pytest.approx(targets[i][tokens(row)] * float(T[i]), abs=1e-4)
+            assert float(found) == pytest.approx(targets[i][tokens(row)] * float(T[i]), abs=1e-9)
 
 
 def test_greedy_takes_the_most_probable_token_every_time(tiny):

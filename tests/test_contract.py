@@ -111,7 +111,7 @@ class TestNextToken(LMDistributionContract):
         plain = Plain(lm)
         for b, context in enumerate([(), (C, A)]):
             expected = plain.logits(context).log_softmax(-1)
-            assert (d.log_prob(d.enumerate_support())[:, b] - expected).abs().max() < 2e-5
+            assert (d.log_prob(d.enumerate_support())[:, b] - expected).abs().max() < 1e-9
 
     def test_a_loop_of_tokens_is_a_completion(self, lm):
         """Written token by token in Pyro, a text of two tokens has the probability of `Completion(stop=None)`."""
@@ -126,7 +126,7 @@ class TestNextToken(LMDistributionContract):
         trace = poutine.trace(program).get_trace()
         z = torch.stack([trace.nodes[f"t{t}"]["value"] for t in range(2)])
         d = Completion(lm, torch.tensor([C, A]), max_tokens=2, stop=None)
-        assert trace.log_prob_sum().item() == pytest.approx(d.log_prob(z).item(), abs=1e-5)
+        assert trace.log_prob_sum().item() == pytest.approx(d.log_prob(z).item(), abs=1e-9)
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])

@@ -21,6 +21,8 @@ from lmppl.engine.scoring import score, supports_trees
 from lmppl.engine.shared_prompts import SharedPrompts
 from lmppl.text import PAD
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 # Decoding -------------------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +67,7 @@ def test_cached_steps_are_uncached_steps(arch, kind):
     rows = [(tokens(contexts[i]), ()) for i in index.tolist()]
     for t in range(5):
         for r, (prompt, z) in enumerate(rows):
-            assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
+            assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-9
         drawn = torch.randint(V, (len(rows),), generator=g)
         steps.step(drawn)
         rows = [(prompt, (*z, v)) for (prompt, z), v in zip(rows, drawn.tolist(), strict=True)]
@@ -74,7 +76,7 @@ def test_cached_steps_are_uncached_steps(arch, kind):
             steps.select(order)
             rows = [rows[i] for i in order.tolist()]
     for r, (prompt, z) in enumerate(rows):
-        assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-4
+        assert (steps.logits[r] - loop.logits(prompt, z)).abs().max() < 1e-9
 
 
 def test_a_shared_prompt_is_prefilled_once():
@@ -163,7 +165,7 @@ def test_a_prompt_of_many_rows_is_kept_once(monkeypatch):
         for each in (shared, apart):
             each.step(torch.tensor([2, 3, 4, 5]).roll(t))
             each.select(torch.tensor([2, 1, 0, 2]))
-        assert (shared.logits - apart.logits).abs().max() < 1e-5
+        assert (shared.logits - apart.logits).abs().max() < 1e-9
     assert shared.cache.get_seq_length() == 4 and apart.cache.get_seq_length() == 8
     assert [x.shape[0] for x in shared.prompts.layers[0]] == [2, 2]
     shared.select(torch.tensor([1, 1]))

@@ -20,14 +20,15 @@ from lmppl.engine.recomputing import decoder
 from lmppl.engine.scoring import supports_trees
 from lmppl.text import PAD
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 # Packed is plain ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_packed_is_plain_in_log_prob_and_gradient(arch, dtype):
+def test_packed_is_plain_in_log_prob_and_gradient(arch):
     """Every prefix of 3 texts in 2 plate elements, an observation after each: the shape of a GFlowNet's reward."""
-    lm = tiny_lm(arch, vocab=V, dtype=dtype)
+    lm = tiny_lm(arch, vocab=V)
     assert supports_trees(lm)
     g = torch.Generator().manual_seed(0)
     z = torch.randint(1, V, (3, 2, 5), generator=g)  # (particle, plate, L)
@@ -43,11 +44,9 @@ def test_packed_is_plain_in_log_prob_and_gradient(arch, dtype):
             grads = torch.autograd.grad(log_probs.sum(), lm.trainable_parameters(), allow_unused=True)
         results[packed] = log_probs, [g for g in grads if g is not None], sum(sizes)
     assert results[True][0].shape == (6, 3, 2, 4)
-    # Only GPT-2 computes all of itself in double precision; the others round norms and rotations to single.
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-10 if arch == "gpt2" else 1e-5
-    assert (results[True][0] - results[False][0]).abs().max() < tolerance
+    assert (results[True][0] - results[False][0]).abs().max() < 1e-10
     for a, b in zip(results[True][1], results[False][1], strict=True):
-        assert (a - b).abs().max() < tolerance * (1 + b.abs().max())
+        assert (a - b).abs().max() < 1e-10 * (1 + b.abs().max())
     assert results[True][2] < 0.75 * results[False][2]  # tokens
 
 
@@ -60,7 +59,7 @@ def test_packed_gradient_of_an_adapter(arch):
     for packed in (True, False):
         with packing(packed):
             grads.append(torch.autograd.grad(scored(lm, context, y).sum(), lm.trainable_parameters()))
-    assert all((a - b).abs().max() < 1e-4 * (1 + b.abs().max()) for a, b in zip(*grads, strict=True))
+    assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*grads, strict=True))
 
 
 @st.composite
@@ -103,14 +102,14 @@ def test_any_tree_scores_as_plain_rows(problem, arch, budgeted, budget):
         chosen = scored(lm, context, value)
     batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
     assert packed.shape == (*batch, value.shape[-1])
-    assert (packed - plain).abs().max() < 1e-4 and (chosen - plain).abs().max() < 1e-4
+    assert (packed - plain).abs().max() < 1e-9 and (chosen - plain).abs().max() < 1e-9
     # One row, once more by a loop of forward passes.
     loop = Plain(lm)
     row = torch.randint(max(1, batch.numel()), ()).item()
     c, v = (x.expand(*batch, -1).reshape(-1, x.shape[-1])[row] for x in (context, value))
     for t, token in enumerate(tokens(v)):
         expected = loop.logits(tokens(c), tokens(v)[:t]).log_softmax(-1)[token]
-        assert plain.view(-1, value.shape[-1])[row, t].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert plain.view(-1, value.shape[-1])[row, t].item() == pytest.approx(expected.item(), abs=1e-9)
 
 
 def test_sharing_is_found_and_saves_tokens():
@@ -143,7 +142,7 @@ LAYERED = {**SMALL, "intermediate_size": 32, "max_position_embeddings": 64, "num
 def wrapped(config: transformers.PreTrainedConfig, **kwargs) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64, **kwargs)
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:
@@ -204,18 +203,18 @@ def test_unusual_attention_is_right_or_falls_back(name):
         expected = [
             loop.logits(tokens(context[p, n]), tokens(y)[:t]).log_softmax(-1)[v] for t, v in enumerate([3, 2, 0])
         ]
-        assert log_probs[p, n].tolist() == pytest.approx([float(e) for e in expected], abs=1e-4)
+        assert log_probs[p, n].tolist() == pytest.approx([float(e) for e in expected], abs=1e-9)
 
     assert isinstance(decoder(lm, prompt[None], torch.zeros(1, dtype=torch.long)), Decoder)
     d = Completion(lm, torch.stack([prompt, prompt.masked_fill(torch.arange(25) > 1, PAD)]), max_tokens=6, min_tokens=5)
     drawn, log_prob = d.sample_and_log_prob((4,))
-    assert (d.log_prob(drawn) - log_prob).abs().max() < 1e-4
+    assert (d.log_prob(drawn) - log_prob).abs().max() < 1e-9
     expected = 0.0
     for t, v in enumerate(tokens(drawn[0, 1])[:6]):
         logits = loop.logits(tokens(prompt[:2]), tokens(drawn[0, 1])[:t]).clone()
         logits[0] = -torch.inf if t < 5 else logits[0]
         expected += float(logits.log_softmax(-1)[v])
-    assert log_prob[0, 1].item() == pytest.approx(expected, abs=1e-4)
+    assert log_prob[0, 1].item() == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_window_that_does_not_reach_the_attention_is_no_tree():
@@ -262,7 +261,7 @@ def test_chunks_do_not_change_numbers():
     y = torch.tensor([3, 2, 0])
     whole = scored(lm, context, y)
     for lm.token_budget in (15, 60, 240):
-        assert (scored(lm, context, y) - whole).abs().max() < 1e-5
+        assert (scored(lm, context, y) - whole).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -300,7 +299,7 @@ def test_logits_in_parts_are_logits_at_once(monkeypatch):
         for fewest in (10, 2**20):
             monkeypatch.setattr(unembedding, "fitting", lambda lm, floats, most, n=fewest: min(n, most))
             found.append(scored(lm, context, y))
-    assert (found[0] - found[1]).abs().max() < 1e-6
+    assert (found[0] - found[1]).abs().max() < 1e-9
 
 
 def test_rows_without_tokens_of_their_own_take_no_room():
@@ -315,4 +314,4 @@ def test_rows_without_tokens_of_their_own_take_no_room():
         packed = scored(lm, context, y)
     assert sizes == [3 + 4 * (5 + 2 * 3)]  # root; of each text trunk (z_1 z_2 0 and y but its last) and branches
     with packing(False):
-        assert (packed - scored(lm, context, y)).abs().max() < 1e-5
+        assert (packed - scored(lm, context, y)).abs().max() < 1e-9

@@ -274,7 +274,7 @@ def test_several_sites_and_ordinary_ones_beside_text():
             u = u - prior(Q, Q.join(X[i], b[None]), max_tokens=1).log_prob(z)
             u = u + likelihood(X[i], P.join(a, z)).log_prob(Y[i])
             u = u + dist.Poisson(rate).log_prob(torch.tensor([1.0, 0.0, 3.0]).double()[i])
-        assert float(u_of(posterior)[n]) == pytest.approx(float(u), abs=1e-5)
+        assert float(u_of(posterior)[n]) == pytest.approx(float(u), abs=1e-9)
 
 
 def test_zero_evidence_is_minus_infinity_and_refuses_to_be_used():

@@ -20,7 +20,7 @@ LORA = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
 
 @pytest.fixture(params=ARCHITECTURES)
 def lm(request) -> LanguageModel:
-    return tiny_lm(request.param)
+    return tiny_lm(request.param, dtype=torch.float32)
 
 
 def logits(lm: LanguageModel) -> torch.Tensor:
@@ -192,9 +192,11 @@ def test_a_base_model_with_adapters_is_saved_clean_for_transformers(lm, tmp_path
     lm.save_pretrained(tmp_path / "lm")
     plain, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
     assert not any(info.values())
-    found = plain.eval()(torch.tensor([[2, 3, 4], [5, 2, 0]])).logits
-    torch.testing.assert_close(found, logits(lm))  # but for rounding: transformers' gelu_new is many operations
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
+    finer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", dtype=torch.float64).eval()
+    found = finer(torch.tensor([[2, 3, 4], [5, 2, 0]])).logits
+    close = {"rtol": 1e-12, "atol": 1e-12}  # not equal: transformers' gelu_new is many operations
+    torch.testing.assert_close(found, logits(LanguageModel(finer, tokenizer)), **close)
     assert torch.equal(logits(LanguageModel(plain, tokenizer)), logits(lm))
     assert tokenizer("ab.", add_special_tokens=False)["input_ids"] == lm.encode("ab.").tolist()
     again = LanguageModel.from_pretrained(tmp_path / "lm")
@@ -259,10 +261,11 @@ def test_an_adapter_is_no_checkpoint(tmp_path):
         LanguageModel.from_pretrained(tmp_path / "a")
 
 
-def test_the_shared_checkpoint_loads(stories, checkpoint):
-    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+def test_the_shared_checkpoint_loads(checkpoint):
+    stories = LanguageModel.from_pretrained(checkpoint, dtype=torch.float64)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64).eval()
     x = stories.encode("Tom went to the park.")[None]
-    torch.testing.assert_close(stories(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stories(x).logits, plain(x).logits, rtol=1e-9, atol=1e-9)
     assert torch.equal(stories(x).logits, LanguageModel(plain, stories.tokenizer)(x).logits)
 
 

@@ -65,8 +65,8 @@ def test_an_ngram_is_a_language_model(order):
     for b, prompt in enumerate(x):
         law = Law(Plain(lm), tokens(lm.encode(prompt)), 3)
         for i in range(20):
-            assert float(log_p[i, b]) == pytest.approx(law.log_prob(tokens(z[i, b])), abs=1e-6)
-            assert prefix[i, b].tolist() == pytest.approx(law.prefix_log_probs(tokens(z[i, b]), 4), abs=1e-6)
+            assert float(log_p[i, b]) == pytest.approx(law.log_prob(tokens(z[i, b])), abs=1e-9)
+            assert prefix[i, b].tolist() == pytest.approx(law.prefix_log_probs(tokens(z[i, b]), 4), abs=1e-9)
 
 
 def test_an_ngram_depends_on_its_order_and_no_more():

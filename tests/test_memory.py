@@ -141,7 +141,7 @@ def peak(run: Callable[[], object], trace: Path) -> int:
 
 
 def test_memory_does_not_grow_with_particles_beyond_the_budget(tmp_path):
-    lm = tiny_lm("gpt2", vocab=26)
+    lm = tiny_lm("gpt2", vocab=26, dtype=torch.float32)
     view = adapter(lm, 0)
     d = Completion(view, PROMPT[:1], max_tokens=8, min_tokens=8)
     found = {}
@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_particles_beyond_the_budget(tmp_path):
 
 def test_logits_of_all_cache_sized_parts_together_are_bounded(tmp_path, monkeypatch):
     """Within the token budget too: 2^16 of them are kept, however many parts have made them."""
-    lm = tiny_lm("gpt2", vocab=26)
+    lm = tiny_lm("gpt2", vocab=26, dtype=torch.float32)
     lm.model.resize_token_embeddings(2048, mean_resizing=False)
     view = adapter(LanguageModel(type(lm.model)(lm.model.config), lm.tokenizer), 0)
     d = Completion(view, PROMPT[:1], max_tokens=4, min_tokens=4)

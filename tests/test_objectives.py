@@ -105,9 +105,9 @@ class ObjectiveContract:
             largest = max(log_p.values())
             u = {k: (p if p > -math.inf else largest - objective.floor) - log_q[k] for k, p in log_p.items()}
             expected = expected + self.by_double_loop(u, stop, identified=case != "from one token") / 2
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-8)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-8)
         for found_grad, plain_grad in zip(grads, torch.autograd.grad(expected, params), strict=True):
-            assert (found_grad - plain_grad).abs().max() < 1e-6 * (1 + plain_grad.abs().max())
+            assert (found_grad - plain_grad).abs().max() < 1e-9 * (1 + plain_grad.abs().max())
 
     def test_groups_never_mix_observations(self, lm):
         """A constant of an observation's own changes its evidence, and no loss or gradient."""

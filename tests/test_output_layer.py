@@ -12,6 +12,8 @@ from lmppl.distributions import Completion
 from lmppl.models import Recipe
 from lmppl.models.experiment import linear_layers
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 ADAPTER = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
 
 
@@ -38,16 +40,16 @@ def test_draws_and_scores_are_those_of_plain_loops_and_the_base_is_left_alone(ar
     mine = Completion(guide, prompt, max_tokens=2, stop=".")
     law = Law(Plain(guide), tokens(prompt), 2, stops=(end,)).support()
     values, log_q = mine.sample_and_log_prob((64,))
-    assert log_q.tolist() == pytest.approx([law[tokens(v)] for v in values], abs=1e-4)
+    assert log_q.tolist() == pytest.approx([law[tokens(v)] for v in values], abs=1e-9)
     for value, log_p in support.items():
         z = torch.tensor(value)
-        assert float(mine.log_prob(z)) == pytest.approx(law[value], abs=1e-4)
-        assert float(base.log_prob(z)) == pytest.approx(log_p, abs=1e-4)
+        assert float(mine.log_prob(z)) == pytest.approx(law[value], abs=1e-9)
+        assert float(base.log_prob(z)) == pytest.approx(log_p, abs=1e-9)
     assert max(abs(law[z] - support[z]) for z in law) > 0.1  # the adapter does something
     guide.save_pretrained(tmp_path / "adapter")
     again = Completion(lm.with_adapter(tmp_path / "adapter"), prompt, max_tokens=2, stop=".")
-    assert again.log_prob(values).tolist() == pytest.approx(log_q.tolist(), abs=1e-4)
+    assert again.log_prob(values).tolist() == pytest.approx(log_q.tolist(), abs=1e-9)
     lm.save_pretrained(tmp_path / "base")
     reloaded = LanguageModel.from_pretrained(tmp_path / "base")
     alone = Completion(reloaded, prompt, max_tokens=2, stop=".").log_prob(values)
-    assert alone.tolist() == pytest.approx(base.log_prob(values).tolist(), abs=1e-4)
+    assert alone.tolist() == pytest.approx(base.log_prob(values).tolist(), abs=1e-9)

@@ -109,7 +109,7 @@ def test_ordinary_sites_and_single_tokens_as_candidates():
     assert found.log_prob.exp().tolist() == pytest.approx([float(p[P.token_id("a")]), float(p[P.token_id("b")])])
     found = posterior.predict(program, torch.arange(3), site="k")
     p = ((text.length(z)[:, None] * torch.tensor([0.0, 0.3, -1.0])).softmax(-1) * w[:, None]).sum(0)
-    assert found.probabilities.tolist() == pytest.approx(p.tolist(), rel=1e-5)
+    assert found.probabilities.tolist() == pytest.approx(p.tolist(), rel=1e-9)
     assert found.names == ["0", "1", "2"]
     for bad, said in (
         (lambda: posterior.predict(program, ["a"], site="k"), "candidates"),

@@ -44,9 +44,9 @@ def test_kept_prompts_change_no_score(lm):
     with torch.no_grad():
         plain = without(lm, lambda: scores(lm))
         for _ in range(2):
-            torch.testing.assert_close(scores(lm), plain, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(scores(lm), plain, atol=1e-9, rtol=1e-9)
         longer = torch.cat([PROMPTS[:1].expand(2, -1), torch.tensor([[7], [6]])], 1)  # begin as one that is kept
-        torch.testing.assert_close(scores(lm, longer), without(lm, lambda: scores(lm, longer)), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(scores(lm, longer), without(lm, lambda: scores(lm, longer)), atol=1e-9, rtol=1e-9)
 
 
 def test_kept_prompts_change_no_draw(lm):
@@ -60,7 +60,7 @@ def test_kept_prompts_change_no_draw(lm):
     for _ in range(2):
         again = draw()
         assert torch.equal(again[0], plain[0])
-        torch.testing.assert_close(again[1], plain[1], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(again[1], plain[1], atol=1e-9, rtol=1e-9)
 
 
 def test_a_prompt_is_read_once(lm):
@@ -102,7 +102,7 @@ def test_weights_that_move_invalidate_what_is_kept(lm, move):
             move(p)
         after = scores(lm)
         assert (after - before).abs().max() > 1e-3
-        torch.testing.assert_close(after, without(lm, lambda: scores(lm)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(after, without(lm, lambda: scores(lm)), atol=1e-9, rtol=1e-9)
 
 
 def test_an_optimiser_step_and_loading_invalidate(lm):
@@ -114,9 +114,9 @@ def test_an_optimiser_step_and_loading_invalidate(lm):
     optimizer.step()
     with torch.no_grad():
         moved = scores(lm)
-        torch.testing.assert_close(moved, without(lm, lambda: scores(lm)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(moved, without(lm, lambda: scores(lm)), atol=1e-9, rtol=1e-9)
         lm.model.load_state_dict(saved)
-        torch.testing.assert_close(scores(lm), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scores(lm), before, atol=1e-9, rtol=1e-9)
 
 
 def test_an_adapter_reads_its_prompts_itself(lm):
@@ -124,7 +124,7 @@ def test_an_adapter_reads_its_prompts_itself(lm):
         scores(lm)
         guide = lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
         assert (scores(guide) - scores(lm)).abs().max() > 1e-3
-        torch.testing.assert_close(scores(guide), without(lm, lambda: scores(guide)), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(scores(guide), without(lm, lambda: scores(guide)), atol=1e-9, rtol=1e-9)
 
 
 def test_gradients_reach_the_base_weights_through_the_prompt(lm):

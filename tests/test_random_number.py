@@ -35,7 +35,7 @@ PAIRS = [Bounds(0, 100), Bounds(37, 52)]
 
 @pytest.fixture(scope="module")
 def lm():
-    return LanguageModel.embedded("numbers")
+    return LanguageModel.embedded("numbers", dtype=torch.float64)
 
 
 def log_priors(lm, pair):
@@ -51,12 +51,12 @@ def test_enumeration_is_the_truth_by_hand(lm, target):
     for i, pair in enumerate(PAIRS):
         log_p = log_priors(lm, pair).detach().double()
         by_hand = torch.zeros_like(log_p) if target == "uniform" else log_p
-        assert exact.log_evidence[i].item() == pytest.approx(by_hand.logsumexp(0).item(), abs=1e-4)
+        assert exact.log_evidence[i].item() == pytest.approx(by_hand.logsumexp(0).item(), abs=1e-9)
         found = {number_in(s): p for s, p in exact.table("z", i) if p > 0}
         assert set(found) == set(range(pair.a, pair.b + 1))
         truth = by_hand.softmax(0)
         for n, p in found.items():
-            assert p == pytest.approx(truth[n - pair.a].item(), rel=1e-4)
+            assert p == pytest.approx(truth[n - pair.a].item(), rel=1e-9)
 
 
 def test_the_digits_have_the_joint_of_the_model(lm):
@@ -95,7 +95,10 @@ def test_no_pair_is_in_two_splits():
 def test_the_gates_hold(lm):
     path = embedded.path("numbers")
     assert sum(file.stat().st_size for file in path.iterdir()) < 4e5
-    model, words = AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    model, words = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval(),
+        AutoTokenizer.from_pretrained(path),
+    )
     report = numbers.report(model, words, 8)
     assert report.passed, report
     for pair in PAIRS:  # the gates' plain passes say what the package says
@@ -188,7 +191,7 @@ def test_a_short_version_of_the_study(lm, tmp_path):
     )
     plain = numbers.log_prior(model, words, numbers.FIXED).double()
     assert prior["forward"] == pytest.approx((-math.log(101) - plain).mean().item(), abs=1e-2)
-    assert prior["valid"] == pytest.approx(plain.exp().sum().item(), abs=1e-3) and prior["tokens"] == 0
+    assert prior["valid"] == pytest.approx(plain.exp().sum().item(), abs=1e-9) and prior["tokens"] == 0
     weighted = found[paper.WEIGHTED][0]
     assert weighted["valid"] == pytest.approx(1.0) and weighted["reverse"] < prior["reverse"]
     assert found[paper.GFLOWNET][0]["valid"] > prior["valid"] + 0.1  # validity comes first, 100 much later
@@ -215,7 +218,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert result["unexplored"] == 0
     enumeration = result["rows"][-1]
-    assert enumeration["log_evidence"] == pytest.approx(math.log(12), abs=1e-4)
+    assert enumeration["log_evidence"] == pytest.approx(math.log(12), abs=1e-9)
     run("sample", "random_number", "--data", "bounds.txt", "--checkpoint", "out/adapter", "--particles", "8")
     assert "between 20 and 31" in capfd.readouterr().out
     assert {"random_number", "random_number_bounds", "random_number_valid"} <= set(EXPERIMENTS)

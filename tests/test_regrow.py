@@ -16,6 +16,8 @@ from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.engine.prompts import prompts
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 LM = tiny_lm(vocab=4, dtype=torch.float64)
 
 
@@ -101,7 +103,7 @@ def test_regrow_gives_the_same_texts_in_chunks():
         new, log_prob = d.regrow(old, keep)
         whole = (new, log_prob) if whole is None else whole
         assert torch.equal(new, whole[0])
-        torch.testing.assert_close(log_prob, whole[1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(log_prob, whole[1], rtol=0, atol=1e-9)
 
 
 def test_regrow_costs_no_more_than_a_fresh_draw():

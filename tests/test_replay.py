@@ -28,7 +28,7 @@ def test_what_is_stored_are_the_draws_with_their_log_joint():
     assert len(stored) == 2 and len(replay) == sum(map(len, stored)) > 10
     for i, entries in enumerate(stored):
         for tokens, log_p in entries.items():
-            assert log_p == pytest.approx(log_joint(problem, tokens, i), abs=1e-4)
+            assert log_p == pytest.approx(log_joint(problem, tokens, i), abs=1e-9)
         for tokens, entry in replay._stored[list(replay._stored)[i]].items():
             assert entry.values["z"].tolist() == list(tokens[:-1])
 

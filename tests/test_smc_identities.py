@@ -19,6 +19,8 @@ from lmppl.inference.posterior.posterior import ZeroEvidence
 from lmppl.inference.programs import SiteMismatch
 from lmppl.inference.smc.smc import SMC
 
+pytestmark = pytest.mark.usefixtures("double_precision")
+
 # -- identities ------------------------------------------------------------------------------------------------------
 
 
@@ -52,7 +54,7 @@ def test_with_the_posterior_as_guide_and_its_flow_as_twist_every_run_gives_the_e
 
     for twist in ("flow", optimal):
         found = SMC(model, guide, 5, 1.0, twist=twist).run().log_evidence
-        torch.testing.assert_close(found, torch.full_like(found, 2.0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found, torch.full_like(found, 2.0), rtol=0, atol=1e-9)
     blind = SMC(model, guide, 5, 1.0).run().log_evidence
     assert float(blind.std()) > 0.1
 
@@ -63,7 +65,7 @@ def test_without_resampling_the_weights_are_those_of_importance_sampling():
     z = posterior.samples["z"]
     q = proposal(allowed=ban(LM, "c"), min_tokens=1)
     u = prior().log_prob(z) + hard(z) + likelihood(z).log_prob(Y) - q.log_prob(z)
-    torch.testing.assert_close(posterior.log_weights, (u - math.log(5)).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(posterior.log_weights, (u - math.log(5)).detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_resampled_particles_carry_equal_weights_before_the_last_token():
@@ -74,7 +76,7 @@ def test_resampled_particles_carry_equal_weights_before_the_last_token():
         pyro.factor("like", 1.0 * contains(z, D))
 
     posterior = SMC(model, num_particles=20, ess_threshold=1.0).run()
-    expected = contains(posterior.samples["z"], D).float() - math.log(20)
+    expected = contains(posterior.samples["z"], D).double() - math.log(20)
     torch.testing.assert_close(posterior.log_weights, expected)
 
 
@@ -92,7 +94,7 @@ def test_rows_keep_their_own_cache_when_they_are_reordered(arch):
         found = steps.score(token)
         value = torch.cat([steps.prefix, token[:, None]], 1)
         alone = Completion(lm, prompt[rows], max_tokens=5, min_tokens=4)
-        torch.testing.assert_close(found, alone.token_log_probs(value)[:, t].detach(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found, alone.token_log_probs(value)[:, t].detach(), rtol=1e-9, atol=1e-9)
         steps.append(token)
         index = torch.randint(12, (12,))
         steps.select(index)

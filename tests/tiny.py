@@ -84,7 +84,7 @@ def tiny_lm(
     arch: str = "gpt2",
     vocab: int = 8,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float64,
     pad_is_eos: bool = True,
     add_bos: bool = False,
     max_length: int = 64,

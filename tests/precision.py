@@ -1,0 +1,29 @@
+"""Double precision throughout, so that no comparison rests on how one processor rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    """Where single precision is asked for by name, double precision is given.
+
+    Many networks compute norms, rotary angles, softmaxes or recurrences in float32, whatever their weights are.  Two
+    passes that sum in another order then differ by float32 roundings, as many and as large as processor and shapes
+    make them, although the weights are float64.
+    """
+    default = torch.get_default_dtype()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("float32", "float"):
+            patch.setattr(torch, name, torch.float64)
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
