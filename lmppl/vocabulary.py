@@ -115,21 +115,21 @@ class Vocabulary:
 
         Raises ValueError naming the text, and the word of it, that the tokenizer cannot write.
         """
-        cache = self._cache
-        fresh = [s for s in dict.fromkeys(strings) if (s, start) not in cache]
+        known = {s: self._cache.get((s, start)) for s in strings}  # another thread may clear the cache meanwhile
+        fresh = [s for s, ids in known.items() if ids is None]
         if fresh:
-            if len(cache) + len(fresh) > CACHED_STRINGS:
-                cache.clear()
-                fresh = list(dict.fromkeys(strings))
             plain = self._plain(fresh)
             for s, ids in zip(fresh, plain, strict=True):
                 if ids and max(ids) >= self.size:
                     raise ValueError(f"text {s!r} has the token id {max(ids)}, outside the model's {self.size} ids")
                 if not self._is_whole(s, ids):
                     raise self._refused(s, "the tokenizer has no token for it")
-            written = plain if start else self._pieces(fresh, plain)
-            cache.update({(s, start): ids for s, ids in zip(fresh, written, strict=True)})
-        return [cache[s, start] for s in strings]
+            written = dict(zip(fresh, plain if start else self._pieces(fresh, plain), strict=True))
+            if len(self._cache) + len(fresh) > CACHED_STRINGS:
+                self._cache.clear()
+            self._cache.update({(s, start): ids for s, ids in written.items()})
+            known |= written
+        return [known[s] or () for s in strings]
 
     def _plain(self, strings: list[str]) -> list[Ids]:
         """What the tokenizer makes of each string, no special tokens added."""
