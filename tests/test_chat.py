@@ -66,12 +66,6 @@ def test_turn_ends_inside_a_text_stay_and_the_last_is_the_templates(lm):
     assert tokens(lm.fill("{x}{y}", x=found, y=turns)) == tokens(lm.encode("ua<eos>vb<eos>va<eos>vb"))
 
 
-def test_a_content_that_looks_like_a_placeholder_is_a_content(lm):
-    """The tokenizer writes what it does not know as "a"."""
-    found = lm.chat([user("TEXT1TEXT"), user(lm.encode("b")), user("TEXTX")], add_generation_prompt=False)
-    assert lm.decode(found) == "uaaaaaaaaa" + "ub" + "uaaaaa"
-
-
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
