@@ -205,3 +205,5 @@ def test_diverse_groups_differ_and_cost_likelihood(embedded):
 def test_a_text_ends_with_its_first_stop_or_the_one_at_the_limit():
     z = torch.tensor([[3, 1, 4, 1], [3, 3, 3, 3], [1, -1, -1, -1]])
     assert decoding.ended(z, 1, 4).tolist() == [[3, 1, -1, -1, -1], [3, 3, 3, 3, 1], [1, -1, -1, -1, -1]]
+    several = decoding.ended(torch.tensor([[3, 2, 1, 3], [3, 1, 2, 3], [3, 3, 3, 3]]), torch.tensor([1, 2]), 4)
+    assert several.tolist() == [[3, 2, -1, -1, -1], [3, 1, -1, -1, -1], [3, 3, 3, 3, 1]]

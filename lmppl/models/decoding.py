@@ -21,11 +21,12 @@ def generate(
     ``options`` are those of a `GenerationConfig`, e.g. ``do_sample=True, top_p=0.9`` or ``num_beams=16``: the base
     weights, with no adapter.  Where a method gives one answer (greedy), it is repeated.  Prompts x (B, L).
     """
-    end = lm.token_id(stop)
+    ends = lm.stop_ids(stop)
     single = not options.get("do_sample") and not options.get("num_beams")
     untouched = {"top_k": 0, "top_p": 1.0, "temperature": 1.0} if options.get("do_sample") else {}
     config = GenerationConfig(
-        max_new_tokens=max_tokens, eos_token_id=end, pad_token_id=end, num_return_sequences=1 if single else n,
+        max_new_tokens=max_tokens, eos_token_id=ends.tolist(), pad_token_id=ends[0].item(),
+        num_return_sequences=1 if single else n,
         **untouched | options,
     )  # fmt: skip
     columns = []
@@ -34,7 +35,7 @@ def generate(
         with lm.network.lock:
             lm.network.activate(None)
             out = lm.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-        columns.append(ended(out[:, prompt.shape[1] :], end, max_tokens).expand(n, -1))
+        columns.append(ended(out[:, prompt.shape[1] :], ends, max_tokens).expand(n, -1))
     return torch.stack(columns, 1)
 
 
@@ -61,15 +62,15 @@ def beams(
     """
     if groups < 1 or n % groups:
         raise ValueError(f"groups: {groups} does not divide the {n} beams")
-    end, width, count = lm.token_id(stop), n // groups, len(x)
+    ends, width, count = lm.stop_ids(stop), n // groups, len(x)
     z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
     log_p[..., 0] = 0.0  # one empty text; the others are its copies
     for t in range(max_tokens):
-        over = (z == end).any(-1)  # (B, G, K)
+        over = torch.isin(z, ends).any(-1)  # (B, G, K)
         gain = NextToken(lm, text.cat(x[:, None, None], z)).logits  # (B, G, K, V)
         stay = torch.full_like(gain, -torch.inf)
-        stay[..., end] = 0.0  # a finished text has one continuation: itself
+        stay[..., ends[0]] = 0.0  # a finished text has one continuation: itself
         total = log_p[..., None] + torch.where(over[..., None], stay, gain)
         used = torch.zeros_like(total[:, 0, 0])  # (B, V)
         for g in range(groups):
@@ -81,17 +82,21 @@ def beams(
             z[:, g] = z[:, g].gather(1, beam[..., None].expand(-1, -1, max_tokens))
             z[:, g, :, t] = torch.where(old, text.PAD, token)
             used.scatter_add_(1, token, (~old).to(used.dtype))
-        if bool((z == end).any(-1).all()):
+        if bool(torch.isin(z, ends).any(-1).all()):
             break
-    return ended(z.flatten(1, 2).transpose(0, 1), end, max_tokens)
+    return ended(z.flatten(1, 2).transpose(0, 1), ends, max_tokens)
 
 
-def ended(z: Tensor, end: int, max_tokens: int) -> Tensor:
-    """Texts (..., L) up to their first ``end``, which is appended where there is none: (..., max_tokens + 1)."""
+def ended(z: Tensor, ends: Tensor | int, max_tokens: int) -> Tensor:
+    """Texts (..., L) up to their first one of ``ends``; the first of these is appended where there is none:
+    (..., max_tokens + 1).
+    """
+    ends = torch.as_tensor(ends, device=z.device).reshape(-1)
     z = text.pad(z[..., :max_tokens], max_tokens + 1)
-    before = (z == end).int().cumsum(-1) == 0
-    z = z.masked_fill(~before, text.PAD)
-    return z.scatter(-1, text.length(z)[..., None], end)
+    is_end = torch.isin(z, ends)
+    z = z.masked_fill(is_end.int().cumsum(-1) > is_end.int(), text.PAD)
+    missing = torch.where(is_end.any(-1), text.PAD, ends[0])
+    return z.scatter(-1, text.length(z)[..., None], missing[..., None])
 
 
 @torch.no_grad()

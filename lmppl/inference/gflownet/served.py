@@ -143,7 +143,7 @@ class _Remote(TorchDistribution):
         content = {
             "model": self.served.model, "prompt": list(prompt), "n": count, "seed": seed, "temperature": temperature,
             "max_tokens": longest, "min_tokens": shortest, "stop_token_ids": stops, "return_token_ids": True,
-            "ignore_eos": self.fn.lm.eos_id not in stops, "top_p": 1.0, "top_k": 0,
+            "ignore_eos": True, "top_p": 1.0, "top_k": 0,  # stop_token_ids holds every end that is one
         }  # fmt: skip
         choices = self.served._ask("completions", content).get("choices", [])
         if len(choices) != count:
