@@ -62,7 +62,7 @@ class TestPerRowLimitsAndTemperature(TextContract):
             max_tokens=torch.tensor([3, 1]),
             min_tokens=torch.tensor([1, 0]),
             stop=".",
-            temperature=torch.tensor([0.6, 1.7]),
+            temperature=torch.tensor([0.6, 1.7], dtype=torch.float64),
         )
 
     def laws(self, plain):

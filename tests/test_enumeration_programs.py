@@ -108,13 +108,13 @@ def test_several_sites_in_program_order():
 
 
 def test_ordinary_sites_alone_and_in_plates():
-    table = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0]])
+    table = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0]], dtype=torch.float64)
     seen = torch.tensor([1.0, 0.0])
 
     def model():
         with pyro.plate("data", 2):
             k = pyro.sample("k", dist.Categorical(logits=table.log()))
-            b = pyro.sample("b", dist.Bernoulli(0.2 + 0.2 * k))
+            b = pyro.sample("b", dist.Bernoulli(0.2 + 0.2 * k.double()))
             pyro.sample("y", dist.Bernoulli(0.1 + 0.8 * b), obs=seen)
 
     exact = Enumeration(model).run()

@@ -241,8 +241,11 @@ def test_nested_plates_keep_the_outer_one():
 def test_several_sites_and_ordinary_ones_beside_text():
     table = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 
+    def gamma(shape, rate):
+        return dist.Gamma(torch.tensor(shape, dtype=torch.float64), rate)
+
     def model():
-        rate = pyro.sample("rate", dist.Gamma(torch.tensor(2.0).double(), 1.0))
+        rate = pyro.sample("rate", gamma(2.0, 1.0))
         with pyro.plate("data", 3):
             k = pyro.sample("k", dist.Categorical(table))
             a = pyro.sample("a", prior(P, X, temperature=1.0 + k))
@@ -252,7 +255,7 @@ def test_several_sites_and_ordinary_ones_beside_text():
             pyro.sample("count", dist.Poisson(rate), obs=torch.tensor([1.0, 0.0, 3.0]).double())
 
     def guide():
-        pyro.sample("rate", dist.Gamma(torch.tensor(3.0).double(), 2.0))
+        pyro.sample("rate", gamma(3.0, 2.0))
         with pyro.plate("data", 3):
             k = pyro.sample("k", dist.Categorical(table.flip(0)))
             a = pyro.sample("a", prior(Q, X, temperature=1.0 + k))
@@ -264,7 +267,7 @@ def test_several_sites_and_ordinary_ones_beside_text():
     assert posterior.log_weights.shape == (6,) and s["rate"].shape == (6,) and s["k"].shape == (6, 3)
     for n in range(6):
         rate = s["rate"][n]
-        u = dist.Gamma(2.0, 1.0).log_prob(rate) - dist.Gamma(3.0, 2.0).log_prob(rate)
+        u = gamma(2.0, 1.0).log_prob(rate) - gamma(3.0, 2.0).log_prob(rate)
         for i in range(3):
             k, a, b, z = (s[name][n, i] for name in "kabz")
             u = u + table[k].log() - table.flip(0)[k].log()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from precision import single
 from reference import Law, Plain, tokens
 from tiny import tiny_lm
 
@@ -41,9 +42,9 @@ def test_bert_score_by_hand():
     precision, recall = (1 + 0.6) / 2, (1 + 0.8 + 0.8) / 3
     expected = 2 * precision * recall / (precision + recall)
     found = measures.bert_score(["a b", "c a"], ["a c c", "a c"], encoder)
-    assert found.tolist() == pytest.approx([expected, 1.0], abs=1e-6)
+    assert found.tolist() == pytest.approx([expected, 1.0], abs=single())
     rescaled = measures.bert_score(["a b", "c a"], ["a c c", "a c"], encoder, baseline=0.6)
-    assert rescaled.tolist() == pytest.approx([(expected - 0.6) / 0.4, 1.0], abs=1e-5)
+    assert rescaled.tolist() == pytest.approx([(expected - 0.6) / 0.4, 1.0], abs=single(1 / 0.4))
 
 
 def test_bert_score_with_the_hidden_states_of_a_checkpoint():
@@ -51,7 +52,7 @@ def test_bert_score_with_the_hidden_states_of_a_checkpoint():
     encoder = measures.hidden_states(embedded.path("stories"))
     assert len(encoder(KNIFE)) == 6
     score = measures.bert_score([KNIFE, OTHER, " She locked it."], [KNIFE] * 3, encoder)
-    assert float(score[0]) == pytest.approx(1, abs=1e-5)
+    assert float(score[0]) == pytest.approx(1, abs=single())
     assert 1 > float(score[1]) > float(score[2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from precision import single
 
 from benchmarks.paper import continuation, infilling, reverse
 from lmppl import LanguageModel, embedded
@@ -34,12 +35,13 @@ def test_an_exact_target_is_the_enumeration_of_the_tempered_model():
     e = continuation_model.experiment(temperature=0.5)
     args = tuple(a[:2] for a in e.test)
     direct = Enumeration(e.model, mass=continuation.SHORT_MASS).run(*args)
-    assert continuation.target(0.5, 2).log_evidence.tolist() == pytest.approx(direct.log_evidence.tolist(), abs=1e-4)
+    found = continuation.target(0.5, 2)
+    assert found.log_evidence.tolist() == pytest.approx(direct.log_evidence.tolist(), rel=single())
     e = infilling_model.experiment(setting="paper")
     direct = e.exact.run(*(a[:4] for a in e.test))
     found = infilling.truth(4, infilling_model.PAPER_TEMPERATURE)
-    assert found.log_evidence.tolist() == pytest.approx(direct.log_evidence.tolist(), abs=1e-4)
-    assert torch.allclose(found.probabilities, direct.probabilities, atol=1e-5)
+    assert found.log_evidence.tolist() == pytest.approx(direct.log_evidence.tolist(), rel=single())
+    assert torch.allclose(found.probabilities, direct.probabilities, rtol=0, atol=single(10))
 
 
 def point(log_likelihood, distance, family="usual", setting="", **others):

