@@ -249,9 +249,15 @@ class Network(Parts):
         """The layers that "all-linear" leaves out: they are no linear functions, or are read past an adapter."""
         if self.model.config.model_type in STATE_SPACE:
             return UNADAPTABLE
-        linear = {name: type(m) for name, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        routers = {n for n, kind in linear.items() if kind.__module__.startswith("transformers.models.")}
-        return sorted({n.rpartition(".")[2] for n in routers})  # Llama 4's, which answer with several tensors
+        own = [
+            (name, m)
+            for name, m in self.model.named_modules()
+            if isinstance(m, nn.Linear) and type(m).__module__.startswith("transformers.models.")
+        ]
+        with torch.no_grad():
+            answers = {type(m): m(m.weight.new_zeros(1, m.in_features)) for _, m in own}
+        several = {kind for kind, answer in answers.items() if not isinstance(answer, torch.Tensor)}
+        return sorted({name.rpartition(".")[2] for name, m in own if type(m) in several})  # Llama 4's routers
 
     @_locked
     def load(self, path: str, name: str | None) -> Adapter:

@@ -141,9 +141,10 @@ class Vocabulary:
 
     def _refused(self, text: str, reason: str) -> ValueError:
         """The error for a text that cannot be written, naming its first word that cannot, and the character of it."""
-        words = re.findall(r"\s*\S+|\s+", text)
+        words = re.findall(r"\s*\w+|\s*[^\w\s]+|\s+", text)
         word = next((w for w in words if not self._can_write(w)), text)
-        character = next((c for c in word if not self._can_write(c)), word)
+        lost = [c for c in dict.fromkeys(word) if not self._can_write(c)]
+        character = lost[0] if 0 < len(lost) < len(set(word)) else word  # where words are whole, no character is known
         within = [repr(part) for part in dict.fromkeys((character, word)) if part != text]
         return ValueError(f"text {text!r} cannot be encoded{' at ' * bool(within)}{' in '.join(within)}: {reason}")
 

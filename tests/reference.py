@@ -28,9 +28,10 @@ class Plain:
     memo: dict[Tokens, Tensor] = field(default_factory=dict)
 
     def logits(self, prompt: Tokens, prefix: Tokens = ()) -> Tensor:
-        """(V,): what follows; bos comes first where the prompt is empty or the tokenizer adds it by itself."""
+        """(V,): what follows; bos comes first where the prompt is empty, or lacks one that the tokenizer adds."""
         lm = self.lm
-        sequence = ((lm.bos_id,) if lm.adds_bos or not prompt else ()) + prompt + prefix
+        adds = not prompt or (lm.adds_bos and prompt[0] != lm.bos_id)
+        sequence = ((lm.bos_id,) if adds else ()) + prompt + prefix
         if sequence not in self.memo:
             with torch.no_grad():
                 self.memo[sequence] = lm.forward(torch.tensor([sequence]), use_cache=False).logits[0, -1].double()

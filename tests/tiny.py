@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from lmppl import LanguageModel
@@ -18,13 +18,17 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tiny_tokenizer(vocab: int = 8, pad_is_eos: bool = True, add_bos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a character: eos (0), then pad (1) and bos where asked for, ".", and letters up to `vocab` tokens."""
+    """One token a character: eos (0), then pad (1) and bos where asked for, ".", and letters up to `vocab` tokens.
+
+    Any other character is read as an "a".
+    """
     special = ["<eos>"] + ([] if pad_is_eos else ["<pad>"]) + (["<bos>"] if add_bos else [])
     words = special + ["."] + list(LETTERS)
     if len(special) + 2 > vocab or vocab > len(words):
         raise ValueError(f"vocab={vocab} must lie between {len(special) + 2} and {len(words)}")
     ids = {word: i for i, word in enumerate(words[:vocab])}
-    backend = Tokenizer(models.WordLevel(ids, unk_token="a"))
+    backend = Tokenizer(models.WordLevel(ids))
+    backend.normalizer = normalizers.Replace(Regex(f"[^{''.join(words[len(special) : vocab])}]"), "a")
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     from tokenizers import decoders, processors
 

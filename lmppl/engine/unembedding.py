@@ -22,11 +22,18 @@ LOGITS_AT_ONCE = 2**25  # floats
 _DISTINCT = 0.75  # below this share of distinct positions it pays to compute each once and copy
 
 
+def decoder(model: Any) -> nn.Module:
+    """The network below the head."""
+    found = model.get_decoder()
+    below: nn.Module = model.model if found is model else found  # Llama 4's text model takes itself for its decoder
+    return below
+
+
 def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
     """What the decoder says of ``input_ids`` (B, W) from ``first`` on, (B, W - first, D)."""
     found: list[Any] = []
     with lm.network.lock:
-        hook = lm.model.get_decoder().register_forward_hook(lambda module, args, out: found.append(out))
+        hook = decoder(lm.model).register_forward_hook(lambda module, args, out: found.append(out))
         try:
             lm.forward(input_ids, logits_to_keep=1, **kwargs)
         finally:
@@ -37,7 +44,7 @@ def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs
 
 def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
     """The logits (n, V) of hidden states (n, D)."""
-    with lm.network.lock, _answering(lm.model.get_decoder(), states[None]):
+    with lm.network.lock, _answering(decoder(lm.model), states[None]):
         logits: Tensor = lm.forward(
             states.new_zeros(1, len(states), dtype=torch.long), tokens=0, use_cache=False
         ).logits
