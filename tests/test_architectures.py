@@ -277,7 +277,6 @@ def test_steps_predict_what_each_row_has_read(arch, share):
 
 
 def adapted(lm: LanguageModel) -> LanguageModel:
-    # Linear layers that answer with more than a tensor, which PEFT wraps and cannot run.
     return lm.with_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
 
 
