@@ -163,9 +163,18 @@ class Vocabulary:
         written = b"".join([self._names.get(i) or self.spelled[i] for i in ids]).decode(errors="replace")
         if written in (string, f" {string}"):
             return True
+        if self._stand_in in ids:
+            return True
         if getattr(self.tokenizer, "backend_tokenizer", None) is None:  # its normaliser is not known
             return self.tokenizer.unk_token_id not in ids or self.tokenizer.unk_token in string
         return self._said(written) == self._said(string)
+
+    @cached_property
+    def _stand_in(self) -> int | None:
+        """The ordinary token, if it is one, that the tokenizer was told to write for what it does not know."""
+        model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
+        found = self._ids.get(getattr(model, "unk_token", None) or "")
+        return None if found in self.special else found
 
     @cached_property
     def _names(self) -> dict[int, bytes]:

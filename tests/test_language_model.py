@@ -10,6 +10,8 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig
 from tiny import ARCHITECTURES, tiny_lm
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lmppl import LanguageModel, text
 from lmppl.adapters import CheckpointError
@@ -272,3 +274,20 @@ def test_the_shared_checkpoint_loads(checkpoint):
 def test_prompt_learning_is_refused():
     with pytest.raises(ValueError, match="peft_config"):
         tiny_lm().with_adapter(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_a_tokenizer_that_was_told_what_to_write_for_the_unknown_is_taken_at_its_word():
+    """An ordinary token stands in; one that is special would be lost, and is refused."""
+    for unknown, special in (("a", []), ("<unk>", ["<unk>"])):
+        ids = {word: i for i, word in enumerate(["<eos>", "<unk>", "a", "b"])}
+        backend = Tokenizer(models.WordLevel(ids, unk_token=unknown))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=special
+        )
+        lm = LanguageModel(tiny_lm(vocab=4).model, tokenizer)
+        if special:
+            with pytest.raises(ValueError, match="text 'bz' cannot be encoded at 'z'"):
+                lm.encode(["b", "bz"])
+        else:
+            assert lm.decode(lm.encode("bz")) == "ba"
