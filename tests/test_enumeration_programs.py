@@ -109,7 +109,7 @@ def test_several_sites_in_program_order():
 
 def test_ordinary_sites_alone_and_in_plates():
     table = torch.tensor([[0.1, 0.6, 0.3], [0.5, 0.5, 0.0]], dtype=torch.float64)
-    seen = torch.tensor([1.0, 0.0])
+    seen = torch.tensor([1.0, 0.0], dtype=torch.float64)
 
     def model():
         with pyro.plate("data", 2):
