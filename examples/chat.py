@@ -12,7 +12,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import SMC, Importance
 
 lm = LanguageModel.from_pretrained(sys.argv[1])
-ASK = "Think about the question in a few words. Do not answer it yet. Question: {x}"
+ASK = "Think about the question in a few words. Do not answer it yet. Question:{x}"
 NOW = "Now answer in one word."
 
 
@@ -24,7 +24,7 @@ def model(x, y=None):
         pyro.sample("y", Completion(lm, lm.chat(turns), max_tokens=4), obs=y)
 
 
-x = lm.encode(["What could be red, round and good to eat?"])
+x = lm.encode([" What could be red, round and good to eat?"])  # the space is part of the word's token
 pyro.set_rng_seed(0)
 for answer in ("Apple", "Tomato"):
     y = lm.encode([answer], stop="eos")

@@ -220,6 +220,8 @@ def _experiment(
 ) -> Experiment:
     if model not in EXPERIMENTS:
         raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
+    if data is not None and not data.exists():
+        raise Failure(f"--data {data}: there is no such file or directory")
     device = _own_device(device)
     _check_device(device, dtype, lm)
     transformers.logging.set_verbosity_error()

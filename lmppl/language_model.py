@@ -330,9 +330,11 @@ class LanguageModel(nn.Module):
     def fill(self, template: str, **fields: Tensor | str) -> Tensor:
         """A template whose fields ``{x}`` are texts, batched and broadcasting; put together as by `join`.
 
-        Where all fields are strings it is ``lm.encode(template.format(**fields))``.
+        Where all fields are strings it is ``lm.encode(template.format(**fields))``. A text keeps its tokens: a space
+        before its field is a token beside them, where a tokenizer writes a word with its space as one. Give the space
+        to the text: ``"of{x}"`` with " Spain", not ``"of {x}"`` with "Spain".
 
-        >>> lm.fill("Beginning: {x}\\nEnding: {y}\\nMiddle:", x=x, y=y)
+        >>> lm.fill("Beginning:{x}\\nEnding:{y}\\nMiddle:", x=x, y=y)
         """
         parts: list[tuple[str, Tensor | str]] = []
         used = set()

@@ -140,7 +140,7 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["compare", "infilling", "--algorithms", "magic"], "magic"),
         (["compare", "infilling", "--lm", "no/such/model", "--data", "stories.txt"], "no/such/model"),
         (["compare", "infilling", "--lm", ".", "--data", "stories.txt"], "no language model"),
-        (["compare", "infilling", "--data", "missing.txt"], "missing.txt"),
+        (["compare", "infilling", "--data", "missing.txt"], "--data missing.txt: there is no"),
         (["compare", "infilling", "--data", "empty.txt"], "no story"),
         (["compare", "infilling", "--data", "two.txt"], "line 1"),
         (["compare", "infilling", "--data", "stories.txt"], "cannot be encoded"),  # not the embedded LM's words

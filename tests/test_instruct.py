@@ -44,6 +44,14 @@ def test_a_conversation_is_read_as_the_tokenizer_writes_it(lm):
         assert float(Completion(lm, found, max_tokens=4).log_prob(y)[0]) == pytest.approx(expected, abs=ROUNDING)
 
 
+def test_a_word_that_is_filled_in_with_its_space_is_written_as_in_the_string(lm):
+    whole = lm.encode("The capital of Spain is")
+    assert torch.equal(lm.fill("The capital of{x} is", x=lm.encode(" Spain")), whole)
+    assert torch.equal(lm.fill("The capital of {x} is", x="Spain"), whole)
+    apart = lm.fill("The capital of {x} is", x=lm.encode("Spain"))
+    assert len(apart) == len(whole) + 1 and lm.decode(apart) == lm.decode(whole)
+
+
 def test_greedy_decoding_is_generates(lm):
     prompt = lm.chat(QUESTION)
     cold = Completion(lm, prompt, max_tokens=12, temperature=1e-4).sample()
