@@ -29,7 +29,7 @@ from .inference import (
     Trainer,
     compare,
 )
-from .inference.compare.compare import Algorithm, Meter, particles_within, sized
+from .inference.compare.compare import PILOTS, Algorithm, Meter, particles_within, sized
 from .inference.compare.quality import density_quality, outside_mass
 from .inference.distributed import world
 from .inference.files import save_figure, write_atomically
@@ -120,7 +120,8 @@ def compare_command(
     gflownet, length = experiment.gflownet(), steps or experiment.recipe.length(quick)
     if "gflownet" in chosen and checkpoint is None:
         _train(gflownet, experiment, exact, length, out, seed)
-    candidates = _candidates(chosen, experiment, sized(gflownet, particles))
+    with console.status("Finding how many particles cost as much as the GFlowNet's"):
+        candidates = _candidates(chosen, experiment, sized(gflownet, particles))
     for name in (n for n in TRAINED if n in chosen):
         other = make(None)  # an adapter of its own
         trainer = _trainer(name, other)
@@ -310,7 +311,8 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dic
     tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])  # a query
 
     def matched(algorithm: Algorithm) -> Algorithm:
-        return sized(algorithm, particles_within(algorithm, tokens, meter, args=experiment.test))
+        pilots = min(n, PILOTS[0]), min(4 * n, PILOTS[1])
+        return sized(algorithm, particles_within(algorithm, tokens, meter, args=experiment.test, pilots=pilots))
 
     if "gflownet" in chosen:
         found["GFlowNet"] = gflownet

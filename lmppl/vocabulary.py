@@ -268,6 +268,8 @@ class Vocabulary:
 
     def ending_ids(self, stop: str | int) -> Ids:
         """The tokens that end a text by a stop: one, or those that the tokenizer writes a string of several with."""
+        if not isinstance(stop, str | int):
+            raise ValueError(f"stop={stop!r}: a text that is encoded ends with one stop, 'eos', a string or an id")
         if not isinstance(stop, str) or stop == "eos" or self.one_token(stop) is not None:
             return (self.token_id(stop),)
         (ids,) = self.encode([stop]) if stop else ((),)

@@ -231,16 +231,20 @@ def particles_within(
     unit: str = "tokens",
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
+    pilots: tuple[int, int] = PILOTS,
 ) -> int:
-    """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each."""
+    """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
+
+    ``pilots`` are their particles.
+    """
     cost = []
-    for n in PILOTS:
+    for n in pilots:
         answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
         cost.append((tokens if unit == "tokens" else seconds) / answer.log_evidence.numel())
-    each = (cost[1] - cost[0]) / (PILOTS[1] - PILOTS[0])
+    each = (cost[1] - cost[0]) / (pilots[1] - pilots[0])
     if each <= 0:
-        each = cost[1] / PILOTS[1]
-    return max(1, min(MOST_PARTICLES, round(PILOTS[1] + (budget - cost[1]) / each)))
+        each = cost[1] / pilots[1]
+    return max(1, min(MOST_PARTICLES, round(pilots[1] + (budget - cost[1]) / each)))
 
 
 def _point(
