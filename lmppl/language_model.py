@@ -378,10 +378,11 @@ class LanguageModel(nn.Module):
             if isinstance(part, str):
                 before = found.pop() if found and isinstance(found[-1], str) else ""
                 found.append(f"{before}{part}")
-            elif isinstance(part, Tensor):
+            elif isinstance(part, Tensor) and part.dim():
                 found.append(self._opened(part))
             else:
-                raise ValueError(f"{name} must be texts or strings, not {type(part).__name__}")
+                kind = "a tensor of one number" if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"{name} must be texts or strings, not {kind}")
         begin = [
             self.encode(p, start=start and not i) if isinstance(p, str) else p for i, p in enumerate(found) if p != ""
         ]

@@ -53,15 +53,16 @@ class Parts:
         self._head = next(((m._modules, k) for m in modules for k, child in m._modules.items() if child is head), None)
         self._attributes = [m.__dict__ for m in modules]
         self._holders = [*chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)]
+        self._classes = list({type(m): None for m in modules})
         self._held = self._holding()
         # Weights that are spread over processes come and go within each pass.
         self.sharded = any(isinstance(p, DTensor) for p in self.base_parameters)
 
     def _holding(self) -> list[object]:
-        return [*chain.from_iterable(map(dict.values, self._holders))]
+        return [*chain.from_iterable(map(dict.values, self._holders)), *(c.forward for c in self._classes)]
 
     def follow(self) -> None:
-        """Take notice of modules and weights that were replaced since."""
+        """Take notice of modules, weights and classes' forward methods that were replaced since."""
         if self.sharded:
             return
         held = self._holding()

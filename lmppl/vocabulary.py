@@ -35,12 +35,12 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.size = size
         self.special = special_ids(tokenizer)
-        ends = self._configured((generation, config), "eos_token_id")
+        ends = self._configured(generation, config, "eos_token_id")
         own = tokenizer.eos_token_id
         self.eos_ids: Ids = ends or (() if own is None else (own,))
         # Of several ends, the one that the tokenizer writes.
         self.eos_id = own if own in self.eos_ids else next(iter(self.eos_ids), None)
-        starts = self._configured((generation, config), "bos_token_id")
+        starts = self._configured(generation, config, "bos_token_id")
         self.bos_id = next((i for i in (tokenizer.bos_token_id, *starts, self.eos_id) if i is not None), None)
         written = tokenizer("", add_special_tokens=True)["input_ids"]
         self.adds_bos = len(written) > 0 and written[0] == tokenizer.bos_token_id
@@ -48,19 +48,20 @@ class Vocabulary:
         self._endings: dict[int, str] = {}
         self._stop_strings: dict[tuple[Any, ...], StopStrings] = {}
 
-    def _configured(self, sources: tuple[Any, Any], name: str) -> Ids:
+    def _configured(self, generation: Any, config: Any, name: str) -> Ids:
         """The ids that the generation configuration names, else the model's, in the order given.
 
-        A configuration none of whose ids is special to a tokenizer that has one of its own was made for another
-        vocabulary, and is passed over.
+        The model's are often a default. Where none of them is special to a tokenizer that has one of its own, they were
+        made for another vocabulary, and are passed over.
         """
-        for source in sources:
-            given = getattr(source, name, None)
-            ids = given if isinstance(given, list | tuple) else [given]
-            found = [i for i in ids if isinstance(i, int) and 0 <= i < self.size]
-            if found and (getattr(self.tokenizer, name) is None or self.special.intersection(found)):
-                return tuple(dict.fromkeys(found))
-        return ()
+        chosen, default = (self._known_ids(getattr(source, name, None)) for source in (generation, config))
+        if chosen and chosen != default:
+            return chosen
+        return default if getattr(self.tokenizer, name) is None or self.special.intersection(default) else ()
+
+    def _known_ids(self, given: Any) -> Ids:
+        ids = given if isinstance(given, list | tuple) else [given]
+        return tuple(dict.fromkeys(i for i in ids if isinstance(i, int) and 0 <= i < self.size))
 
     # What tokens spell -----------------------------------------------------------------------------------------------
 
@@ -272,9 +273,12 @@ class Vocabulary:
             raise ValueError(f"stop={stop!r}: a text that is encoded ends with one stop, 'eos', a string or an id")
         if not isinstance(stop, str) or stop == "eos" or self.one_token(stop) is not None:
             return (self.token_id(stop),)
-        (ids,) = self.encode([stop]) if stop else ((),)
+        try:
+            (ids,) = self.encode([stop])
+        except ValueError as error:
+            raise ValueError(f"stop: {error}") from error
         if not ids or self.spell(ids) != stop.encode():
-            raise ValueError(f"stop={stop!r} is {self._written(stop)}")
+            raise ValueError(f"stop={stop!r} is {self._written(stop) if stop else 'an empty string'}")
         return ids
 
     def one_token(self, string: str) -> int | None:

@@ -16,13 +16,13 @@ WORDS = ("<eos>", ".", "a", "b", "ab", "b.")
 EOS, DOT, A, B, AB, BDOT = range(len(WORDS))
 
 
-def chunk_lm(words: tuple[str, ...] = WORDS, seed: int = 33, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def chunk_lm(words: tuple[str, ...] = WORDS, seed: int = 33, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """A network over these words, the first of which is eos."""
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[0], pad_token=words[0])
-    return LanguageModel(tiny_lm(vocab=len(words), seed=seed, dtype=dtype).model, tokenizer)
+    return LanguageModel(tiny_lm(vocab=len(words), seed=seed, dtype=torch.float32).model.to(dtype), tokenizer)
 
 
 @dataclass

@@ -19,7 +19,7 @@ V = 8
 
 @pytest.fixture
 def lm() -> LanguageModel:
-    return tiny_lm("gpt2")
+    return tiny_lm("gpt2", dtype=torch.float32)
 
 
 @torch.no_grad()
@@ -62,6 +62,12 @@ def steer(lm: LanguageModel, kind: str):
         return layer.mlp.register_forward_pre_hook(lambda m, args, kw: ((args[0] + v,), kw), with_kwargs=True)
     if kind == "global hook":
         return nn.modules.module.register_module_forward_hook(lambda m, args, out: out + v if m is layer.mlp else out)
+    if kind == "patched class":
+        patch = pytest.MonkeyPatch()
+        plain = type(layer.mlp).forward
+        patch.setattr(type(layer.mlp), "forward", lambda self, x: plain(self, x) + v)
+        patch.remove = patch.undo
+        return patch
     assert kind == "patched method"
     forward = layer.mlp.forward
     layer.mlp.forward = lambda x: forward(x) + v
@@ -73,7 +79,7 @@ def steer(lm: LanguageModel, kind: str):
     return Handle()
 
 
-KINDS = ["forward hook", "pre-hook", "pre-hook with keywords", "global hook", "patched method"]
+KINDS = ["forward hook", "pre-hook", "pre-hook with keywords", "global hook", "patched method", "patched class"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +119,7 @@ def test_what_was_kept_without_hooks_is_known_after_them(lm):
 
 def test_facts_found_under_a_hook_are_not_the_networks(lm):
     """A hook that looks at a token's column makes packing wrong; without it packing is right again."""
-    twin = tiny_lm("gpt2")
+    twin = tiny_lm("gpt2", dtype=torch.float32)
     scores(twin)
 
     def by_column(module, args, out):
@@ -127,14 +133,16 @@ def test_facts_found_under_a_hook_are_not_the_networks(lm):
     assert lm.network.facts == twin.network.facts and not steered["tree_attention"]
 
 
-def test_autocast_keeps_and_recalls_nothing(lm):
+def test_autocast_keeps_and_recalls_nothing():
+    """In single precision: autocast leaves double alone."""
+    lm = tiny_lm("gpt2", dtype=torch.float32)
     before = scores(lm)
     with torch.autocast("cpu", torch.bfloat16):
         inside = scores(lm)
         torch.testing.assert_close(inside, fresh(lm), atol=1e-6, rtol=0)
     assert 1e-6 < (inside - before).abs().max() < 0.5
     torch.testing.assert_close(scores(lm), before, atol=1e-6, rtol=0)
-    other = tiny_lm("gpt2")
+    other = tiny_lm("gpt2", dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         scores(other)
     torch.testing.assert_close(scores(other), before, atol=1e-6, rtol=0)
@@ -176,7 +184,7 @@ def test_changed_modules_and_buffers_are_followed(lm, change):
 
 
 def test_a_replaced_output_layer_is_what_trains_and_what_is_saved(tmp_path):
-    lm = tiny_lm("llama")
+    lm = tiny_lm("llama", dtype=torch.float32)
     guide = lm.with_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     with torch.no_grad():
         lm.model.lm_head = nn.Linear(16, V, bias=False)
@@ -195,7 +203,7 @@ def test_a_replaced_output_layer_is_what_trains_and_what_is_saved(tmp_path):
 
 
 def test_an_adapter_whose_layers_were_replaced_is_refused():
-    lm = tiny_lm("llama")
+    lm = tiny_lm("llama", dtype=torch.float32)
     guide = lm.with_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]), name="guide")
     lm.model.model.layers[0].self_attn.q_proj = nn.Linear(16, 16, bias=False)
     with pytest.raises(ValueError, match="adapter 'guide' were replaced"):
@@ -205,7 +213,7 @@ def test_an_adapter_whose_layers_were_replaced_is_refused():
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 def test_resized_embeddings_are_refused_until_the_model_is_wrapped_again(arch):
-    lm = tiny_lm(arch)
+    lm = tiny_lm(arch, dtype=torch.float32)
     before = Completion(lm, PROMPTS, max_tokens=3)
     lm.model.resize_token_embeddings(V + 4, mean_resizing=False)
     uses = [

@@ -76,6 +76,10 @@ def test_turn_ends_inside_a_text_stay_and_the_last_is_the_templates(lm):
         (TEMPLATE, [user(["a", "b"])], "messages: expected a list"),
         ("{{ messages[0]['content'] }}", [user("a"), user(torch.tensor([3]))], "writes the texts of messages"),
         ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", [user(torch.tensor([3]))], "writes the"),
+        ("{{ 1 / 0 }}", [user("a")], "messages: .*division by zero"),
+        (TEMPLATE, [user(torch.tensor(3))], "content must be texts or strings"),
+        ("{{ messages[0]['content'] | upper }}", [user(torch.tensor([3]))], "writes the texts of messages"),
+        ("{{ messages[0]['content'] | lower }}", [user(torch.tensor([3]))], "writes the texts of messages"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(lm, template, messages, reason):

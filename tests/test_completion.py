@@ -90,7 +90,9 @@ def test_no_tokens_at_all():
     d = Completion(plain.lm, torch.tensor([[A]]), max_tokens=0, stop=["eos", "."])
     assert_follows(d, [Law(plain, (A,), 0, 0, (EOS, DOT))])
     empty = Completion(plain.lm, torch.tensor([A]), max_tokens=0, stop=None)
-    assert empty.event_shape == (0,) and empty.log_prob(empty.sample()) == 0.0
+    value, drawn = empty.sample_and_log_prob()
+    assert empty.event_shape == (0,) and empty.log_prob(value) == drawn == 0.0
+    assert empty.log_prob(value).dtype == drawn.dtype == plain.lm.dtype
     assert empty.log_prob(torch.tensor([A])) == -math.inf
 
 

@@ -64,6 +64,24 @@ def test_bos_falls_back_to_eos():
     assert with_bos.encode("a").tolist() == [with_bos.tokenizer.convert_tokens_to_ids("a")]  # no bos
 
 
+@pytest.mark.parametrize(
+    ("ends", "found"), [([0, 3], (0, 3)), (4, (4,)), ([3, 5, 99], (3, 5)), ([99], (0,)), (None, (0,))]
+)
+def test_eos_is_where_generate_stops(ends, found):
+    """The generation configuration's ends, special to the tokenizer or not; the configuration's where it has none."""
+    made = tiny_lm(vocab=8, dtype=torch.float32)
+    made.model.generation_config.eos_token_id = ends
+    lm = LanguageModel(made.model, made.tokenizer)
+    assert lm.eos_ids == found
+    prompts = torch.randint(1, 8, (20, 2), generator=torch.Generator().manual_seed(0))
+    rules = {"do_sample": True, "max_new_tokens": 30, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = lm.model.generate(prompts, eos_token_id=list(lm.eos_ids), **rules)
+        torch.manual_seed(0)
+        assert found == (0,) or torch.equal(drawn, lm.model.generate(prompts, **rules))
+
+
 def test_encode_is_cached_without_being_wrong():
     lm = tiny_lm()
     first = lm.encode("ab")

@@ -63,7 +63,7 @@ class TestAlone(TextContract):
 
     def make(self, lm):
         limits = {"max_tokens": torch.tensor([3, 2]), "min_tokens": torch.tensor([1, 0])}
-        return Completion(lm, PROMPT, stop="abb", temperature=torch.tensor([0.7, 1.5]), **limits)
+        return Completion(lm, PROMPT, stop="abb", temperature=torch.tensor([0.7, 1.5], dtype=torch.float64), **limits)
 
     def laws(self, plain):
         return [
@@ -372,7 +372,8 @@ def test_where_a_token_is_expected():
         with pytest.raises(ValueError, match="stop='ab' is written .*one token is expected"):
             ask("ab")
     assert lm.encode("ccc", stop="ab").tolist() == [*lm.encode("cccab")]
-    with pytest.raises(ValueError, match="stop"):
-        lm.encode("ccc", stop="xy")
+    for bad, message in (("xy", "stop.*'xy'"), ("", "stop='' is an empty string")):
+        with pytest.raises(ValueError, match=message):
+            lm.encode("ccc", stop=bad)
     d = Completion(lm, "a", max_tokens=5, stop="ab")
     assert d.log_prob(lm.encode("ccc", stop="ab")) > -math.inf == d.log_prob(lm.encode("ccc"))

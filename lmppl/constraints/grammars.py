@@ -42,7 +42,7 @@ def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
         raise ValueError("pattern: it is empty, and would match the empty text alone")
     wrapped = llguidance().LLMatcher.grammar_from_regex(pattern)
     slashed = json.loads(wrapped)["grammars"][0]["lark_grammar"].removeprefix("start: ")
-    return _of_terminal(lm, slashed, stop, name="pattern", written=pattern)
+    return _of_terminal(lm, slashed, stop, name="pattern", written=repr(pattern))
 
 
 def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop = "eos") -> Grammar:
@@ -78,7 +78,8 @@ def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Gramma
 
         >>> words(lm, [" red", " green", " apple", "."], stop=".")
     """
-    return regex(lm, f"(?:{_any_of(words, 'words')})*", stop)
+    some, slashed = _any_of(words, "words")
+    return _of_terminal(lm, f"/(?:{slashed})*/", stop, name="words", written=f"the words {some}")
 
 
 def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Grammar:
@@ -86,8 +87,9 @@ def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Gr
 
     >>> without(lm, ["knife", "stone"], stop=".")
     """
-    some = _any_of(strings, "strings").replace("/", r"\/")
-    return _of_terminal(lm, f"/(?s:.*)/ & ~/(?s:.*)(?:{some})(?s:.*)/", stop, name="strings")
+    some, slashed = _any_of(strings, "strings")
+    terminal = f"/(?s:.*)/ & ~/(?s:.*)(?:{slashed})(?s:.*)/"
+    return _of_terminal(lm, terminal, stop, name="strings", written=f"any but {some}")
 
 
 def _of_terminal(lm: LanguageModel, terminal: str, stop: Stop, **kwargs: Any) -> Grammar:
@@ -135,7 +137,7 @@ class Grammar(PrefixConstraint):
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
         if not self._mask(()).any():
             raise ValueError(
-                f"{name}: no text of {lark if written is None else written!r} can be written with this vocabulary and "
+                f"{name}: no text of {written or repr(lark)} can be written with this vocabulary and "
                 f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
                 "stands nowhere before)"
             )
@@ -242,11 +244,12 @@ class Grammar(PrefixConstraint):
             raise ValueError(f"{self.name}: {error.strip()}")
 
 
-def _any_of(strings: Iterable[str], name: str) -> str:
+def _any_of(strings: Iterable[str], name: str) -> tuple[list[str], str]:
+    """The strings, and a regular expression between slashes of any of them."""
     given = [strings] if isinstance(strings, str) else list(strings)
     if not given or not all(isinstance(s, str) and s for s in given):
         raise ValueError(f"{name}: expected strings of one character or more, got {given!r}")
-    return "|".join(escaped(s) for s in given)
+    return given, "|".join(escaped(s) for s in given).replace("/", r"\/")
 
 
 def _recall(cache: OrderedDict, key: tuple[int, ...]) -> Any:

@@ -392,7 +392,7 @@ class Completion(TorchDistribution):
             both = score(self.lm, self.prompt, needed[..., :reach], head).expand(*batch, reach, 2)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
-            token = stop = torch.zeros(*batch, width, device=value.device)
+            token = stop = torch.zeros(*batch, width, device=value.device, dtype=_score_dtype(self.lm))
         refuse_nan(token)
         token = token.masked_fill(at >= length[..., None], 0.0)
         token = token.masked_fill((at >= ending.width[..., None]) & (at < length[..., None]), -torch.inf)
