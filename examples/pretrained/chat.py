@@ -1,6 +1,6 @@
 """An instruct model is asked a question; its reasoning is latent, its answer observed. Which reasoning explains it?
 
-python examples/chat.py DIR        # a chat checkpoint, e.g. what `make smollm2` prints
+python examples/pretrained/chat.py DIR        # a chat checkpoint, e.g. what `make smollm2` prints
 """
 
 import sys
@@ -28,8 +28,8 @@ x = lm.encode([" What could be red, round and good to eat?"])  # the space is pa
 pyro.set_rng_seed(0)
 for answer in ("Apple", "Tomato"):
     y = lm.encode([answer], stop="eos")
-    prior = Importance(model, num_particles=64).run(x, y)
-    smc = SMC(model, num_particles=64).run(x, y)
+    prior = Importance(model, num_particles=32).run(x, y)
+    smc = SMC(model, num_particles=32).run(x, y)
     print(
         f"{answer}: log p(y | x) = {smc.log_evidence.item():.2f} by SMC, {prior.log_evidence.item():.2f} by importance"
     )
