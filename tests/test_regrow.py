@@ -111,8 +111,8 @@ def test_regrow_costs_no_more_than_a_fresh_draw():
     d = Completion(lm, torch.randint(1, 4, (30,)), max_tokens=8, min_tokens=8).expand((16,))
     prompts(lm.network).capacity = 0  # each prompt is read anew
     old, passes = d.sample(), []
-    d.regrow(old, 6)  # what is tried once per network has been tried
     lm.model.register_forward_hook(lambda *_: passes.append(1))
+    d.regrow(old, 6)  # what is tried once per network, which with a hook is another, has been tried
 
     def cost(keep) -> tuple[int, int]:
         before, _ = lm.tokens_scored, passes.clear()
