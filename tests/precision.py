@@ -30,10 +30,10 @@ def double() -> Iterator[None]:
 
 
 def single(magnitude: float = 1.0, roundings: int = 64) -> float:
-    """The most by which this many roundings to single precision move a number of this magnitude.
+    """What this many roundings to single precision of a number of this magnitude come to, all in one direction.
 
     For what the package itself computes in single precision (experiments on the checkpoints that it ships, scores of
-    float32 encoders).  Roundings are independent and some cancel, so that 64 of them, some four a token and layer,
-    are far more than are seen, on any processor; a mistake in the mathematics moves the number by far more.
+    float32 encoders).  Roundings of either sign partly cancel, so that 64 in one direction stand for many more; a
+    mistake in the mathematics moves the number by far more.
     """
     return roundings * magnitude * torch.finfo(torch.float32).eps / 2
