@@ -23,7 +23,7 @@ from .spelling import llguidance
 
 _STATES = 4096  # matchers and masks remembered
 _FEW = 1024  # permitted tokens, all of which are looked behind
-_WIDE = 32  # with more ways to go on, one is taken to lead somewhere
+_WIDE = 8  # with more ways to go on, one is taken to lead somewhere
 _AHEAD, _TRIED = 16, 1024  # tokens looked ahead, and texts tried in all
 _HEADER = '%llguidance {"no_forcing": true}\n'  # else only one way to cut a forced text into tokens is allowed
 
@@ -109,8 +109,8 @@ class Grammar(PrefixConstraint):
     What is allowed can be completed.  A token is not allowed after which nothing is: one that says what only the stop
     may say ("%." before the stop "."), or that is followed by what the vocabulary cannot spell, or by such tokens only.
     To find them, all allowed tokens are looked behind, up to 16 tokens ahead, where they are 1024 or fewer; where they
-    are more, those that begin to spell a stop.  Of more than 32 ways to go on, one is taken to lead to an end.  That is
-    exact but for vocabularies that lack characters and are larger.  Without a stop, a complete text has
+    are more, those that begin to spell a stop.  Of more than 8 ways to go on, one is taken to lead to an end.  So a
+    dead end can remain in vocabularies that lack characters, behind so many ways.  Without a stop, a complete text has
     ended.
 
     Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
