@@ -127,7 +127,10 @@ def test_what_is_asked_for_is_what_the_distribution_says(lm):
 
 @pytest.mark.slow
 def test_a_server_with_other_weights_teaches_the_same_posterior():
-    """Its texts are the base model's throughout; log q is the learner's, so the guide still ends at the posterior."""
+    """Its texts are the base model's throughout; log q is the learner's, so the guide still ends near the posterior.
+
+    With 16 particles the total variation is 0.07 to 0.11 after as many steps (3 seeds), with 64 it is 0.074 and 0.085.
+    """
     task = Task()
     exact = Enumeration(task.model).run(*task.args)
 
@@ -138,7 +141,7 @@ def test_a_server_with_other_weights_teaches_the_same_posterior():
     with serving(Writer(task.lm)) as url:
         mixture = Mixture((Served(task.q, url, "base"), 0.5), (OnPolicy(), 0.5))
         optimizer = torch.optim.AdamW(task.q.trainable_parameters(), lr=1e-2)
-        trainer = GFlowNet(task.model, task.guide, optimizer=optimizer, exploration=mixture)
+        trainer = GFlowNet(task.model, task.guide, optimizer=optimizer, exploration=mixture, num_particles=64)
         trainer.fit([task.args], 250, progress=False)
     assert distance() < 0.1 < 0.3 < before
 
