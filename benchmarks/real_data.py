@@ -31,6 +31,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import Importance
 from lmppl.inference.files import write_atomically
 from lmppl.models import EXPERIMENTS, Experiment
+from lmppl.models.data_files import read_lines
 
 PROMPTS, STORIES, DRAWS = 64, 64, 32
 LONGEST = 24  # tokens of a prompt
@@ -60,8 +61,8 @@ def stories(lm: LanguageModel) -> list[str]:
 
 def inputs(lm: LanguageModel, data: Path, folder: Path) -> dict[str, tuple[Path | None, dict[str, Any]]]:
     """The data and the options of each model; what must be written goes to ``folder``."""
-    lines = (data / "prompts" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    short = [s.strip() for s in lines if s.strip() and lm.encode(s.strip()).shape[0] <= LONGEST][: 2 * PROMPTS]
+    lines = [line.strip() for _, line in read_lines(data / "prompts" / "prompts.txt")]
+    short = [s for s in lines if lm.encode(s).shape[0] <= LONGEST][: 2 * PROMPTS]
 
     def file(name: str, content: list[str]) -> Path:
         path = folder / name

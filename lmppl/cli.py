@@ -6,51 +6,50 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from .adapters import first_line
-from .inference import (
-    SMC,
-    Comparison,
-    Importance,
-    MetropolisHastings,
-    PolicyGradient,
-    Posterior,
-    ReweightedWakeSleep,
-    Trainer,
-    compare,
-)
-from .inference.compare.compare import PILOTS, Algorithm, Meter, particles_within, sized
-from .inference.compare.quality import density_quality, outside_mass
-from .inference.distributed import world
-from .inference.files import save_figure, write_atomically
-from .language_model import LanguageModel
-from .models import EXPERIMENTS, Experiment
-from .models.experiment import SETTINGS
+from . import __version__
+from .catalogue import MODELS, SETTINGS
+from .command_help import ModelCommand, nearest
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
+    from .inference import Comparison, Posterior, Trainer
+    from .inference.compare.compare import Algorithm
+    from .models import Experiment
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(markup=False, emoji=False)  # users' texts, data and file names are shown as they are
 COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "device", "options"}
 ALGORITHMS = ("importance", "smc", "gflownet")
 FURTHER = ("mcmc", "wake-sleep", "ppo")
+TRAINED = ("wake-sleep", "ppo")
 DTYPES = ("float32", "bfloat16", "float16")
 PARTICLES = 64
 REPETITIONS = 4
 LEISURE = 4  # `train` takes this many times the steps of `compare`
 OUTSIDE_DRAWS = 10_000
 
-Model = Annotated[str, typer.Argument(help="Which model; `lmppl list` names them.")]
+
+class Failure(Exception):
+    """Something the user can mend; printed in one line."""
+
+
+def _known(model: str) -> str:
+    if model not in MODELS:
+        raise Failure(f"{model!r} is no model; there are {', '.join(MODELS)}.{nearest(model, MODELS)}")
+    return model
+
+
+Model = Annotated[str, typer.Argument(help="Which model; [bold]lmppl list[/bold] names them.", callback=_known)]
 Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
-Data = Annotated[Path | None, typer.Option("--data", help="Observations of your own, e.g. a story a line.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Observations of your own: see below.")]
 Setting = Annotated[str, typer.Option("--setting", help="The target: posterior, or the paper's released setting.")]
 Options = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the model, e.g. temperature=0.9.")
@@ -65,29 +64,40 @@ Dtype = Annotated[
 ]
 
 
-class Failure(Exception):
-    """Something the user can mend; printed in one line."""
-
-
 def main() -> None:
     """The entry point: a user's mistake prints one line and exits with 1."""
     try:
         app()
     except (Failure, ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_one_line(error)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print("[bold red]error:[/]", Text(_one_line(error)), highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.print(f"lmppl {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def lmppl(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Latent-variable models of text: infer what was not observed, by several algorithms and a language model."""
 
 
 @app.command("list")
 def list_models() -> None:
     """The models that are ready to run."""
     table = Table("model", "what it infers")
-    for name, make in EXPERIMENTS.items():
-        table.add_row(name, (make.__doc__ or "").strip().splitlines()[0])
+    for name, entry in MODELS.items():
+        table.add_row(name, entry.infers)
     console.print(table)
 
 
-@app.command("compare")
+@app.command("compare", cls=ModelCommand)
 def compare_command(
     model: Model,
     lm: Lm = None,
@@ -110,8 +120,14 @@ def compare_command(
     dtype: Dtype = None,
 ) -> None:
     """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior."""
-    torch.set_num_threads(threads)
     chosen = _choose(algorithms)
+    import torch
+
+    from .inference import compare
+    from .inference.compare.compare import sized
+    from .inference.files import write_atomically
+
+    torch.set_num_threads(threads)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
     experiment = make(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +147,7 @@ def compare_command(
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
-            repetitions=REPETITIONS, progress=lambda name: status.update(f"Comparing: {name}"),
+            repetitions=REPETITIONS, progress=lambda name: status.update(Text(f"Comparing: {name}")),
         )  # fmt: skip
     _annotate(result, experiment, exact)
     result.print(console)
@@ -142,7 +158,7 @@ def compare_command(
     console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
 
 
-@app.command("train")
+@app.command("train", cls=ModelCommand)
 def train_command(
     model: Model,
     lm: Lm = None,
@@ -157,6 +173,10 @@ def train_command(
     dtype: Dtype = None,
 ) -> None:
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
+    import torch
+
+    from .inference.distributed import world
+
     torch.set_num_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
@@ -174,10 +194,10 @@ def train_command(
         console.print(f"Total variation on unseen observations: {_density_tv(exact, experiment):.3f}")
 
 
-@app.command("sample")
+@app.command("sample", cls=ModelCommand)
 def sample_command(
     model: Model,
-    checkpoint: Annotated[Path, typer.Option(help="The adapter that `lmppl train` or `compare` saved.")],
+    checkpoint: Annotated[Path, typer.Option(help="The adapter that train or compare saved.")],
     lm: Lm = None,
     data: Data = None,
     setting: Setting = SETTINGS[0],
@@ -189,10 +209,12 @@ def sample_command(
     dtype: Dtype = None,
 ) -> None:
     """Sample latent texts for unseen observations from a trained guide."""
+    import torch
+
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype, checkpoint)
     torch.manual_seed(seed)
     posterior = experiment.gflownet().run(*experiment.test, num_particles=particles)
-    console.print(sample_text(experiment, posterior, None, observations), highlight=False, markup=False)
+    console.print(sample_text(experiment, posterior, None, observations), highlight=False)
 
 
 # -- the parts --------------------------------------------------------------------------------------------------------
@@ -202,7 +224,8 @@ def _choose(algorithms: str) -> list[str]:
     chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
     for name in chosen:
         if name not in (*ALGORITHMS, *FURTHER):
-            raise Failure(f"--algorithms: {name!r} is none of {', '.join((*ALGORITHMS, *FURTHER))}")
+            known = (*ALGORITHMS, *FURTHER)
+            raise Failure(f"--algorithms: {name!r} is none of {', '.join(known)}.{nearest(name, known)}")
     if not chosen:
         raise Failure("--algorithms: name at least one")
     return chosen
@@ -219,10 +242,14 @@ def _experiment(
     dtype: str | None,
     checkpoint: Path | None = None,
 ) -> Experiment:
-    if model not in EXPERIMENTS:
-        raise Failure(f"{model!r} is no model; there are {', '.join(EXPERIMENTS)}")
     if data is not None and not data.exists():
         raise Failure(f"--data {data}: there is no such file or directory")
+    import torch
+    import transformers
+
+    from .language_model import LanguageModel
+    from .models import EXPERIMENTS
+
     device = _own_device(device)
     _check_device(device, dtype, lm)
     transformers.logging.set_verbosity_error()
@@ -241,6 +268,10 @@ def _own_device(device: str) -> str:
 
 
 def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
+    import torch
+
+    from .adapters import first_line
+
     try:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -251,6 +282,8 @@ def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
 
 def _own_options(model: str, options: list[str]) -> dict[str, Any]:
     """What a model's `experiment` takes besides what all of them take: numbers as numbers, the rest as text."""
+    from .models import EXPERIMENTS
+
     known = [p for p in inspect.signature(EXPERIMENTS[model]).parameters if p not in COMMON]
     found: dict[str, Any] = {}
     for option in options:
@@ -277,15 +310,13 @@ def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:
     return exact, experiment.lm.tokens_scored - before
 
 
-TRAINED: dict[str, Callable[..., Trainer]] = {
-    "wake-sleep": ReweightedWakeSleep,
-    "ppo": partial(PolicyGradient, algorithm="ppo"),
-}
-
-
 def _trainer(name: str, experiment: Experiment) -> Trainer:
-    n, optimizer = experiment.recipe.particles, experiment.optimizer()
-    return TRAINED[name](experiment.model, experiment.guide, optimizer=optimizer, num_particles=n)
+    from .inference import PolicyGradient, ReweightedWakeSleep
+
+    given: dict[str, Any] = {"optimizer": experiment.optimizer(), "num_particles": experiment.recipe.particles}
+    if name == "wake-sleep":
+        return ReweightedWakeSleep(experiment.model, experiment.guide, **given)
+    return PolicyGradient(experiment.model, experiment.guide, algorithm=name, **given)
 
 
 def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:
@@ -305,6 +336,9 @@ def _save(experiment: Experiment, out: Path) -> None:
 
 def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dict[str, Algorithm]:
     """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
+    from .inference import SMC, Importance, MetropolisHastings
+    from .inference.compare.compare import PILOTS, Meter, particles_within, sized
+
     found: dict[str, Algorithm] = {}
     model, n = experiment.model, gflownet.num_particles
     meter = Meter([experiment.lm.network])
@@ -328,11 +362,16 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dic
 
 
 def _density_tv(exact: Posterior, experiment: Experiment) -> float:
+    from .inference.compare.quality import density_quality
+
     return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
 
 
 def _annotate(result: Comparison, experiment: Experiment, exact: Posterior | None) -> None:
     """Say what the figures are of, and how much of the posterior the enumeration may lack."""
+    from .inference import Importance
+    from .inference.compare.quality import outside_mass
+
     count = len(experiment.test[0])
     result.notes.insert(0, f"Target: {experiment.target}. {count} unseen observations; |error| and KL in nats.")
     if exact is None:
@@ -363,6 +402,8 @@ def sample_text(experiment: Experiment, posterior: Posterior, exact: Posterior |
 def plot_training(history: list[dict[str, float]], path: Path) -> None:
     """sd(u) of training draws and on held-out observations, against steps."""
     from matplotlib.figure import Figure
+
+    from .inference.files import save_figure
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()

@@ -20,6 +20,7 @@ LAYERS = {
     "spelling": 0,
     "chat": 0,
     "stop_strings": 0,
+    "catalogue": 0,
     "parts": 1,
     "ngram": 1,
     "vocabulary": 1,
@@ -33,6 +34,7 @@ LAYERS = {
     "inference": 6,
     "models": 7,
     "pretrained": 7,
+    "command_help": 7,
     "cli": 8,
 }
 

@@ -162,29 +162,69 @@ class Says:
         self.said = said
 
     def answer(self, path: str, content: dict[str, Any]) -> Any:
-        return self.said if self.said == "no" else {"choices": [self.said] * content["n"]}
+        return self.said if isinstance(self.said, str) else {"choices": [self.said] * content["n"]}
 
 
 @pytest.mark.parametrize(
-    ("said", "error", "message"),
+    ("said", "message"),
     [
-        ("no", ConnectionError, "answered 400: no"),
-        ({"text": "a"}, ValueError, "no token_ids"),
-        ({"token_ids": [2, 2, 2, 0]}, ValueError, "no text of 0 to 2 tokens"),
-        ({"token_ids": [VOCAB, 0]}, ValueError, "no text of 0 to 2 tokens"),
-        ({"token_ids": [0, 2, 0]}, ValueError, "no text of 0 to 2 tokens"),
+        ("no", "answered 400: no"),
+        ("", "is no JSON"),
+        ("<html>", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("5", "no list of choices"),
+        ('{"choices": {"a": 1}}', "no list of choices"),
+        ('{"choices": [5, 6, 7, 8]}', "no list of choices"),
+        ('{"choices": []}', "has 0 texts, 4 were asked for"),
+        ('{"choices": [{}, {}, {}, {}, {}]}', "has 5 texts, 4 were asked for"),
+        ({"text": "a"}, "no token_ids"),
+        ({"token_ids": "2 0"}, "no token_ids"),
+        ({"token_ids": [5.7, 0]}, "integers"),
+        ({"token_ids": [2.0, 0]}, "integers"),
+        ({"token_ids": [True, 0]}, "integers"),
+        ({"token_ids": ["2", 0]}, "integers"),
+        ({"token_ids": [-1, 0]}, "no text of 0 to 2 tokens"),
+        ({"token_ids": [10**30, 0]}, "no text of 0 to 2 tokens"),
+        ({"token_ids": [2, 2, 2, 0]}, "no text of 0 to 2 tokens"),
+        ({"token_ids": [VOCAB, 0]}, "no text of 0 to 2 tokens"),
+        ({"token_ids": [0, 2, 0]}, "no text of 0 to 2 tokens"),
     ],
 )
-def test_an_answer_that_cannot_be_is_refused(lm, said, error, message):
-    with serving(Says(said)) as url, pytest.raises(error, match=message):
+def test_an_answer_that_cannot_be_is_refused(lm, said, message):
+    with serving(Says(said)) as url, pytest.raises(ConnectionError, match=f"url: .*{url}/completions.*{message}"):
         drawn(lm, url, lm_guide(lm), 4)
+
+
+@pytest.mark.parametrize("reason", [True, 0.0, [0], None, "a"])
+def test_a_stop_that_is_no_token_id_is_none(lm, reason):
+    """The stops of the guide's texts are 0 and no other: what the server names instead is not taken for it."""
+    with serving(Says({"token_ids": [2], "finish_reason": "stop", "stop_reason": reason})) as url:
+        z = drawn(lm, url, lm_guide(lm), 4)[..., :2]
+    assert bool((z == torch.tensor([2, 0])).all())
 
 
 def test_bad_arguments_are_named(lm):
     with pytest.raises(ConnectionError, match="url: no answer from http://127.0.0.1:9/v1/completions"):
         drawn(lm, "http://127.0.0.1:9/v1", lm_guide(lm), 4)
-    with pytest.raises(ValueError, match="url: expected http"):
-        Served(lm, "localhost:8000", "guide")
+    for url in (
+        "localhost:8000",
+        "http://",
+        "http://h:x/v1",
+        "ftp://h/v1",
+        "http://me:secret@h/v1",
+        "http://h/v1?a",
+        5,
+    ):
+        with pytest.raises(ValueError, match="url: expected http"):
+            Served(lm, url, "guide")
+    for timeout in (0, -1.0, float("inf"), float("nan"), "3"):
+        with pytest.raises(ValueError, match="timeout: expected a positive number"):
+            Served(lm, "http://localhost:8000/v1", "guide", timeout=timeout)
+    with pytest.raises(ValueError, match="max_bytes"):
+        Served(lm, "http://localhost:8000/v1", "guide", max_bytes=0)
+    with pytest.raises(ValueError, match="api_key") as found:
+        Served(lm, "http://localhost:8000/v1", "guide", api_key="secret\n")
+    assert "secret" not in str(found.value)
     with pytest.raises(ValueError, match="lm: expected a LanguageModel instance"):
         Served("gpt2", "http://localhost:8000/v1", "guide")
     with pytest.raises(ValueError, match="allowed= and tools="):

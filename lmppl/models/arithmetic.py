@@ -9,7 +9,6 @@ Hu et al. 2024, "Amortizing intractable inference in large language models", sec
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from ..inference.training.schedules import linear
 from ..language_model import LanguageModel
 from ..text import length
 from ..tools import Calculator, evaluate
+from .data_files import read_json
 from .experiment import TEST_OBSERVATIONS, Experiment, Recipe, paper_setting, tempered
 
 PAPER_TEMPERATURE = 0.5  # the final reward temperature of the paper's released setting
@@ -222,8 +222,8 @@ def read_file(path: Path) -> list[Question]:
     :raises ValueError: naming the file, where it is not such a file, or an answer or a rationale in it is wrong.
     """
     try:
-        entries = [(e["str_query"], e["num_sol"], e.get("str_rationale")) for e in json.loads(path.read_text("utf-8"))]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        entries = [(e["str_query"], e["num_sol"], e.get("str_rationale")) for e in read_json(path)]
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"data: {path} is no file of questions: {error!r}") from error
     found = []
     for query, answer, rationale in entries:

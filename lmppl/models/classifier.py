@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..language_model import LanguageModel
 from ..text import PAD
+from .data_files import read_lines
 
 
 class TokenClassifier(nn.Module):
@@ -69,9 +70,7 @@ def read_labelled(path: str | Path) -> tuple[list[str], list[bool]]:
     :raises ValueError: naming the file and line, where a line is otherwise.
     """
     texts, labels = [], []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path, "labelled"):
         label, tab, said = line.partition("\t")
         if label not in ("0", "1") or not tab or not said.strip():
             raise ValueError(f"labelled: {path}, line {number} is not 0 or 1, a tab and a text")

@@ -21,6 +21,7 @@ from ..distributions import Completion
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
+from .data_files import read_lines
 from .experiment import Experiment, Recipe, paper_setting, split
 
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
@@ -120,8 +121,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
     :raises ValueError: naming the file, where it has no prompt.
     """
-    lines = (line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
-    prompts = list(dict.fromkeys(line for line in lines if line))
+    prompts = list(dict.fromkeys(line.strip() for _, line in read_lines(path)))
     if not prompts:
         raise ValueError(f"data: {path} has no prompt in it")
     return prompts

@@ -21,6 +21,7 @@ from ..distributions import Completion
 from ..embedded.stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS
 from ..inference import Enumeration
 from ..language_model import LanguageModel
+from .data_files import read_lines
 from .experiment import Experiment, Recipe, paper_setting, split
 
 TEMPLATE = "{other}\n\n{x}"
@@ -171,9 +172,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     :raises ValueError: naming the file and line, where a line is not two prompts or the file has none.
     """
     pairs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 2 or not all(parts):
             raise ValueError(f"data: {path}, line {number} is not two prompts with a tab between them")

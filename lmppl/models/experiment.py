@@ -13,13 +13,13 @@ from pyro import poutine
 from transformers.pytorch_utils import Conv1D
 
 from .. import embedded
+from ..catalogue import SETTINGS
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.programs import Program
 from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
 
 T = TypeVar("T")
-SETTINGS = "posterior", "paper"
 TEST_OBSERVATIONS = 16
 
 

@@ -17,6 +17,7 @@ from ..embedded import Story
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..text import length
+from .data_files import read_lines
 from .experiment import Experiment, Recipe, embedded_splits, paper_setting, split, tempered
 
 TEMPLATE = "Ending:{y}\nBeginning:{x}\nMiddle:"
@@ -74,9 +75,7 @@ def read_stories(path: str | Path) -> list[Story]:
     :raises ValueError: naming the file and line, where a line has not three sentences or the file has no story.
     """
     stories = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         sentences = re.split(r"(?<=[.!?])\s+", line.strip())
         if len(sentences) != 3:
             raise ValueError(f"data: {path}, line {number} has {len(sentences)} sentences; a story has three")

@@ -25,6 +25,7 @@ from ..embedded.numbers import FIXED, MAX_TOKENS
 from ..inference import Enumeration, Linex, Mixture, Prior, Replay, Tempered, VarGrad
 from ..inference.training.schedules import linear
 from ..language_model import LanguageModel
+from .data_files import read_lines
 from .experiment import Experiment, Recipe, embedded_splits, paper_setting
 
 TARGETS = "uniform", "valid"
@@ -169,9 +170,7 @@ def read_bounds(path: str | Path) -> list[Bounds]:
     :raises ValueError: naming the file and line, where a line is not two integers 0 <= a <= b.
     """
     pairs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
         found = re.fullmatch(r"(\d{1,9})\s+(\d{1,9})", line.strip())
         if not found or int(found[1]) > int(found[2]):
             raise ValueError(f"data: {path}, line {number} is not two integers 0 <= a <= b")

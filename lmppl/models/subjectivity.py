@@ -5,7 +5,6 @@ z ~ LM("{x} because of"),    y ~ LM("{x} because of{z}") among the labels, obser
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..embedded import Sentence
 from ..embedded.subjectivity import LABELS, PLAINLY, REASONS, STOP, WHY
 from ..inference import Enumeration, Prediction
 from ..language_model import LanguageModel
+from .data_files import parsed, read_lines
 from .experiment import TEST_OBSERVATIONS, Experiment, Recipe, embedded_splits, paper_setting, split
 
 SEEN = "{y}.\n" + WHY  # the prompt of a guide that reads the label too
@@ -225,13 +225,11 @@ def read_sentences(path: str | Path) -> list[Sentence]:
     :raises ValueError: naming the file and line, where a line is no such object or the file has none.
     """
     found = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(path):
+        item = parsed(line, path, number)
         try:
-            item = json.loads(line)
             x, label = item["text"].strip(), item["label_text"].strip()
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError):
             x = label = ""
         if not x or not label:
             raise ValueError(f'data: {path}, line {number} is no object with the strings "text" and "label_text"')

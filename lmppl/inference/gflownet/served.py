@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
+import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -20,6 +20,7 @@ from ...engine.scoring import with_bos
 from ...language_model import LanguageModel
 from ...text import PAD
 from ..arguments import at_least, instance_of
+from .asking import BadAnswer, ask
 from .exploration import Exploration, Source, Values
 
 
@@ -35,11 +36,14 @@ class Served(Exploration):
     :param model: what the server calls the model, or the adapter on it.
     :param api_key: sent as a bearer token, where given.
     :param requests: how many are under way at once; a request asks for all texts after one prompt.
-    :param timeout: seconds until an answer is given up.
+    :param timeout: seconds until an answer is given up, however slowly the server goes on.
+    :param max_bytes: of an answer; a longer one is given up.
 
-    :raises ConnectionError: where the server does not answer, or with an error.
+    :raises ConnectionError: where the server does not answer within the timeout, with an error (a server error, 429 and
+        a reset connection are tried again a few times first), with a redirect, which is not followed, or with what
+        cannot be: no JSON, no token ids, ids or texts that were not asked for.
     :raises ValueError: for texts with ``allowed`` or ``tools``, which no server knows of, or with stop strings, which
-        servers find within tokens too; and for an answer that has no token ids, or others than can be.
+        servers find within tokens too.
 
     Example::
 
@@ -56,13 +60,18 @@ class Served(Exploration):
         api_key: str | None = None,
         requests: int = 16,
         timeout: float = 300.0,
+        max_bytes: int = 2**26,
     ):
         instance_of(LanguageModel, lm=lm)
-        at_least(1, requests=requests)
-        if not url.startswith(("http://", "https://")):
+        at_least(1, requests=requests, max_bytes=max_bytes)
+        if not _is_address(url):
             raise ValueError(f"url: expected http://HOST:PORT/v1, got {url!r}")
+        if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            raise ValueError("api_key: expected letters, digits and signs, without spaces or line ends")  # kept secret
         self.lm, self.url, self.model = lm, url.rstrip("/"), model
-        self.api_key, self.requests, self.timeout = api_key, requests, timeout
+        self.api_key, self.requests, self.timeout, self.max_bytes = api_key, requests, timeout, max_bytes
 
     def draw(self, source: Source, num_particles: int) -> Values:
         return source.draw(source.guide, num_particles, self._elsewhere)
@@ -90,20 +99,8 @@ class Served(Exploration):
             )
         return _Remote(fn, self)
 
-    def _ask(self, what: str, content: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        request = urllib.request.Request(f"{self.url}/{what}", json.dumps(content).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                said = answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                reason = error.read()[:300].decode(errors="replace")
-            raise ConnectionError(f"url: {self.url}/{what} answered {error.code}: {reason}") from error
-        except OSError as error:
-            raise ConnectionError(f"url: no answer from {self.url}/{what}: {error}") from error
-        return json.loads(said) if what == "completions" else said
+    def _ask(self, what: str, content: dict[str, Any]) -> bytes:
+        return ask(f"{self.url}/{what}", content, api_key=self.api_key, timeout=self.timeout, max_bytes=self.max_bytes)
 
 
 class _Remote(TorchDistribution):
@@ -145,21 +142,44 @@ class _Remote(TorchDistribution):
             "max_tokens": longest, "min_tokens": shortest, "stop_token_ids": stops, "return_token_ids": True,
             "ignore_eos": True, "top_p": 1.0, "top_k": 0,  # stop_token_ids holds every end that is one
         }  # fmt: skip
-        choices = self.served._ask("completions", content).get("choices", [])
+        said = self.served._ask("completions", content)
+        try:
+            answer = json.loads(said)
+        except (ValueError, RecursionError):
+            raise self._bad(f"is no JSON: {said[:80]!r}") from None
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise self._bad(f"has no list of choices: {said[:80]!r}")
         if len(choices) != count:
-            raise ValueError(f"url: the server gave {len(choices)} texts, {count} were asked for")
+            raise self._bad(f"has {len(choices)} texts, {count} were asked for")
         return [self._complete(choice, longest, shortest, stops) for choice in choices]
 
     def _complete(self, choice: dict[str, Any], longest: int, shortest: int, stops: list[int]) -> list[int]:
         """A text with its stop, which is certain at the limit and which some servers leave out."""
         ids = choice.get("token_ids")
         if not isinstance(ids, list):
-            raise ValueError("url: the server's answer has no token_ids; it must know return_token_ids, as vLLM does")
+            raise self._bad("has no token_ids; the server must know return_token_ids, as vLLM does")
+        if not all(type(i) is int for i in ids):  # True is none
+            raise self._bad(f"has {str(ids)[:200]} for token_ids, which are integers")
         if stops and not (ids and ids[-1] in stops):
             ended = choice.get("stop_reason") if choice.get("finish_reason") == "stop" else None
-            ids = [*ids, ended if ended in stops else stops[0]]
+            ids = [*ids, ended if type(ended) is int and ended in stops else stops[0]]
         body = ids[:-1] if stops else ids
         least = shortest if stops else longest
         if not least <= len(body) <= longest or any(i in stops or not 0 <= i < self.fn.lm.vocab_size for i in body):
-            raise ValueError(f"url: the server wrote {ids}, which is no text of {least} to {longest} tokens and a stop")
+            raise self._bad(f"has {str(ids)[:200]}, which is no text of {least} to {longest} tokens and a stop")
         return ids
+
+    def _bad(self, what: str) -> BadAnswer:
+        return BadAnswer(f"url: the answer of {self.served.url}/completions {what}")
+
+
+def _is_address(url: str) -> bool:
+    if not isinstance(url, str):
+        return False
+    try:
+        parts = urlsplit(url)
+        plain = parts.username is None and not parts.query and not parts.fragment
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and plain
+    except ValueError:  # a port that is no number
+        return False

@@ -1,0 +1,90 @@
+"""What can be said of the models that are ready to run before anything is imported that runs them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SETTINGS = "posterior", "paper"
+
+
+class Entry(NamedTuple):
+    """A model: what it infers, what ``--data`` takes with a line of it, and the options that ``--set`` gives it."""
+
+    infers: str
+    data: str
+    example: str
+    options: dict[str, str]
+
+
+MAX_TOKENS = {"max_tokens": "the most tokens of a text before its stop"}
+STORIES = "a text file, a story of three sentences a line"
+STORY = "Tom had a dog. The dog was big. They ran to the park."
+PROMPTS = "a text file, a prompt a line"
+BOUNDS = "a text file, two integers a line"
+
+MODELS = {
+    "infilling": Entry(
+        "The missing middle sentence of a story, given its beginning and its end.",
+        STORIES,
+        STORY,
+        {"template": "the guide's prompt, with the fields {x} (beginning) and {y} (end)"},
+    ),
+    "continuation": Entry(
+        "The next sentence after a prompt, from the language model with its sequences tempered.",
+        PROMPTS,
+        "Tom had a dog.",
+        {"temperature": "T, or several for one guide, as 0.8 or [0.8, 0.9]"} | MAX_TOKENS,
+    ),
+    "reverse": Entry("The beginning of a story, given how it goes on.", STORIES, STORY, {}),
+    "contrastive": Entry(
+        "What is likely after one prompt and unlikely after another: p(z|x)^a / p(z|x')^b.",
+        "a text file, two prompts a line with a tab between them",
+        "Tom had a dog.\tMia saw a cat.",
+        {"a": "the power of p(z|x), positive", "b": "the power of p(z|x'), not negative"}
+        | MAX_TOKENS
+        | {"differ": "what the two embedded prompts differ in: characters or objects"},
+    ),
+    "constrained": Entry(
+        "Texts that satisfy a condition, in the language model's own proportions: words, a pattern or a classifier.",
+        PROMPTS + "; it goes with words, pattern or labelled",
+        "Tom had a dog.",
+        {
+            "constraint": "lexical, regex or learned",
+            "words": "for lexical: words to contain, with commas between alternatives",
+            "pattern": "for regex: a regular expression of the whole text",
+            "labelled": "for learned: a text file, 0 or 1, a tab and a text a line",
+        }
+        | MAX_TOKENS,
+    ),
+    "random_number": Entry(
+        "A random integer between 0 and 100: uniform, whatever the language model prefers.",
+        BOUNDS,
+        "0 100",
+        {"target": "uniform or valid", "unseen": "true: test on bounds that no training prompt had"},
+    ),
+    "random_number_bounds": Entry(
+        "A random integer between bounds that no training prompt had: uniform.",
+        "nothing: the bounds are its own",
+        "",
+        {},
+    ),
+    "random_number_valid": Entry(
+        "A random integer between 0 and 100: the language model's own, conditioned on validity.", BOUNDS, "0 100", {}
+    ),
+    "subjectivity": Entry(
+        "The reason why a sentence is called objective or subjective.",
+        "a JSONL file, a sentence and its label a line; or a directory of train.10.jsonl or train.jsonl and test.jsonl",
+        '{"text": "a film without a plot", "label_text": "subjective"}',
+        {"reads": "what the guide reads: xy or x", "count": "how many labelled sentences to train on"},
+    ),
+    "arithmetic": Entry(
+        "The chain of thought between a sum and its answer, with a calculator.",
+        "a directory of train_50.json, train_questions_1000.json, test_3_operands.json and test_4_operands.json, "
+        "each a JSON list",
+        '[{"str_query": "Question: 6 - 0 - 4 = ? Answer:", "num_sol": 2, "str_rationale": "6 - 0 =, 6 - 4 ="}]',
+        {
+            "sees_answer": "true: the guide reads the answer, and cannot predict it",
+            "warm_start": "steps of supervised fine-tuning on the rationales",
+        },
+    ),
+}

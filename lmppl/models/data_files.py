@@ -1,0 +1,66 @@
+"""Data files of one's own: UTF-8, a byte-order mark is no text, and lines end at newlines alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MARK = b"\xef\xbb\xbf"
+
+
+def read_text(path: str | Path, name: str = "data") -> str:
+    """The text of a file.
+
+    :param name: the argument that an error names.
+    :raises ValueError: naming file, line and byte, where the file is not UTF-8.
+    """
+    content = Path(path).read_bytes().removeprefix(MARK)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        before = content[: error.start].split(b"\n")
+        raise ValueError(
+            f"{name}: {path}, line {len(before)} is not UTF-8 at byte {len(before[-1]) + 1} of the line, "
+            f"0x{content[error.start]:02x}; save the file as UTF-8"
+        ) from error
+
+
+def read_lines(path: str | Path, name: str = "data") -> Iterator[tuple[int, str]]:
+    r"""The lines of a text file that are not blank, each with its number from 1.
+
+    A line ends at "\n" or "\r\n".  What else Unicode calls a line's end (U+2028, U+0085, "\v") is part of the text.
+
+    :raises ValueError: as `read_text`.
+    """
+    for number, line in enumerate(read_text(path, name).split("\n"), 1):
+        if line.strip():
+            yield number, line.removesuffix("\r")
+
+
+def read_json(path: str | Path, name: str = "data") -> Any:
+    """What a JSON file holds.
+
+    :raises ValueError: naming file and line, where it is not UTF-8 or no JSON.
+    """
+    return parsed(read_text(path, name), path, name=name)
+
+
+def parsed(written: str, path: str | Path, line: int | None = None, name: str = "data") -> Any:
+    """The JSON ``written`` in a file, or in one ``line`` of it.
+
+    :raises ValueError: naming file and line, where it is no JSON, or has half of a character (a lone surrogate).
+    """
+    where = f"{name}: {path}" + (f", line {line}" if line else "")
+    try:
+        found = json.loads(written)
+        json.dumps(found, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        where = f"{name}: {path}, line {line or error.lineno}"
+        raise ValueError(f"{where} is no JSON: {error.msg} at character {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has half of a character, {error.object[error.start]!r}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
+        raise ValueError(f"{where} is no JSON that can be read: {error}") from error
+    return found
