@@ -17,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .adapters import first_line
+from .adapters import CONFIG, WEIGHTS, first_line
+from .files import claim, save_figure, writing
 from .inference import (
     SMC,
     Comparison,
@@ -30,9 +31,12 @@ from .inference import (
     compare,
 )
 from .inference.compare.compare import PILOTS, Algorithm, Meter, particles_within, sized
+from .inference.compare.comparison import FILES
 from .inference.compare.quality import density_quality, outside_mass
 from .inference.distributed import world
-from .inference.files import save_figure, write_atomically
+from .inference.training import checkpoint as checkpoints
+from .inference.training.identity import digest
+from .inference.training.log import Log
 from .language_model import LanguageModel
 from .models import EXPERIMENTS, Experiment
 from .models.experiment import SETTINGS
@@ -47,6 +51,7 @@ PARTICLES = 64
 REPETITIONS = 4
 LEISURE = 4  # `train` takes this many times the steps of `compare`
 OUTSIDE_DRAWS = 10_000
+SAMPLES, CURVE = "samples.txt", "training.png"
 
 Model = Annotated[str, typer.Argument(help="Which model; `lmppl list` names them.")]
 Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
@@ -114,6 +119,7 @@ def compare_command(
     chosen = _choose(algorithms)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
     experiment = make(checkpoint)
+    claim(out, (*FILES, SAMPLES))
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     exact, exact_tokens = _truth(experiment)
@@ -138,8 +144,9 @@ def compare_command(
     result.save(out)
     shown = next(iter(candidates.values())).run(*experiment.test)
     text = sample_text(experiment, shown, exact, len(experiment.test[0]))
-    write_atomically(out / "samples.txt", text.encode())
-    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    with writing(out, "samples") as fresh:
+        (fresh / SAMPLES).write_text(text)
+    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.name[0] != ".")))
 
 
 @app.command("train")
@@ -155,15 +162,24 @@ def train_command(
     threads: Threads = 1,
     device: Device = "cpu",
     dtype: Dtype = None,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", min=1, help="Steps between two checkpoints.")
+    ] = 100,
 ) -> None:
-    """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
+    """Train a model's guide at leisure: checkpoints under --out, and the same command resumes.
+
+    Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or language model is
+    refused.
+    """
     torch.set_num_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
+    _claim(out)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
     gflownet.fit(
         experiment.batches, steps or LEISURE * experiment.recipe.steps, seed=seed, held_out=experiment.held_out,
-        log=out / "run.jsonl", checkpoint=out / "training",
+        log=out / "run.jsonl", checkpoint=out / "training", checkpoint_every=checkpoint_every,
+        identity={"model": model, "setting": setting, "options": " ".join(sorted(options or []))} | _data_of(data),
     )  # fmt: skip
     if world().rank:
         return  # started by torchrun: the first process writes and reports
@@ -289,17 +305,36 @@ def _trainer(name: str, experiment: Experiment) -> Trainer:
 
 
 def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:
+    if checkpoints.exists(out / "training"):
+        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
+    _claim(out)
+    Log(out / "run.jsonl").cut(0)
     if exact is not None:
         console.print(f"Total variation of the guide before training: {_density_tv(exact, experiment):.3f}")
-    (out / "run.jsonl").unlink(missing_ok=True)
     trainer.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
     _save(experiment, out)
+
+
+def _claim(out: Path) -> None:
+    """Refuse, before anything is trained, a directory in which others have files of the names that are to be written."""
+    claim(out, [CURVE])
+    claim(out / "adapter", [CONFIG, WEIGHTS])
+    Log(out / "run.jsonl")
+
+
+def _data_of(path: Path | None) -> dict[str, str]:
+    """What tells data files apart: what is in them."""
+    if path is None:
+        return {}
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {"data files": digest([file.read_bytes() for file in files])}
 
 
 def _save(experiment: Experiment, out: Path) -> None:
     """The adapter, and the training curve of the log."""
     history = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-    plot_training(history, out / "training.png")
+    with writing(out, "training curve") as fresh:
+        plot_training(history, fresh / CURVE)
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 

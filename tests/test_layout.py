@@ -20,6 +20,8 @@ LAYERS = {
     "spelling": 0,
     "chat": 0,
     "stop_strings": 0,
+    "locks": 0,
+    "files": 1,
     "parts": 1,
     "ngram": 1,
     "vocabulary": 1,
