@@ -168,8 +168,7 @@ def train_command(
 ) -> None:
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes.
 
-    Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or language model is
-    refused.
+    Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
     """
     torch.set_num_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
@@ -316,7 +315,7 @@ def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, st
 
 
 def _claim(out: Path) -> None:
-    """Refuse, before anything is trained, a directory in which others have files of the names that are to be written."""
+    """Before anything is trained, refuse a directory in which others have files of the names that will be written."""
     claim(out, [CURVE])
     claim(out / "adapter", [CONFIG, WEIGHTS])
     Log(out / "run.jsonl")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from lmppl.locks import locked
 
@@ -97,6 +98,11 @@ def _directory(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def is_free(directory: Path) -> bool:
+    """Whether there is nothing but what a save that was killed has left."""
+    return directory.is_dir() and all(path.name.startswith(".lmppl.") for path in directory.iterdir())
+
+
 def settle(directory: Path) -> None:
     """Finish a save whose writer was killed when all of it was written."""
     if (directory / READY).is_dir():
@@ -140,7 +146,7 @@ def _commit(directory: Path, kind: str, fresh: Path) -> None:
     claim(directory, names)
     kept = {name: entry for name, entry in manifest(directory).items() if entry["kind"] != kind and name not in names}
     files = kept | {name: {"kind": kind, **_facts(fresh / name)} for name in names}
-    (fresh / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+    (fresh / MANIFEST).write_text(json.dumps({"format": FORMAT, "save": uuid4().hex, "files": files}, indent=1))
     for name in (*names, MANIFEST):
         sync(fresh / name)
     sync(fresh)
@@ -173,10 +179,9 @@ def _finish(directory: Path) -> None:
 def _state(directory: Path) -> tuple[object, ...]:
     """What is another after every save, and while one is being put in place."""
     try:
-        found = (directory / MANIFEST).stat()
+        return (directory / READY).is_dir(), (directory / MANIFEST).read_bytes()
     except OSError:
         return (directory / READY).is_dir(), None
-    return (directory / READY).is_dir(), found.st_ino, found.st_mtime_ns
 
 
 def _facts(path: Path) -> dict[str, Any]:

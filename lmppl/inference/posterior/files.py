@@ -42,7 +42,7 @@ def save(posterior: Posterior, path: Path) -> None:
     A kind of posterior with fields that are not made of tensors is saved as a plain one.
     """
     files.settle(path)
-    if path.exists() and not (path / REST).is_file() and not (path / files.NEW).exists():
+    if path.exists() and not (path / REST).is_file() and not files.is_free(path):
         raise ValueError(f"path: {path} exists and is no saved posterior")
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
     try:

@@ -148,25 +148,36 @@ def _kinds(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, Any]]:
 
 def _restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Everything that the optimiser keeps, its numbers in the precision that they were kept in."""
+    parameters = _parameters(optimizer)
+    for i, own in state["state"].items():
+        state["state"][i] = {k: like(parameters[i], v) if isinstance(v, Tensor) else v for k, v in own.items()}
     optimizer.load_state_dict(state)
-    for i, p in enumerate(_parameters(optimizer)):
-        for key, saved in state["state"].get(i, {}).items():
+    for i, p in enumerate(parameters):
+        for key, saved in state["state"].get(i, {}).items():  # torch may have made other types of them
             now = optimizer.state[p][key]
-            if isinstance(saved, Tensor) and now.dtype != saved.dtype:
-                optimizer.state[p][key] = saved.to(now.device)
+            optimizer.state[p][key] = _at(now.device if isinstance(now, Tensor) else p.device, saved)
+
+
+def _at(device: torch.device, x: Any) -> Any:
+    """``x`` with the tensors in it on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, Mapping):
+        return {key: _at(device, value) for key, value in x.items()}
+    return type(x)(_at(device, value) for value in x) if isinstance(x, list | tuple) else x
 
 
 def _packed(x: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """What JSON can hold of ``x``; its tensors go to ``tensors``."""
     if isinstance(x, Tensor):
+        name = f"{len(tensors)}.{name}"
         tensors[name] = _copy(x)
         return {"tensor": name}
     if isinstance(x, Mapping):
         return {"dict": [[_packed(key, name, tensors), _packed(v, f"{name}.{key}", tensors)] for key, v in x.items()]}
     if isinstance(x, list | tuple):
-        return {
-            "tuple" if isinstance(x, tuple) else "list": [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
-        }
+        parts = [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
+        return {"tuple" if isinstance(x, tuple) else "list": parts}
     if x is None or isinstance(x, bool | int | float | str):
         return x
     what = name.partition(".")[2]
