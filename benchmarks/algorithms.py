@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from lmppl.engine import prompts
+from lmppl.files import replacing, write
 from lmppl.inference import (
     SMC,
     DetailedBalance,
@@ -52,7 +53,6 @@ from lmppl.inference import (
 from lmppl.inference.compare.compare import Meter, particles_within, sized
 from lmppl.inference.compare.comparison import Comparison, Row, averaged
 from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.files import save_figure, write_atomically
 from lmppl.models import Experiment, Recipe, infilling
 
 RATES = 1e-3, 3e-3
@@ -250,7 +250,7 @@ def _rows(
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     if not path.exists():
-        write_atomically(path, json.dumps(make()).encode())
+        write(path, json.dumps(make()).encode())
     return json.loads(path.read_text())
 
 
@@ -288,7 +288,8 @@ def plot_training(runs: list[dict[str, Any]], path: Path) -> None:
     axis.set(xlabel="training tokens", ylabel="TV of the density to the exact posterior", yscale="log")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 def markdown(comparison: Comparison, runs: list[dict[str, Any]], picture: str) -> str:
@@ -334,7 +335,7 @@ def main() -> None:
     picture = a.out.with_suffix(".png")
     plot_training(runs, picture)
     page = a.out.read_text() if a.out.exists() else "# Algorithms\n"
-    write_atomically(a.out, insert(page, markdown(comparison, runs, picture.name)).encode())
+    write(a.out, insert(page, markdown(comparison, runs, picture.name)).encode())
     comparison.print()
 
 

@@ -28,8 +28,8 @@ import typer
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
+from lmppl.files import write
 from lmppl.inference import Importance
-from lmppl.inference.files import write_atomically
 from lmppl.models import EXPERIMENTS, Experiment
 from lmppl.models.data_files import read_lines
 
@@ -159,7 +159,7 @@ def main(
         command=command, parameters=parameters, steps=steps, draws=draws, test=test, table="\n".join(lines)
     )
     if out is not None:
-        write_atomically(out, page.encode())
+        write(out, page.encode())
 
 
 if __name__ == "__main__":

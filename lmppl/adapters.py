@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,12 +24,12 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lmppl import files
 from lmppl.activations import fuse_activations
 from lmppl.parts import WRAPPERS, Parts, plain_key
 
@@ -39,6 +41,7 @@ INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # In these, layers whose weights are read past an adapter (most of which PEFT refuses): "all-linear" is all the others.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 UNADAPTABLE = ["conv1d", "out_proj", "dt_proj"]
+KIND, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
 
 
 class CheckpointError(OSError, ValueError):
@@ -47,7 +50,10 @@ class CheckpointError(OSError, ValueError):
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter: its PEFT configuration, its own parameters and the layers that hold them."""
+    """One adapter: its PEFT configuration, its own parameters and the layers that hold them.
+
+    Its views hold it, and what is computed again for them; when nobody does, the network is rid of it.
+    """
 
     name: str
     config: peft.PeftConfig
@@ -60,12 +66,40 @@ class Lock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._depth = 0
+        self._waiting: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
         self._lock.acquire()
+        self._depth += 1
+        try:
+            self._work()
+        except BaseException:
+            self._depth -= 1
+            self._lock.release()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        try:
+            self._work()
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def between(self, task: Callable[[], None]) -> None:
+        """Do this holding the lock, but not inside of what anybody does with it: now, or when they are done."""
+        self._waiting.append(task)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._depth:
+                    with self:
+                        pass
+            finally:
+                self._lock.release()
+
+    def _work(self) -> None:
+        while self._depth == 1 and self._waiting:
+            self._waiting.popleft()()
 
     def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
         return Lock, ()
@@ -103,15 +137,15 @@ class Network(Parts):
         super().__init__(model)
         self.lock = Lock()
         self.tokens_scored = 0
-        self.adapters: dict[str, Adapter] = {}
-        self.active: Adapter | None = None
+        self.adapters: weakref.WeakValueDictionary[str, Adapter] = weakref.WeakValueDictionary()
+        self.active: str | None = None  # the name of the adapter that is switched on
         self.kept: dict[str, object] = {}
 
     # Views -----------------------------------------------------------------------------------------------------------
 
     def activate(self, adapter: Adapter | None) -> None:
         """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
-        if adapter is not self.active:
+        if self.active != (None if adapter is None else adapter.name):
             self._switch(adapter)
 
     def _switch(self, adapter: Adapter | None) -> None:
@@ -119,7 +153,30 @@ class Network(Parts):
             layer._disable_adapters = adapter is None or layer not in adapter.layers
             if adapter is not None and layer in adapter.layers:
                 layer._active_adapter = [adapter.name]
-        self.active = adapter
+        self.active = None if adapter is None else adapter.name
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"adapters": dict(self.adapters)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, adapters=weakref.WeakValueDictionary())
+        for adapter in state["adapters"].values():
+            self._keep(adapter)
+
+    def _keep(self, adapter: Adapter) -> None:
+        """Know the adapter, as long as somebody else does."""
+        self.adapters[adapter.name] = adapter
+        lock, network = self.lock, weakref.ref(self)
+
+        def take_out(name: str = adapter.name) -> None:
+            found = network()
+            if found is not None and name not in found.adapters:
+                found._take_out(name)
+
+        def dropped() -> None:
+            lock.between(take_out)
+
+        weakref.finalize(adapter, dropped).atexit = False
 
     @contextmanager
     def base_frozen(self) -> Iterator[None]:
@@ -172,6 +229,8 @@ class Network(Parts):
 
         with self.lock:
             self.follow()
+            if adapter is not None:
+                self.refuse_removed(adapter)
             if adapter is not None and not adapter.layers.issubset(self.layers):
                 raise ValueError(
                     f"modules of {type(self.model).__name__} that held adapter {adapter.name!r} were replaced; "
@@ -219,6 +278,7 @@ class Network(Parts):
         if getattr(config, "target_modules", None) == "all-linear":
             config.exclude_modules = config.exclude_modules or self._unadaptable() or None
         before = {p: p.requires_grad for p in self.model.parameters()}
+        done = False
         try:
             with warnings.catch_warnings():
                 # Set for GPT-2 alone, whose linear layers are transposed: PEFT mends it and says so each time.
@@ -228,6 +288,7 @@ class Network(Parts):
                 warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
             cast_adapter_dtype(self.model, name)  # half precision is too coarse for an optimiser's steps
+            done = True
         except (ValueError, TypeError) as error:
             reason = first_line(error)
             raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {reason}") from error
@@ -236,14 +297,46 @@ class Network(Parts):
             self.model.__dict__.pop("peft_config", None)
             for p, requires_grad in before.items():
                 p.requires_grad = requires_grad
+            if not done:
+                self._take_out(name)  # half of it, where PEFT failed midway
             own = [p for p in self.model.parameters() if p not in before]
             self.of_adapters.update(own)
             self.look()
             self.model.eval()
-            self._switch(None)  # PEFT leaves new layers on, half an adapter too where it failed midway
+            self._switch(None)  # PEFT leaves new layers on
         layers = {m for m in self.layers if name in _names(m)}
-        adapter = self.adapters[name] = Adapter(name, config, [p for p in own if p.requires_grad], layers)
+        adapter = Adapter(name, config, [p for p in own if p.requires_grad], layers)
+        self._keep(adapter)
         return adapter
+
+    @_locked
+    def remove(self, adapter: Adapter) -> None:
+        """Take an adapter out of the model; its views can no longer be used."""
+        self.refuse_removed(adapter)
+        del self.adapters[adapter.name]
+        self._take_out(adapter.name)
+
+    def refuse_removed(self, adapter: Adapter) -> None:
+        """ValueError where the adapter was taken out."""
+        if self.adapters.get(adapter.name) is not adapter:
+            raise ValueError(f"adapter {adapter.name!r} was removed; add it again with .with_adapter")
+
+    def _take_out(self, name: str) -> None:
+        """Leave no module and no weight of the adapter of this name."""
+        holding = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
+        for layer in holding:
+            layer._active_adapter = []  # else PEFT would choose another, and switch the weights of the rest
+            if isinstance(layer, AuxiliaryTrainingWrapper):
+                layer.delete_adapter(name, None)
+            elif name in _names(layer):
+                layer.delete_adapter(name)
+        for module in list(self.model.modules()):
+            for key, child in module._modules.items():
+                while isinstance(child, WRAPPERS) and not isinstance(module, WRAPPERS) and not _names(child):
+                    child = module._modules[key] = _wrapped(child)
+        self.of_adapters.intersection_update(self.model.parameters())
+        self.look()
+        self._switch(None)
 
     def _unadaptable(self) -> list[str]:
         """The layers that "all-linear" leaves out: they are no linear functions, or are read past an adapter."""
@@ -261,13 +354,15 @@ class Network(Parts):
 
     @_locked
     def load(self, path: str, name: str | None) -> Adapter:
-        """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit."""
-        if not (Path(path) / "adapter_config.json").is_file():
-            raise CheckpointError(f"{path}: there is no adapter here (no adapter_config.json)")
+        """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit.
+
+        After an error the model is as it was.
+        """
         try:
-            config = peft.PeftConfig.from_pretrained(path)
-            weights = peft.utils.load_peft_weights(path, device=str(self.base_parameters[0].device))
-        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            config, weights = files.read(path, lambda: _saved(path, str(self.base_parameters[0].device)))
+        except (ImportError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged file can make PEFT and safetensors raise anything
             raise CheckpointError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
         name = self._name(name)
         try:
@@ -283,8 +378,8 @@ class Network(Parts):
             wrong = [k for k in result.missing_keys if k in keys] + result.unexpected_keys
             if wrong:
                 raise KeyError(wrong[0])
-        except (KeyError, RuntimeError) as error:
-            del self.adapters[adapter.name]
+        except Exception as error:
+            self.remove(adapter)
             raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
         return adapter
 
@@ -297,6 +392,7 @@ class Network(Parts):
     @_locked
     def save_adapter(self, adapter: Adapter, directory: Path) -> None:
         """Write one adapter in the layout of PEFT."""
+        self.refuse_removed(adapter)
         with self._peft_config():
             state = peft.get_peft_model_state_dict(self.model, adapter_name=adapter.name, save_embedding_layers=False)
         plain = {plain_key(k): w for k, w in state.items()}
@@ -304,7 +400,7 @@ class Network(Parts):
             state = plain
         save_file(
             {f"base_model.model.{k}": _alone(w) for k, w in state.items()},
-            directory / "adapter_model.safetensors",
+            directory / WEIGHTS,
             metadata={"format": "pt"},
         )
         config = copy.deepcopy(adapter.config)
@@ -322,7 +418,7 @@ class Network(Parts):
     def _name(self, name: str | None) -> str:
         taken = {part for key, _ in self.model.named_parameters() for part in key.split(".")}
         if name is None:
-            number = next(n for n in range(len(taken)) if f"adapter_{n}" not in self.adapters)
+            number = next(n for n in range(len(taken)) if f"adapter_{n}" not in taken.union(self.adapters))
             return f"adapter_{number}"
         if name in self.adapters:
             raise ValueError(f"name={name!r} is taken; the adapters are {sorted(self.adapters)}")
@@ -334,6 +430,34 @@ class Network(Parts):
 def first_line(error: BaseException) -> str:
     """What an error says, on one line of bounded length."""
     return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+
+
+def _saved(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
+    """An adapter's configuration and weights, from a directory or from the Hugging Face hub."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return peft.PeftConfig.from_pretrained(path), peft.utils.load_peft_weights(path, device=device)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"there is no {file}")
+    files.verify(folder.absolute(), KIND)
+    try:
+        weights = load_file(folder / WEIGHTS, device=device)
+    except Exception as error:
+        raise ValueError(f"{WEIGHTS}: {first_line(error)}") from error
+    try:
+        return peft.PeftConfig.from_pretrained(path), weights
+    except Exception as error:
+        raise ValueError(f"{CONFIG}: {first_line(error)}") from error
+
+
+def _wrapped(layer: Any) -> Any:
+    """What a layer that holds no adapter any more was put around."""
+    if isinstance(layer, AuxiliaryTrainingWrapper):
+        return layer.original_module
+    if hasattr(layer, "unload_and_optionally_merge_module") and not isinstance(layer, ParamWrapper):
+        return layer.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+    return layer.base_layer
 
 
 def _names(layer: Any) -> set[str]:

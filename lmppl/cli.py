@@ -18,6 +18,7 @@ from rich.text import Text
 from . import __version__
 from .catalogue import MODELS, SETTINGS
 from .command_help import ModelCommand, nearest
+from .files import claim, save_figure, writing
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
     from .inference import Comparison, Posterior, Trainer
@@ -35,6 +36,7 @@ PARTICLES = 64
 REPETITIONS = 4
 LEISURE = 4  # `train` takes this many times the steps of `compare`
 OUTSIDE_DRAWS = 10_000
+SAMPLES, CURVE = "samples.txt", "training.png"
 
 
 class Failure(Exception):
@@ -125,11 +127,12 @@ def compare_command(
 
     from .inference import compare
     from .inference.compare.compare import sized
-    from .inference.files import write_atomically
+    from .inference.compare.comparison import FILES
 
     torch.set_num_threads(threads)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
     experiment = make(checkpoint)
+    claim(out, (*FILES, SAMPLES))
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     exact, exact_tokens = _truth(experiment)
@@ -154,8 +157,9 @@ def compare_command(
     result.save(out)
     shown = next(iter(candidates.values())).run(*experiment.test)
     text = sample_text(experiment, shown, exact, len(experiment.test[0]))
-    write_atomically(out / "samples.txt", text.encode())
-    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+    with writing(out, "samples") as fresh:
+        (fresh / SAMPLES).write_text(text)
+    console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.name[0] != ".")))
 
 
 @app.command("train", cls=ModelCommand)
@@ -171,19 +175,27 @@ def train_command(
     threads: Threads = 1,
     device: Device = "cpu",
     dtype: Dtype = None,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", min=1, help="Steps between two checkpoints.")
+    ] = 100,
 ) -> None:
-    """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
+    """Train a model's guide at leisure: checkpoints under --out, and the same command resumes.
+
+    Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
+    """
     import torch
 
     from .inference.distributed import world
 
     torch.set_num_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
+    _claim(out)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
     gflownet.fit(
         experiment.batches, steps or LEISURE * experiment.recipe.steps, seed=seed, held_out=experiment.held_out,
-        log=out / "run.jsonl", checkpoint=out / "training",
+        log=out / "run.jsonl", checkpoint=out / "training", checkpoint_every=checkpoint_every,
+        identity={"model": model, "setting": setting, "options": " ".join(sorted(options or []))} | _data_of(data),
     )  # fmt: skip
     if world().rank:
         return  # started by torchrun: the first process writes and reports
@@ -320,17 +332,44 @@ def _trainer(name: str, experiment: Experiment) -> Trainer:
 
 
 def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:
+    from .inference.training import checkpoint as checkpoints
+    from .inference.training.log import Log
+
+    if checkpoints.exists(out / "training"):
+        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
+    _claim(out)
+    Log(out / "run.jsonl").cut(0)
     if exact is not None:
         console.print(f"Total variation of the guide before training: {_density_tv(exact, experiment):.3f}")
-    (out / "run.jsonl").unlink(missing_ok=True)
     trainer.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
     _save(experiment, out)
+
+
+def _claim(out: Path) -> None:
+    """Before anything is trained, refuse a directory in which others have files of the names that will be written."""
+    from .adapters import CONFIG, WEIGHTS
+    from .inference.training.log import Log
+
+    claim(out, [CURVE])
+    claim(out / "adapter", [CONFIG, WEIGHTS])
+    Log(out / "run.jsonl")
+
+
+def _data_of(path: Path | None) -> dict[str, str]:
+    """What tells data files apart: what is in them."""
+    from .inference.training.identity import digest
+
+    if path is None:
+        return {}
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {"data files": digest([file.read_bytes() for file in files])}
 
 
 def _save(experiment: Experiment, out: Path) -> None:
     """The adapter, and the training curve of the log."""
     history = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-    plot_training(history, out / "training.png")
+    with writing(out, "training curve") as fresh:
+        plot_training(history, fresh / CURVE)
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
@@ -402,8 +441,6 @@ def sample_text(experiment: Experiment, posterior: Posterior, exact: Posterior |
 def plot_training(history: list[dict[str, float]], path: Path) -> None:
     """sd(u) of training draws and on held-out observations, against steps."""
     from matplotlib.figure import Figure
-
-    from .inference.files import save_figure
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axis = figure.subplots()

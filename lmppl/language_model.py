@@ -5,20 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import string as strings
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmppl import gguf_files
+from lmppl import files, gguf_files
 from lmppl import text as texts
-from lmppl.adapters import Adapter, CheckpointError, Network, first_line
+from lmppl.adapters import CONFIG, KIND, Adapter, CheckpointError, Network, first_line
 from lmppl.chat import render
 from lmppl.stop_strings import Stops
 from lmppl.text import PAD
@@ -100,18 +98,22 @@ class LanguageModel(nn.Module):
         if (gguf_file := hf_kwargs.pop("gguf_file", None)) is not None:
             model, tokenizer, info = gguf_files.load(name, gguf_file, **hf_kwargs)
             return cls._whole(f"{name}: {gguf_file}", model, tokenizer, info, device)
+        _settle(name)
         if _is_path(name) and not (Path(name) / "config.json").is_file():
             raise CheckpointError(f"{name}: no language model here (no config.json){_hint(Path(name))}")
-        try:
+
+        def load() -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            return tokenizer, AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
             )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+
+        try:
+            tokenizer, (model, info) = files.read(name, load)
+        except (ImportError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged file can make transformers raise anything
             raise CheckpointError(f"{name}: no language model can be loaded ({first_line(error)})") from error
-        model, info = loaded
         return cls._whole(name, model, tokenizer, info, device)
 
     @classmethod
@@ -230,7 +232,9 @@ class LanguageModel(nn.Module):
         """The same base weights with a new adapter, or one loaded from a path; only the adapter trains.
 
         Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.
-        Raises ValueError naming `peft_config` or `name`, and CheckpointError where a path holds no fitting adapter.
+        When nobody holds the view any more its adapter leaves the network (see `remove_adapter`). Raises ValueError
+        naming `peft_config` or `name`, and CheckpointError where a path holds no fitting adapter; the network is then
+        as it was.
 
         >>> guide = lm.with_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> guide.save_pretrained("out/guide")
@@ -241,6 +245,7 @@ class LanguageModel(nn.Module):
             adapter = self.network.add(peft_config, name)
         elif isinstance(peft_config, str | os.PathLike):
             path = os.fspath(peft_config)
+            _settle(path)
             if _is_path(path) and not _is_adapter(Path(path)):
                 raise CheckpointError(f"{path}: no saved adapter here (no adapter_config.json)")
             adapter = self.network.load(path, name)
@@ -250,6 +255,23 @@ class LanguageModel(nn.Module):
         view.token_budget = self.token_budget
         return view
 
+    def remove_adapter(self, adapter: LanguageModel | str | None = None) -> None:
+        """Take an adapter and its weights out of the network: of this view, of another view, or of this name.
+
+        The views that had it can no longer be used. Raises ValueError where there is no such adapter.
+
+        >>> lm.remove_adapter(guide)
+        """
+        found: Any = self if adapter is None else adapter
+        if isinstance(found, LanguageModel):
+            found = found._adapter if found.network is self.network else None
+        elif isinstance(found, str):
+            found = self.network.adapters.get(found)
+        if not isinstance(found, Adapter):
+            known = sorted(self.network.adapters)
+            raise ValueError(f"adapter: expected a view with an adapter of this network, or one of {known}")
+        self.network.remove(found)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser should get: the adapter's parameters, or the base model's where this is the base.
 
@@ -258,26 +280,23 @@ class LanguageModel(nn.Module):
         with self.network.lock:
             self.network.follow()
             self._refuse_resized()
+            if self._adapter is not None:
+                self.network.refuse_removed(self._adapter)
             own = self.network.base_parameters if self._adapter is None else self._adapter.parameters
             return [p for p in own if p.requires_grad]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the base model and tokenizer for transformers, or the adapter for peft; whole or not at all."""
-        target = Path(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            fresh = Path(scratch) / "fresh"
-            fresh.mkdir()
+        """Write the base model and tokenizer for transformers, or the adapter for peft; whole or not at all.
+
+        What was saved there before is replaced, nothing else; ``lmppl.json`` says which files those are. Raises
+        ValueError where files of these names were written by others, or changed since.
+        """
+        with files.writing(directory, "language model" if self._adapter is None else KIND) as fresh:
             if self._adapter is None:
                 self.network.save_base(fresh)
                 self.tokenizer.save_pretrained(fresh)
             else:
                 self.network.save_adapter(self._adapter, fresh)
-            if not target.exists():
-                fresh.rename(target)
-                return
-            for file in sorted(fresh.iterdir()):  # one by one: whatever else lies there is not ours to remove
-                file.replace(target / file.name)
 
     # Text ------------------------------------------------------------------------------------------------------------
 
@@ -440,7 +459,15 @@ def _is_path(name: str) -> bool:
 
 
 def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
+    return (path / CONFIG).is_file()
+
+
+def _settle(path: str) -> None:
+    """Finish a save that was cut off."""
+    try:
+        files.settle(Path(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
 def _hint(path: Path) -> str:

@@ -177,7 +177,8 @@ def test_an_adapter_is_saved_for_peft_and_loads_back(lm, tmp_path):
     view = adapted(lm, 2)
     lm.save_pretrained(tmp_path / "lm")
     view.save_pretrained(tmp_path / "adapter")
-    assert {p.name for p in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "lmppl.json"}
+    assert {p.name for p in (tmp_path / "adapter").iterdir()} == files
     again = view.with_adapter(tmp_path / "adapter", name="again")  # from a view: a sibling, not an adapter on it
     assert torch.equal(logits(again), logits(view))
     assert len(again.trainable_parameters()) == len(view.trainable_parameters())
@@ -256,8 +257,8 @@ def test_checkpointing_is_refused_where_no_layer_can_be_computed_again():
 
 def test_names_are_unique():
     lm = tiny_lm()
-    lm.with_adapter(LORA, name="guide")
-    lm.with_adapter(LORA).with_adapter(LORA)
+    views = [lm.with_adapter(LORA, name="guide"), lm.with_adapter(LORA)]
+    views.append(views[1].with_adapter(LORA))
     assert len(lm.network.adapters) == 3
     for bad in ("guide", "", "a.b", "transformer"):
         with pytest.raises(ValueError, match="name="):

@@ -66,7 +66,7 @@ def test_it_is_saved_as_an_ordinary_checkpoint_that_needs_no_gguf(lm, tmp_path, 
     names = {path.name for path in (tmp_path / "lm").iterdir()}
     assert names == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja",
+        "chat_template.jinja", "lmppl.json",
     }  # fmt: skip
     assert "gguf" not in "".join((tmp_path / "lm" / name).read_text() for name in names if name.endswith("config.json"))
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -21,6 +21,8 @@ LAYERS = {
     "chat": 0,
     "stop_strings": 0,
     "catalogue": 0,
+    "locks": 0,
+    "files": 1,
     "parts": 1,
     "ngram": 1,
     "vocabulary": 1,

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from lmppl.inference.files import write_atomically
+from lmppl import files
 
 from . import STUDIES
 from .study import Results, Study
@@ -50,7 +50,7 @@ def unit(name: str, cell: str, seed: int, runs: Path) -> str:
     seconds = time.process_time() - started
     path = path_of(study, cell, seed, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"seconds": seconds, "found": found}).encode())
+    files.write(path, json.dumps({"seconds": seconds, "found": found}).encode())
     return f"{name}: {cell}, seed {seed}: {seconds:.0f} s"
 
 
@@ -78,7 +78,7 @@ def page(studies: tuple[Study, ...], seeds: int, runs: Path, out: Path) -> None:
                 study.plot(results, picture)
                 text += f"\n![{study.title}]({picture.name})\n"
         sections.append(text)
-    write_atomically(out, (PREAMBLE.format(seeds=seeds, hours=seconds / 3600) + "\n".join(sections)).encode())
+    files.write(out, (PREAMBLE.format(seeds=seeds, hours=seconds / 3600) + "\n".join(sections)).encode())
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lmppl.distributions import Completion
+from lmppl.files import replacing
 from lmppl.inference import Enumeration, Posterior
 from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.files import save_figure
 from lmppl.models import Experiment, continuation, decoding, measures
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
@@ -238,7 +238,8 @@ def plot(results: Results, path: Path) -> None:
         axis.set_title("below: " + "; ".join(f"{' '.join(k)}: {y:.1f}" for k, (_, y) in far.items()), fontsize=7)
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 CELLS = ("decoding", *(f"T={t:g}" for t in TEMPERATURES), GIVEN_T)

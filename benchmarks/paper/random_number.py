@@ -22,8 +22,8 @@ from torch import Tensor
 from lmppl import LanguageModel
 from lmppl.embedded import Bounds
 from lmppl.embedded.numbers import FIXED
+from lmppl.files import replacing
 from lmppl.inference import Importance, PolicyGradient, SupervisedFineTuning, Trainer
-from lmppl.inference.files import save_figure
 from lmppl.models import Experiment, RandomNumber
 from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment, number_in, tensors
 
@@ -200,7 +200,8 @@ def plot(results: Results, path: Path) -> None:
         axis.axhline(1 / len(q), lw=0.8, color="k")
         axis.set_title(cell, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120)
 
 
 STUDY = Study("random_number", "The random number", CELLS, run, report, plot)

@@ -2,9 +2,7 @@
 
 import argparse
 import math
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..files import claim, writing
 from . import arithmetic, corpus, gates, numbers, subjectivity, tokenizer
 from .stories import stories
+
+FILES = "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
 
 
 class Recipe(NamedTuple):
@@ -150,27 +151,18 @@ def refuse_to_replace(out: Path) -> None:
     free = not out.exists() or (out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir())))
     if not free:
         raise ValueError(f"out={str(out)!r} holds something that is no checkpoint: name another directory")
+    claim(out, FILES)
 
 
 def save(model: PreTrainedModel, words: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write a Hugging Face checkpoint, whole or not at all; a checkpoint at `out` is replaced.
+    """Write a Hugging Face checkpoint, whole or not at all; one of its own at `out` is replaced.
 
     Raises ValueError where `out` holds anything else.
     """
     refuse_to_replace(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        scratch.chmod(0o755)
-        model.save_pretrained(scratch)
-        words.save_pretrained(scratch)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
-        if out.exists():
-            shutil.rmtree(out)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with writing(out, "language model") as fresh:
+        model.save_pretrained(fresh)
+        words.save_pretrained(fresh)
 
 
 def main(argv: list[str] | None = None) -> None:

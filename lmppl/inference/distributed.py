@@ -167,6 +167,30 @@ def agree(x: Any) -> bool:
     return all(y == x for y in found)
 
 
+def first_alone(action: Callable[[], T]) -> T:
+    """What the first process's ``action()`` answers, on all of them; what it raises, all raise."""
+    if world().size == 1:
+        return action()
+    told: list[Any] = [None, None]
+    if world().rank == 0:
+        try:
+            told[0] = action()
+        except Exception as error:
+            told[1] = error
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    result: T = told[0]
+    return result
+
+
+def greatest(x: int) -> int:
+    """The greatest of all processes' numbers, wherever in the program."""
+    found = _reachable(torch.tensor(x))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found.item())
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..files import save_figure, write_atomically
+from ...files import claim, save_figure, writing
+
+FILES = "comparison.json", "comparison.png", "budget.png"
 
 
 @dataclass
@@ -144,13 +146,16 @@ class Comparison:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write ``comparison.json``, ``comparison.png`` and, with budgets, ``budget.png``, each whole or not at all."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "comparison.json", json.dumps(self.to_json(), indent=2).encode())
-        self.plot(directory / "comparison.png")
-        if self.curves:
-            self.plot_budget(directory / "budget.png")
+        """Write ``comparison.json``, ``comparison.png`` and, with budgets, ``budget.png``, together or not at all.
+
+        They replace those of an earlier comparison; ValueError where others wrote files of these names.
+        """
+        claim(directory, FILES)
+        with writing(directory, "comparison") as fresh:
+            (fresh / FILES[0]).write_text(json.dumps(self.to_json(), indent=2))
+            self.plot(fresh / FILES[1])
+            if self.curves:
+                self.plot_budget(fresh / FILES[2])
 
     def plot(self, path: str | Path) -> None:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm."""

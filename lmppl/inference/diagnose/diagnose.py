@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ...files import save_figure
 from ..arguments import at_least
-from ..files import save_figure
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from . import drift

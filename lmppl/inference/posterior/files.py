@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ... import text
-from ..files import fresh_directory
+from ... import files, text
+from ...adapters import first_line
 from ..weights import Plates
 from .posterior import Posterior, Sites
 
-TENSORS, REST, FORMAT = "posterior.safetensors", "posterior.json", "lmppl posterior 1"
+KIND, TENSORS, REST, FORMAT = "posterior", "posterior.safetensors", "posterior.json", "lmppl posterior 1"
 P = TypeVar("P", bound=Posterior)
 
 
@@ -37,11 +37,12 @@ class Lookup:
 
 
 def save(posterior: Posterior, path: Path) -> None:
-    """Write ``path``, replacing a posterior that was there; ValueError where something else is.
+    """Write ``path``, replacing a posterior that was there; ValueError where something else is, and nothing besides.
 
     A kind of posterior with fields that are not made of tensors is saved as a plain one.
     """
-    if path.exists() and not (path / REST).is_file():
+    files.settle(path)
+    if path.exists() and not (path / REST).is_file() and not files.is_free(path):
         raise ValueError(f"path: {path} exists and is no saved posterior")
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
     try:
@@ -60,23 +61,32 @@ def save(posterior: Posterior, path: Path) -> None:
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
         "stops": sites.stops,
     }
-    with fresh_directory(path) as fresh:
+    with files.writing(path, KIND) as fresh:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
         (fresh / REST).write_text(json.dumps(rest))
 
 
 def load(cls: type[P], path: Path, lm: Any = None) -> P:
     """Read what `save` wrote."""
+    files.settle(path)
     if not (path / REST).is_file() or not (path / TENSORS).is_file():
         raise ValueError(f"path: {path} is no saved posterior; it should have {REST} and {TENSORS}")
     try:
-        rest = json.loads((path / REST).read_text())
-        if not isinstance(rest, dict) or rest.get("format") != FORMAT:
-            raise ValueError(f"expected the format {FORMAT!r}")
-        tensors = load_file(path / TENSORS)
+        rest, tensors = files.read(path, lambda: _read(path))
         return _build(cls, rest, tensors, lm)
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"path: {path} is no posterior that can be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"path: {path} is no posterior that can be read: {first_line(error)}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    files.verify(path, KIND)
+    rest = json.loads((path / REST).read_text())
+    if not isinstance(rest, dict) or rest.get("format") != FORMAT:
+        raise ValueError(f"{REST} is not of the format {FORMAT!r}")
+    try:
+        return rest, load_file(path / TENSORS)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{TENSORS}: {error}") from error
 
 
 def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: Any) -> P:

@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ...files import save_figure
 from ..arguments import plate_element
-from ..files import save_figure
 
 
 class Resampling(NamedTuple):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -23,6 +22,8 @@ from ..programs import Program
 from ..sharded import plate_of
 from ..weights import weigh
 from . import checkpoint as checkpoints
+from .identity import digest, fingerprint, name_of, settings
+from .record import Record
 
 Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
 Batches: TypeAlias = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
@@ -178,6 +179,7 @@ class Trainer(ABC):
         checkpoint_every: int = 100,
         progress: bool = True,
         callback: Callable[[int, dict[str, float]], None] | None = None,
+        identity: Mapping[str, Any] | None = None,
     ) -> list[dict[str, float]]:
         """``steps`` updates: ``warmup`` steps of rising learning rate, then linear decay to zero.
 
@@ -191,30 +193,50 @@ class Trainer(ABC):
             uninterrupted one; the caller's generator is left as it was.
         :param held_out: arguments on which on-policy sd(u), zero at the posterior, ESS/N, lengths and stop
             probabilities are measured.
-        :param log: a file that gets a JSON line every step; a resumed run takes out what was not saved.
-        :param checkpoint: a directory, written every ``checkpoint_every`` steps and resumed from where it exists.
+        :param log: a file that gets a JSON line every step; a resumed run cuts off what was not saved, so that its log
+            is that of an uninterrupted run.
+        :param checkpoint: a directory, written every ``checkpoint_every`` steps, at the beginning, at the end and on
+            SIGINT or SIGTERM (which then end the program; a second one does so at once), and resumed from where it
+            exists: with everything that the optimisers keep.  Other files in it are left alone.
+        :param identity: what else the run is of, {"model": "infilling", ...}, numbers and strings.  A checkpoint is
+            taken up by a run of the same identity, trainer and settings, programs by their names, seed, data, language
+            model (base weights that do not train) and optimisers; by any other number of steps.
         :returns: the metrics of every step run by this call.
+
+        :raises ValueError: where checkpoint or log are of another run, damaged, or no such files; nothing is changed.
+        :raises LockedError: an OSError, where another process trains into them.
         """
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
         tasks = self._tasks(batches)
+        with Record(log, checkpoint) as record:
+            of = self._identity(tasks, seed, identity) if record.where is not None else {}
+            start = self._take_up(record, of)
+            return self._run(
+                tasks, start, steps, record, of, seed, warmup, held_out, evaluate_every, checkpoint_every, progress,
+                callback,
+            )  # fmt: skip
+
+    def _run(
+        self,
+        tasks: list[Task],
+        start: int,
+        steps: int,
+        record: Record,
+        of: dict[str, Any],
+        seed: int,
+        warmup: int,
+        held_out: tuple[Any, ...] | None,
+        evaluate_every: int,
+        checkpoint_every: int,
+        progress: bool,
+        callback: Callable[[int, dict[str, float]], None] | None,
+    ) -> list[dict[str, float]]:
+        """The steps of `fit` from ``start`` on."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        start, history = 0, []
-        where = Path(checkpoint) if checkpoint is not None else None
-        if where is not None and (where / checkpoints.STATE).exists():
-            saved, tensors = checkpoints.load(where, self.optimizers)
-            start, self.training_tokens = saved["step"], saved["training_tokens"]
-            self.restore(tensors, saved.get("own", {}))
-        if not distributed.agree(start):
-            raise ValueError("checkpoint: not all processes find the same one; they need a file system in common")
+        history: list[dict[str, float]] = []
         first = distributed.world().rank == 0
-        log_file = Path(log) if log is not None and first else None
-        if log_file is not None:
-            log_file.parent.mkdir(parents=True, exist_ok=True)
-            if where is not None and log_file.exists():
-                kept = [line for line in log_file.read_text().splitlines() if json.loads(line)["step"] < start]
-                log_file.write_text("".join(line + "\n" for line in kept))
         bar = Progress(
             TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeRemainingColumn(), disable=not (progress and first),
@@ -232,19 +254,55 @@ class Trainer(ABC):
                 history.append(metrics)
                 if callback is not None:
                     callback(step, metrics)
-                if log_file is not None:
-                    with log_file.open("a") as file:
-                        file.write(json.dumps({"step": step, **metrics}) + "\n")
-                if where is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == steps):
+                record.write(step, metrics)
+                told = record.told()
+                if told or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                     for group, rate in zip(groups, rates, strict=True):
                         group["lr"] = rate
-                    tensors, own = self.state()
-                    extra = {"seed": seed, "training_tokens": self.training_tokens, "own": own}
-                    checkpoints.save(where, self.optimizers, step + 1, extra, tensors)
+                    self._save(record, step + 1, of)
+                if told:
+                    record.end(told)
                 bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         return history
+
+    def _identity(self, tasks: list[Task], seed: int, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What a run is of."""
+        of = {**(given or {}), **settings(self), "seed": seed}
+        data: list[Any] = []
+        networks: list[Any] = []
+        with forked():
+            for i, task in enumerate(tasks):
+                torch.manual_seed(seed * 1_000_003)
+                batch = task.batch(0)
+                data.append(batch if callable(task.batches) else list(task.batches))
+                of |= {f"program {i}": name_of(task.model), f"guide {i}": name_of(task.guide)}
+                networks += programs.networks(task.model, self.arguments(batch, {}), {})
+                networks += programs.networks(task.guide, self.arguments(batch, {}), {})
+        distinct = {id(network): network for network in networks}.values()
+        trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        return of | {"data": digest(data), "language model": fingerprint(distinct, trained)}
+
+    def _take_up(self, record: Record, of: dict[str, Any]) -> int:
+        """The step to go on from: that of the checkpoint, if there is one."""
+        start, saved = 0, None
+        if record.where is not None and checkpoints.exists(record.where):
+            saved, tensors = checkpoints.load(record.where, self.optimizers, of)
+            start, self.training_tokens = saved["step"], saved["training_tokens"]
+            self.restore(tensors, saved.get("own", {}))
+        if not distributed.agree(start):
+            raise ValueError("checkpoint: not all processes find the same one; they need a file system in common")
+        record.begin(saved)
+        if saved is None:
+            self._save(record, 0, of)  # from now on the directory is this run's
+        return start
+
+    def _save(self, record: Record, step: int, of: dict[str, Any]) -> None:
+        if record.where is not None:
+            tensors, own = self.state()
+            extra = {"of": of, "training_tokens": self.training_tokens, "own": own, "log": record.log}
+            checkpoints.save(record.where, self.optimizers, step, extra, tensors)
 
     def _tasks(self, batches: Batches | Sequence[Any]) -> list[Task]:
         if callable(batches):
