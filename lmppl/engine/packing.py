@@ -110,12 +110,12 @@ class Tree:
             **past,
             within=partial(tree, lm.model, levels),
         )
-        n, position = torch.arange(N, device=device)[:, None, None], torch.arange(W, device=device)
+        n, column = torch.arange(N, device=device)[:, None, None], torch.arange(W, device=device)
         p = self.order.argsort(0)[..., None]  # (every row, N, B, 1): which branch it is
         c, r = shared[..., None], root[:, None]
-        in_trunk = A + n * S + position - r
-        in_branch = A + N * S + (n * P + p) * L + position - c
-        index = torch.where(position < r, position, torch.where(position < c, in_trunk, in_branch))
+        in_trunk = A + n * S + column - r
+        in_branch = A + N * S + (n * P + p) * L + column - c
+        index = torch.where(column < r, column, torch.where(column < c, in_trunk, in_branch))
         index = index.clamp(max=out.shape[1] - 1) + torch.arange(B, device=device)[:, None] * out.shape[1]
         return out.flatten(0, 1), index  # (B (A + N S + N P L), D)
 
