@@ -389,7 +389,9 @@ class Completion(TorchDistribution):
 
         if reach:
             needed = value.masked_fill(at >= read[..., None], text.PAD)
-            both = score(self.lm, self.prompt, needed[..., :reach], head).expand(*batch, reach, 2)
+            own = rules.columns()
+            key = None if own is None else torch.cat([flat, flat_own[:, None], own.expand(len(flat), -1)], 1)
+            both = score(self.lm, self.prompt, needed[..., :reach], head, key).expand(*batch, reach, 2)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device, dtype=_score_dtype(self.lm))

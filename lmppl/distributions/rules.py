@@ -57,6 +57,17 @@ class Rules:
             epsilon=pick(self.epsilon),
         )
 
+    def columns(self) -> Tensor | None:
+        """What may differ between rows, as integers (R, K), or (1, 0); None where rows are not to be compared.
+
+        Equal temperatures that have gradients are still each row's own.
+        """
+        per_row = [x for x in (self.max_tokens, self.min_tokens, self.temperature, self.epsilon) if x.dim()]
+        if any(x.requires_grad for x in per_row):
+            return None
+        bits = [x.double().view(torch.int64) if x.is_floating_point() else x.long() for x in per_row]
+        return torch.stack(bits, 1) if bits else self.stop.new_empty(1, 0)
+
     def within(self, allowed: Constraint | None) -> Rules:
         """The same rules under another constraint."""
         return replace(self, allowed=allowed)

@@ -11,26 +11,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from . import distinct
 from .again import again, read_again
 from .chunks import fitting
-from .prompts import Past, recalled
-from .tree_attention import Level, tree, windows_seen
+from .packing import Run, Tree
+from .tree_attention import windows_seen
 from .trials import agree, precise, verified
 from .unembedding import LOGITS_AT_ONCE, hidden_states, splits, unembed_each
 from .views import by_length
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
-
-Run = Callable[..., Tensor]
-"""``run(lm, input_ids (B, W), first=0, **kwargs) -> (B, W - first, D)``: the network's logits or hidden states."""
 
 _LOGIT_BUDGET = 2**28  # floats of logits alive at once
 _MANY_LOGITS = 2**20  # floats of logits from which on it pays to compute only those that are wanted
@@ -63,12 +61,13 @@ def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:
     return max(1, budget // max(1, tokens_per_row))
 
 
-def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head) -> Tensor:
+def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head, key: Tensor | None = None) -> Tensor:
     """Apply ``head`` to the logits that predict each token of ``value`` after ``context``.
 
     ``context`` (*batch, Lc) and ``value`` (*batch, T), leading axes broadcasting; the result is (*batch, ...).
     ``logits[:, t]`` predicts ``value[..., t]``; what it holds at padded positions is unspecified.  ``rows`` index the
-    flattened batch.
+    flattened batch.  Equal rows of tokens are read once.  ``key`` (rows, K), integers: what else ``head`` knows of a
+    row; rows that are equal in it too have one result.
     """
     context = with_bos(lm, context)
     batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
@@ -86,14 +85,38 @@ def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head) -> Tens
         )
     # Axis 0 (prefixes, or particles) shares most, then axis 1; the rest are separate observations: (P, N, B, W).
     shape = (batch + (1, 1))[:2] if len(batch) < 2 else batch[:2]
-    tokens = tokens.reshape(*shape, -1, tokens.shape[-1])
-    start = start.reshape(*shape, -1)
-    rows = torch.arange(batch.numel(), device=value.device).view(start.shape)
-    parts = _parts(lm, tokens, start, rows, width)
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    asked = _asked(rows, start.flatten(), width, key)
+    grid = distinct.grid(asked.read.view(*shape, -1), text.length(rows))
+    parts = _parts(lm, distinct.at(rows, grid), grid, asked)
     if torch.is_grad_enabled():
         parts = iter(_kept(lm, [*parts]))
-    result = _in_order(((part.rows.flatten(), _scores(lm, part, head)) for part in parts), batch.numel())
+    result = _in_order(((part.results, _scores(lm, part, head)) for part in parts), len(asked.rows))
+    result = result if asked.result is None else result.index_select(0, asked.result)
     return result.reshape(*batch, *result.shape[1:])
+
+
+class _Asked(NamedTuple):
+    """Of which rows (K,) results are wanted, and where."""
+
+    rows: Tensor  # (K,)
+    wanted: Tensor  # (K, T): where in its row each token of the value is predicted
+    length: Tensor  # (K,): the tokens of each
+    cell: Tensor  # (K,): the row that is read for it, which has the same tokens
+    read: Tensor  # (R,): the same for every row
+    result: Tensor | None  # (R,): which of the K results is each row's; None: its own
+
+
+def _asked(rows: Tensor, start: Tensor, width: int, key: Tensor | None) -> _Asked:
+    read = distinct.first(rows)
+    which, result = torch.arange(len(rows), device=rows.device), None
+    if key is not None and bool((read != which).any()):
+        same = distinct.first(torch.cat([read[:, None], start[:, None], key], 1))
+        if bool((same != which).any()):
+            which, result = same.unique(return_inverse=True)
+    wanted = start[which, None] - 1 + torch.arange(width, device=rows.device)
+    wanted = wanted.clamp(max=rows.shape[1] - 1)
+    return _Asked(which, wanted, text.length(rows)[which], read[which], read, result)
 
 
 def _in_order(found: Iterator[tuple[Tensor, Tensor]], number: int) -> Tensor:
@@ -119,9 +142,11 @@ def _in_order(found: Iterator[tuple[Tensor, Tensor]], number: int) -> Tensor:
 class _Part:
     """Rows that are read at once, and how."""
 
-    tokens: Tensor  # (P, N, B, W)
-    wanted: Tensor  # (P, N, B, T): where in its row each token of the value is predicted
-    rows: Tensor  # (P, N, B)
+    tokens: Tensor  # (P, N, B, W), all PAD where there is no row
+    results: Tensor  # (r,): of those asked for
+    rows: Tensor  # (r,): of the batch
+    at: Tensor  # (r,): where among the P N B rows each is read
+    wanted: Tensor  # (r, T): where in its row each token of the value is predicted
     cost: int  # tokens through the network
     readings: list[_Reading]
     split: bool  # hidden states first, then logits a few at a time
@@ -129,33 +154,40 @@ class _Part:
     logits_again: bool = False  # whether it computes all of the logits again
 
     def read(self, run: Run, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it their positions ``wanted`` are."""
-        out, index = self.readings[0].read(tokens, wanted, run)
+        """What ``run`` says of the tokens, (M, D), and where in it the positions ``wanted`` (r, T) are."""
+        out, index = self.readings[0].read(tokens, self.at, wanted, run)
         for longer in self.readings[1:]:
-            more, there = longer.read(tokens, wanted, run)
+            more, there = longer.read(tokens, self.at, wanted, run)
             index = torch.where(wanted < self.readings[0].end, index, there + len(out))
             out = torch.cat([out, more])
         return out, index
 
 
-def _parts(lm: LanguageModel, tokens: Tensor, start: Tensor, rows: Tensor, width: int) -> Iterator[_Part]:
-    """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled."""
-    wanted = start[..., None] - 1 + torch.arange(width, device=start.device)  # (P, N, B, T)
-    wanted = wanted.clamp(max=tokens.shape[-1] - 1)
-    readings = _readings(lm, tokens, wanted)
+def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: _Asked) -> Iterator[_Part]:
+    """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled.
+
+    ``grid`` (P, N, B) are the rows whose ``tokens`` are there, -1 where there is none.
+    """
+    place = torch.full((len(asked.read),), -1, device=grid.device)
+    there = (grid.flatten() >= 0).nonzero()[:, 0]
+    place[grid.flatten()[there]] = there
+    at = place[asked.cell]
+    results = (at >= 0).nonzero()[:, 0]
+    at, wanted = at[results], asked.wanted[results]
+    readings = _readings(lm, tokens, at, wanted, asked.length[results])
     cost = sum(reading.cost for reading in readings)
     split = cost * lm.vocab_size > _MANY_LOGITS and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
     if any(reading.tree is not None for reading in readings):
         most = min(most, max(_fitting(lm), _REPEATED * sum(reading.repeated for reading in readings)))
-    if cost > most and rows.numel() > 1:
+    if cost > most and grid.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
-        parts = (x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, start, rows))
-        for t, s, r in zip(*parts, strict=True):
-            yield from _parts(lm, t, s, r, width)
+        for t, g in zip(*(x.tensor_split(min(pieces, x.shape[axis]), axis) for x in (tokens, grid)), strict=True):
+            if bool((g >= 0).any()):
+                yield from _parts(lm, t, g, asked)
     else:
-        yield _Part(tokens, wanted, rows, cost, readings, split)
+        yield _Part(tokens, results, asked.rows[results], at, wanted, cost, readings, split)
 
 
 @dataclass(frozen=True)
@@ -164,7 +196,7 @@ class _Reading:
 
     lm: LanguageModel
     end: int
-    tree: _Tree | None  # None: row by row
+    tree: Tree | None  # None: row by row
     at_once: int
     cost: int
 
@@ -173,27 +205,31 @@ class _Reading:
         """How many tokens each part of a split would read again."""
         return 0 if self.tree is None else self.tree.repeated
 
-    def read(self, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it their positions ``wanted`` are."""
+    def read(self, tokens: Tensor, at: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+        """What ``run`` says of the tokens, (M, D), and where in it positions ``wanted`` of the rows ``at`` are."""
         tokens, wanted = tokens[..., : self.end], wanted.clamp(max=self.end - 1)
         if self.tree is not None:
-            return self.tree.read(self.lm, tokens, wanted, run)
-        return _read_plain(self.lm, tokens, wanted, run, self.at_once)
+            out, index = self.tree.read(self.lm, tokens, run)
+        else:
+            out, index = _read_plain(self.lm, tokens, int(wanted.min()), run, self.at_once)
+        return out, index.flatten(0, -2)[at].gather(1, wanted)
 
 
-def _readings(lm: LanguageModel, tokens: Tensor, wanted: Tensor) -> list[_Reading]:
+def _readings(lm: LanguageModel, tokens: Tensor, at: Tensor, wanted: Tensor, length: Tensor) -> list[_Reading]:
     """How to read the tokens; in two ways where some of ``wanted`` end a short text and others a long one."""
-    predicted = (wanted + 1).minimum(text.length(tokens)[..., None])  # from so many tokens; what follows a text is not
+    predicted = (wanted + 1).minimum(length[:, None])  # from so many tokens; what follows a text is not
     found = []
     for view, _ in by_length(lm, predicted):
         end = min(tokens.shape[-1], view.max_length) if view.long is False and view.max_length else tokens.shape[-1]
         seen = tokens[..., :end]
-        tree = _Tree(seen) if tokens.shape[0] * tokens.shape[1] > 1 else None
-        if tree is not None and tree.cost <= _WORTHWHILE * seen.numel() and supports_trees(lm):
-            tree.recall(view, wanted.clamp(max=end - 1))
+        plain = len(at.unique()) * end
+        tree = Tree(seen) if tokens.shape[0] * tokens.shape[1] > 1 else None
+        if tree is not None and tree.cost <= _WORTHWHILE * plain and supports_trees(lm):
+            first = wanted.new_full((tokens.shape[2],), end - 1)
+            tree.recall(view, first.scatter_reduce(0, at % tokens.shape[2], wanted[:, 0], "amin"))
         else:
             tree = None
-        found.append(_Reading(view, end, tree, _fitting(lm), seen.numel() if tree is None else tree.cost))
+        found.append(_Reading(view, end, tree, _fitting(lm), plain if tree is None else tree.cost))
     return found
 
 
@@ -216,16 +252,17 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
 
 def _scores(lm: LanguageModel, part: _Part, head: Head) -> Tensor:
     """What ``head`` keeps of a part's logits, (P N B, ...)."""
-    rows = part.rows.flatten()
     if part.split:
         # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
         read = partial(part.read, hidden_states, part.tokens, part.wanted)
         states, index = read_again(lm, read) if part.again else read()
-        return unembed_each(lm, states, index.flatten(0, 2), rows, head, all_again=part.logits_again)
+        return unembed_each(lm, states, index, part.rows, head, all_again=part.logits_again)
 
     def whole(tokens: Tensor, wanted: Tensor) -> Tensor:
         logits, index = part.read(_logits, tokens, wanted)
-        return head(precise(logits[index.flatten(0, 2)]), rows)
+        number = -(-index.numel() * lm.vocab_size // _LOGIT_BUDGET)  # many rows may be read as few
+        chunks = zip(index.tensor_split(number), part.rows.tensor_split(number), strict=True)
+        return torch.cat([head(precise(logits[i]), rows) for i, rows in chunks])
 
     return again(whole, part.tokens, part.wanted) if part.again else whole(part.tokens, part.wanted)
 
@@ -243,123 +280,19 @@ def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any)
     return logits[:, -len(keep) :]  # some networks keep all
 
 
-def _read_plain(lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run, at_once: int) -> tuple[Tensor, Tensor]:
+def _read_plain(lm: LanguageModel, tokens: Tensor, first: int, run: Run, at_once: int) -> tuple[Tensor, Tensor]:
     """What ``run`` says of one right-padded row per sequence, identical rows once, about ``at_once`` tokens a pass.
 
-    The result is (M, D), and the indices (P, N, B, T) in it of the rows' positions ``wanted``.
+    The result is (M, D), and where in it the rows' positions from ``first`` on are, (P, N, B, W).
     """
     unique, inverse = torch.unique(tokens.flatten(0, -2), dim=0, return_inverse=True)
-    first = int(wanted.min())
     parts = [
         run(lm, part.clamp(min=0), first, tokens=int(text.length(part).sum()), use_cache=False)
         for part in unique.split(max(1, at_once // unique.shape[1]))
     ]
     out = torch.cat(parts) if len(parts) > 1 else parts[0]  # (U, W - first, D)
-    index = inverse.view(*wanted.shape[:-1], 1) * out.shape[1] + wanted - first
-    return out.flatten(0, 1), index
-
-
-class _Tree:
-    """A packing of rows (P, N, B, W): per b a shared root, per (n, b) its longest row as trunk, the rest branches."""
-
-    def __init__(self, tokens: Tensor):
-        P, N, B, W = tokens.shape
-        length = text.length(tokens)  # (P, N, B)
-        longest = length.argmax(0)  # (N, B)
-        self.trunk = trunk = tokens.gather(0, longest[None, ..., None].expand(1, N, B, W))[0]  # (N, B, W)
-        self.shared = _common(tokens, trunk)  # (P, N, B): tokens each row has in common with its trunk
-        self.common = torch.minimum(_common(trunk, trunk[0]), self.shared.amin(0)).amin(0)  # (B,)
-        self.root = root = self.common if N > 1 else length.new_zeros(B)  # (B,)
-        own = length - self.shared  # (P, N, B)
-        self.order = (own == 0).int().argsort(dim=0, stable=True)  # rows that have tokens of their own first
-        self.branches = int((own > 0).sum(0).max())
-        self.length = length
-        self.A = int(root.max())
-        self.S = int((text.length(trunk) - root).max())
-        self.behind: Past | None = None  # the root, where it was read before
-        self.L = int(own.max())
-
-    @property
-    def cost(self) -> int:
-        """How many tokens go through the network, padding included."""
-        N, B = self.trunk.shape[:2]
-        return B * (self.A + N * (self.S + self.branches * self.L))
-
-    @property
-    def repeated(self) -> int:
-        """How many of them each part of a split would read again."""
-        N, B = self.trunk.shape[:2]
-        return 0 if B > 1 else self.A if N > 1 else self.A + self.S
-
-    def recall(self, lm: LanguageModel, wanted: Tensor) -> None:
-        """Take the root from what was read before, short of the token that predicts the first one ``wanted``."""
-        self.behind = recalled(lm, self.trunk[0], torch.minimum(self.common, wanted[..., 0].amin((0, 1))))
-        if self.behind is not None:
-            self.A, self.root = 0, self.behind.length
-            self.S = int((text.length(self.trunk) - self.root).max())
-
-    def read(self, lm: LanguageModel, tokens: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the packed rows, as `_read_plain` of each row alone."""
-        N, B, W = self.trunk.shape
-        P = self.branches
-        chosen = self.order[:P]
-        behind, A, S, L, root, shared = self.behind, self.A, self.S, self.L, self.root, self.shared
-        device = tokens.device
-        branch = shared.gather(0, chosen).permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
-        branches = tokens.gather(0, chosen[..., None].expand(P, N, B, W))
-        # Each level's segments as slices of the rows they were found in, positions counted from the row's start.
-        position = [
-            torch.arange(A, device=device).expand(B, A),
-            (root[:, None, None] + torch.arange(S, device=device)).expand(B, N, S),
-            branch[..., None] + torch.arange(L, device=device),  # (B, N, P, L)
-        ]
-        source = [self.trunk[0], self.trunk.transpose(0, 1), branches.permute(2, 1, 0, 3)]
-        end = [root, text.length(self.trunk).T, self.length.gather(0, chosen).permute(2, 1, 0)]
-        ids, places, count = [], [], 0
-        for p, s, e in zip(position, source, end, strict=True):
-            inside = p < e[..., None]
-            ids.append((s.gather(-1, p.clamp(max=s.shape[-1] - 1)) * inside).flatten(1))
-            places.append((p * inside).flatten(1))
-            count += int(inside.sum())
-        visible_root = root[:, None].expand(B, N)
-        every = (
-            Level(
-                (),
-                A if behind is None else behind.cache.get_seq_length(),
-                (),
-                torch.zeros_like(root),
-                read=behind is None,
-            ),
-            Level((N,), S, (visible_root,), visible_root),
-            Level((N, P), L, (visible_root[..., None].expand(B, N, P), branch - root[:, None, None]), branch),
-        )
-        kept = [i for i, level in enumerate(every) if level.tokens > 0]
-        levels = tuple(
-            replace(every[i], visible=tuple(v for j, v in enumerate(every[i].visible) if j in kept)) for i in kept
-        )
-        past = {} if behind is None else {"past_key_values": behind.cache}
-        out = run(
-            lm,
-            torch.cat(ids, 1),
-            position_ids=torch.cat(places, 1),
-            tokens=count,
-            use_cache=False,
-            **past,
-            within=partial(tree, lm.model, levels),
-        )
-        n = torch.arange(N, device=device)[:, None, None]
-        p = self.order.argsort(0)[..., None]  # (every row, N, B, 1): which branch it is
-        c, r = shared[..., None], root[:, None]
-        in_trunk = A + n * S + wanted - r
-        in_branch = A + N * S + (n * P + p) * L + wanted - c
-        index = torch.where(wanted < r, wanted, torch.where(wanted < c, in_trunk, in_branch))
-        index = index.clamp(max=out.shape[1] - 1) + torch.arange(B, device=device)[:, None] * out.shape[1]
-        return out.flatten(0, 1), index  # (B (A + N S + N P L), D)
-
-
-def _common(rows: Tensor, reference: Tensor) -> Tensor:
-    """The number of leading tokens that each row shares with its reference."""
-    return ((rows == reference) & (rows != text.PAD)).cumprod(-1).sum(-1)
+    position = torch.arange(tokens.shape[-1], device=tokens.device) - first
+    return out.flatten(0, 1), inverse.view(*tokens.shape[:-1], 1) * out.shape[1] + position
 
 
 def supports_trees(lm: LanguageModel) -> bool:
@@ -393,8 +326,7 @@ def _tree_agrees(lm: LanguageModel) -> bool:
     ids[:, :, :, :2] = ids[0, 0, 0, :2]
     ids[1, :, :, :5], ids[2, :, :, :4] = ids[0, :, :, :5], ids[0, :, :, :4]
     ids[2, :, :, 7:] = text.PAD
-    wanted = torch.arange(1, 7, device=lm.device).expand(3, 2, 2, 6)
     with windows_seen() as seen:
-        plain, at = _read_plain(lm, ids, wanted, _logits, _fitting(lm))
-        packed, there = _Tree(ids).read(lm, ids, wanted, _logits)
-    return seen == windows(lm) and agree(lm, packed[there], plain[at], 1e-4)
+        plain, at = _read_plain(lm, ids, 1, _logits, _fitting(lm))
+        packed, there = Tree(ids).read(lm, ids, _logits)
+    return seen == windows(lm) and agree(lm, packed[there[..., 1:7]], plain[at[..., 1:7]], 1e-4)

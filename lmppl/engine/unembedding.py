@@ -62,7 +62,7 @@ def unembed_each(
 
     def part(states: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         wanted, inverse = torch.unique(index, return_inverse=True)
-        if len(wanted) < _DISTINCT * index.numel():
+        if len(wanted) < _DISTINCT * index.numel() or index.numel() > len(states):
             return head(precise(unembed(lm, states[wanted]))[inverse], rows)
         return head(precise(unembed(lm, states[index.flatten()])).unflatten(0, index.shape), rows)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from .arguments import at_least, is_program
 from .posterior.posterior import Posterior
+from .posterior.run import Run
 from .programs import Program
 from .validation import check_axes
 from .weights import weigh
@@ -49,4 +50,4 @@ class Importance:
         weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)
         check_axes(self.model, args, kwargs, weighted)
         log_weights = weighted.u - math.log(self.num_particles)
-        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide)
+        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, Run(self.model, args, kwargs))

@@ -122,7 +122,7 @@ def gathered(posterior: Posterior) -> Posterior:
         except TypeError:  # an ancestry, say
             kind = Posterior
     others = {f.name: others[f.name] for f in fields(kind) if f.name in others}
-    sites = replace(posterior.sites, plates=replace(plates, sizes=(own.total, *plates.sizes[1:])))
+    sites = replace(posterior.sites, plates=replace(plates, sizes=(own.total, *plates.sizes[1:])), run=None)
     return kind(values=values, sites=sites, guide=posterior.guide, **others)
 
 

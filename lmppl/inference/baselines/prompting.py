@@ -13,6 +13,7 @@ from .. import programs
 from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior
+from ..posterior.run import Run
 from ..programs import Draw, Program, Replay, Sketch
 from ..weights import kept_plates
 
@@ -81,7 +82,7 @@ class Prompting:
         plates = kept_plates([model, drawn], nesting)
         device = next((node["value"].device for node in programs.latents(drawn).values()), None)
         log_weights = torch.full((n, *plates.sizes), -math.log(n), device=device)
-        posterior = Posterior.of(drawn, plates, log_weights, self.guide)
+        posterior = Posterior.of(drawn, plates, log_weights, self.guide, Run(self.model, args, kwargs))
         return replace(posterior, log_evidence=torch.full_like(log_weights[0], torch.nan))
 
 

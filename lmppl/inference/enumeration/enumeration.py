@@ -18,6 +18,7 @@ from .. import programs
 from ..arguments import at_least, is_program
 from ..partial import advance
 from ..posterior.posterior import Posterior
+from ..posterior.run import Run
 from ..programs import Node, Program, Sketch
 from ..validation import check_axes
 from ..weights import Plates, Weighted, device_of, kept_plates, log_density, scale, site_log_prob
@@ -162,7 +163,7 @@ class Enumeration:
                 log_weights = log_weights + log_prior - site_log_prob(node, plates, known.get(name), scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
         check_axes(self.model, args, kwargs, Weighted(log_weights, programs.values(trace), trace, trace, plates))
-        posterior = Posterior.of(trace, plates, log_weights)
+        posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, args, kwargs))
         unexplored = support.unexplored.to(log_weights.dtype)
         s = _smallest_scale(latents, plates)
         left_out = s * unexplored.log() + self._rest(trace) if s >= 1 else torch.full_like(unexplored, torch.inf)

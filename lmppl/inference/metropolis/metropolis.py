@@ -15,6 +15,7 @@ from ... import text
 from .. import programs
 from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior
+from ..posterior.run import Run
 from ..programs import Program
 from ..validation import check_axes
 from ..weights import Plates, Weighted
@@ -157,7 +158,8 @@ class MetropolisHastings:
         possible = (log_joint > -torch.inf).flatten(0, 1)  # (chain x draw, *kept)
         count = possible.sum(0)
         log_weights = torch.where(possible, -count.clamp(min=1).to(log_joint.dtype).log(), -torch.inf)
-        plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide)
+        run = Run(self.model, state.setting.args, state.setting.kwargs)
+        plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide, run)
         return MarkovChains(
             values=values,
             log_weights=log_weights,

@@ -16,6 +16,7 @@ from ... import files, text
 from ...adapters import first_line
 from ..weights import Plates
 from .posterior import Posterior, Sites
+from .run import Run
 
 KIND, TENSORS, REST, FORMAT = "posterior", "posterior.safetensors", "posterior.json", "lmppl posterior 1"
 P = TypeVar("P", bound=Posterior)
@@ -50,6 +51,8 @@ def save(posterior: Posterior, path: Path) -> None:
     except TypeError:  # an ancestry, say
         kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
     tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
+    arguments, given = (None, {}) if sites.run is None else sites.run.packed()
+    tensors |= given
     rest = {
         "format": FORMAT,
         "class": kind,
@@ -60,6 +63,7 @@ def save(posterior: Posterior, path: Path) -> None:
         "event_dims": sites.event_dims,
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
         "stops": sites.stops,
+        "arguments": arguments,
     }
     with files.writing(path, KIND) as fresh:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
@@ -105,7 +109,8 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
         raise ValueError("its tensors and its sites do not fit together")
     if any(len(values[k]) != n or values[k].dim() != 1 + plates.nesting + e for k, e in rest["event_dims"].items()):
         raise ValueError("the shapes of its values do not fit its weights")
-    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"]), **others)
+    run = Run.unpacked(rest.get("arguments"), tensors)
+    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"], run), **others)
 
 
 def _others(cls: type[Posterior]) -> list[str]:

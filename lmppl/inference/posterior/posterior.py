@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..programs import Program
 from ..resampling import SCHEMES
 from ..weights import Plates
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
+from .run import Run
 
 if TYPE_CHECKING:
     from .predictive import Prediction, Predictive
@@ -31,13 +32,14 @@ Index = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Sites:
-    """What a posterior remembers of its program: plates, event dimensions, and how texts are decoded."""
+    """What a posterior remembers of its program: plates, event dimensions, how texts are decoded, and its run."""
 
     plates: Plates
     event_dims: dict[str, int]
     decoders: dict[str, Callable[[Tensor], Any]] = field(repr=False)
     lms: dict[str, Any] = field(default_factory=dict, repr=False)
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends texts, perhaps nothing
+    run: Run | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,17 @@ class Posterior:
     guide: Program | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, trace: Trace, plates: Plates, log_weights: Tensor, guide: Program | None = None) -> Posterior:
+    def of(
+        cls,
+        trace: Trace,
+        plates: Plates,
+        log_weights: Tensor,
+        guide: Program | None = None,
+        run: Run | None = None,
+    ) -> Posterior:
         """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates).
 
-        Auxiliary sites are left out: summed over, they are no part of it.
+        Auxiliary sites are left out: summed over, they are no part of it.  ``run``: the model and its arguments.
         """
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         lms = {name: node["fn"].lm for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")}
@@ -74,6 +83,7 @@ class Posterior:
             {name: lm.decode for name, lm in lms.items()},
             lms,
             {name: programs.stop_argument(nodes[name]["fn"]) for name in lms},
+            run,
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 
@@ -189,7 +199,13 @@ class Posterior:
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def predictive(
-        self, model: Program, *args: Any, sampler: str | None = None, num_particles: int | None = None, **kwargs: Any
+        self,
+        model: Program,
+        *args: Any,
+        sampler: str | None = None,
+        num_particles: int | None = None,
+        keep: Collection[str] | None = None,
+        **kwargs: Any,
     ) -> Predictive:
         """What the model says of its other sites when its latents come from ``sampler``.
 
@@ -197,10 +213,29 @@ class Posterior:
         given; "prior": the model's own latent sites, p(z | x); "guide": the guide.  The guide of training saw the
         observation, q(z | x, y); prediction has none, so the two differ: both can be asked for.  ``args`` go to the
         model (and to the guide).  Observed sites keep their log-probability under every particle.
+
+        Of this posterior's latents those are kept that the new call shares with the run, the others are drawn anew:
+
+        - A *global* latent, beside which no plate has observations, is kept.
+        - A *local* one, in a plate that also encloses an observation or factor of the run, belongs to that plate's
+          elements.  It is kept if the elements are the run's own: an argument of the plate's size is as it was in the
+          run, or the latent's distributions tell the elements apart, or the whole call is the run's (the observations
+          may be others, or None).  Else it is drawn anew.
+        - Either kind is drawn anew where its distribution is no longer what it was in the run: it depends on an
+          argument that has changed, or on a latent that is drawn anew.
+
+        Where nothing is kept, particles have equal weights.  ``keep`` names the latents to keep instead, ``[]`` for
+        none.  Raises ValueError where the default is not clear: some arguments of the plate's size are as they were
+        and others are not, or the posterior does not know its run.
+
+        Example::
+
+            posterior = Importance(model).run(questions, answers)
+            posterior.predictive(model, other_questions, None)  # an instruction is kept, reasonings are new
         """
         from .predictive import predictive
 
-        return predictive(self, model, args, kwargs, sampler, num_particles)
+        return predictive(self, model, args, kwargs, sampler, num_particles, keep)
 
     def predict(
         self,
@@ -210,6 +245,7 @@ class Posterior:
         site: str = "y",
         sampler: str | None = None,
         num_particles: int | None = None,
+        keep: Collection[str] | None = None,
         **kwargs: Any,
     ) -> Prediction:
         r"""The probabilities of candidate values of one site, averaged over latents, and the vote of the particles.
@@ -220,11 +256,11 @@ class Posterior:
             plates and the site's event.
         :param site: the site they are values of, observed in the model or not; what it was given there is replaced.
 
-        ``sampler`` and ``num_particles`` as in `predictive`.
+        ``sampler``, ``num_particles`` and ``keep`` as in `predictive`: a new question's latents are drawn anew.
         """
         from .predictive import predict
 
-        return predict(self, model, candidates, site, args, kwargs, sampler, num_particles)
+        return predict(self, model, candidates, site, args, kwargs, sampler, num_particles, keep)
 
     # -- elsewhere ---------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from ..arguments import at_least
 from ..partial import only
 from ..programs import Program, Replay
 from ..weights import Plates, kept_plates, site_log_prob
+from .carried import Call, carried
 from .log_weights import normalised
 from .posterior import Index, Posterior
+from .run import Run
 
 
 class Observe(Messenger):
@@ -133,12 +135,14 @@ def predictive(
     kwargs: dict[str, Any],
     sampler: str | None = None,
     num_particles: int | None = None,
+    keep: Collection[str] | None = None,
 ) -> Predictive:
     """See `Posterior.predictive`."""
-    run, plates, log_weights = _run(posterior, model, args, kwargs, sampler, num_particles)
+    run, plates, log_weights = _run(posterior, model, args, kwargs, sampler, num_particles, keep)
     observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
     log_probs = {name: site_log_prob(node, plates).expand(1, *log_weights.shape)[0] for name, node in observed.items()}
-    return Predictive(Posterior.of(run, plates, log_weights), log_probs)
+    draws = Posterior.of(run, plates, log_weights, run=Run(model, args, kwargs))
+    return Predictive(draws, log_probs)
 
 
 @torch.no_grad()
@@ -151,6 +155,7 @@ def predict(
     kwargs: dict[str, Any],
     sampler: str | None = None,
     num_particles: int | None = None,
+    keep: Collection[str] | None = None,
 ) -> Prediction:
     """See `Posterior.predict`."""
     nesting = max(posterior.sites.plates.nesting, programs.plate_nesting([model], args, kwargs))
@@ -165,7 +170,7 @@ def predict(
     values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
     # Latents are drawn once, whatever the candidate; what follows the site is not asked for.
     drawn, plates, log_weights = _run(
-        posterior, model, args, kwargs, sampler, num_particles, Observe({site: values[0]}), site=site
+        posterior, model, args, kwargs, sampler, num_particles, keep, Observe({site: values[0]}), site=site
     )
     run = programs.trace(
         model,
@@ -210,6 +215,7 @@ def _run(
     kwargs: dict[str, Any],
     sampler: str | None,
     num_particles: int | None,
+    keep: Collection[str] | None,
     *handlers: Messenger,
     site: str | None = None,
 ) -> tuple[Trace, Plates, Tensor]:
@@ -221,6 +227,8 @@ def _run(
         raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
     if sampler == "guide" and posterior.guide is None:
         raise ValueError("sampler: this posterior was made without a guide")
+    if sampler is not None and keep is not None:
+        raise ValueError(f"keep: the sampler {sampler!r} draws every latent site; leave one of the two out")
     if num_particles is not None:
         at_least(1, num_particles=num_particles)
     own = posterior.sites.plates
@@ -231,15 +239,19 @@ def _run(
     n = num_particles or posterior.num_particles
     log_weights = posterior.log_weights.new_full((n, *plates.sizes), -math.log(n))
     values: dict[str, Tensor] = {}
+    kept: set[str] = set()
     if sampler is None:
         normalised(posterior.log_weights)
+        known = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
+        kept = carried(posterior.sites.run, Call(model, args, kwargs, sketch, nesting, site), known, keep)
+    if kept:
         shared = set(zip(own.dims, own.sizes, strict=True)) <= set(zip(plates.dims, plates.sizes, strict=True))
         if num_particles is None and shared:
             by_axis = own.spread(posterior.log_weights.log_softmax(0))  # (N, *plate axes)
             log_weights = plates.reduce(_deeper(by_axis, nesting - own.nesting))[0]
         else:  # one plate element's weights say nothing of joint particles: draw each element's independently
             posterior = posterior.resample(n, "systematic" if shared else "multinomial")
-        values = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
+        values = {name: _deeper(posterior.values[name], nesting - own.nesting) for name in kept}
     for guide in guides:
         values = programs.values(programs.trace(guide, args, kwargs, programs.Draw(), nesting=nesting, particles=n))
     run = programs.trace(model, args, kwargs, programs.Draw(), Replay(values), *handlers, nesting=nesting, particles=n)

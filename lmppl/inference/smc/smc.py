@@ -16,6 +16,7 @@ from .. import programs
 from ..arguments import at_least, is_program
 from ..partial import advance, is_grown, keep_first, only
 from ..posterior.posterior import Posterior
+from ..posterior.run import Run
 from ..programs import Node, Program, SiteMismatch
 from ..resampling import SCHEMES, conditional
 from ..validation import check_axes
@@ -100,7 +101,8 @@ def run(
     while site := state.next_text():
         state.grow(*site)
     state.check()
-    found = Posterior.of(state.proposal, state.plates, state.log_weights - math.log(smc.num_particles), smc.guide)
+    log_weights, origin = state.log_weights - math.log(smc.num_particles), Run(smc.model, args, kwargs)
+    found = Posterior.of(state.proposal, state.plates, log_weights, smc.guide, origin)
     return Sequential(**{f.name: getattr(found, f.name) for f in fields(found)}, ancestry=tuple(state.ancestry))
 
 

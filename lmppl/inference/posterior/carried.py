@@ -1,0 +1,225 @@
+"""Which latents of a posterior carry over to another call of the model; the others are drawn anew.
+
+A latent is *local* where a plate around it also encloses an observation or a factor of the run, else *global*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.distributions import MaskedDistribution
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from ... import text
+from .. import programs
+from ..programs import Node, Program, Replay, Sketch
+from .run import Run, arguments, equal, fits
+
+_PARTICLES = 64  # by which distributions are compared
+
+
+@dataclass(frozen=True)
+class Call:
+    """Another call of the model, with a sketch of its sites; ``site``: the one that is predicted."""
+
+    model: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    sketch: Trace
+    nesting: int
+    site: str | None = None
+
+    def trace(self, *handlers: Messenger, particles: int = _PARTICLES) -> Trace:
+        return _sketched(self.model, self.args, self.kwargs, self.nesting, particles, *handlers)
+
+
+def carried(run: Run | None, call: Call, values: Mapping[str, Tensor], keep: Collection[str] | None) -> set[str]:
+    """The latent sites of ``call`` that have the posterior's ``values`` (N, *plate axes, *event).
+
+    ``keep`` names them, or None: a global latent is kept if its distribution, given those before it, is the same as in
+    the run.  A local one is kept if that holds and the plate's elements are the run's own, by any of these signs: the
+    distributions differ between the elements; an argument of the plate's size is equal to one of the run's; the whole
+    call is the run's.
+
+    :raises ValueError: where some arguments of the plate's size are as in the run, and others neither that nor an
+        observation; and for a run that is not known.
+    """
+    latents = programs.latents(call.sketch)
+    if keep is not None:
+        return _chosen(keep, values, latents, call.nesting)
+    names = [name for name in latents if name in values and name != call.site]
+    if not names:
+        return set()
+    if run is None or (run.model is None and not fits(call.model, run)):
+        for name in names:
+            around = [f for f in latents[name]["cond_indep_stack"] if f.name != programs.PARTICLES]
+            if around:
+                raise _unclear(name, around, "the arguments of its run are not known")
+        return set(names)
+    first = next(iter(values.values()))
+    index = torch.linspace(0, len(first) - 1, _PARTICLES, device=first.device).round().long()
+    some = {name: value[index] for name, value in values.items()}
+    before = _sketched(run.model or call.model, run.args, run.kwargs, call.nesting, _PARTICLES, Replay(some))
+    carry = _Carry(before, {name: some[name] for name in names}, Evidence.of(run, call))
+    call.trace(carry)
+    return carry.kept
+
+
+class _Carry(Messenger):
+    """Gives latent sites the values of the posterior where they are kept, which shows what depends on the others."""
+
+    def __init__(self, before: Trace, values: Mapping[str, Tensor], evidence: Evidence):
+        super().__init__()
+        self.before, self.values, self.evidence = before, values, evidence
+        self.kept: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["done"] or msg["is_observed"] or name not in self.values or name not in self.before.nodes:
+            return
+        old, value = self.before.nodes[name], self.values[name]
+        if _same_law(old["fn"], msg["fn"], value) and self._same_elements(old, msg):
+            self.kept.add(name)
+            msg["value"], msg["done"] = value, True
+
+    def _same_elements(self, old: Node, new: Node) -> bool:
+        local = _shared_plates(old, self.before)
+        if not local:
+            return True
+        sizes = {f.dim or f.name: f.size for f in new["cond_indep_stack"]}
+        if any(sizes.get(f.dim or f.name) != f.size for f in local):
+            return False
+        if self.evidence.everything or any(f.vectorized and _differs(new["fn"], f.dim) for f in local):
+            return True
+        kept, changed = (any(_has_size(x, f.size) for x in xs for f in local) for xs in self.evidence.arguments)
+        if kept and changed:
+            raise _unclear(
+                new["name"],
+                local,
+                "of the arguments of that plate's size some are as they were in the run, others not",
+            )
+        return kept
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Which arguments of a call are the run's: all of them and the program too, or these and those."""
+
+    everything: bool
+    arguments: tuple[list[Any], list[Any]]  # equal to one of the run's; neither that nor an observation
+
+    @classmethod
+    def of(cls, run: Run, call: Call) -> Evidence:
+        model = run.model or call.model
+        old, new = arguments(model, run.args, run.kwargs), arguments(call.model, call.args, call.kwargs)
+        kept = [x for x in new if any(equal(x, y) for y in old)]
+        observed = [n["value"] for n in programs.scored(call.sketch).values() if n["is_observed"]]
+        changed = [
+            x for x in new if not any(x is y for y in kept) and not any(_same_memory(x, value) for value in observed)
+        ]
+        everything = model == call.model and len(old) == len(new) and all(map(equal, old, new))
+        return cls(everything, (kept, changed))
+
+
+def _chosen(keep: Collection[str], values: Mapping[str, Tensor], latents: Mapping[str, Node], nesting: int) -> set[str]:
+    names = [keep] if isinstance(keep, str) else list(keep)
+    for name in names:
+        if name not in values or name not in latents:
+            both = [n for n in latents if n in values]
+            raise ValueError(f"keep: {name!r} is none of the latent sites {both} of both the posterior and the model")
+        plates = values[name].shape[1 : 1 + nesting]
+        shape = latents[name]["fn"].batch_shape[-nesting:] if nesting else ()
+        if any(a not in (1, b) for a, b in zip(plates, shape, strict=True)):
+            raise ValueError(
+                f"keep: {name!r} has plates of shape {tuple(plates)} in the posterior, and {tuple(shape)} in this call"
+            )
+    return set(names)
+
+
+def _unclear(name: str, local: list[Any], why: str) -> ValueError:
+    return ValueError(
+        f"keep: it is not clear whether {name!r} is to be kept or drawn anew. It lies in the plate {local[0].name!r}, "
+        f"and {why}. Pass keep=[{name!r}, ...], the latent sites that are of the same elements as "
+        "in the run, or keep=[] for other elements"
+    )
+
+
+def _sketched(
+    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int, particles: int, *handlers: Messenger
+) -> Trace:
+    """The model's sites, its texts not drawn."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return programs.trace(model, args, kwargs, Sketch(), *handlers, nesting=nesting, particles=particles)
+
+
+def _shared_plates(node: Node, trace: Trace) -> list[Any]:
+    """The plates around a site that also enclose an observation or a factor."""
+    others = [n for n in programs.scored(trace).values() if n["is_observed"]]
+    around = {f.name for other in others for f in other["cond_indep_stack"]} - {programs.PARTICLES}
+    return [f for f in node["cond_indep_stack"] if f.name in around]
+
+
+def _same_law(old: Any, new: Any, value: Tensor) -> bool:
+    """Whether two distributions are the same; texts by their prompts and limits, which asks no network."""
+    old, new = (fn.base_dist if isinstance(fn, MaskedDistribution) else fn for fn in (old, new))
+    if type(old) is not type(new):
+        return False
+    try:
+        if hasattr(old, "prompt"):
+            rules = [
+                torch.broadcast_tensors(getattr(old, key), getattr(new, key))
+                for key in ("max_tokens", "min_tokens", "temperature", "stop")
+                if hasattr(old, key)
+            ]
+            alike = old.lm is new.lm and all(torch.equal(*pair) for pair in rules)
+            return alike and bool(text.equal(old.prompt, new.prompt).all())
+        return all(_close(old.log_prob(x), new.log_prob(x)) for x in _points(old, value))
+    except (RuntimeError, ValueError):  # shapes that do not fit, or a value that one of them does not know
+        return False
+
+
+def _points(fn: Any, value: Tensor) -> list[Tensor]:
+    """Where to compare a distribution: at all its values, or at given ones and some of its own."""
+    if fn.has_enumerate_support:
+        try:
+            return [fn.enumerate_support(expand=False)]
+        except NotImplementedError:
+            pass
+    return [value, fn.sample()]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = torch.broadcast_tensors(a, b)
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _differs(fn: Any, dim: int) -> bool:
+    """Whether a distribution's elements along a plate are told apart by their parameters."""
+    fn = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+    if hasattr(fn, "prompt"):
+        prompt = fn.prompt.expand(*fn.batch_shape, -1).movedim(dim - 1, 0)
+        return bool((prompt != prompt[:1]).any())
+    try:
+        point = _points(fn, fn.sample())[0]
+        if not fn.has_enumerate_support:
+            point = point.select(dim - fn.event_dim, 0).unsqueeze(dim - fn.event_dim).expand_as(point)
+        log_p = fn.log_prob(point).movedim(dim, 0)
+    except (RuntimeError, ValueError):
+        return False
+    return not _close(log_p, log_p[:1].expand_as(log_p))
+
+
+def _has_size(x: Any, size: int) -> bool:
+    return size in x.shape if isinstance(x, Tensor) else isinstance(x, list | tuple) and len(x) == size
+
+
+def _same_memory(x: Any, value: Tensor) -> bool:
+    """Whether an argument is what is observed, or a view of it."""
+    return isinstance(x, Tensor) and (
+        x is value or x.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+    )
