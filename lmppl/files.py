@@ -63,7 +63,14 @@ def writing(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
 def claim(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
     """See to it that files of these names can be written: ValueError where one is there that somebody else wrote."""
     target = _directory(directory)
-    settle(target)
+    if any((target / name).exists() for name in (READY, NEW, LOCK)):  # of a writer that was killed, or of one at work
+        with locked(target / LOCK):
+            _finish(target)
+            shutil.rmtree(target / NEW, ignore_errors=True)
+    _refuse(target, names)
+
+
+def _refuse(target: Path, names: Iterable[str]) -> None:
     known = manifest(target)
     for name in names:
         path = target / name
@@ -143,7 +150,7 @@ def manifest(directory: Path) -> dict[str, dict[str, Any]]:
 def _commit(directory: Path, kind: str, fresh: Path) -> None:
     """The moment from which on the files in ``fresh`` are those of this kind."""
     names = sorted(path.name for path in fresh.iterdir())
-    claim(directory, names)
+    _refuse(directory, names)
     kept = {name: entry for name, entry in manifest(directory).items() if entry["kind"] != kind and name not in names}
     files = kept | {name: {"kind": kind, **_facts(fresh / name)} for name in names}
     (fresh / MANIFEST).write_text(json.dumps({"format": FORMAT, "save": uuid4().hex, "files": files}, indent=1))

@@ -221,7 +221,7 @@ def trained() -> None:
 
         code = status(child(run))
         for _ in range(2):  # and the next is killed too, a little later
-            status(child(lambda number=number: (die_before(number % 40 + 1), walk(OUT / "walk"))))
+            status(child(lambda number=number: (die_before(number % 60 + 1), walk(OUT / "walk"))))
         log = OUT / "walk" / "c" / "run.jsonl"
         if log.exists() and number % 2:
             with log.open("a") as file:

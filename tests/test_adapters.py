@@ -315,3 +315,113 @@ def test_a_model_with_peft_layers_is_refused():
     model.base_model.model.__dict__.pop("_lmppl_network")
     with pytest.raises(ValueError, match="model already holds PEFT layers"):
         LanguageModel(model.base_model.model, tiny_lm().tokenizer)
+
+
+# Removing -------------------------------------------------------------------------------------------------------------
+
+
+def inventory(lm: LanguageModel) -> list[object]:
+    """Every module, weight and buffer of the model, by name."""
+    parts = [*lm.model.named_modules(), *lm.model.named_parameters(), *lm.model.named_buffers()]
+    return [(name, id(part)) for name, part in parts]
+
+
+CONFIGS = [
+    LORA,
+    LoraConfig(r=2, target_modules="all-linear", use_dora=True),
+    LoraConfig(r=2, target_modules=["down_proj", "embed_tokens"], modules_to_save=["lm_head"]),
+    LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 3]),
+    IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_an_adapter_that_nobody_holds_leaves_the_model_as_it_was(config):
+    lm = tiny_lm("llama")
+    before, base = inventory(lm), logits(lm)
+    for _ in range(64 if config is LORA else 3):
+        logits(lm.with_adapter(config))
+    assert inventory(lm) == before and not lm.network.adapters
+    kept, gone = adapted(lm, 1, config), adapted(lm, 2, config)
+    expected, mine = logits(kept), [(p, p.requires_grad) for p in kept.trainable_parameters()]
+    held = inventory(lm)
+    lm.remove_adapter(gone)
+    assert len(inventory(lm)) < len(held) and torch.equal(logits(kept), expected) and torch.equal(logits(lm), base)
+    assert [(p, p.requires_grad) for p in kept.trainable_parameters()] == mine
+    for use in (lambda: logits(gone), gone.trainable_parameters, gone.remove_adapter):
+        with pytest.raises(ValueError, match="was removed"):
+            use()
+    kept.remove_adapter()
+    assert inventory(lm) == before and torch.equal(logits(lm), base)
+    assert all(p.requires_grad for p in lm.network.base_parameters)
+
+
+def test_adapters_are_removed_by_name_and_unknown_ones_are_refused():
+    lm = tiny_lm()
+    view = lm.with_adapter(LORA, name="guide")
+    for wrong in ("other", lm, tiny_lm(seed=1).with_adapter(LORA), 3):
+        with pytest.raises(ValueError, match="adapter: expected .*'guide'"):
+            lm.remove_adapter(wrong)
+    lm.remove_adapter("guide")
+    again = lm.with_adapter(LORA, name="guide")
+    assert again.has_adapter and list(lm.network.adapters) == ["guide"]
+    del view  # whose name another has now
+    assert list(lm.network.adapters) == ["guide"] and len(again.trainable_parameters()) > 0
+    logits(again)
+
+
+def test_a_view_that_is_dropped_while_the_network_is_in_use_is_removed_afterwards():
+    lm = tiny_lm()
+    before = inventory(lm)
+    views = [lm.with_adapter(LORA)]
+    with lm.network.lock:
+        views.clear()
+        assert len(inventory(lm)) > len(before)  # a pass may be under way
+    assert inventory(lm) == before
+
+
+def test_a_backward_pass_outlives_its_view():
+    lm = tiny_lm("llama")
+    lm.model.activation_checkpointing_enable()
+    view = adapted(lm, 1)
+    parameters = view.trainable_parameters()
+    loss = view(IDS).logits.square().sum()
+    loss.backward(retain_graph=True)
+    expected = [p.grad.clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    del view
+    loss.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_a_load_that_fails_leaves_the_model_as_it_was(tmp_path):
+    lm = tiny_lm("llama")
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    lm.with_adapter(LORA, name="a").save_pretrained(good)
+    lm.with_adapter(LoraConfig(r=4, target_modules="all-linear")).save_pretrained(bad)
+    (bad / "lmppl.json").unlink()  # which would tell
+    (bad / "adapter_config.json").write_bytes((good / "adapter_config.json").read_bytes())
+    view = adapted(lm, 1)
+    before, expected = inventory(lm), logits(view)
+    for name in (None, "bad", None):
+        with pytest.raises(CheckpointError, match="does not fit"):
+            lm.with_adapter(bad, name=name)
+        assert inventory(lm) == before and list(lm.network.adapters) == [*lm.network.adapters][:1]
+    assert torch.equal(logits(view), expected)
+    again = lm.with_adapter(good, name="bad")
+    assert {p.shape for p in again.trainable_parameters()} == {p.shape for p in view.trainable_parameters()}
+
+
+def test_a_copy_of_the_network_has_adapters_of_its_own():
+    lm = tiny_lm()
+    view = adapted(lm, 1)
+    twin = copy.deepcopy(view)
+    expected = logits(view)
+    lm.remove_adapter(view)
+    assert torch.equal(logits(twin), expected) and len(twin.network.adapters) == 1
+    network, before = twin.network, len(list(tiny_lm().model.modules()))
+    del twin
+    assert not network.adapters and len(list(network.model.modules())) == before
