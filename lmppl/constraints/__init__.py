@@ -10,6 +10,7 @@ from .check import Check
 from .combine import every
 from .grammars import Grammar, grammar, json_schema, regex, without, words
 from .masks import Constraint, PrefixConstraint, allowed_at, ban, checked, only
+from .reach import reaches
 from .slots import Slots
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "grammar",
     "json_schema",
     "only",
+    "reaches",
     "regex",
     "without",
     "words",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..language_model import LanguageModel, Stop
 from ..text import PAD
+from .complaints import one_line
 from .endings import endings, escaped
 from .masks import PrefixConstraint, distinct
 from .spelling import llguidance
@@ -34,12 +35,17 @@ def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
     :param pattern: in the syntax of Rust's regex crate (no look-around, no back-references); "." is any character but
         a newline.  A completion's first word has its leading space.
     :param stop: as of the `Completion`, see `Grammar`.
-    :raises ValueError: for a pattern that cannot be read, is empty, or matches no text that can be written and ended.
+    :raises ValueError: for a pattern that cannot be read, or matches no text that can be written and ended, or the
+        empty one alone.
 
         >>> Completion(lm, x, max_tokens=9, stop=".", allowed=regex(lm, r" He [a-z ]+\.", stop="."))
     """
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern: expected a regular expression, a string, got {pattern!r}")
     if not pattern:
         raise ValueError("pattern: it is empty, and would match the empty text alone")
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise ValueError(f"pattern: {pattern!r}: it ends within an escape")
     wrapped = llguidance().LLMatcher.grammar_from_regex(pattern)
     slashed = json.loads(wrapped)["grammars"][0]["lark_grammar"].removeprefix("start: ")
     return _of_terminal(lm, slashed, stop, name="pattern", written=repr(pattern))
@@ -54,11 +60,13 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
 
         >>> json_schema(lm, {"type": "array", "items": {"type": "boolean"}})
     """
+    if not isinstance(schema, str | Mapping):
+        raise ValueError(f"schema: expected a mapping, or JSON as a string, got {schema!r}")
     try:
-        written = json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema))
+        written = json.dumps(json.loads(schema) if isinstance(schema, str) else dict(schema), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"schema: it is not JSON ({error})") from error
-    return Grammar(lm, f"start: %json {written}", stop, name="schema")
+    return Grammar(lm, f"start: %json {written}", stop, name="schema", written=written)
 
 
 def grammar(lm: LanguageModel, lark: str, stop: Stop = "eos") -> Grammar:
@@ -121,13 +129,15 @@ class Grammar(PrefixConstraint):
     :param stop: as of the `Completion`: "eos", a string, a token, several, or None.
     :raises ImportError: without the extra ``grammar``.
     :raises ValueError: for a grammar that cannot be read, becomes too complex or allows no text that can be written and
-        ended, or a tokenizer whose texts are not spelled by their tokens one after another.
+        ended, or the empty one alone, or a tokenizer whose texts are not spelled by their tokens one after another.
     """
 
     def __init__(
         self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark", written: str | None = None
     ):
-        self.vocab_size, self.name = lm.vocab_size, name
+        if not isinstance(lark, str):
+            raise ValueError(f"{name}: expected a grammar, a string, got {lark!r}")
+        self.vocab_size, self.name, self.written = lm.vocab_size, name, written
         self.endings = endings(lm, stop)
         self.spelling = self.endings.spelling
         start = llguidance().LLMatcher(self.spelling.tokenizer, _HEADER + lark, log_level=0)
@@ -135,7 +145,10 @@ class Grammar(PrefixConstraint):
         self._start = start
         self._matchers: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
-        if not self._mask(()).any():
+        first = set(np.unpackbits(self._mask(()), count=self.vocab_size).nonzero()[0].tolist())
+        if first and first <= set(self.endings.silent):
+            raise ValueError(f"{name}: of {written or repr(lark)} the empty text alone can be written")
+        if not first:
             raise ValueError(
                 f"{name}: no text of {written or repr(lark)} can be written with this vocabulary and "
                 f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
@@ -241,7 +254,8 @@ class Grammar(PrefixConstraint):
         # Where no token of the vocabulary can follow, the matcher counts as in error too: there the mask is empty.
         error = matcher.get_error()
         if error and not error.startswith("NoExtension"):
-            raise ValueError(f"{self.name}: {error.strip()}")
+            own = None if self.written is not None else _HEADER.count("\n")
+            raise ValueError(f"{self.name}: " + (f"{self.written}: " if own is None else "") + one_line(error, own))
 
 
 def _any_of(strings: Iterable[str], name: str) -> tuple[list[str], str]:

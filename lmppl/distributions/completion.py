@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints as torch_constraints
 
 from .. import randomness, text
-from ..constraints import Check, Constraint, checked
+from ..constraints import Check, Constraint, checked, reaches
 from ..engine.decoding import rows_at_once
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
@@ -118,6 +118,9 @@ class Completion(TorchDistribution):
             ) from error
         if bool((self.min_tokens > self.max_tokens).any()):
             raise ValueError(f"min_tokens: {min_tokens} exceeds max_tokens {max_tokens}")
+        least = int(self.min_tokens.max()) if self.stop.numel() or self.stop_strings is not None else self._limit
+        if self.allowed is not None and not tools and not reaches(self.allowed, least, self.stop):
+            raise ValueError(f"allowed: the constraint permits no text of {least} tokens before its stop")
         most = self.prompt.shape[-1] + 1 + self._limit  # with a bos, and no padding
         if lm.max_length is not None and most > lm.max_length and self._native.numel():
             longest = int((text.length(with_bos(lm, self.prompt)) + self.max_tokens).max())

@@ -1,0 +1,27 @@
+"""What llguidance says of a grammar, in one line: without its listing of it, which has lines that nobody wrote."""
+
+from __future__ import annotations
+
+import re
+
+_LISTED = re.compile(r"\s*(\d+ \| .*|\^+)\s*")
+_PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
+_PREFIXES = re.compile(r'(invalid regex ".*" \(in regex\): |failed to compile JSON schema: |regex parse error:)')
+
+
+def one_line(error: str, above: int | None = None) -> str:
+    """The reason that an error gives.
+
+    :param above: how many lines stand above what the user wrote, to say at which of their own; None: they wrote no
+        lines.
+
+        >>> one_line('at 3(7): invalid regex "(" (in regex): regex parse error:\n    (\n    ^\nerror: unclosed group')
+        'unclosed group'
+    """
+    lines = [line for line in error.strip().splitlines() if not _LISTED.fullmatch(line)] or [error.strip()]
+    place = _PLACE.fullmatch(lines[0])
+    said = next((x.removeprefix("error: ") for x in lines if x.startswith("error: ")), place[3] if place else lines[0])
+    while prefix := _PREFIXES.match(said):
+        said = said[prefix.end() :]
+    where = f"line {int(place[1]) - above}, column {place[2]}: " if place and above is not None else ""
+    return where + " ".join(said.split())
