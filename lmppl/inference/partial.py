@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import text
 from . import programs
+from .explained import check_shapes
 from .programs import Node, Program, Replay
 
 
@@ -66,6 +67,7 @@ def advance(
     halt = _Halt(texts_only=texts_only, retained=retained)
     with suppress(_Reached):
         programs.trace(program, args, kwargs, halt, Replay(values), nesting=nesting, particles=particles)
+    check_shapes(halt.trace, nesting, particles, None)
     return halt.trace, halt.site
 
 

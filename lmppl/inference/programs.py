@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .. import randomness, text
 from ..stop_strings import Ending, Stops
+from .explained import PARTICLES, PREFIXES, check_shapes, explained, refuse_own_names
 
-PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 Program = Callable[..., Any]
 Node = dict[str, Any]
 Temper = Callable[[TorchDistribution], TorchDistribution]
@@ -92,15 +92,21 @@ def trace(
     """One run of ``program`` with ``particles`` (and ``prefixes``) on the left of its ``nesting`` plate axes.
 
     Nothing outside (another program's plates or traces) sees its sites; parameters are seen.
+
+    :raises ValueError: for a program that is not written for these axes, as far as shapes show it.
     """
     with ExitStack() as stack:
+        stack.enter_context(explained())
         stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample"))
         for handler in handlers:
             stack.enter_context(handler)
         if prefixes is not None:
             stack.enter_context(pyro.plate(PREFIXES, prefixes, dim=-2 - nesting))
         stack.enter_context(pyro.plate(PARTICLES, particles, dim=-1 - nesting))
-        return poutine.trace(program).get_trace(*args, **kwargs)
+        found: Trace = poutine.trace(program).get_trace(*args, **kwargs)
+    refuse_own_names(found)
+    check_shapes(found, nesting, particles, prefixes)
+    return found
 
 
 def latents(trace: Trace) -> dict[str, Node]:
@@ -162,9 +168,16 @@ def match(model: Trace, guide: Trace) -> None:
         observed = name in model.nodes and model.nodes[name]["is_observed"]
         why = "observes that site" if observed else f"has no such site; its latent sites are {list(in_model)}"
         raise SiteMismatch(f"guide: it samples {name!r}, but the model {why}")
-    for name in in_model:
+    for name, node in in_model.items():
         if name not in in_guide:
             raise SiteMismatch(f"guide: it does not sample {name!r}, a latent site of the model")
+        around = {f.dim for f in in_guide[name]["cond_indep_stack"]}
+        for f in node["cond_indep_stack"]:
+            if f.vectorized and f.dim not in around and f.size > 1:
+                raise SiteMismatch(
+                    f"guide: it samples {name!r} outside any plate at axis {f.dim}, where the model has the plate "
+                    f"{f.name!r} around it; put the site into the same plate"
+                )
 
 
 def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Trace]:
@@ -175,8 +188,9 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
     found, known = [], dict[str, Tensor]()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for program in programs:
-            with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
+            with explained(), poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
                 found.append(poutine.trace(program).get_trace(*args, **kwargs))
+            refuse_own_names(found[-1])
             known |= values(found[-1])
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from pyro.infer.util import is_validation_enabled
@@ -12,6 +14,8 @@ from .. import text
 from . import programs
 from .programs import Node, Program, Replay
 from .weights import Weighted
+
+_KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
 
 
 class AxesError(ValueError):
@@ -40,6 +44,16 @@ def check_axes(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], we
                 "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
                 "and build prompts with lm.join or lm.fill"
             )
+
+
+def check_axes_once(
+    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Callable[[], Weighted]
+) -> None:
+    """`check_axes` of a program that is run again and again, the first time."""
+    program = getattr(model, "__func__", model)
+    if is_validation_enabled() and program not in _KNOWN:
+        check_axes(model, args, kwargs, weighted())
+        _KNOWN.add(program)
 
 
 def _same(node: Node, alone: Node, nesting: int) -> bool:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
 from ..programs import Draw, Program, Replay, SiteMismatch
-from ..weights import Plates, kept_plates, log_density, log_density_of_latents
+from ..validation import check_axes_once
+from ..weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents
 
 Values = Mapping[str, Tensor]
 
@@ -64,6 +66,7 @@ class Drawn:
         with torch.no_grad():
             model = programs.trace(self.model, self.args, self.kwargs, replay, **self.shape)
             programs.match(model, guide)
+            check_axes_once(self.model, self.args, self.kwargs, lambda: self._weighted(model, guide))
             latents = programs.latents(model).items()
             known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
             plates = kept_plates([model, guide], self.shape["nesting"])
@@ -72,6 +75,10 @@ class Drawn:
         log_q = log_density_of_latents(guide, plates)
         log_p, log_prior, log_q = (self._each(x, plates) for x in (log_p, log_prior, log_q))
         return Densities(log_p, log_prior, log_q, plates)
+
+    def _weighted(self, model: Trace, guide: Trace) -> Weighted:
+        plates = kept_plates([model, guide], self.shape["nesting"])
+        return Weighted(torch.zeros(self.shape["particles"]), dict(self.values), model, guide, plates)
 
     def log_q(self, plates: Plates) -> Tensor:
         """The guide's log-densities (particle, *kept) as it now is, with gradient."""

@@ -14,7 +14,8 @@ from .. import distributed, programs
 from ..arguments import at_least, instance_of
 from ..programs import Program, Replay
 from ..training.schedules import Schedule, at, checked
-from ..weights import Balance, balance
+from ..validation import check_axes_once
+from ..weights import Balance, Weighted, balance, kept_plates
 from .exploration import Exploration, OnPolicy, Source, Values
 
 log = logging.getLogger("lmppl")
@@ -98,6 +99,13 @@ class Objective(pyro.infer.ELBO):
         n = self.num_particles
         with torch.no_grad():
             drawn = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=n)
+
+            def whole() -> Weighted:
+                target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=n)
+                programs.match(target, drawn)
+                return Weighted(torch.zeros(n), dict(values), target, drawn, kept_plates([target, drawn], nesting))
+
+            check_axes_once(model, args, kwargs, whole)
         texts = [name for name, node in programs.latents(drawn).items() if programs.is_terminable(node)]
         sites = texts if self.uses_prefixes and texts else [None]
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
