@@ -121,13 +121,14 @@ def compare_command(
     if "gflownet" in chosen and checkpoint is None:
         _train(gflownet, experiment, exact, length, out, seed)
     with console.status("Finding how many particles cost as much as the GFlowNet's"):
-        candidates = _candidates(chosen, experiment, sized(gflownet, particles))
+        match = _matching(experiment, sized(gflownet, particles))
+        candidates = _candidates(chosen, experiment, sized(gflownet, particles), match)
     for name in (n for n in TRAINED if n in chosen):
         other = make(None)  # an adapter of its own
         trainer = _trainer(name, other)
         (out / name).mkdir(exist_ok=True)
         _train(trainer, other, exact, length, out / name, seed)
-        candidates[name] = sized(trainer, particles)
+        candidates[name] = match(trainer, other)
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
@@ -303,27 +304,36 @@ def _save(experiment: Experiment, out: Path) -> None:
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
-def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dict[str, Algorithm]:
-    """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
-    found: dict[str, Algorithm] = {}
-    model, n = experiment.model, gflownet.num_particles
-    meter = Meter([experiment.lm.network])
-    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])  # a query
+Match = Callable[[Algorithm, Experiment], Algorithm]
 
-    def matched(algorithm: Algorithm) -> Algorithm:
+
+def _matching(experiment: Experiment, gflownet: Algorithm) -> Match:
+    """What gives an algorithm as many particles as cost the GFlowNet's tokens a query."""
+    n, meter = gflownet.num_particles, Meter([experiment.lm.network])  # type: ignore[attr-defined]
+    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])
+
+    def match(algorithm: Algorithm, own: Experiment) -> Algorithm:
+        meter.watch([own.lm.network])
         pilots = min(n, PILOTS[0]), min(4 * n, PILOTS[1])
-        return sized(algorithm, particles_within(algorithm, tokens, meter, args=experiment.test, pilots=pilots))
+        return sized(algorithm, particles_within(algorithm, tokens, meter, args=own.test, pilots=pilots, checks=3))
 
+    return match
+
+
+def _candidates(chosen: list[str], experiment: Experiment, gflownet: Algorithm, match: Match) -> dict[str, Algorithm]:
+    """The algorithms, all others with as many particles as cost the GFlowNet's tokens."""
+    found: dict[str, Algorithm] = {}
+    model, guide = experiment.model, experiment.guide
     if "gflownet" in chosen:
         found["GFlowNet"] = gflownet
     if "importance" in chosen:
-        found["importance sampling (prior)"] = matched(Importance(model))
+        found["importance sampling (prior)"] = match(Importance(model), experiment)
     if "smc" in chosen:
-        found["SMC (prior, stop twist)"] = matched(SMC(model, twist="stop"))
+        found["SMC (prior, stop twist)"] = match(SMC(model, twist="stop"), experiment)
     if "mcmc" in chosen:
-        found["MCMC (prior, regrowth)"] = matched(MetropolisHastings(model))
+        found["MCMC (prior, regrowth)"] = match(MetropolisHastings(model), experiment)
     if "smc" in chosen and "gflownet" in chosen:
-        found["SMC (GFlowNet, flow twist)"] = SMC(model, experiment.guide, num_particles=n, twist="flow")
+        found["SMC (GFlowNet, flow twist)"] = match(SMC(model, guide, twist="flow"), experiment)
     return found
 
 
