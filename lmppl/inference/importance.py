@@ -49,4 +49,4 @@ class Importance:
         weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)
         check_axes(self.model, args, kwargs, weighted)
         log_weights = weighted.u - math.log(self.num_particles)
-        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide)
+        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, weighted.model)
