@@ -21,9 +21,13 @@ from .command_help import ModelCommand, nearest
 from .files import claim, save_figure, writing
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
+    from collections.abc import Callable
+
     from .inference import Comparison, Posterior, Trainer
     from .inference.compare.compare import Algorithm
     from .models import Experiment
+
+    Match = Callable[[Algorithm, Experiment], Algorithm]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(markup=False, emoji=False)  # users' texts, data and file names are shown as they are
@@ -140,13 +144,14 @@ def compare_command(
     if "gflownet" in chosen and checkpoint is None:
         _train(gflownet, experiment, exact, length, out, seed)
     with console.status("Finding how many particles cost as much as the GFlowNet's"):
-        candidates = _candidates(chosen, experiment, sized(gflownet, particles))
+        match = _matching(experiment, sized(gflownet, particles))
+        candidates = _candidates(chosen, experiment, sized(gflownet, particles), match)
     for name in (n for n in TRAINED if n in chosen):
         other = make(None)  # an adapter of its own
         trainer = _trainer(name, other)
         (out / name).mkdir(exist_ok=True)
         _train(trainer, other, exact, length, out / name, seed)
-        candidates[name] = sized(trainer, particles)
+        candidates[name] = match(trainer, other)
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
@@ -373,30 +378,37 @@ def _save(experiment: Experiment, out: Path) -> None:
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
-def _candidates(chosen: list[str], experiment: Experiment, gflownet: Any) -> dict[str, Algorithm]:
-    """The algorithms, those without a guide with as many particles as cost the GFlowNet's tokens."""
-    from .inference import SMC, Importance, MetropolisHastings
+def _matching(experiment: Experiment, gflownet: Algorithm) -> Match:
+    """What gives an algorithm as many particles as cost the GFlowNet's tokens a query."""
     from .inference.compare.compare import PILOTS, Meter, particles_within, sized
 
-    found: dict[str, Algorithm] = {}
-    model, n = experiment.model, gflownet.num_particles
-    meter = Meter([experiment.lm.network])
-    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])  # a query
+    n, meter = gflownet.num_particles, Meter([experiment.lm.network])  # type: ignore[attr-defined]
+    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])
 
-    def matched(algorithm: Algorithm) -> Algorithm:
+    def match(algorithm: Algorithm, own: Experiment) -> Algorithm:
+        meter.watch([own.lm.network])
         pilots = min(n, PILOTS[0]), min(4 * n, PILOTS[1])
-        return sized(algorithm, particles_within(algorithm, tokens, meter, args=experiment.test, pilots=pilots))
+        return sized(algorithm, particles_within(algorithm, tokens, meter, args=own.test, pilots=pilots, checks=3))
 
+    return match
+
+
+def _candidates(chosen: list[str], experiment: Experiment, gflownet: Algorithm, match: Match) -> dict[str, Algorithm]:
+    """The algorithms, all others with as many particles as cost the GFlowNet's tokens."""
+    from .inference import SMC, Importance, MetropolisHastings
+
+    found: dict[str, Algorithm] = {}
+    model, guide = experiment.model, experiment.guide
     if "gflownet" in chosen:
         found["GFlowNet"] = gflownet
     if "importance" in chosen:
-        found["importance sampling (prior)"] = matched(Importance(model))
+        found["importance sampling (prior)"] = match(Importance(model), experiment)
     if "smc" in chosen:
-        found["SMC (prior, stop twist)"] = matched(SMC(model, twist="stop"))
+        found["SMC (prior, stop twist)"] = match(SMC(model, twist="stop"), experiment)
     if "mcmc" in chosen:
-        found["MCMC (prior, regrowth)"] = matched(MetropolisHastings(model))
+        found["MCMC (prior, regrowth)"] = match(MetropolisHastings(model), experiment)
     if "smc" in chosen and "gflownet" in chosen:
-        found["SMC (GFlowNet, flow twist)"] = SMC(model, experiment.guide, num_particles=n, twist="flow")
+        found["SMC (GFlowNet, flow twist)"] = match(SMC(model, guide, twist="flow"), experiment)
     return found
 
 

@@ -6,15 +6,18 @@ import dataclasses
 import io
 import json
 import time
+from functools import partial
 
 import pyro
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from tiny import tiny_lm
 
 from lmppl.distributions import Completion
-from lmppl.inference import SMC, Enumeration, Importance, compare
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, compare
+from lmppl.inference.compare.compare import Meter, particles_within, sized
 from lmppl.inference.compare.quality import density_quality, draw_quality, modes_drawn, outside_mass
 
 
@@ -59,6 +62,43 @@ def test_mass_outside_an_incomplete_enumeration_counts_in_full(task):
     assert bool((p == 0).any()) and torch.allclose(p.sum(0), torch.ones(2).double(), atol=1e-9)
     tv = density_quality(part, guide, (x, y), {}).total_variation
     assert torch.allclose(tv, 0.5 * (q - p).abs().sum(0), atol=1e-9)
+
+
+def test_a_divergence_is_infinite_where_the_posterior_is_zero_and_finite_within(task):
+    """A hard factor: KL(q, p) = inf; the share of q there, and KL(q(.|S), p) over the rest, by hand."""
+    lm, _, guide, (x, y), _ = task
+
+    def hard(x, y):
+        with pyro.plate("stories", len(x)):
+            z = pyro.sample("z", Completion(lm, x, max_tokens=2))
+            pyro.factor("no a", torch.where(z[..., 0] == lm.token_id("a"), -torch.inf, 0.0))
+
+    exact = Enumeration(hard).run(x, y)
+    support = Completion(lm, x, max_tokens=2).enumerate_support()
+    log_q = Completion(lm, x, max_tokens=2, temperature=1.3).log_prob(support).detach()
+    log_p = Completion(lm, x, max_tokens=2).log_prob(support).detach()
+    ruled_out = support[..., 0] == lm.token_id("a")
+    log_p = log_p.masked_fill(ruled_out, -torch.inf).log_softmax(0)
+    quality = density_quality(exact, guide, (x, y), {})
+    q_out = (log_q.exp() * ruled_out).sum(0)
+    assert torch.allclose(quality.outside, q_out, atol=1e-9) and bool((q_out > 0.01).all())
+    assert bool((quality.reverse_kl == torch.inf).all()) and bool(quality.forward_kl.isfinite().all())
+    log_in = log_q.masked_fill(ruled_out, -torch.inf).log_softmax(0)
+    expected = (log_in.exp() * (log_in - log_p)).masked_fill(ruled_out, 0.0).sum(0)
+    assert torch.allclose(quality.reverse_kl_inside, expected, atol=1e-9) and bool((expected > 0).all())
+    # A guide that can write longer texts leaves a complete enumeration; what an incomplete one skipped is not known.
+    longer = density_quality(Enumeration(task[1]).run(x, y), task[1], (x, y), {})
+    assert bool((longer.reverse_kl >= 0).all()) and bool((longer.outside < 1e-9).all())
+    part = density_quality(Enumeration(task[1], mass=0.5).run(x, y), guide, (x, y), {})
+    assert torch.equal(part.reverse_kl, part.reverse_kl_inside) and bool((part.outside > 0.1).all())
+
+    result = compare(hard, {"guide": Importance(hard, guide)}, x, y, exact=exact, seeds=2)
+    row, saved = result["guide"], result.to_json()["rows"][0]
+    assert row.reverse_kl == torch.inf and saved["reverse_kl"] is None
+    assert saved["density_outside"] == pytest.approx(float(q_out.mean()))
+    assert saved["reverse_kl_inside"] == pytest.approx(float(expected.mean()))
+    json.dumps(result.to_json(), allow_nan=False)
+    assert "inf" in result.markdown() and "KL inside" in result.markdown()
 
 
 def test_draw_quality(task):
@@ -204,6 +244,51 @@ def test_budgets_buy_particles(task, tmp_path, unit, monkeypatch):
     result.save(tmp_path)
     assert (tmp_path / "budget.png").read_bytes()[:4] == b"\x89PNG"
     assert len(json.loads((tmp_path / "comparison.json").read_text())["curves"]) == 4
+
+
+def test_a_plot_shows_what_there_is_and_sets_references_apart(task, tmp_path, monkeypatch):
+    """Every bar has a figure; references come last, in one grey, and have no panel to themselves."""
+    _, model, guide, args, exact = task
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    algorithms = {"SMC": SMC(model, guide, num_particles=20), "guide": Importance(model, guide, num_particles=20)}
+    result = compare(model, algorithms, *args, exact=exact, budgets=[300])
+    assert [row.reference for row in result.rows] == [False, False, True, True]
+    result.rows[0].log_evidence_error = torch.inf
+    result.plot(tmp_path / "bars.png")
+    panels = {axis.get_title(): axis for axis in drawn[0].axes}
+    draws, density, evidence, ess = panels.values()
+    for axis, names in (
+        (draws, [row.name for row in result.rows]),
+        (density, ["guide"]),
+        (evidence, ["SMC", "guide", "enumeration"]),
+        (ess, ["SMC", "guide"]),
+    ):
+        assert [label.get_text() for label in axis.get_yticklabels()] == names and len(axis.patches) == len(names)
+        algorithms = [bar.get_facecolor() for bar in axis.patches if not bar.get_hatch()]
+        assert len(algorithms) == sum(name in ("SMC", "guide") for name in names) == len(set(algorithms))
+    assert " inf" in [t.get_text() for t in evidence.texts]
+    result.plot_budget(tmp_path / "budget.png")
+    assert len(drawn[1].axes) == 2
+    untrue = compare(model, {"SMC": SMC(model)}, *args, budgets=[300])
+    untrue.save(tmp_path)  # no truth: no curve
+    with pytest.raises(ValueError, match="there is no curve"):
+        untrue.plot_budget(tmp_path / "budget.png")
+
+
+def test_every_algorithm_gets_the_tokens_of_a_budget(task):
+    """Markov chains too, whose warm-up alone would cost more; and texts that repeat, which are read once."""
+    lm, model, guide, args, _ = task
+    algorithms = {"MCMC": MetropolisHastings(model), "prior": Importance(model), "SMC": SMC(model, guide)}
+    meter = Meter([lm.network])
+    for budget in (150, 600):
+        for name, algorithm in algorithms.items():
+            n = particles_within(algorithm, budget, meter, args=args, checks=3)
+            spent = meter(partial(sized(algorithm, n).run, *args))[1] / 2
+            assert spent == pytest.approx(budget, rel=0.25), (name, n)
+    fewer = sized(algorithms["MCMC"], 40)
+    assert (fewer.num_chains, fewer.num_samples, fewer.warmup) == (4, 10, 4)
+    assert sized(algorithms["MCMC"], 3).num_chains == 3 and algorithms["MCMC"].num_samples == 250
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,23 @@ def test_rhat_and_ess_are_those_of_arviz(slope, moves):
         assert float(chains.rhat["log_joint"][0]) > 1.5 and float(chains.ess[0]) < 20
 
 
+def test_numbers_have_an_rhat_and_an_ess_of_their_own():
+    """Two chains that never leave their own k: the log joint is the same everywhere, and only k tells."""
+
+    def model():
+        with pyro.plate("data", 2):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            v = pyro.sample("v", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.factor("f", (v[..., 0] * k))
+
+    chains = MetropolisHastings(model, num_chains=4, num_samples=200, warmup=20).run()
+    assert set(chains.rhat) == {"log_joint", "k", "v"} and chains.rhat["v"].shape == (2, 3)
+    v = chains.samples["v"].view(4, 200, 2, 3)
+    assert float(chains.rhat["v"][1, 2]) == pytest.approx(arviz.rhat(v[:, :, 1, 2].double().numpy()), rel=1e-9)
+    every = torch.cat([chains.mcmc_ess[name].view(2, -1) for name in ("log_joint", "k", "v")], 1)
+    assert torch.equal(chains.ess, every.amin(1))
+
+
 def test_diagnostics_that_are_not_defined():
     short = MetropolisHastings(mixing(0.0), num_chains=1, num_samples=3, warmup=0).run()
     assert bool(short.rhat["log_joint"].isnan().all()) and bool(short.ess.isnan().all())

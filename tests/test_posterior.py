@@ -6,6 +6,7 @@ import math
 
 import arviz
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +33,52 @@ def test_a_joint_table_adds_up_to_its_marginals():
         posterior.table(["k", "w"])
 
 
+def documents():
+    """A number; in a plate that is not kept a topic and a text each, of three documents."""
+    pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("docs", 3):
+        t = pyro.sample("t", dist.Categorical(torch.ones(2)))
+        pyro.sample("z", prior(X[0], max_tokens=1, temperature=1.0 + t))
+
+
+def test_a_table_of_one_element_of_a_plate_that_is_not_kept():
+    posterior = Importance(documents, num_particles=30).run()
+    t, z = posterior.samples["t"], posterior.samples["z"]
+    for i in (0, 2, -1):
+        share = t[:, i].double().mean()
+        assert dict(posterior.table("t", i)) == pytest.approx({0: 1 - float(share), 1: float(share)})
+        strings = P.decode(z[:, i])
+        assert dict(posterior.table("z", i)) == pytest.approx({s: strings.count(s) / 30 for s in set(strings)})
+        pairs = list(zip(t[:, i].tolist(), strings, strict=True))
+        assert dict(posterior.table(["t", "z"], i)) == pytest.approx({p: pairs.count(p) / 30 for p in set(pairs)})
+    assert all(len(topics) == 3 for topics, _ in posterior.table("t"))  # of all documents together: a tuple
+    assert sorted(w for w, _ in posterior.table("w")) == sorted(posterior.samples["w"].tolist())
+    assert len(posterior.table(["w", "t"], 1)) == 30
+    for index in (3, (0, 0), "first"):
+        with pytest.raises(ValueError, match=r"index: expected 1 numbers within plates of shape \(3,\)"):
+            posterior.table("t", index)
+
+
+def test_a_table_goes_on_from_kept_plates_to_others():
+    def program(documents=2):
+        with pyro.plate("authors", 2, dim=-2):
+            s = pyro.sample("s", dist.Bernoulli(torch.tensor(0.5)))
+            with pyro.plate("docs", documents, dim=-1):
+                pyro.sample("t", dist.Categorical(torch.ones(3) + s[..., None]))
+
+    posterior = Importance(program, num_particles=20).run()
+    t = posterior.samples["t"]  # (20, authors, docs)
+    assert t.shape == (20, 2, 2) and posterior.log_weights.shape == (20, 2)
+    assert dict(posterior.table("t", (1, 0))) == pytest.approx(
+        {k: float((t[:, 1, 0] == k).double().mean()) for k in set(t[:, 1, 0].tolist())}
+    )
+    assert {type(k) for k, _ in posterior.table("t", 1)} == {tuple}
+    assert {k for k, _ in posterior.table("s", 1)} <= {0.0, 1.0}
+    assert posterior.table(["s", "t"], (0, 1)) and all(len(k) == 2 for k, _ in posterior.table(["s", "t"], (0, 1)))
+    one = Importance(program, num_particles=20).run(documents=1)  # a plate of one element counts as one
+    assert one.table("t", (1, 0)) == one.table("t", 1)
+
+
 def test_the_distribution_of_a_site_is_its_marginal(exact, particles):
     for posterior in (exact, particles):
         fn = posterior.distribution("z")
@@ -45,7 +92,7 @@ def test_the_distribution_of_a_site_is_its_marginal(exact, particles):
     k = Enumeration(joint).run()
     fn = k.distribution("k")
     assert type(fn) is Table and fn.batch_shape == () and fn.event_shape == ()
-    expected = [dict(k.table("k"))[str(i)] for i in range(3)]
+    expected = [dict(k.table("k"))[i] for i in range(3)]
     assert fn.log_prob(torch.arange(3)).exp().tolist() == pytest.approx(expected)
     with pytest.raises(ValueError, match="is none of the latent sites"):
         k.distribution(["k", "z"])

@@ -10,8 +10,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from plate_of_three import LABELS, P, X, Y, joint, model
+from plate_of_three import LABELS, P, X, Y, joint, model, prior
 
+from lmppl import text
 from lmppl.distributions import Table, TextTable
 from lmppl.inference import SMC, Enumerated, Enumeration, Importance, MetropolisHastings, Posterior
 
@@ -24,7 +25,7 @@ def test_arviz_has_equally_weighted_draws_and_named_plates(particles):
     assert dict(data.sample_stats["log_weight"].sizes) == {"chain": 1, "draw": 60, "data": 3}
     for i in range(3):
         table = dict(particles.table("z", i))
-        texts, counts = np.unique(data.posterior["z"][0, :, i].values, return_counts=True)
+        texts, counts = np.unique(data.texts["z"][0, :, i].values, return_counts=True)
         copies = len(particles.samples["z"])
         for s, count in zip(texts, counts, strict=True):  # systematic: within one of N times each particle's weight
             assert abs(count / 60 - table[s]) < copies / 60
@@ -36,10 +37,16 @@ def test_arviz_summarises_numeric_sites():
     posterior = Enumeration(joint).run().resample(500, "multinomial")
     data = posterior.to_arviz()
     assert float(arviz.ess(data, var_names=["k"])["k"]) == pytest.approx(500, rel=0.35)  # independent draws
-    row = arviz.summary(data, var_names=["k"]).loc["k"]
-    mean = sum(int(k) * p for k, p in posterior.table("k"))
+    table = arviz.summary(data)  # texts are no numbers: they have a group of their own
+    assert list(table.index) == ["k", "length(z)", "log_prob(z)"]
+    row = table.loc["k"]
+    mean = sum(k * p for k, p in posterior.table("k"))
     assert row["mean"] == pytest.approx(mean, abs=1e-3)
-    assert data.posterior["z"].values.dtype.kind == "U"
+    assert data.texts["z"].values.dtype.kind == "U"
+    z, k = posterior.samples["z"], posterior.samples["k"]
+    assert data.posterior["length(z)"].values[0].tolist() == text.length(z).tolist()
+    expected = prior(X[0], temperature=1.0 + k).log_prob(z).detach()
+    assert data.posterior["log_prob(z)"].values[0] == pytest.approx(expected.numpy())
     assert data.posterior["k"].values[0].tolist() == posterior.samples["k"].tolist()  # equal weights: as they are
 
 
@@ -52,6 +59,37 @@ def test_arviz_keeps_chains_apart():
     data = Chains({"k": k}, plain.log_weights, plain.log_evidence, plain.sites).to_arviz()
     assert np.array_equal(data.posterior["k"].values, k.view(2, 20).numpy())
     assert float(arviz.rhat(data)["k"]) > 1.5
+
+
+@pytest.mark.parametrize("moves", ["regrowth", "independence"])
+def test_arviz_has_the_chains_of_metropolis_draw_for_draw(moves):
+    """More chains than draws, numbers and texts, a start at probability zero: (chain, draw), as they were."""
+
+    def program():
+        with pyro.plate("data", 2):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", prior(X[:2]))
+            pyro.factor("f", torch.where(text.length(z) > 1, w, -torch.inf))
+
+    chains = MetropolisHastings(program, num_chains=6, num_samples=5, warmup=0, moves=moves).run()
+    assert bool((chains.log_weights == -torch.inf).any())
+    data = chains.to_arviz()
+    assert dict(data.posterior.sizes) == {"chain": 6, "draw": 5, "data": 2}
+    assert np.array_equal(data.posterior["w"].values, chains.samples["w"].view(6, 5, 2).numpy())
+    assert np.array_equal(data.sample_stats["lp"].values, chains.log_joint.numpy())
+    log_p = prior(X[:2]).log_prob(chains.samples["z"]).detach().view(6, 5, 2)
+    assert data.posterior["log_prob(z)"].values == pytest.approx(log_p.numpy())
+    assert data.texts["z"].values.tolist() == np.array(chains.strings("z")).reshape(6, 5, 2).tolist()
+    assert float(chains.rhat["w"][1]) == pytest.approx(arviz.rhat(data.posterior["w"].values[..., 1]))
+    assert list(chains.resample(10).to_arviz().posterior.sizes.values()) == [1, 10, 2]
+
+
+def test_companions_of_texts_follow_their_particles(particles):
+    """Resampled particles take their log p along; a guide's particles have the model's; a file knows the model not."""
+    expected = prior(X).log_prob(particles.samples["z"]).detach()
+    torch.testing.assert_close(particles.text_log_probs["z"], expected)
+    drawn = particles.resample(25, "multinomial").resample(9)
+    torch.testing.assert_close(drawn.text_log_probs["z"], prior(X).log_prob(drawn.samples["z"]).detach())
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -76,6 +114,7 @@ def test_a_saved_posterior_answers_alike(tmp_path, exact, particles):
     for i, posterior in enumerate((exact, particles)):
         posterior.save(tmp_path / f"{i}")
         for lm in (None, P):
+            assert "log_prob(z)" not in Posterior.load(tmp_path / f"{i}", lm).to_arviz().posterior
             loaded = Posterior.load(tmp_path / f"{i}", lm)
             same(posterior, loaded, 1)
             z = posterior.samples["z"]

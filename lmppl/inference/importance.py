@@ -50,4 +50,5 @@ class Importance:
         weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)
         check_axes(self.model, args, kwargs, weighted)
         log_weights = weighted.u - math.log(self.num_particles)
-        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, Run(self.model, args, kwargs))
+        run = Run(self.model, args, kwargs)
+        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, run, weighted.model)

@@ -120,11 +120,11 @@ def compare(
         for n in sorted({row.num_particles for row in rows if row.num_particles}):
             draws = [truth.resample(n, "multinomial") for _ in range(8)]
             tv, modes = (_mean(torch.stack([f(truth, d) for d in draws])) for f in (draw_quality, modes_drawn))
-            rows.append(Row(f"exact posterior, {n} draws", num_particles=n, draws_tv=tv, draws_modes=modes))
+            name = f"exact posterior, {n} draws"
+            rows.append(Row(name, num_particles=n, draws_tv=tv, draws_modes=modes, reference=True))
         log_z = _mean(truth.log_evidence)
-        rows.append(
-            Row("enumeration", draws_tv=0.0, log_evidence=log_z, log_evidence_error=0.0, query_tokens=exact_tokens)
-        )
+        exactly: dict[str, Any] = {"draws_tv": 0.0, "log_evidence": log_z, "log_evidence_error": 0.0}
+        rows.append(Row("enumeration", query_tokens=exact_tokens, reference=True, **exactly))
         for row in rows:
             if row.training_tokens and exact_tokens and row.query_tokens and exact_tokens > row.query_tokens:
                 row.break_even = row.training_tokens / (exact_tokens - row.query_tokens)
@@ -139,10 +139,12 @@ def compare(
 
 
 def sized(algorithm: Algorithm, num_particles: int) -> Algorithm:
-    """The algorithm, with this many particles a query (draws, for Markov chains)."""
+    """The algorithm, with this many particles a query: for Markov chains draws, after as large a share of warm-up."""
     if isinstance(algorithm, MetropolisHastings):
         chains: Any = copy.copy(algorithm)
-        chains.num_samples = max(1, num_particles // algorithm.num_chains)
+        chains.num_chains = min(algorithm.num_chains, num_particles)
+        chains.num_samples = num_particles // chains.num_chains
+        chains.warmup = round(algorithm.warmup * chains.num_samples / algorithm.num_samples)
         return chains
     if isinstance(getattr(algorithm, "num_particles", None), int) and not isinstance(algorithm, Trainer):
         other: Any = copy.copy(algorithm)
@@ -220,7 +222,8 @@ def _measure(
         guide = guide or getattr(algorithm, "density", None)
         if guide is not None:
             quality = density_quality(truth, guide, args, kwargs)
-            row.density_tv, row.forward_kl, row.reverse_kl, row.density_modes = (_mean(x) for x in quality)
+            row.density_tv, row.forward_kl, row.reverse_kl, row.density_modes = (_mean(x) for x in quality[:4])
+            row.density_outside, row.reverse_kl_inside = _mean(quality.outside), _mean(quality.reverse_kl_inside)
     return row, [] if row.log_evidence is None else evidence
 
 
@@ -232,19 +235,26 @@ def particles_within(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     pilots: tuple[int, int] = PILOTS,
+    checks: int = 0,
 ) -> int:
     """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
 
-    ``pilots`` are their particles.
+    ``pilots`` are their particles.  Equal texts are read once, so that the last particles cost less than the first:
+    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more.
     """
-    cost = []
-    for n in pilots:
+
+    def cost(n: int) -> float:
         answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
-        cost.append((tokens if unit == "tokens" else seconds) / answer.log_evidence.numel())
-    each = (cost[1] - cost[0]) / (pilots[1] - pilots[0])
-    if each <= 0:
-        each = cost[1] / pilots[1]
-    return max(1, min(MOST_PARTICLES, round(pilots[1] + (budget - cost[1]) / each)))
+        return (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
+
+    (few, less), (n, spent) = ((k, cost(k)) for k in pilots)
+    for check in range(checks + 1):
+        each = (spent - less) / (n - few) if n != few else 0.0
+        each = each if each > 0 else spent / n
+        few, less, n = n, spent, max(1, min(MOST_PARTICLES, round(n + (budget - spent) / each)))
+        if check == checks or n == few or abs((spent := cost(n)) / budget - 1) < 0.05:
+            break
+    return n
 
 
 def _point(

@@ -24,7 +24,7 @@ class Row:
 
     A query is the posterior of one observation (one plate element); ``break_even`` is the number of queries after which
     training has cost fewer tokens than enumerating each.  ``sd`` holds the standard deviation over seeds of each
-    figure, by field.
+    figure, by field.  A ``reference`` is no algorithm: the exact posterior, and draws of it.
     """
 
     name: str
@@ -38,26 +38,29 @@ class Row:
     khat: float | None = None
     density_tv: float | None = None
     forward_kl: float | None = None
-    reverse_kl: float | None = None
+    reverse_kl: float | None = None  # KL(q, p): inf where q has mass at p = 0
+    density_outside: float | None = None  # q's mass where p = 0, or where the enumeration has not looked
+    reverse_kl_inside: float | None = None  # KL(q, p) of q within the support of p
     density_modes: float | None = None  # share of the modes to which q gives at least a tenth of their probability
     training_tokens: int | None = None
     query_tokens: float | None = None
     seconds: float | None = None  # per query
     break_even: float | None = None
     sd: dict[str, float] = field(default_factory=dict)
+    reference: bool = False
 
 
 def averaged(rows: list[Row]) -> Row:
     """The mean of each figure over seeds, and its standard deviation."""
     result = Row(rows[0].name)
     for f in fields(Row):
-        if f.name in ("name", "sd"):
+        if f.name in ("name", "sd", "reference"):
             continue
         values = [getattr(row, f.name) for row in rows if getattr(row, f.name) is not None]
         if values:
             mean = sum(values) / len(values)
             setattr(result, f.name, round(mean) if isinstance(values[0], int) else mean)
-            if len(values) > 1 and f.name not in _WITHOUT_SPREAD:
+            if len(values) > 1 and f.name not in _WITHOUT_SPREAD and math.isfinite(mean):
                 result.sd[f.name] = float(torch.tensor(values, dtype=torch.float64).std())
     return result
 
@@ -105,7 +108,9 @@ class Comparison:
             table.add_column("algorithm", no_wrap=True)
             for column in shown:
                 table.add_column(column.title, justify="right", no_wrap=not any(column.field in r.sd for r in rows))
-            for row in rows:
+            for i, row in enumerate(rows):
+                if row.reference and i and not rows[i - 1].reference:
+                    table.add_section()
                 table.add_row(row.name, *(column.show(row) for column in shown))
             found.append(table)
         return found
@@ -146,57 +151,79 @@ class Comparison:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write ``comparison.json``, ``comparison.png`` and, with budgets, ``budget.png``, together or not at all.
+        """Write ``comparison.json``, ``comparison.png`` and, where curves are, ``budget.png``, together or not at all.
 
         They replace those of an earlier comparison; ValueError where others wrote files of these names.
         """
         claim(directory, FILES)
         with writing(directory, "comparison") as fresh:
-            (fresh / FILES[0]).write_text(json.dumps(self.to_json(), indent=2))
+            (fresh / FILES[0]).write_text(json.dumps(self.to_json(), indent=2, allow_nan=False))
             self.plot(fresh / FILES[1])
-            if self.curves:
+            if self._drawn(_BUDGET, self.curves):
                 self.plot_budget(fresh / FILES[2])
 
     def plot(self, path: str | Path) -> None:
-        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm."""
+        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
+
+        A panel shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
+        that is infinite is written where its bar would begin.
+        """
         from matplotlib.figure import Figure
 
-        panels = [("draws_tv", "TV of draws to the exact posterior"), ("density_tv", "TV of the density"),
-                  ("log_evidence_error", "|error of log evidence| (nats)"), ("ess", "ESS / N")]  # fmt: skip
-        panels = [p for p in panels if any(_is_finite(getattr(r, p[0])) for r in self.rows)]
-        figure = Figure(figsize=(4.2 * max(1, len(panels)), 0.42 * len(self.rows) + 1.6), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
-        names = [row.name for row in self.rows]
-        for axis, (key, title) in zip(axes, panels, strict=False):
-            for i, row in enumerate(self.rows):
-                value = getattr(row, key)
-                if _is_finite(value):
-                    axis.barh(i, value, xerr=row.sd.get(key), color=f"C{i}", error_kw={"lw": 0.8})
-                    axis.annotate(f" {value:.3f}", (value + row.sd.get(key, 0.0), i), va="center", fontsize=8)
+        panels = self._drawn(_BARS, self.rows)
+        shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
+        height = 0.42 * max(map(len, shown), default=1) + 1.6
+        figure = Figure(figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
+        for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
+            for i, row in enumerate(rows):
+                value, error = getattr(row, key), row.sd.get(key)
+                length = value if math.isfinite(value) else 0.0
+                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
+                axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
+            algorithms = sum(not row.reference for row in rows)
+            if 0 < algorithms < len(rows):
+                axis.axhline(algorithms - 0.5, color="0.5", linewidth=0.8, linestyle="--")
             axis.set_title(title, fontsize=9)
-            axis.set_yticks(range(len(names)), names, fontsize=8)
+            axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
+            axis.invert_yaxis()
             axis.spines[["top", "right"]].set_visible(False)
-        axes[0].invert_yaxis()
         save_figure(figure, path)
 
     def plot_budget(self, path: str | Path) -> None:
-        """Lines: the draws' distance and the evidence's error against what a query costs."""
+        """Lines: the draws' distance and the evidence's error against what a query costs.
+
+        Raises ValueError where there is nothing to draw: without budgets, or without a truth.
+        """
         from matplotlib.figure import Figure
 
-        cost = "seconds" if self.unit == "seconds" else "query_tokens"
-        panels = [("draws_tv", "TV of draws to the exact posterior"),
-                  ("log_evidence_error", "|error of log evidence| (nats)")]  # fmt: skip
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axis, (key, title) in zip(figure.subplots(1, 2), panels, strict=True):
-            for name in dict.fromkeys(p.name for p in self.curves):
+        cost, panels = "seconds" if self.unit == "seconds" else "query_tokens", self._drawn(_BUDGET, self.curves)
+        if not panels:
+            raise ValueError("budgets: there is no curve; compare with budgets=... and exact=...")
+        figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+        for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for i, name in enumerate(dict.fromkeys(p.name for p in self.curves)):
                 points = [p for p in self.curves if p.name == name and _is_finite(getattr(p, key))]
-                x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
-                axis.plot(x, y, "o-", ms=3, lw=1, label=name)
+                if points:
+                    x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
+                    axis.plot(x, y, "o-", ms=3, lw=1, label=name, color=f"C{i}")
             axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
-        figure.axes[0].legend(frameon=False, fontsize=7)
+            axis.legend(frameon=False, fontsize=7)
         save_figure(figure, path)
+
+    @staticmethod
+    def _drawn(panels: list[tuple[str, str]], of: list[Row] | list[Point]) -> list[tuple[str, str]]:
+        """Those panels for which there is a figure."""
+        return [(key, title) for key, title in panels if any(_is_finite(getattr(x, key)) for x in of)]
+
+
+_BARS = [("draws_tv", "TV of draws to the exact posterior"), ("density_tv", "TV of the density"),
+         ("log_evidence_error", "|error of log evidence| (nats)"), ("ess", "ESS / N")]  # fmt: skip
+_BUDGET = [_BARS[0], _BARS[2]]
 
 
 def _is_finite(value: Any) -> bool:
@@ -204,7 +231,9 @@ def _is_finite(value: Any) -> bool:
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+    """What JSON has no number for is None."""
+    none = {k: None for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)}
+    return figures | none | {k: _finite(v) for k, v in figures.items() if isinstance(v, dict)}
 
 
 @dataclass(frozen=True)
@@ -246,6 +275,8 @@ _TABLES = (
             _Column("density_tv", "TV"),
             _Column("forward_kl", "KL(p,q)"),
             _Column("reverse_kl", "KL(q,p)"),
+            _Column("density_outside", "q where p=0", "{:.2g}"),
+            _Column("reverse_kl_inside", "KL inside"),
             _Column("density_modes", "modes", "{:.2f}"),
         ),
     ),

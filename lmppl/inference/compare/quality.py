@@ -10,44 +10,59 @@ from torch.nn.functional import pad
 
 from ...text import PAD
 from .. import programs
+from ..enumeration.enumeration import Enumerated
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
 from ..weights import log_density_of_latents
 
 MODE = 0.02  # a value of at least this posterior probability is a mode
+MASS = 1e-4  # probabilities in single precision add up to one within less
 
 
 class DensityQuality(NamedTuple):
-    """Of q against the exact posterior p, each (*plates)."""
+    """Of q against the exact posterior p, each (*plates).  S is where p > 0, as far as it was enumerated."""
 
     total_variation: Tensor
-    forward_kl: Tensor  # KL(p || q)
-    reverse_kl: Tensor  # KL(q || p), over the part of q inside the enumerated support
+    forward_kl: Tensor  # KL(p || q); inf where q = 0 on a part of S
+    reverse_kl: Tensor  # KL(q || p); inf where q has mass at p = 0; as far as is known, `reverse_kl_inside`
     modes: Tensor  # share of the modes z with q(z) >= p(z) / 10; NaN where the posterior has none
+    outside: Tensor  # q's mass outside S: where p = 0, or where nobody looked
+    reverse_kl_inside: Tensor  # KL(q(. | S) || p); NaN where q has no mass in S
 
 
 @torch.no_grad()
 def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DensityQuality:
     r"""Score the whole enumerated support under the guide.
 
-    .. math:: TV = \tfrac12 \Big( \sum_z |q(z) - p(z)| + 1 - \sum_z q(z) \Big)
+    .. math:: TV = \tfrac12 \Big( \sum_S |q - p| + q(S^c) \Big), \qquad
+              KL(q(\cdot | S) \| p) = \frac{1}{q(S)} \sum_S q \log \frac qp - \log q(S) \ge 0
 
-    Mass of q outside the enumeration counts in full.
+    Mass of q outside S counts in full in the total variation.  KL(q || p) is infinite where some of it lies on values
+    of p = 0; what an incomplete enumeration has not looked at does not count there.
     """
     plates = exact.sites.plates
     run = programs.trace(
         guide, args, kwargs, Replay(exact.values), nesting=plates.nesting, particles=exact.num_particles
     )
-    log_q = log_density_of_latents(run, plates).expand(1, exact.num_particles, *plates.sizes)[0]
-    p = exact.probabilities
+    log_q = log_density_of_latents(run, plates).expand(1, exact.num_particles, *plates.sizes)[0].double()
+    p, log_p = exact.probabilities.double(), exact.log_weights.double().log_softmax(0)
     inside = exact.log_weights > -torch.inf
-    log_q = log_q.masked_fill(~inside, -torch.inf)
-    q = log_q.exp()
-    log_p = p.log()
-    tv = 0.5 * ((q - p).abs().sum(0) + (1 - q.sum(0)).clamp(min=0))
-    forward = torch.where(p > 0, p * (log_p - log_q), torch.zeros_like(p)).sum(0)
-    reverse = torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q)).sum(0)
-    return DensityQuality(tv, forward, reverse, _share(p >= MODE, q >= p / 10))
+    q = log_q.exp() * inside  # on S
+    mass = q.sum(0).clamp(max=1.0)
+    tv = 0.5 * ((q - p).abs().sum(0) + 1 - mass)
+    forward = (p * (log_p - log_q)).masked_fill(~inside, 0.0).sum(0)
+    within = (q * (log_q - log_p)).masked_fill(q == 0, 0.0).sum(0) / mass - mass.log()  # NaN where mass is 0
+    forward, within = (kl.clamp(min=0.0) for kl in (forward, within))  # below zero by rounding alone
+    reverse = within.masked_fill(_reaches_zeros(exact, log_q, 1 - mass), torch.inf)
+    return DensityQuality(tv, forward, reverse, _share(p >= MODE, log_q.exp() >= p / 10), 1 - mass, within)
+
+
+def _reaches_zeros(exact: Posterior, log_q: Tensor, outside: Tensor) -> Tensor:
+    """Whether q has mass on values whose p is known to be zero: all that lies outside a complete enumeration."""
+    if not isinstance(exact, Enumerated):  # draws: a value that is not among them may be possible
+        return torch.zeros_like(outside, dtype=torch.bool)
+    ruled_out = (exact.log_weights == -torch.inf) & (exact.log_prior > -torch.inf)  # a row of padding has no prior
+    return (ruled_out & (log_q > -torch.inf)).any(0) | (exact.unexplored == 0) & (outside > MASS)
 
 
 def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from ... import text
 from .. import programs
 from ..arguments import at_least, is_program
-from ..posterior.posterior import Posterior
+from ..posterior.posterior import Posterior, scorer
 from ..posterior.run import Run
-from ..programs import Program
+from ..programs import Program, Replay
 from ..validation import check_axes
 from ..weights import Plates, Weighted
 from .kernels import Density, Proposal, Setting, Values, accept, draw, independence, regrowth, select
@@ -35,19 +35,28 @@ class MarkovChains(Posterior):
     log_joint: Tensor = field(repr=False)  # (chain, draw, *plates): log p(z, observed)
     acceptance: dict[str, Tensor]  # by move, (*plates): the share accepted after warm-up; "swap" among temperatures
 
+    @property
+    def num_chains(self) -> int:
+        return self.log_joint.shape[0]
+
     @cached_property
     def statistics(self) -> dict[str, Tensor]:
-        """What diagnostics look at, (chain, draw, *plates): the log joint, and every text's tokens, stop included."""
-        lengths = {
-            f"length({name})": self.sites.plates.reduce(text.length(value).double())[0].view(self.log_joint.shape)
-            for name, value in self.values.items()
-            if name in self.sites.decoders
-        }
-        return {"log_joint": self.log_joint} | lengths
+        """What diagnostics look at, (chain, draw, *plates, ...): the log joint, every text's tokens, stop included, and
+        the sites that are numbers, whole.
+        """
+        chains = self.log_joint.shape[:2]
+        found = {"log_joint": self.log_joint}
+        for name, value in self.values.items():
+            if name in self.sites.decoders:
+                length = self.sites.plates.reduce(text.length(value).double())[0]
+                found[f"length({name})"] = length.view(self.log_joint.shape)
+            elif name in self.samples:
+                found[name] = self.samples[name].unflatten(0, chains)
+        return found
 
     @cached_property
     def rhat(self) -> dict[str, Tensor]:
-        """arviz's rank-normalised split R-hat of each statistic, (*plates); above 1.01 the chains have not mixed.
+        """arviz's rank-normalised split R-hat of each statistic, (*plates, ...); above 1.01 the chains have not mixed.
 
         NaN with fewer than two chains of four draws, and for a statistic that never changes; inf where chains are
         stuck at different values.
@@ -56,7 +65,7 @@ class MarkovChains(Posterior):
 
     @cached_property
     def mcmc_ess(self) -> dict[str, Tensor]:
-        """arviz's bulk effective sample size of each statistic, (*plates): what they are worth in independent draws."""
+        """arviz's bulk effective sample size of each statistic, (*plates, ...): what they are worth in draws."""
         return {name: _arviz("ess", x) for name, x in self.statistics.items()}
 
     @property
@@ -64,7 +73,11 @@ class MarkovChains(Posterior):
         """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation; 0 where all
         draws have probability zero.
         """
-        ess = torch.stack(list(self.mcmc_ess.values()))
+        kept = self.log_evidence.dim()
+        found = [
+            x.nan_to_num(nan=torch.inf).flatten(kept).amin(-1) if x.dim() > kept else x for x in self.mcmc_ess.values()
+        ]
+        ess = torch.stack([x.masked_fill(x == torch.inf, torch.nan) for x in found])
         least = ess.nan_to_num(nan=torch.inf).amin(0)
         least = torch.where(ess.isnan().all(0), torch.nan, least)
         return least.masked_fill(self.log_evidence == -torch.inf, 0.0)
@@ -164,7 +177,7 @@ class MetropolisHastings:
             values=values,
             log_weights=log_weights,
             log_evidence=torch.where(count > 0, torch.nan, -torch.inf),
-            sites=plain.sites,
+            sites=replace(plain.sites, score=lambda: state.score(values)),
             guide=self.guide,
             log_joint=log_joint,
             acceptance={move: accepted / tried for move, (accepted, tried) in state.tally.items()},
@@ -193,6 +206,13 @@ class _State:
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
         weighted = Weighted(self.density.joint, programs.values(self.proposal), target, self.proposal, self.plates)
         check_axes(algorithm.model, args, kwargs, weighted)
+
+    def score(self, values: Values) -> dict[str, Tensor]:
+        """log p of texts under the model, (N, *plate axes) each."""
+        setting, given = self.setting, Replay(values | self.subsamples)
+        n = len(next(iter(values.values())))
+        trace = programs.trace(setting.model, setting.args, setting.kwargs, given, nesting=setting.nesting, particles=n)
+        return scorer(trace, list(self.texts))()
 
     def step(self) -> None:
         """One move of every chain, and one attempt to exchange neighbouring temperatures."""

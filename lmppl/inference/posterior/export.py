@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ... import text
 from ..resampling import systematic
 
 if TYPE_CHECKING:
@@ -14,37 +17,53 @@ if TYPE_CHECKING:
 
 
 def to_arviz(posterior: Posterior) -> Any:
-    """N equally weighted draws, plates as named dimensions, texts as strings.
+    """N equally weighted draws with plates as named dimensions, for `arviz.summary`, `plot_trace` and their like.
 
-    One chain, or the posterior's ``num_chains`` where it has them (N is chains x draws then).
+    - ``posterior``: the sites that are numbers; of a text z its ``length(z)``, in tokens with its stop, and
+      ``log_prob(z)``, which is log p of it under the model (not for a posterior from a file: `text_log_probs`).
+    - ``texts``: the texts themselves, as strings.
+    - ``sample_stats.log_weight``: the log weight of the particle that a draw copies; ``lp`` the log joint of Markov
+      chains.  ``constant_data.log_evidence``.
 
-    Particles whose weights differ are resampled (systematically); ``sample_stats.log_weight`` has, for each draw, the
-    log weight of the particle that it copies.  ``constant_data.log_evidence`` has the evidence.  Draws copied from one
-    particle are not independent: arviz's ESS of them says nothing, `Posterior.ess` does.
+    Dimensions are (chain, draw, *plates, ...): the chains of `MarkovChains` (a posterior's ``num_chains``) stay apart,
+    draw for draw as they were, those of probability zero included; everything else is one chain, and particles whose
+    weights differ are resampled (systematically) first.  Draws copied from one particle are not independent: arviz's
+    ESS of them says nothing, `Posterior.ess` does.
     """
     import arviz
 
-    weights, log_weights, n = posterior.probabilities, posterior.log_weights, posterior.num_particles
-    chains = getattr(posterior, "num_chains", 1)
-    if not torch.allclose(weights, torch.full_like(weights, 1 / n), rtol=1e-4):
+    n, log_weights, chains = posterior.num_particles, posterior.log_weights, getattr(posterior, "num_chains", None)
+    if chains is None and not torch.allclose(weights := posterior.probabilities, torch.full_like(weights, 1 / n), 1e-4):
         chosen = systematic(weights)
-        posterior, log_weights, chains = posterior.take(chosen), log_weights.gather(0, chosen), 1
+        posterior, log_weights = posterior.take(chosen), log_weights.gather(0, chosen)
+    chains = chains or 1
     plates = list(posterior.sites.plates.names)
 
-    def by_chain(x: np.ndarray) -> np.ndarray:
-        return x.reshape(chains, n // chains, *x.shape[1:])
+    def by_chain(x: Tensor) -> Any:
+        return x.detach().cpu().unflatten(0, (chains, n // chains)).numpy()
 
+    numbers: dict[str, Tensor] = {}
+    texts = {}
+    for site, value in posterior.samples.items():
+        if site not in posterior.sites.decoders:
+            numbers[site] = value
+            continue
+        numbers[f"length({site})"] = text.length(value)
+        strings = np.array(posterior.strings(site))
+        texts[site] = strings.reshape(chains, n // chains, *strings.shape[1:])
+    numbers |= {f"log_prob({site})": x for site, x in posterior.text_log_probs.items() if len(x) == n}
+    statistics = {"log_weight": log_weights}
+    if (log_joint := getattr(posterior, "log_joint", None)) is not None:
+        statistics["lp"] = log_joint.flatten(0, 1)
     groups = {
-        "posterior": {site: by_chain(_array(posterior, site)) for site in posterior.samples},
-        "sample_stats": {"log_weight": by_chain(log_weights.cpu().numpy())},
+        "posterior": {name: by_chain(x) for name, x in numbers.items()},
+        "sample_stats": {name: by_chain(x) for name, x in statistics.items()},
         "constant_data": {"log_evidence": posterior.log_evidence.cpu().numpy()},
     }
-    dims = {name: plates for variables in groups.values() for name in variables}
-    return arviz.from_dict(**groups, dims=dims)
-
-
-def _array(posterior: Posterior, site: str) -> np.ndarray:
-    """(N, *plates, ...), of strings for a text."""
-    if site in posterior.sites.decoders:
-        return np.array(posterior.strings(site))
-    return posterior.samples[site].cpu().numpy()
+    dims = {name: plates for variables in (*groups.values(), texts) for name in variables}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of more chains than draws, and of a group of a name of our own
+        data = arviz.from_dict(**groups, dims=dims)
+        if texts:
+            data.add_groups({"texts": texts}, dims=dims)
+    return data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -40,6 +40,7 @@ class Sites:
     lms: dict[str, Any] = field(default_factory=dict, repr=False)
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends texts, perhaps nothing
     run: Run | None = field(default=None, repr=False)
+    score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class Posterior:
         log_weights: Tensor,
         guide: Program | None = None,
         run: Run | None = None,
+        model: Trace | None = None,
     ) -> Posterior:
         """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates).
 
-        Auxiliary sites are left out: summed over, they are no part of it.  ``run``: the model and its arguments.
+        Auxiliary sites are left out: summed over, they are no part of it.  ``run``: the model and its arguments;
+        ``model``: the model's trace, where the first one is that of a guide.
         """
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         lms = {name: node["fn"].lm for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")}
@@ -84,6 +87,7 @@ class Posterior:
             lms,
             {name: programs.stop_argument(nodes[name]["fn"]) for name in lms},
             run,
+            None if model is None and guide is not None else scorer(model or trace, list(lms)),
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 
@@ -129,31 +133,50 @@ class Posterior:
         """Particles ``chosen`` (n, *plates), equally weighted."""
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
         n = len(chosen)
+        score, plates = self.sites.score, self.sites.plates
+        taken = score and (lambda: {name: plates.take(x, chosen) for name, x in score().items()})
         scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # where undefined, weights just sum to 1
         log_weights = (scale - math.log(n)).expand(n, *self.log_evidence.shape)
-        return Posterior(values, log_weights, self.log_evidence, self.sites, self.guide)
+        return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken), self.guide)
+
+    @property
+    def text_log_probs(self) -> dict[str, Tensor]:
+        """log p of each text under the model, given what it depends on, (N, *plates, ...); the network reads it anew.
+
+        Empty where nothing is known of the model: for a posterior from a file.
+        """
+        with torch.no_grad():
+            found = {} if self.sites.score is None else self.sites.score()
+        return {name: self.sites.plates.lead(x, 0) for name, x in found.items()}
 
     # -- marginals ---------------------------------------------------------------------------------------------------
 
     @overload
-    def table(self, site: str, index: Index = None) -> list[tuple[str, float]]: ...
+    def table(self, site: str, index: Index = None) -> list[tuple[Any, float]]: ...
 
     @overload
-    def table(self, site: list[str], index: Index = None) -> list[tuple[tuple[str, ...], float]]: ...
+    def table(self, site: list[str], index: Index = None) -> list[tuple[tuple[Any, ...], float]]: ...
 
     def table(self, site: str | list[str], index: Index = None) -> Any:
-        """Distinct values of a site with their posterior probabilities, most probable first; texts are decoded.
+        """Distinct values of a site with their posterior probabilities, most probable first.
 
-        ``site`` may be several sites: then their joint values, as tuples.  ``index`` picks a plate element; it is
-        needed where there is more than one.
+        Texts are decoded, numbers are numbers, and what has further axes is a tuple (of texts: joined by " | ").
+        ``site`` may be several sites: then their joint values, as tuples.  ``index`` picks an element of the kept
+        plates, needed where there is more than one, and behind it, where wanted, one of the site's other plates.
+
+        Example::
+
+            posterior.table("topic", index=3)  # of document 3, in a plate that does not enclose the topics' words
         """
         if not isinstance(site, str | list | tuple) or not site:
             raise ValueError(f"site: expected a latent site or a list of them, got {site!r}")
         names = [site] if isinstance(site, str) else list(site)
-        at: tuple[Any, ...] = (slice(None), *self._element(index))
-        columns = [self._strings(name, self._checked(name)[at]) for name in names]
+        at, within = self._element(index, names)
+        element: tuple[int | slice, ...] = (slice(None), *at)
+        columns = [self._entries(name, self._checked(name)[element], within) for name in names]
         total: dict[Any, float] = {}
-        for key, p in zip(zip(*columns, strict=True), normalised(self.log_weights[at]).tolist(), strict=True):
+        weights = normalised(self.log_weights[element])
+        for key, p in zip(zip(*columns, strict=True), weights.tolist(), strict=True):
             if p > 0:
                 total[key] = total.get(key, 0.0) + p
         rows = sorted(total.items(), key=lambda row: -row[1])
@@ -189,11 +212,36 @@ class Posterior:
             raise ValueError(f"site: {site!r} is none of the latent sites {list(self.samples)}")
         return self.samples[site]
 
-    def _element(self, index: Index) -> tuple[int, ...]:
-        return plate_element(index, self.log_weights.shape[1:])
+    def _element(self, index: Index, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """An element of the kept plates, and one of the sites' other plates where ``index`` goes on."""
+        kept = self.log_weights.shape[1:]
+        given = index if isinstance(index, tuple | list) else (index,)
+        beyond = len(given) - len(kept)
+        if index is None or beyond <= 0:
+            return plate_element(index, kept), ()
+        others = {sizes for sizes in map(self._other_plates, names) if sizes.numel() > 1}
+        if len(others) > 1:
+            raise ValueError(f"index: the sites {list(names)} lie in plates of different sizes; ask for one of them")
+        axes = others.pop() if others else self._other_plates(names[0])
+        large = torch.Size(n for n in axes if n > 1)
+        sizes = large if beyond <= len(large) else axes[-beyond:]
+        element = plate_element(index, kept + sizes)[len(kept) :]
+        return plate_element(given[: len(kept)], kept), tuple(i for i, n in zip(element, sizes, strict=True) if n > 1)
 
-    def _strings(self, site: str, value: Tensor) -> list[str]:
-        strings = self.sites.decoders[site](value) if site in self.sites.decoders else [str(v.tolist()) for v in value]
+    def _other_plates(self, site: str) -> torch.Size:
+        """The sizes of the axes of a site that belong to plates and are not kept, 1 where the site is in none."""
+        self._checked(site)
+        plates, axes = self.sites.plates, self.values[site].shape[1:]
+        return torch.Size(axes[plates.nesting + d] for d in range(-plates.nesting, 0) if d not in plates.dims)
+
+    def _entries(self, site: str, value: Tensor, within: tuple[int, ...]) -> list[Any]:
+        """A site's values (N, *other plates, *event) for a table: strings, numbers, tuples of numbers."""
+        if self._other_plates(site).numel() > 1:
+            element: tuple[int | slice, ...] = (slice(None), *within)
+            value = value[element]
+        if site not in self.sites.decoders:
+            return [_hashable(v) for v in value.tolist()]
+        strings = self.sites.decoders[site](value)
         return [s if isinstance(s, str) else " | ".join(_leaves(s)) for s in strings]
 
     # -- prediction --------------------------------------------------------------------------------------------------
@@ -265,7 +313,7 @@ class Posterior:
     # -- elsewhere ---------------------------------------------------------------------------------------------------
 
     def to_arviz(self) -> Any:
-        """An ``arviz.InferenceData`` with one chain of equally weighted draws; see `export.to_arviz`."""
+        """An ``arviz.InferenceData`` of equally weighted draws: numbers, and numbers about texts; `export.to_arviz`."""
         from .export import to_arviz
 
         return to_arviz(self)
@@ -291,5 +339,15 @@ class Posterior:
         return load(cls, Path(path), lm)
 
 
+def scorer(trace: Trace, names: list[str]) -> Callable[[], dict[str, Tensor]]:
+    """What scores a trace's text sites when it is asked to, (N, *plate axes) each."""
+    nodes = {name: trace.nodes[name] for name in names if name in trace.nodes}
+    return lambda: {name: node["fn"].log_prob(node["value"]) for name, node in nodes.items()}
+
+
 def _leaves(nested: Any) -> list[str]:
     return [nested] if isinstance(nested, str) else [leaf for part in nested for leaf in _leaves(part)]
+
+
+def _hashable(nested: Any) -> Any:
+    return tuple(map(_hashable, nested)) if isinstance(nested, list) else nested
