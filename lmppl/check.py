@@ -330,7 +330,13 @@ def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
             found |= {names.get(id(p), f"parameter {i}"): p for i, p in enumerate(lm.trainable_parameters())}
     owner = guide if isinstance(guide, torch.nn.Module) else getattr(guide, "__self__", None)
     if isinstance(owner, torch.nn.Module):
-        shared = {id(p) for m in owner.modules() if hasattr(m, "trainable_parameters") for p in m.parameters()}
+        shared = {
+            id(p)
+            for m in owner.modules()
+            if hasattr(m, "trainable_parameters")
+            for own in m.modules()
+            for p in own.parameters(recurse=False)
+        }
         found |= {n: p for n, p in owner.named_parameters() if p.requires_grad and id(p) not in shared}
     found |= {n: node["value"].unconstrained() for n, node in trace.nodes.items() if node["type"] == "param"}
     return {n: p for n, p in found.items() if p.is_leaf}

@@ -17,11 +17,11 @@ from ..training.schedules import Schedule, checked
 from ..training.trainer import Task, Trainer, standard_deviation
 from ..weights import Balance
 from .exploration import Exploration, Tempered
+from .hard_var_grad import HardVarGrad
 from .objective import Objective
 from .observations import Observations
 from .replay import Replay, demonstrations
 from .trajectory_balance import TrajectoryBalance
-from .var_grad import VarGrad
 
 DEFAULT_EXPLORATION = Tempered(temperature=1.5, fraction=0.25)
 
@@ -75,7 +75,7 @@ class GFlowNet(Trainer):
             instance_of(Exploration, exploration=exploration)
         self.replay = replay
         self._of_fit: list[Task] = []
-        self.objective = copy.copy(objective) if objective is not None else VarGrad()
+        self.objective = copy.copy(objective) if objective is not None else HardVarGrad()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
@@ -167,6 +167,9 @@ def _whole(b: Balance) -> Tensor:
 
 
 def _summary(balances: list[Balance]) -> dict[str, float]:
-    """sd(u) over the whole training draws."""
+    """Of the whole training draws sd(u), and the share of reward zero."""
     whole = [b.u.detach().masked_fill(~b.last, -float("inf")).amax(0) for b in balances]  # (particle, *kept)
-    return {"sd_u": sum(standard_deviation(u).mean().item() for u in whole) / len(whole)}
+    return {
+        "sd_u": sum(standard_deviation(u).mean().item() for u in whole) / len(whole),
+        "impossible": sum((_whole(b) == -torch.inf).double().mean().item() for b in balances) / len(balances),
+    }
