@@ -31,7 +31,8 @@ class GFlowNet(Trainer):
 
     :param model: a Pyro program; its parameters are left alone.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: a variance of u, see `Objective`; default `VarGrad`.
+    :param objective: a variance of u, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for an observation
+        of which some draw has reward zero.
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
@@ -43,7 +44,17 @@ class GFlowNet(Trainer):
     :param clip: the largest gradient norm.
     :param max_plate_nesting: guessed where not given.
 
-    ``training_tokens`` counts the tokens that its steps have sent through the network.
+    ``training_tokens`` counts the tokens that its steps have sent through the network.  The metric ``impossible`` is
+    the share of the training draws whose reward is zero.
+
+    *Hard conditions.*  Observations of which every draw has reward zero teach nothing: their loss is zero and without
+    a gradient.  So where hardly any draw satisfies a condition, let the draws satisfy it: by an ``exploration`` that
+    draws a part of them from a program masked token by token, or by a buffer of values that another algorithm found::
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)))
+        gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay(fraction=0.5))
+        found = SMC(model, masked, num_particles=64).run(x, y).resample(16)
+        gflownet.demonstrate(x, y, values={"z": found.samples["z"]})
 
     Example::
 

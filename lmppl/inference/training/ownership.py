@@ -104,7 +104,8 @@ class Owners:
     def _told(self, parameters: Iterable[Tensor]) -> str:
         """How many, and the names of the first."""
         given = list(parameters)
-        names = [repr(self.names.get(id(x), f"a tensor of shape {tuple(x.shape)}")) for x in given[:SHOWN]]
+        known = self.names
+        names = [repr(known[id(x)]) if id(x) in known else f"a tensor of shape {tuple(x.shape)}" for x in given[:SHOWN]]
         more = f" and {len(given) - SHOWN} more" if len(given) > SHOWN else ""
         return f"{len(given)} parameter{'s' * (len(given) != 1)} ({', '.join(names)}{more})"
 
