@@ -19,14 +19,26 @@ from torch import Tensor
 from . import text
 from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
 from .inference.programs import Node, Program, Replay
+from .inference.training.ownership import Owners
 from .inference.validation import check_axes
 from .inference.weights import Weighted, balance, site_log_prob, weigh
 
 Axes = list[tuple[str, int]]
 HARDLY_EVER = 1e-4  # a stop less probable than this at every position
+MOST_IMPOSSIBLE = 0.75  # of the draws
 ON_THE_LEFT = (
     "write it for axes on the left: index with [..., i], sum over .sum(-1), not .sum(), and build prompts with lm.join "
     "or lm.fill"
+)
+
+BRANCHES = (
+    "a latent has a value for each particle, which no Python `if`, `int` or `range` can follow: write all branches, "
+    "and mask those that a particle has not, with poutine.mask(mask=...)"
+)
+RARE = (
+    "soften the factor or improve the guide: mask its texts (allowed=), draw a part of the training draws from such a "
+    "guide (exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5))), or put values found by SMC or "
+    "MetropolisHastings into a replay buffer (GFlowNet.demonstrate); see docs/constrained.md"
 )
 
 
@@ -124,10 +136,13 @@ def _weigh(
         report.problems.append(_line(error))
     except ValueError as error:
         advice = "; load the weights in float32, or train with a smaller step" if "NaN" in str(error) else ""
-        shapes = f"; {ON_THE_LEFT}" if "shape" in str(error).lower() else ""
-        report.problems.append(_line(error) + (advice or shapes))
-    except (RuntimeError, IndexError, TypeError) as error:
-        report.problems.append(f"the programs do not run with {num_particles} particles: {_line(error)}; {ON_THE_LEFT}")
+        on_the_left = f"; {ON_THE_LEFT}" if "shape" in str(error).lower() else ""
+        report.problems.append(_line(error) + (advice or on_the_left))
+    except Exception as error:  # whatever a program of somebody's own can raise
+        branches = any(said in str(error) for said in ("to Scalar", "ambiguous", "only one element"))
+        shapes = isinstance(error, RuntimeError | IndexError | TypeError)
+        advice = f"; {BRANCHES}" if branches else f"; {ON_THE_LEFT}" if shapes else f" ({type(error).__name__})"
+        report.problems.append(f"the programs do not run with {num_particles} particles: {_line(error)}{advice}")
     return None
 
 
@@ -195,6 +210,9 @@ def _has_evidence(report: Report, weighted: Weighted) -> bool:
     """Whether some particle of each datum has a positive weight; else the sites that rule all of them out."""
     nothing = weighted.u.amax(0) == -torch.inf  # (*plates)
     if not bool(nothing.any()):
+        share = float((weighted.u == -torch.inf).double().mean())
+        if share > MOST_IMPOSSIBLE:
+            report.problems.append(f"{share:.0%} of the draws are impossible under the model; {RARE}")
         return True
     latents = programs.latents(weighted.model)
     before = len(report.problems)
@@ -217,7 +235,7 @@ def _why_impossible(node: Node, latent: bool) -> str:
             "the model gives every value that the guide draws probability zero; make their rules (stop, limits) agree"
         )
     if not hasattr(fn, "prefix_scores"):
-        return "probability zero under every particle (zero evidence); soften the factor or improve the guide"
+        return f"probability zero under every particle (zero evidence); {RARE}"
     value = node["value"]
     if fn.stop.numel():
         if not bool(programs.all_stops(fn).ending(value).ended.all()):
@@ -251,6 +269,14 @@ def _train(
 ) -> None:
     """Gradients, and a few steps on fixed draws; everything is put back."""
     parameters = _parameters(guide, weighted.guide)
+    target = set(Owners.of(model, guide, args, kwargs).target)
+    if parameters and target.issuperset(map(id, parameters.values())):
+        report.problems.append(
+            "guide: it has no trainable parameters of its own, those of its language model are the model's, which "
+            "training would move; draw its texts from lm.with_adapter(...) (one that only proposes can stay as it is)"
+        )
+        return
+    parameters = {name: p for name, p in parameters.items() if id(p) not in target}
     if not parameters:
         report.problems.append(
             "guide: it has no trainable parameters; draw its texts from lm.with_adapter(...), whose adapter trains"
@@ -330,7 +356,13 @@ def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
             found |= {names.get(id(p), f"parameter {i}"): p for i, p in enumerate(lm.trainable_parameters())}
     owner = guide if isinstance(guide, torch.nn.Module) else getattr(guide, "__self__", None)
     if isinstance(owner, torch.nn.Module):
-        shared = {id(p) for m in owner.modules() if hasattr(m, "trainable_parameters") for p in m.parameters()}
+        shared = {
+            id(p)
+            for m in owner.modules()
+            if hasattr(m, "trainable_parameters")
+            for own in m.modules()
+            for p in own.parameters(recurse=False)
+        }
         found |= {n: p for n, p in owner.named_parameters() if p.requires_grad and id(p) not in shared}
     found |= {n: node["value"].unconstrained() for n, node in trace.nodes.items() if node["type"] == "param"}
     return {n: p for n, p in found.items() if p.is_leaf}

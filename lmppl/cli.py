@@ -460,7 +460,7 @@ def plot_training(history: list[dict[str, float]], path: Path) -> None:
         ("sd_u", {"lw": 0.6, "alpha": 0.6}, "training draws"),
         ("held_out_sd_u", {"marker": "o", "ms": 3}, "held out, on-policy"),
     ):
-        measured = [(h["step"], h[key]) for h in history if key in h]  # a GFlowNet alone has the first
+        measured = [(h["step"], h[key]) for h in history if h.get(key) is not None]  # a GFlowNet alone has the first
         if measured:
             axis.plot(*zip(*measured, strict=True), label=label, **style)
     axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))

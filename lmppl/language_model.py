@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import string as strings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,18 @@ class LanguageModel(nn.Module):
         """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""
         self.training = mode
         return self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of the network; of a view with an adapter, the adapter's alone.
+
+        So they are what `parameters`, `requires_grad_` and ``pyro.module(name, view)`` see. A module that contains a
+        view sees everything of the network.
+        """
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        own = None if self._adapter is None else set(self._adapter.parameters)
+        return found if own is None else ((name, p) for name, p in found if p in own)
 
     # Views and their weights -----------------------------------------------------------------------------------------
 

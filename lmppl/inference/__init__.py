@@ -15,6 +15,7 @@ from .gflownet import (
     EpsilonUniform,
     Exploration,
     GFlowNet,
+    HardVarGrad,
     Linex,
     LocalSearch,
     Mixture,
@@ -51,7 +52,7 @@ from .smc import (
     simulate,
     survivors,
 )
-from .training import Task, Trainer
+from .training import StopTraining, Task, Trainer
 from .validation import AxesError
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "Exploration",
     "Finding",
     "GFlowNet",
+    "HardVarGrad",
     "Importance",
     "Linex",
     "LocalSearch",
@@ -97,6 +99,7 @@ __all__ = [
     "Sharded",
     "Simulated",
     "SiteMismatch",
+    "StopTraining",
     "SubTB",
     "SupervisedFineTuning",
     "Task",

@@ -237,6 +237,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def is_sharded(p: Tensor) -> bool:
+    """Whether it is spread over processes."""
+    return isinstance(p, DTensor)
+
+
 def like(p: Tensor, x: Tensor) -> Tensor:
     """A full tensor, sharded as ``p`` is if it is of its shape."""
     if isinstance(p, DTensor) and x.shape == p.shape:

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed, programs
-from .gflownet.observations import parameters_of
 from .posterior.posterior import Posterior
-from .programs import Program, Replay, Sketch
+from .programs import Program, Replay, Sketch, parameters_of
 from .surrogate import Surrogate, frozen_but, subsampling
+from .training.ownership import Owners, trainable_of
 from .training.trainer import Task, Trainer
 
 MOST_HALVINGS = 40
@@ -248,6 +248,31 @@ class VariationalEM(Trainer):
 
     # -- as a Trainer --------------------------------------------------------------------------------------------------
 
+    def watch(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        optimizer: str = "m_optimizer",
+    ) -> None:
+        """Refuse an E-step's optimiser as the E-step does, and an M-step's that holds a part only of what is to learn.
+
+        Of an adapter of the model: all of it or nothing; of Pyro's parameters in the model: all.
+        """
+        with torch.no_grad(), torch.random.fork_rng():
+            self._sketch(model, guide, args, kwargs)  # refuses what both would move
+        if isinstance(self.e_step, Trainer):
+            self.e_step.watch(model, guide, args, kwargs, "e_step: its optimizer")
+        theta = _ids(self.parameters)
+        q, p = programs.sketches([guide, model], args, kwargs)
+        lms = {id(node["fn"].lm): node["fn"].lm for node in programs.scored(p).values() if hasattr(node["fn"], "lm")}
+        views = [lm.trainable_parameters() for lm in lms.values()]
+        begun = [x for own in views if theta & _ids(own) for x in own]
+        shared = set() if guide == model else _ids(trainable_of(q))
+        stored = [x for x in trainable_of(p) if id(x) in _ids(programs.stored()) - shared]
+        Owners.of(model, guide, args, kwargs).check_model([*begun, *stored], self.parameters, optimizer)
+
     @property
     def optimizers(self) -> list[Optimizer]:
         return [self.optimizer, *(self.e_step.optimizers if isinstance(self.e_step, Trainer) else [])]
@@ -277,6 +302,9 @@ class VariationalEM(Trainer):
             return {"held_out_log_evidence": distributed.total(self.run(*args, **kwargs).log_evidence.sum().item())}
         found = distributed.total(self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item())
         return {"held_out_log_evidence": found, **super().evaluate(*args, num_particles=num_particles, **kwargs)}
+
+    def judge(self, *args: Any) -> dict[str, float]:
+        return super().judge(*args) if isinstance(self.e_step, Trainer) else {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.e_step.state() if isinstance(self.e_step, Trainer) else ({}, {})

@@ -202,6 +202,24 @@ def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return list({id(lm.network): lm.network for lm in lms}.values())
 
 
+def parameters_of(model: Trace) -> list[Tensor]:
+    """The parameters behind a model's density: those of its language models, and Pyro's."""
+    found: list[Tensor] = []
+    for node in model.nodes.values():
+        if node["type"] == "param":
+            value = node["value"]
+            found.append(value.unconstrained() if hasattr(value, "unconstrained") else value)
+        elif node["type"] == "sample" and hasattr(node["fn"], "lm"):
+            lm = node["fn"].lm
+            found += [*lm.network.base_parameters, *lm.trainable_parameters()]
+    return list({id(p): p for p in found}.values())
+
+
+def stored() -> list[Tensor]:
+    """The parameters in Pyro's store, as an optimiser holds them."""
+    return [p for _, p in pyro.get_param_store().named_parameters()]
+
+
 def register(name: str, parameters: Iterable[nn.Parameter]) -> None:
     """Tell `pyro.infer.SVI` of parameters, as ``name.0``, ``name.1``, ..; a namesake in Pyro's store is replaced."""
     store = pyro.get_param_store()

@@ -2,6 +2,7 @@
 
 from .detailed_balance import DetailedBalance
 from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
+from .hard_var_grad import HardVarGrad
 from .linex import Linex
 from .local_search import LocalSearch
 from .objective import Objective
@@ -17,6 +18,7 @@ __all__ = [
     "EpsilonUniform",
     "Exploration",
     "GFlowNet",
+    "HardVarGrad",
     "Linex",
     "LocalSearch",
     "Mixture",

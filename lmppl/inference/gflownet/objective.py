@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import pyro.infer
@@ -131,7 +132,7 @@ class Objective(pyro.infer.ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> tuple[Tensor, list[Balance]]:
         """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
-        found = self.balances(model, guide, args, kwargs, values)
+        found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
         losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
         return torch.stack(losses).mean(), found
@@ -174,6 +175,12 @@ def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:
     least = torch.minimum(largest - floor, log_p.masked_fill(zero, torch.inf).amin(dims, keepdim=True))
     least = least.masked_fill(largest == -torch.inf, -floor)
     return torch.where(zero, least, log_p)
+
+
+def _with_rewards(b: Balance) -> Balance:
+    """Without the observations of which every draw has reward zero: what all lack says nothing, and teaches nothing."""
+    some = (b.valid & (b.log_p > -torch.inf)).any(0).any(0)  # (*kept)
+    return b if bool(some.all()) else replace(b, valid=b.valid & some)
 
 
 def _empty_is_possible(b: Balance) -> bool:

@@ -133,16 +133,3 @@ def _evidence(node: programs.Node) -> Iterable[tuple[Tensor, int, bool]]:
         yield fn.prompt, 1, True
     if node["is_observed"] and isinstance(node["value"], Tensor):
         yield node["value"], fn.event_dim, hasattr(fn, "prefix_scores")
-
-
-def parameters_of(model: Trace) -> list[Tensor]:
-    """The parameters behind a model's density: those of its language models, and Pyro's."""
-    found: list[Tensor] = []
-    for node in model.nodes.values():
-        if node["type"] == "param":
-            value = node["value"]
-            found.append(value.unconstrained() if hasattr(value, "unconstrained") else value)
-        elif node["type"] == "sample" and hasattr(node["fn"], "lm"):
-            lm = node["fn"].lm
-            found += [*lm.network.base_parameters, *lm.trainable_parameters()]
-    return list({id(p): p for p in found}.values())

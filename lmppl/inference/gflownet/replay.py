@@ -14,11 +14,11 @@ from torch import Tensor
 from ... import text
 from .. import distributed, programs
 from ..arguments import at_least
-from ..programs import Program, Sketch
+from ..programs import Program, Sketch, parameters_of
 from ..training.schedules import Schedule, at, checked
 from ..weights import log_density
 from .exploration import Values
-from .observations import Observations, Tokens, merge, observe, parameters_of, split, tokens_of
+from .observations import Observations, Tokens, merge, observe, split, tokens_of
 
 PRIORITIES = ("reward", "recency", "both")
 

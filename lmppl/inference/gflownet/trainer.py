@@ -17,11 +17,11 @@ from ..training.schedules import Schedule, checked
 from ..training.trainer import Task, Trainer, standard_deviation
 from ..weights import Balance
 from .exploration import Exploration, Tempered
+from .hard_var_grad import HardVarGrad
 from .objective import Objective
 from .observations import Observations
 from .replay import Replay, demonstrations
 from .trajectory_balance import TrajectoryBalance
-from .var_grad import VarGrad
 
 DEFAULT_EXPLORATION = Tempered(temperature=1.5, fraction=0.25)
 
@@ -31,7 +31,8 @@ class GFlowNet(Trainer):
 
     :param model: a Pyro program; its parameters are left alone.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: a variance of u, see `Objective`; default `VarGrad`.
+    :param objective: a variance of u, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for an observation
+        of which some draw has reward zero.
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
@@ -43,7 +44,17 @@ class GFlowNet(Trainer):
     :param clip: the largest gradient norm.
     :param max_plate_nesting: guessed where not given.
 
-    ``training_tokens`` counts the tokens that its steps have sent through the network.
+    ``training_tokens`` counts the tokens that its steps have sent through the network.  The metric ``impossible`` is
+    the share of the training draws whose reward is zero.
+
+    *Hard conditions.*  Observations of which every draw has reward zero teach nothing: their loss is zero and without
+    a gradient.  So where hardly any draw satisfies a condition, let the draws satisfy it: by an ``exploration`` that
+    draws a part of them from a program masked token by token, or by a buffer of values that another algorithm found::
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)))
+        gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay(fraction=0.5))
+        found = SMC(model, masked, num_particles=64).run(x, y).resample(16)
+        gflownet.demonstrate(x, y, values={"z": found.samples["z"]})
 
     Example::
 
@@ -75,7 +86,7 @@ class GFlowNet(Trainer):
             instance_of(Exploration, exploration=exploration)
         self.replay = replay
         self._of_fit: list[Task] = []
-        self.objective = copy.copy(objective) if objective is not None else VarGrad()
+        self.objective = copy.copy(objective) if objective is not None else HardVarGrad()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
@@ -167,6 +178,9 @@ def _whole(b: Balance) -> Tensor:
 
 
 def _summary(balances: list[Balance]) -> dict[str, float]:
-    """sd(u) over the whole training draws."""
+    """Of the whole training draws sd(u), and the share of reward zero."""
     whole = [b.u.detach().masked_fill(~b.last, -float("inf")).amax(0) for b in balances]  # (particle, *kept)
-    return {"sd_u": sum(standard_deviation(u).mean().item() for u in whole) / len(whole)}
+    return {
+        "sd_u": sum(standard_deviation(u).mean().item() for u in whole) / len(whole),
+        "impossible": sum((_whole(b) == -torch.inf).double().mean().item() for b in balances) / len(balances),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class Log:
         self._content = b""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        """One more line; null for what is not finite, which JSON does not know."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._append(json.dumps({"step": step, **finite}).encode() + b"\n")
 
     def size(self) -> int:
         """How many bytes it has, once they are on the disk."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,11 +24,22 @@ from ..programs import Program
 from ..sharded import plate_of
 from ..weights import weigh
 from . import checkpoint as checkpoints
+from .batches import arguments, is_task, readable
 from .identity import digest, fingerprint, name_of, settings
+from .ownership import Owners
 from .record import Record
+from .schedules import warmed
+from .verdict import REMEDY, judge, reasons
 
 Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
-Batches: TypeAlias = Sequence[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
+Batches: TypeAlias = Iterable[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
+MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
+
+logger = logging.getLogger("lmppl")
+
+
+class StopTraining(StopIteration):
+    """Raised by a callback of `Trainer.fit`: training ends after this step, as if it had been the last one."""
 
 
 class Task(NamedTuple):
@@ -37,12 +50,8 @@ class Task(NamedTuple):
     batches: Batches
 
     def batch(self, step: int) -> tuple[Any, ...]:
-        found = self.batches(step) if callable(self.batches) else self.batches[step % len(self.batches)]
-        if not isinstance(found, tuple | list):
-            raise ValueError(
-                f"batches: each is a tuple of arguments of model and guide, [(x, y), ...]; got a {type(found).__name__}"
-            )
-        return tuple(found)
+        batches: Any = self.batches
+        return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
 
 
 class Trainer(ABC):
@@ -50,11 +59,13 @@ class Trainer(ABC):
 
     :param model: a Pyro program.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param optimizer: a torch optimiser over them.
+    :param optimizer: a torch optimiser over all of them, and nothing of the model; what is not to train is frozen,
+        ``parameter.requires_grad_(False)``.
     :param clip: the largest gradient norm.
     :param max_plate_nesting: guessed where not given.
 
-    ``training_tokens`` counts the tokens that its steps have sent through the network.
+    ``training_tokens`` counts the tokens that its steps have sent through the network; ``history`` has the metrics of
+    every step of the last `fit`, also of one that an exception has ended.
     """
 
     def __init__(
@@ -74,9 +85,12 @@ class Trainer(ABC):
         self.model, self.guide, self.optimizer, self.clip = model, guide, optimizer, clip
         self.max_plate_nesting = max_plate_nesting
         self.training_tokens = 0
+        self.history: list[dict[str, float]] = []
         self._steps = 0  # taken by `step`, one by one: what schedules are asked about
         self._networks: dict[tuple[Program, Program], list[Any]] = {}
         self._dims: dict[tuple[Program, Program], int] = {}
+        self._unchecked: Owners | None = None  # until the optimiser is seen to hold what a loss reaches
+        self._watched: dict[tuple[Program, Program], frozenset[int]] = {}  # with which of Pyro's parameters
         self._alike = False  # whether all processes are known to have the same parameters
 
     @abstractmethod
@@ -92,17 +106,53 @@ class Trainer(ABC):
     def descend(self, loss: Tensor) -> float:
         """One step of the optimiser down this loss; the norm of its gradient before clipping.
 
-        :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
+        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then as before.
+        :raises ValueError: where the optimiser does not hold what the loss reaches.
         """
+        if self._unchecked is not None:
+            self._unchecked.check_loss(loss, self.parameters)
+            self._unchecked = None
         self.optimizer.zero_grad(set_to_none=True)
         loss = distributed.share() * loss
         if not math.isfinite(value := distributed.total(loss.item())):
             raise FloatingPointError(f"the loss is {value}; nothing was updated")
         loss.backward()
         distributed.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)).item()
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(f"the loss is {value}, its gradient's norm {norm}; nothing was updated")
         self.optimizer.step()
-        return distributed.whole(norm).item()
+        return norm
+
+    def watch(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        optimizer: str = "optimizer",
+    ) -> None:
+        """Refuse an optimiser that holds parameters of the model, or not all of the guide's; the next loss tells more.
+
+        Of another task's guide than the trainer's own, a warning says what is not held.
+
+        ``args``: what model and guide are called with; ``optimizer``: what a message calls it.
+
+        :raises ValueError: with their names.
+        """
+        owners = Owners.of(model, guide, args, kwargs)
+        owners.check_target(self.parameters, optimizer)
+        self._unchecked = None
+        try:
+            owners.check_guide(self.parameters, optimizer)
+        except ValueError as error:
+            if guide == self.guide:
+                raise
+            logger.warning("a task does not train: %s", error)
+            return
+        sharded = any(distributed.is_sharded(p) for p in self.parameters)  # autograd knows these by what is gathered
+        self._unchecked = None if sharded else owners
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -124,7 +174,8 @@ class Trainer(ABC):
 
         On several processes each has its part of them, as in `fit`.
 
-        :raises FloatingPointError: where the loss is not finite; the parameters are then as before.
+        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then as before.
+        :raises ValueError: where the optimiser holds parameters of the model, or not all of the guide's.
         """
         self._steps += 1
         return self._counted(Task(self.model, self.guide, [args]), args, kwargs, self._steps - 1)
@@ -140,6 +191,9 @@ class Trainer(ABC):
                 given = self.arguments(args, kwargs)
                 both = [n for p in (model, guide) for n in programs.networks(p, given, kwargs)]
                 self._networks[model, guide] = list({id(n): n for n in both}.values())
+            if self._watched.get((model, guide)) != frozenset(map(id, programs.stored())):
+                self.watch(model, guide, self.arguments(args, kwargs), kwargs)
+                self._watched[model, guide] = frozenset(map(id, programs.stored()))
             networks = self._networks[model, guide]
             before = sum(network.tokens_scored for network in networks)
             metrics = self.update(model, guide, args, kwargs, step)
@@ -181,14 +235,19 @@ class Trainer(ABC):
         callback: Callable[[int, dict[str, float]], None] | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> list[dict[str, float]]:
-        """``steps`` updates: ``warmup`` steps of rising learning rate, then linear decay to zero.
+        """``steps`` updates: the learning rate rises to what was set in ``warmup`` steps, then falls on a line to zero.
+
+        A step whose loss or gradient is not finite updates nothing: its metrics are the loss, NaN, and "skipped", 1
+        (in the log null and 1), and a warning says why.  `MOST_SKIPPED` of them in a row end the training.
 
         Started by `torchrun`, every process is given the same batches and takes its part of each one's observations,
         the first axis of every argument; metrics and gradients are those of the whole batch, and the first process
         alone writes and shows progress (``callback`` is called on all). See docs/scale.md.
 
-        :param batches: tuples of arguments, taken in turn, or a function of the step; or several
-            ``(model, guide, batches)`` that share the parameters, whose steps take turns.
+        :param batches: tuples of arguments, taken in turn; a `DataLoader` or anything else to iterate over, read again
+            when it ends (an iterator cannot be); or a function of the step.  Or several ``(model, guide, batches)``
+            that share the parameters, whose steps take turns.
+        :param warmup: at most half of the steps.
         :param seed: each step draws from a generator seeded by (seed, step), so that a resumed run repeats an
             uninterrupted one; the caller's generator is left as it was.
         :param held_out: arguments on which on-policy sd(u), zero at the posterior, ESS/N, lengths and stop
@@ -198,17 +257,30 @@ class Trainer(ABC):
         :param checkpoint: a directory, written every ``checkpoint_every`` steps, at the beginning, at the end and on
             SIGINT or SIGTERM (which then end the program; a second one does so at once), and resumed from where it
             exists: with everything that the optimisers keep.  Other files in it are left alone.
+        :param callback: called with the step and its metrics before they are logged; what it adds to them is logged
+            too.  It ends the training by raising `StopTraining` (or StopIteration): the step counts, its checkpoint is
+            written, and `fit` returns.  After any other exception the guide is as the step left it, and the metrics so
+            far are in the log and in ``history``.
         :param identity: what else the run is of, {"model": "infilling", ...}, numbers and strings.  A checkpoint is
             taken up by a run of the same identity, trainer and settings, programs by their names, seed, data, language
             model (base weights that do not train) and optimisers; by any other number of steps.
         :returns: the metrics of every step run by this call.
 
-        :raises ValueError: where checkpoint or log are of another run, damaged, or no such files; nothing is changed.
+        At the end a warning says where the guide is not the posterior (most of the last training draws were impossible;
+        on ``held_out`` a small ESS, a large k-hat, or mass that the guide misses, all in the log's last line), and what
+        to try.
+
+        :raises ValueError: where checkpoint or log are of another run, damaged, or no such files (nothing is changed);
+            where there are no batches; where the optimiser holds parameters of the model, or not all of the guide's.
+        :raises FloatingPointError: where nothing was updated in `MOST_SKIPPED` steps in a row.
         :raises LockedError: an OSError, where another process trains into them.
         """
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
-        tasks = self._tasks(batches)
+        tasks = self._tasks(readable(batches, seed))
+        self.history = []
+        if checkpoint is not None:
+            self._refuse(tasks, seed)
         with Record(log, checkpoint) as record:
             of = self._identity(tasks, seed, identity) if record.where is not None else {}
             start = self._take_up(record, of)
@@ -235,36 +307,42 @@ class Trainer(ABC):
         """The steps of `fit` from ``start`` on."""
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        history: list[dict[str, float]] = []
+        history = self.history
         first = distributed.world().rank == 0
         bar = Progress(
             TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeRemainingColumn(), disable=not (progress and first),
         )  # fmt: skip
-        with bar, forked():
+        with bar, forked(), _kept(groups, rates):
             shown = bar.add_task("", total=steps, completed=start)
             for step in range(start, steps):
                 torch.manual_seed(seed * 1_000_003 + step)
                 for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate * _decay(step, steps, warmup)
+                    group["lr"] = rate * warmed(step, steps, warmup)
                 task = tasks[step % len(tasks)]
-                metrics = self._counted(task, task.batch(step // len(tasks)), {}, step)
+                metrics = self._tried(task, task.batch(step // len(tasks)), step)
                 if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
                     metrics |= self._held_out(held_out)
+                    if step + 1 == steps:
+                        metrics |= self._judged(held_out)
                 history.append(metrics)
-                if callback is not None:
-                    callback(step, metrics)
-                record.write(step, metrics)
+                stopped = False
+                try:
+                    stopped = callback is not None and _stops(callback, step, metrics)
+                finally:
+                    record.write(step, metrics)
                 told = record.told()
-                if told or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                if told or stopped or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                     for group, rate in zip(groups, rates, strict=True):
                         group["lr"] = rate
                     self._save(record, step + 1, of)
                 if told:
                     record.end(told)
                 bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
+                if stopped:
+                    break
+        if history:
+            self._say(history)
         return history
 
     def _identity(self, tasks: list[Task], seed: int, given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -304,12 +382,47 @@ class Trainer(ABC):
             extra = {"of": of, "training_tokens": self.training_tokens, "own": own, "log": record.log}
             checkpoints.save(record.where, self.optimizers, step, extra, tensors)
 
-    def _tasks(self, batches: Batches | Sequence[Any]) -> list[Task]:
+    def _say(self, history: list[dict[str, float]]) -> None:
+        """A warning where training has not found the posterior."""
+        recent = [metrics["impossible"] for metrics in history[-10:] if "impossible" in metrics]
+        found = history[-1] | ({"impossible": sum(recent) / len(recent)} if recent else {})
+        if why := reasons(found):
+            logger.warning("%s: the guide is not the posterior: %s. %s", type(self).__name__, ", ".join(why), REMEDY)
+
+    def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
+        """`judge`, by one process alone: a verdict is about draws of all observations."""
+        return self.judge(*args) if distributed.world().size == 1 else {}
+
+    def judge(self, *args: Any) -> dict[str, float]:
+        """How near the guide is to the posterior of these observations, see `verdict.judge`."""
+        return judge(self.model, self.guide, args, self.max_plate_nesting)
+
+    def _refuse(self, tasks: list[Task], seed: int) -> None:
+        """Refuse a wrong optimiser before anything is written."""
+        with forked():
+            for task in tasks:
+                torch.manual_seed(seed * 1_000_003)
+                self.watch(task.model, task.guide, self.arguments(task.batch(0), {}), {})
+
+    def _tried(self, task: Task, batch: tuple[Any, ...], step: int) -> dict[str, float]:
+        """The metrics of a step, also of one that could update nothing."""
+        try:
+            return self._counted(task, batch, {}, step)
+        except FloatingPointError as error:
+            before = ["skipped" in metrics for metrics in self.history[1 - MOST_SKIPPED :]]
+            if len(before) == MOST_SKIPPED - 1 and all(before):
+                raise FloatingPointError(
+                    f"{MOST_SKIPPED} steps in a row, the last one {step}, could update nothing: {error}; lower the "
+                    "learning rate, load the weights in float32, and look for factors that are NaN or infinite"
+                ) from error
+            if not (before and before[-1]):
+                logger.warning("step %d is skipped: %s", step, error)
+            return {"loss": math.nan, "skipped": 1.0}
+
+    def _tasks(self, batches: Any) -> list[Task]:
         if callable(batches):
             return [Task(self.model, self.guide, batches)]
-        if not len(batches):
-            raise ValueError("batches: there is no batch to train on")
-        if all(isinstance(b, tuple | list) and len(b) == 3 and callable(b[0]) and callable(b[1]) for b in batches):
+        if len(batches) and all(map(is_task, batches)):
             return [Task(*b) for b in batches]
         return [Task(self.model, self.guide, batches)]
 
@@ -323,7 +436,7 @@ class Trainer(ABC):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
-        """On-policy draws of the guide on these observations: sd(u), ESS/N, and how its texts end.
+        """On-policy draws of the guide on these observations: sd(u), ESS/N, impossible ones, and how its texts end.
 
         ``held_out_length`` is the mean number of tokens before the stop, ``held_out_stop`` the guide's mean probability
         of stopping where its texts did stop; both over all texts, and absent where no latent text has a stop.
@@ -333,6 +446,7 @@ class Trainer(ABC):
         metrics = {
             "held_out_sd_u": standard_deviation(u).mean().item(),
             "held_out_ess": (effective_sample_size(u) / len(u)).mean().item(),
+            "held_out_impossible": (u == -torch.inf).double().mean().item(),
         }
         length, stop = [], []
         for node in programs.latents(weighted.guide).values():
@@ -362,5 +476,21 @@ def standard_deviation(u: Tensor) -> Tensor:
     return (((u - mean) ** 2).where(keep, torch.zeros_like(u)).sum(0) / n).sqrt()
 
 
-def _decay(step: int, steps: int, warmup: int) -> float:
-    return min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
+def _stops(callback: Callable[[int, dict[str, float]], None], step: int, metrics: dict[str, float]) -> bool:
+    """Whether the callback ends the training; on several processes all end when one of them does."""
+    try:
+        callback(step, metrics)
+        stopped = False
+    except StopIteration:
+        stopped = True
+    return not distributed.agree(stopped) or stopped
+
+
+@contextmanager
+def _kept(groups: list[dict[str, Any]], rates: list[float]) -> Iterator[None]:
+    """The learning rates afterwards as they were."""
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate

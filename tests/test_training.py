@@ -1,0 +1,422 @@
+"""What all training shares: the schedule, batches, whose parameters are held, steps that fail, how it ends."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pyro
+import pyro.distributions as dist
+import pyro.optim
+import pytest
+import torch
+from em_task import Task as EMTask
+from pyro.infer import SVI, Trace_ELBO
+from tasks import Task
+from torch.utils.data import DataLoader, TensorDataset
+
+from lmppl.distributions import Completion
+from lmppl.inference import (
+    Enumeration,
+    GFlowNet,
+    PolicyGradient,
+    ReweightedWakeSleep,
+    StopTraining,
+    SupervisedFineTuning,
+    TrajectoryBalance,
+    VarGrad,
+    VariationalEM,
+)
+from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.training.batches import readable
+from lmppl.inference.training.schedules import warmed
+from lmppl.inference.training.trainer import MOST_SKIPPED
+from lmppl.inference.training.verdict import missed
+
+QUIET = {"progress": False}
+KINDS = (GFlowNet, PolicyGradient, ReweightedWakeSleep, SupervisedFineTuning)
+
+
+def adam(parameters, lr: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
+def batch_of(kind, task: Task) -> tuple:
+    return (*task.args, {"z": task.lm.encode(["a", "b"], stop="eos")}) if kind is SupervisedFineTuning else task.args
+
+
+# -- the learning rate ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 5, 30, 100])
+def test_the_learning_rate_rises_to_what_was_set_and_falls(steps, warmup):
+    rates = [warmed(t, steps, warmup) for t in range(steps)]
+    top = max(1, min(warmup, (steps + 1) // 2)) - 1
+    assert max(rates) == rates[top] == 1.0 and min(rates) > 0
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] == pytest.approx(1 / (steps - top)), "a line that would be at zero after one step more"
+
+
+def test_fit_sets_the_rate_and_puts_it_back_also_after_an_error():
+    task, rates = Task(), []
+    trainer = task.gflownet(lr=1e-3)
+
+    def watch(step, metrics):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        if step == 1:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        trainer.fit([task.args], 5, callback=watch, **QUIET)
+    assert rates == [1e-3 * warmed(t, 5, 20) for t in range(2)]
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-3
+    assert len(trainer.history) == 2 and all("loss" in metrics for metrics in trainer.history)
+
+
+# -- how it ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signal", [StopTraining, StopIteration])
+def test_a_callback_ends_training(signal, tmp_path):
+    task, whole = Task(), Task()
+    expected = whole.gflownet().fit([whole.args], 6, **QUIET)
+
+    def stop(step, metrics):
+        metrics["mine"] = float(step)
+        if step == 2:
+            raise signal
+
+    files = {"log": tmp_path / "log.jsonl", "checkpoint": tmp_path / "c"}
+    trainer = task.gflownet()
+    history = trainer.fit([task.args], 6, callback=stop, **files, **QUIET)
+    assert [m["loss"] for m in history] == [m["loss"] for m in expected[:3]] and trainer.history is history
+    lines = [json.loads(line) for line in files["log"].read_text().splitlines()]
+    assert [line["mine"] for line in lines] == [0.0, 1.0, 2.0]
+    rest = task.gflownet().fit([task.args], 6, **files, **QUIET)  # goes on after the step that it ended with
+    assert [m["loss"] for m in rest] == [m["loss"] for m in expected[3:]]
+
+
+def test_an_exception_in_a_callback_loses_no_line(tmp_path):
+    task = Task()
+
+    def fail(step, metrics):
+        if step == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        task.gflownet().fit([task.args], 4, callback=fail, log=tmp_path / "log.jsonl", **QUIET)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1]
+
+
+# -- steps that fail -----------------------------------------------------------------------------------------------
+
+
+class Sick:
+    """A guide whose gradient is NaN (a root at zero, times zero) at chosen steps; its loss is finite."""
+
+    def __init__(self, kind=GFlowNet):
+        self.task, self.bad = Task(), False
+        self.extra = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.parameters = [*self.task.q.trainable_parameters(), self.extra]
+        self.trainer = kind(self.task.model, self.guide, optimizer=adam(self.parameters))
+
+    def guide(self, x, y):
+        temperature = 1 + (torch.sqrt(self.extra * 0) if self.bad else self.extra * 0)
+        with pyro.plate("stories", len(x)):
+            prompt = self.task.q.join(y, x)
+            pyro.sample("z", Completion(self.task.q, prompt, max_tokens=2, temperature=temperature))
+
+    def state(self) -> list[torch.Tensor]:
+        held = [p.detach().clone() for p in self.parameters]
+        kept = self.trainer.optimizer.state
+        return held + [v.clone() for p in self.parameters for v in kept[p].values() if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_nan_updates_nothing(kind):
+    sick = Sick(kind)
+    batch = batch_of(kind, sick.task)
+    sick.trainer.step(*batch)
+    before, sick.bad = sick.state(), True
+    with pytest.raises(FloatingPointError, match="norm nan; nothing was updated"):
+        sick.trainer.step(*batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, sick.state(), strict=True))
+    sick.bad = False
+    assert math.isfinite(sick.trainer.step(*batch)["loss"])
+
+
+def test_fit_skips_such_steps_and_says_so(tmp_path, caplog):
+    sick = Sick()
+
+    def at(step, metrics):
+        sick.bad = step in (1, 2)  # steps 2 and 3
+
+    history = sick.trainer.fit([sick.task.args], 5, callback=at, log=tmp_path / "log.jsonl", **QUIET)
+    assert ["skipped" in metrics for metrics in history] == [False, False, True, True, False]
+    assert all(p.isfinite().all() for p in sick.parameters)
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[2])
+    assert line == {"step": 2, "loss": None, "skipped": 1.0}
+    assert [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()][0].startswith("step 2 is skipped")
+
+
+def test_many_in_a_row_end_the_training_and_leave_a_whole_checkpoint(tmp_path):
+    sick = Sick()
+    sick.bad = True
+    before = [p.detach().clone() for p in sick.parameters]
+    with pytest.raises(FloatingPointError, match=f"{MOST_SKIPPED} steps in a row"):
+        sick.trainer.fit([sick.task.args], 30, checkpoint=tmp_path / "c", checkpoint_every=1, **QUIET)
+    assert len(sick.trainer.history) == MOST_SKIPPED - 1
+    assert all(torch.equal(a, b) for a, b in zip(before, sick.parameters, strict=True))
+
+
+# -- whose parameters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_of_others_is_refused_by_name(kind, tmp_path):
+    task = Task()
+    other, own = task.lm.with_adapter(task.q._adapter.config), task.q.trainable_parameters()
+    batch = batch_of(kind, task)
+    refused = {
+        "none of the guide's own": other.trainable_parameters(),
+        "does not hold 1 parameter ": own[1:],
+        "of the model, which training must leave": [*own, *task.lm.network.base_parameters],
+    }
+    for said, parameters in refused.items():
+        trainer = kind(task.model, task.guide, optimizer=adam(parameters))
+        with pytest.raises(ValueError, match=f"optimizer: .*{said}") as error:
+            trainer.fit([batch], 2, checkpoint=tmp_path / "c", **QUIET)
+        assert ".weight'" in str(error.value) and not (tmp_path / "c").exists()
+        with pytest.raises(ValueError, match=said):
+            trainer.step(*batch)
+    assert len(kind(task.model, task.guide, optimizer=adam(own)).fit([batch], 1, **QUIET)) == 1
+
+
+def test_a_parameter_of_pyros_or_of_a_closure_is_missed_by_name():
+    task, scale = Task(), torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def guide(x, y, own=None):
+        t = pyro.param("heat", torch.ones((), dtype=torch.float64), constraint=dist.constraints.positive)
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(task.q, task.q.join(y, x), max_tokens=2, temperature=t * scale))
+
+    optimizer = adam(task.q.trainable_parameters())
+    with pytest.raises(ValueError, match=r"does not hold 1 parameter \('heat'\) of the guide.*unconstrained"):
+        GFlowNet(task.model, guide, optimizer=optimizer).step(*task.args)
+    optimizer.add_param_group({"params": [pyro.param("heat").unconstrained()]})
+    with pytest.raises(ValueError, match=r"does not hold 1 parameter \(a tensor of shape \(\)\)"):
+        GFlowNet(task.model, guide, optimizer=optimizer).step(*task.args)
+    scale.requires_grad_(False)  # what is not to train
+    GFlowNet(task.model, guide, optimizer=optimizer).step(*task.args)
+    scale.requires_grad_(True)
+    optimizer.add_param_group({"params": [scale]})
+    GFlowNet(task.model, guide, optimizer=optimizer).step(*task.args)
+
+
+def test_a_parameter_of_pyros_that_comes_later_is_looked_for():
+    task, late = Task(), {"on": False}
+
+    def guide(x, y):
+        t = pyro.param("heat", torch.ones((), dtype=torch.float64)) if late["on"] else 1.0
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(task.q, task.q.join(y, x), max_tokens=2, temperature=t))
+
+    trainer = GFlowNet(task.model, guide, optimizer=adam(task.q.trainable_parameters()))
+    trainer.step(*task.args)
+    late["on"] = True
+    with torch.no_grad():
+        guide(*task.args)
+    with pytest.raises(ValueError, match="'heat'"):
+        trainer.step(*task.args)
+
+
+def test_what_is_right_is_not_refused():
+    """Learned log Z, another adapter of the base, a module of both programs, a partial, frozen parameters."""
+    task = Task()
+    GFlowNet(task.model, task.guide, TrajectoryBalance(), optimizer=adam(task.q.trainable_parameters())).step(
+        *task.args
+    )
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.prior = task.q, torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+            self.mean = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+        def model(self, x, y):
+            with pyro.plate("stories", len(x)):
+                pyro.sample("k", dist.Categorical(logits=self.prior))
+                pyro.sample("z", Completion(task.lm, x, max_tokens=2))
+
+        def guide(self, x, y, least=0.0):
+            with pyro.plate("stories", len(x)):
+                pyro.sample("k", dist.Categorical(logits=self.mean * torch.arange(3.0, dtype=torch.float64)))
+                pyro.sample("z", Completion(self.q, x, max_tokens=2))
+
+    both = Both()
+    trained = [*task.q.trainable_parameters(), both.mean]
+    GFlowNet(both.model, functools.partial(both.guide, least=1.0), optimizer=adam(trained)).step(*task.args)
+    with pytest.raises(ValueError, match="does not hold 1 parameter .'mean'"):
+        GFlowNet(both.model, both.guide, optimizer=adam(trained[:-1])).step(*task.args)
+    frozen = task.q.trainable_parameters()[0].requires_grad_(False)
+    GFlowNet(task.model, task.guide, optimizer=adam(task.q.trainable_parameters())).step(*task.args)
+    assert frozen.grad is None
+
+
+def test_em_refuses_optimizers_of_others_and_takes_the_model_s_for_the_m_step():
+    task = EMTask()
+    other = task.lm.with_adapter(task.p._adapter.config)
+    exact, e_step = Enumeration(task.model), task.gflownet()
+    foreign = GFlowNet(task.model, task.guide, optimizer=adam(other.trainable_parameters()))
+    refused = {
+        "m_optimizer: it holds .* none of the model's own": (exact, other.trainable_parameters()),
+        "m_optimizer: it does not hold 1 parameter .*lora": (e_step, task.theta[1:]),
+        "m_optimizer: it holds parameters of the guide": (e_step, [*task.theta, *task.phi]),
+        "e_step: its optimizer: it holds .* none of the guide's own": (foreign, task.theta),
+    }
+    for said, (step, parameters) in refused.items():
+        guide = getattr(step, "guide", None)
+        with pytest.raises(ValueError, match=said):
+            VariationalEM(task.model, guide, step, adam(parameters)).step(*task.args)
+    for step in (exact, e_step):
+        VariationalEM(task.model, getattr(step, "guide", None), step, adam(task.theta)).step(*task.args)
+
+
+def test_a_module_s_own_parameters_are_the_view_s():
+    """``pyro.module("q", q)`` shows `pyro.infer.SVI` the adapter, and leaves the target alone."""
+    task = Task()
+
+    def guide(x, y):
+        pyro.module("q", task.q)
+        task.guide(x, y)
+
+    own, base = task.q.trainable_parameters(), task.lm.network.base_parameters
+    assert {id(p) for p in task.q.parameters()} == {id(p) for p in own}
+    before = [p.detach().clone() for p in [*own, *base]]
+    SVI(task.model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO()).step(*task.args)
+    moved = [not torch.equal(a, b) for a, b in zip(before, [*own, *base], strict=True)]
+    assert any(moved[: len(own)]) and not any(moved[len(own) :])
+    assert all(name.startswith("q$$$") and "lora" in name for name in pyro.get_param_store())
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+def rows(batches, steps: int) -> list[list[int]]:
+    found = readable(batches, seed=3)
+    given = [found(t) if callable(found) else found[t % len(found)] for t in range(steps)]
+    return [[int(v) for v in batch[0]] for batch in given]
+
+
+def test_loaders_are_read_again_and_shuffle_by_the_seed():
+    data = TensorDataset(torch.arange(6))
+    assert rows(DataLoader(data, batch_size=4), 5) == [[0, 1, 2, 3], [4, 5], [0, 1, 2, 3], [4, 5], [0, 1, 2, 3]]
+    shuffled = functools.partial(DataLoader, data, batch_size=2, shuffle=True)
+    first = rows(shuffled(), 9)
+    assert all(sorted(sum(first[i : i + 3], [])) == list(range(6)) for i in (0, 3, 6)) and first[:3] != first[3:6]
+    late = readable(shuffled(), seed=3)
+    assert [int(v) for v in late(7)[0]] == first[7] and [int(v) for v in late(0)[0]] == first[0]
+
+
+def test_iterators_go_on_and_end_in_one_line():
+    steps = (torch.tensor([i]) for i in range(3))
+    found = readable(steps)
+    assert [int(found(t)[0]) for t in (0, 0, 1, 2, 2)] == [0, 0, 1, 2, 2]
+    with pytest.raises(ValueError, match="batches: it ended after 3 batches"):
+        found(3)
+    with pytest.raises(ValueError, match="batches: there is no batch in it"):
+        readable(iter(()))(0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (TensorDataset(torch.arange(3)), "DataLoader"),
+        (torch.arange(3), "a Tensor"),
+        ((torch.arange(3), torch.arange(3)), r"write a list of them, \[\(x, y\)\]"),
+        ([torch.arange(3)], "a Tensor"),
+        ([{"x": 1}], "a dict"),
+        ({"x": 1}, "a dict"),
+        ("text", "a str"),
+        (None, "NoneType"),
+        (7, "got 7"),
+        (DataLoader, "the class DataLoader"),
+        (lambda: 1, "the step alone"),
+        ([], "no batch"),
+    ],
+)
+def test_other_kinds_are_refused_in_one_line(batches, said):
+    with pytest.raises(ValueError, match=f"batches: .*{said}") as error:
+        Task().gflownet().fit(batches, 2, **QUIET)
+    assert "\n" not in str(error.value)
+
+
+def test_training_on_a_loader_resumes_as_if_uninterrupted(tmp_path):
+    def run(task, steps=5, **kwargs):
+        loader = DataLoader(TensorDataset(*task.args), batch_size=1, shuffle=True)
+        return [m["loss"] for m in task.gflownet().fit(loader, steps, **kwargs, **QUIET)]
+
+    def stop(step, metrics):
+        if step == 2:
+            raise StopTraining
+
+    expected, task = run(Task()), Task()
+    assert run(task, checkpoint=tmp_path / "c", callback=stop) == expected[:3]
+    assert run(task, checkpoint=tmp_path / "c") == expected[3:]
+
+
+# -- hard conditions -----------------------------------------------------------------------------------------------
+
+
+class Hard(Task):
+    """z of at most three tokens begins with "ab" or with "ba": a condition that few texts satisfy."""
+
+    def __init__(self, texts=((2, 3), (3, 2))):
+        super().__init__(seed=3, vocab=8)
+        self.texts = torch.tensor(texts)
+
+    def model(self, x, y):
+        with pyro.plate("stories", len(x)):
+            z = pyro.sample("z", Completion(self.lm, x, max_tokens=3))
+            holds = (z[..., None, :2] == self.texts).all(-1).any(-1)
+            pyro.factor("holds", torch.zeros(holds.shape, dtype=torch.float64).masked_fill(~holds, -math.inf))
+
+    def guide(self, x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(self.q, x, max_tokens=3))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_default_finds_the_posterior_under_a_hard_condition(seed):
+    task = Hard()
+    exact = Enumeration(task.model).run(*task.args)
+    trainer = task.gflownet()
+    trainer.fit([task.args], 150, seed=seed, **QUIET)
+    assert float(density_quality(exact, task.guide, task.args, {}).total_variation.max()) < 0.2
+    assert float(exact.log_evidence.max()) < math.log(0.1)
+
+
+def test_where_no_draw_is_possible_nothing_is_learned_and_fit_says_what_to_do(caplog):
+    task = Hard(texts=((-1, -1),))
+    before = [p.detach().clone() for p in task.q.trainable_parameters()]
+    for objective in (None, VarGrad()):
+        optimizer = torch.optim.SGD(task.q.trainable_parameters(), lr=1.0)
+        trainer = GFlowNet(task.model, task.guide, objective, optimizer=optimizer)
+        history = trainer.fit([task.args], 2, held_out=task.args, **QUIET)
+        assert history[-1]["impossible"] == history[-1]["held_out_impossible"] == 1.0
+        assert all(m["loss"] == 0 and m["grad_norm"] == 0 for m in history)
+    assert all(torch.equal(a, b) for a, b in zip(before, task.q.trainable_parameters(), strict=True))
+    said = caplog.records[-1].getMessage()
+    assert "100% of the guide's draws are impossible" in said and "Proposal(masked)" in said and "demonstrate" in said
+
+
+def test_what_a_guide_misses_is_estimated_from_the_evidence_of_other_draws():
+    """Of Z = 1 the guide finds 1/4, in weights without spread; the model's own draws find a 1 in every tenth."""
+    u, v = torch.full((100, 3), math.log(0.25)), torch.full((100, 3), -math.inf)
+    v[::10] = math.log(10)
+    assert missed(u, v) == pytest.approx(0.75)
+    assert missed(torch.zeros(100, 3), v) == 0.0  # nothing is missed
+    assert missed(u, v.masked_fill(torch.arange(100)[:, None] > 0, -math.inf)) == 0.0  # too few to say
+    assert missed(torch.full((100, 3), -math.inf), v) == 0.0
