@@ -8,6 +8,7 @@ depend on the data, without which the prior passes for a posterior: Modrák et a
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,24 +22,34 @@ from ... import text
 from .. import programs
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
-from ..smc.bounds import Sandwich, simulate
-from ..weights import site_log_prob
+from ..resampling import multinomial
+from ..smc.bounds import simulate
+from ..weights import log_density_of_latents, log_ratio, site_log_prob
+from .pools import MEMBERS, Pool, alike, member_weights
 
 Statistic = Callable[[dict[str, Tensor]], Tensor]
 Simulate = Callable[[tuple[Any, ...], dict[str, Tensor]], tuple[Any, ...]]
 
 
+class NotChecked(ValueError):
+    """Calibration is not possible for this model, or not without something that the caller knows."""
+
+
 @dataclass
 class Calibration:
-    """What simulated data say of an algorithm.
+    """What simulated data say of an algorithm, D = data sets * plate elements of them.
 
-    ``positions[statistic]`` (data sets * plate elements) lie in [0, 1], NaN where the algorithm found zero evidence;
-    ``lowers`` and ``uppers`` (likewise) bound each data set's log evidence on average, in nats.
+    ``positions[statistic]`` (D) lie in [0, 1], NaN where the algorithm found zero evidence.  ``lowers`` (D) is its log
+    evidence, NaN where it estimates none; from draws of its proposal come ``proposed`` and ``uppers`` (D): too low and
+    too high on average, in nats; NaN where the proposal has auxiliary sites.
     """
 
     positions: dict[str, Tensor] = field(default_factory=dict)
     lowers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    proposed: Tensor = field(default_factory=lambda: torch.zeros(0))
     uppers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    pools: list[Pool] = field(default_factory=list, repr=False)
+    error: Exception | None = None  # what ended it before its time
 
 
 @torch.no_grad()
@@ -54,109 +65,197 @@ def calibrate(
 ) -> Calibration:
     """Run the algorithm on ``simulations`` data sets drawn from its model.
 
-    :param num_particles: of the upper bound of each evidence.
+    :param num_particles: of the bounds of each evidence.
     :param to_args: the arguments with simulated observations in them.  None: the model itself is made to observe them,
         which a guide would not see.
 
-    :raises ValueError: for a model that cannot be simulated forward, and for a guide without ``to_args``.
+    What goes wrong on simulated data, in whatever way, ends the calibration and is its ``error``.
+
+    :raises NotChecked: for a model that cannot be simulated forward, and for a guide without ``to_args``.
     """
-    guide = getattr(algorithm, "guide", None)
-    if guide is not None and to_args is None:
-        raise ValueError("simulate: the guide reads the observations from its arguments; say where they go")
-    positions: dict[str, list[Tensor]] = {}
-    lowers, uppers = [], []
+    if getattr(algorithm, "guide", None) is not None and to_args is None:
+        raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
+    if simulations:
+        try:
+            simulate(algorithm.model, *args, **kwargs)
+        except ValueError as error:
+            raise NotChecked(str(error)) from error
+    found = Calibration()
     for _ in range(simulations):
-        truth, observed = simulate(algorithm.model, *args, **kwargs)
-        if to_args is not None:
-            model, inputs = algorithm.model, to_args(args, observed)
-        else:
-            model, inputs = pyro.condition(poutine.uncondition(algorithm.model), data=observed), args
-        posterior = with_model(algorithm, model).run(*inputs, **kwargs)
-        bounds = Sandwich(model, guide, num_particles, ess_threshold=0).run(*inputs, exact_sample=truth, **kwargs)
-        evidence = posterior.log_evidence
-        lowers.append(torch.where(evidence.isnan(), bounds.lower, evidence).flatten().cpu())
-        uppers.append(bounds.upper.flatten().cpu())
-        for name, (drawn, true) in _compare(model, posterior, truth, inputs, kwargs, statistics or {}).items():
-            positions.setdefault(name, []).append(position(drawn, true, posterior).flatten().cpu())
-    return Calibration({name: torch.cat(x) for name, x in positions.items()}, torch.cat(lowers), torch.cat(uppers))
+        try:
+            _simulation(found, algorithm, args, kwargs, num_particles, to_args, statistics or {})
+        except Exception as error:  # whatever it is: an algorithm that fails on data of its own model is no sound one
+            found.error = error
+            break
+    return found
+
+
+def _simulation(
+    found: Calibration,
+    algorithm: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    to_args: Simulate | None,
+    statistics: Mapping[str, Statistic],
+) -> None:
+    """One data set more."""
+    truth, observed = simulate(algorithm.model, *args, **kwargs)
+    if to_args is not None:
+        model, inputs = algorithm.model, to_args(args, observed)
+    else:
+        model, inputs = pyro.condition(poutine.uncondition(algorithm.model), data=observed), args
+    posterior = with_model(algorithm, model).run(*inputs, **kwargs)
+    n, draws = effective(posterior), posterior
+    if posterior.num_particles > MEMBERS:  # -inf stays -inf
+        weights = posterior.log_weights.softmax(0).nan_to_num(nan=1 / posterior.num_particles)
+        n, draws = n.clamp(max=MEMBERS), posterior.take(multinomial(weights, MEMBERS))
+    looked = _Look(model, getattr(algorithm, "guide", None), inputs, kwargs, draws, truth, num_particles)
+    pool = looked.pool(n, draws, statistics)
+    for name, x in pool.statistics.items():
+        found.positions.setdefault(name, torch.zeros(0, dtype=torch.float64))
+        found.positions[name] = torch.cat([found.positions[name], position(x, pool.weights)])
+    proposed, upper = looked.bounds()
+    found.lowers, found.proposed, found.uppers = (
+        torch.cat([old, new.flatten().double().cpu()])
+        for old, new in (
+            (found.lowers, posterior.log_evidence), (found.proposed, proposed), (found.uppers, upper)
+        )
+    )  # fmt: skip
+    found.pools.append(pool)
 
 
 def with_model(algorithm: Any, model: Program) -> Any:
-    """The same algorithm on another model."""
+    """The same algorithm on another model; where one is inside another, both."""
     other = copy.copy(algorithm)
-    other.model = model
+    if hasattr(getattr(algorithm, "algorithm", None), "run"):
+        other.algorithm = with_model(algorithm.algorithm, model)
+    if "model" in vars(algorithm) or not hasattr(algorithm, "algorithm"):
+        other.model = model
     return other
 
 
-def position(drawn: Tensor, true: Tensor, posterior: Posterior) -> Tensor:
-    r"""Where the truth lies among weighted draws, uniform if it is one of them; ties are broken at random.
+def effective(posterior: Posterior) -> Tensor:
+    """What draws are worth in independent ones, (*plates): infinitely many where they are the posterior itself.
 
-    .. math:: \frac{n F(t^*-) + U (n P(t = t^*) + 1)}{n + 1}, \qquad U \sim \mathrm{Uniform}(0, 1)
-
-    n is the effective sample size: the truth counts as one draw more.  For an enumerated posterior n is infinite.
-    ``drawn`` (N, *plates), ``true`` (*plates) -> (*plates).  NaN where all weights are zero.
+    Markov chains that are too short to tell, or never move, are worth one draw each.
     """
-    weights = posterior.log_weights.softmax(0)  # NaN where all are zero
-    close = 1e-4 * (1 + true.abs())  # the same text may score a little differently in another row
-    same = (drawn - true).abs() <= close
-    same |= drawn == true  # both infinite
+    if hasattr(posterior, "unexplored"):
+        return torch.full_like(posterior.log_evidence, torch.inf)
+    return posterior.ess.nan_to_num(nan=float(getattr(posterior, "num_chains", 1)))
+
+
+def position(x: Tensor, weights: Tensor) -> Tensor:
+    r"""Where the truth, the last of a pool's members (n + 1, C), lies among them, (C): uniform if it is one of them.
+
+    .. math:: F(t^*-) + U P(t = t^*), \qquad U \sim \mathrm{Uniform}(0, 1)
+
+    ``weights`` as in `member_weights`; ties are broken at random.  NaN where the truth is alone.
+    """
+    drawn, true = x.double(), x[-1].double()
+    same = alike(true, drawn)
     below = (weights * ((drawn < true) & ~same)).sum(0)
     ties = (weights * same).sum(0)
     u = torch.rand(true.shape, dtype=weights.dtype, device=weights.device)
-    if hasattr(posterior, "unexplored"):
-        return below + u * ties
-    n = posterior.ess
-    return (n * below + u * (n * ties + 1)) / (n + 1)
+    return (below + u * ties).masked_fill(weights[-1] == 1, torch.nan).cpu()
 
 
-def _compare(
-    model: Program,
-    posterior: Posterior,
-    truth: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    more: Mapping[str, Statistic],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Statistics of the posterior's particles (N, *plates) and of the truth (*plates), from one run of the model."""
-    plates, n = posterior.sites.plates, posterior.num_particles
-    own = {}
-    for name, value in truth.items():
-        axes = plates.nesting - (value.dim() - posterior.sites.event_dims[name])
-        own[name] = value.reshape(1, *[1] * axes, *value.shape)
-    values = programs.cat_particles([{name: posterior.values[name] for name in truth}, own])  # (N + 1, ...)
-    trace = programs.trace(model, args, kwargs, Replay(values), nesting=plates.nesting, particles=n + 1)
-    shape = (n + 1, *plates.sizes)
-    found, samples = {}, {}
-    log_likelihoods = []
-    for name, node in programs.scored(trace).items():
-        log_p = site_log_prob(node, plates).expand(1, *shape)[0]
-        if node["is_observed"]:
-            log_likelihoods.append(log_p)
-            continue
-        samples[name] = plates.lead(node["value"], node["fn"].event_dim)
-        if hasattr(node["fn"], "prefix_scores"):
-            found[f"length of {name}"] = _summed(text.length(samples[name]), plates.sizes)
-            found[f"log p({name})"] = log_p
-        elif not node["fn"].event_dim:
-            found[name] = _summed(samples[name], plates.sizes)
-    if log_likelihoods:
-        found["log p(observed)"] = torch.stack(log_likelihoods).sum(0)
-    found |= {name: statistic(samples).expand(shape) for name, statistic in more.items()}
-    return {name: (x[:-1].double(), x[-1].double()) for name, x in found.items()}
+class _Look:
+    """One run of the model at draws (N), the truth, and ``num_particles`` draws of the proposal, in this order."""
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        draws: Posterior,
+        truth: Mapping[str, Tensor],
+        num_particles: int,
+    ):
+        self.plates, self.n, self.events = draws.sites.plates, draws.num_particles, draws.sites.event_dims
+        nesting, fresh = self.plates.nesting, programs.Draw()
+        proposal = programs.trace(guide or model, args, kwargs, fresh, nesting=nesting, particles=num_particles)
+        own = {}
+        for name, value in truth.items():
+            axes = nesting - (value.dim() - self.events[name])
+            own[name] = value.reshape(1, *[1] * axes, *value.shape)
+        self.auxiliary = set(programs.latents(proposal)) != set(own)
+        anew = {name: proposal.nodes[name]["value"] for name in own} if not self.auxiliary else own
+        values = programs.cat_particles([{name: draws.values[name] for name in own}, own, anew])
+        total = len(next(iter(values.values())))
+        self.trace = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=total)
+        shape = (total, *self.plates.sizes)
+        self.log_p = {
+            name: site_log_prob(node, self.plates).expand(1, *shape)[0]
+            for name, node in programs.scored(self.trace).items()
+        }
+        self.observed = [n for n, node in programs.scored(self.trace).items() if node["is_observed"]]
+        prior = self._sum([name for name in self.log_p if name not in self.observed])
+        self.log_joint = prior + self._sum(self.observed)
+        self.log_q = prior[self.n :]
+        if guide is not None and not self.auxiliary:
+            proposed = {name: value[self.n :] for name, value in values.items()}
+            particles = total - self.n
+            scored = programs.trace(guide, args, kwargs, Replay(proposed), nesting=nesting, particles=particles)
+            log_q = log_density_of_latents(scored, self.plates)
+            self.log_q = log_q.expand(1, particles, *self.plates.sizes)[0]
+
+    def _sum(self, names: list[str]) -> Tensor:
+        zero = torch.zeros(len(next(iter(self.log_p.values()))), *self.plates.sizes)
+        return sum((self.log_p[name].to(zero.device) for name in names), zero.double())
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        r"""Log evidence estimated from the proposal, and with the truth in the place of a draw, (*plates) each.
+
+        .. math:: E[\log \frac1M \sum_m w_m] \le \log Z \le E[\log \frac1M (w(z^*) + \sum_{m > 1} w_m)]
+        """
+        if self.auxiliary:  # the truth has no value for them
+            return (torch.full(self.plates.sizes, torch.nan),) * 2
+        u = log_ratio(self.log_joint[self.n :].to(self.log_q.device), self.log_q.double())
+        own, anew = u[:1], u[1:]
+        mean = math.log(len(anew))
+        return anew.logsumexp(0) - mean, torch.cat([own, anew[1:]]).logsumexp(0) - mean
+
+    def pool(self, n: Tensor, draws: Posterior, more: Mapping[str, Statistic]) -> Pool:
+        """The draws, worth n, and the truth."""
+        plates, members = self.plates, self.n + 1
+        shape = (members, *plates.sizes)
+        found, samples, texts = {}, {}, {}
+        log_densities = {"log p(z, observed)"}
+        for name, node in programs.scored(self.trace).items():
+            if name in self.observed:
+                continue
+            samples[name] = plates.lead(node["value"], node["fn"].event_dim)[:members]
+            if hasattr(node["fn"], "prefix_scores"):
+                found[f"length of {name}"] = _summed(text.length(samples[name]), plates.sizes)
+                found[f"log p({name})"] = self.log_p[name][:members]
+                log_densities.add(f"log p({name})")
+                texts[name] = _full(samples[name], shape)
+            elif not node["fn"].event_dim:
+                found[name] = _summed(samples[name], plates.sizes)
+        if self.observed:
+            found["log p(observed)"] = self._sum(self.observed)[:members]
+            log_densities.add("log p(observed)")
+            found["log p(z, observed)"] = self.log_joint[:members]
+        found |= {name: statistic(samples).expand(shape) for name, statistic in more.items()}
+        weights = member_weights(draws.log_weights.reshape(self.n, -1), n.flatten())
+        rows = torch.cat([_full(x, shape).double() for x in samples.values()], -1)
+        kinds = torch.unique(rows.flatten(0, -2), dim=0, return_inverse=True)[1].view(members, -1)
+        return Pool(
+            weights.cpu(),
+            {name: x.double().reshape(members, -1).cpu() for name, x in found.items()},
+            frozenset(log_densities),
+            {name: x.reshape(members, -1, x.shape[-1]).cpu() for name, x in texts.items()},
+            kinds.cpu(),
+        )
+
+
+def _full(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(N + 1, *plates, others) with every plate in full and the others together: (N + 1, *plates, K)."""
+    return x.expand(*shape, *x.shape[len(shape) :]).reshape(*shape, -1)
 
 
 def _summed(x: Tensor, plates: tuple[int, ...]) -> Tensor:
     """(N + 1, *plates, others) -> (N + 1, *plates)."""
     return x.reshape(*x.shape[: 1 + len(plates)], -1).sum(-1).expand(len(x), *plates)
-
-
-def uniformity(positions: Tensor) -> float:
-    """The p-value of a chi-square test, 8 positions or more a bin and at most 20 bins; NaN with fewer than 24."""
-    positions = positions[~positions.isnan()]
-    bins = min(20, len(positions) // 8)
-    if bins < 3:
-        return float("nan")
-    expected = len(positions) / bins
-    counts = torch.bincount((positions * bins).long().clamp(0, bins - 1), minlength=bins).double()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return float(torch.special.gammaincc(torch.tensor((bins - 1) / 2, dtype=torch.float64), statistic / 2))

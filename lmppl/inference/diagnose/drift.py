@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import programs
 from ..posterior.posterior import Posterior
@@ -26,6 +26,24 @@ class Drift:
     suspect: bool
     values: tuple[Tensor, Tensor]
     weights: tuple[Tensor, Tensor]
+
+
+def is_trained(algorithm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the algorithm has a guide with something to train: a module's or Pyro's parameters, or a text's language
+    model with parameters of its own, which is none of the model's.
+    """
+    guide = getattr(algorithm, "guide", None)
+    if guide is None:
+        return False
+    if isinstance(guide, nn.Module) and any(p.requires_grad for p in guide.parameters()):
+        return True
+    (model,), (proposal,) = (programs.sketches([p], args, kwargs) for p in (algorithm.model, guide))
+    if any(node["type"] == "param" for node in proposal.nodes.values()):
+        return True
+    frozen, own = (
+        [n["fn"].lm for n in programs.scored(t).values() if hasattr(n["fn"], "lm")] for t in (model, proposal)
+    )
+    return any(lm.trainable_parameters() for lm in own if not any(lm is other for other in frozen))
 
 
 @torch.no_grad()

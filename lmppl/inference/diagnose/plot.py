@@ -20,7 +20,9 @@ def draw(diagnosis: Diagnosis) -> Any:
 
     panels: list[tuple[Any, Any]] = []
     if diagnosis.calibration.positions:
-        panels += [(_positions, diagnosis.calibration), (_bounds, diagnosis.calibration)]
+        panels.append((_positions, diagnosis.calibration))
+        if bool((diagnosis.calibration.lowers.isfinite() & diagnosis.calibration.uppers.isfinite()).any()):
+            panels.append((_bounds, diagnosis.calibration))
     if diagnosis.posterior is not None and not hasattr(diagnosis.posterior, "unexplored"):
         panels.append((_weights, diagnosis.posterior))
     panels += [(_lengths, d) for d in diagnosis.drifts if d.name.startswith("length")][:1]
@@ -51,12 +53,14 @@ def _positions(axis: Any, calibration: Calibration) -> None:
 
 
 def _bounds(axis: Any, calibration: Calibration) -> None:
-    order = calibration.uppers.argsort()
-    lowers, uppers = calibration.lowers[order].double(), calibration.uppers[order].double()
+    both = calibration.lowers.isfinite() & calibration.uppers.isfinite()
+    lowers, uppers = calibration.lowers[both].double(), calibration.uppers[both].double()
+    order = uppers.argsort()
+    lowers, uppers = lowers[order], uppers[order]
     rank = torch.arange(len(order))
     axis.vlines(rank.numpy(), lowers.numpy(), uppers.numpy(), color="0.8", linewidth=1)
-    axis.plot(rank, uppers, "v", markersize=3, label="upper", color="C3")
-    axis.plot(rank, lowers, "^", markersize=3, label="lower", color="C0")
+    axis.plot(rank, uppers, "v", markersize=3, label="upper bound", color="C3")
+    axis.plot(rank, lowers, "^", markersize=3, label="the algorithm's", color="C0")
     axis.legend(fontsize=7, frameon=False)
     axis.set_xlabel("simulated data, sorted", fontsize=8)
     axis.set_title("log evidence bounds (nats)", fontsize=9)

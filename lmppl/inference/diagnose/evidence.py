@@ -1,0 +1,65 @@
+r"""Whether an algorithm's evidence lies between what its proposal says from below and from above.
+
+With A the algorithm's estimate of the evidence, L that of M draws of the proposal, and U that of conditional
+importance sampling, which has the truth among them,
+
+.. math:: E[\log A] \le \log Z, \qquad E[\log L] \le \log Z \le E[\log U], \qquad E[A / U] = 1,
+
+the last because A is unbiased and E[1/U] = 1/Z, independently.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .calibration import Calibration
+
+CONSPICUOUS = 1000.0  # an unbiased evidence bets its way there with a probability of 1 / 1000
+LOOSE = 1.0  # nats between A and U that are too many
+CUT = 5.0  # nats: further away is as bad
+
+
+def judge_evidence(found: Calibration) -> list[tuple[Any, ...]]:
+    """The row of the evidence sandwich: name, figure, meaning, suspect, value, checked; none without an upper bound."""
+    name, own, below, above = "evidence sandwich", found.lowers, found.proposed, found.uppers
+    if bool(above.isnan().any()):
+        return [(name, "-", "the guide has auxiliary sites, which the truth has no values for", None, None, False)]
+    if bool((missed := above == torch.inf).any()):
+        share = float(missed.double().mean())
+        return [
+            (name, "inf", f"in {share:.0%} of the simulated data the proposal cannot draw the truth", True, math.inf)
+        ]
+    if bool(own.isnan().all()):
+        return []
+    gap, error = _mean(above - own)
+    lack, lack_error = _mean(below - own)
+    figure = f"{gap:.3f} +- {error:.3f}"
+    if winnings((own - above).exp()) > CONSPICUOUS or gap < -4 * error:
+        return [(name, figure, "the wrong way round: the evidence is too high, the weights are wrong", True, gap)]
+    if lack > max(0.5, 4 * lack_error):
+        meaning = f"the evidence is too low, by {lack:.2g} nats at least: draws of the proposal find more"
+        return [(name, figure, meaning, True, gap)]
+    if gap > LOOSE and -lack < gap / 4:
+        return [(name, figure, "nats up to the upper bound: the proposal misses posterior mass", True, gap)]
+    meaning = "nats between the bounds of log Z"
+    return [(name, figure, meaning if gap <= LOOSE else f"{meaning}: loose, as the proposal is", False, gap)]
+
+
+def winnings(ratios: Tensor) -> float:
+    r"""What betting on ratios (D) to exceed their mean 1 has won, :math:`\mathrm{mean}_b \prod_d (1 + b (r_d - 1))`.
+
+    For independent ratios of mean 1 at most, however heavy their tails, it exceeds c with a probability below 1 / c.
+    """
+    bets = torch.tensor([0.02, 0.1, 0.3, 0.6, 1.0], dtype=torch.float64)
+    total = torch.log1p(bets[:, None] * (ratios.double() - 1)).sum(1)
+    return float((total.logsumexp(0) - math.log(len(bets))).clamp(max=700.0).exp())
+
+
+def _mean(x: Tensor) -> tuple[float, float]:
+    """The mean of differences, those beyond `CUT` counting as much, and its standard error."""
+    x = x.double()[~x.isnan()].clamp(-CUT, CUT)  # NaN: both infinite
+    return float(x.mean()), float(x.std() / len(x) ** 0.5) if len(x) > 1 else math.inf
