@@ -6,7 +6,8 @@ import inspect
 import json
 import os
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,7 +111,7 @@ def compare_command(
     dtype: Dtype = None,
 ) -> None:
     """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior."""
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     chosen = _choose(algorithms)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
     experiment = make(checkpoint)
@@ -157,7 +158,7 @@ def train_command(
     dtype: Dtype = None,
 ) -> None:
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes."""
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
     out.mkdir(parents=True, exist_ok=True)
     gflownet = experiment.gflownet()
@@ -230,7 +231,12 @@ def _experiment(
     weights = None if dtype is None else getattr(torch, dtype)
     loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
     own = _own_options(model, options or [])
-    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+    try:
+        return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+    except (TypeError, LookupError, RuntimeError, OverflowError, AssertionError) as error:
+        if not own:
+            raise
+        raise Failure(f"--set {' --set '.join(options or [])}: {model} cannot be made of this ({error})") from error
 
 
 def _own_device(device: str) -> str:
@@ -263,7 +269,32 @@ def _own_options(model: str, options: list[str]) -> dict[str, Any]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+        kind = typing.get_type_hints(EXPERIMENTS[model])[name]
+        if kind is str or (str in typing.get_args(kind) and found[name] is not None):  # 5 as a text, too
+            found[name] = value
+        if not _is(found[name], kind):
+            raise Failure(f"--set {option}: expected {name} to be of the kind {getattr(kind, '__name__', kind)}")
     return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a type that an option is annotated with."""
+    if isinstance(value, list):
+        return any(
+            typing.get_origin(k) is Sequence and all(_is(v, typing.get_args(k)[0]) for v in value)
+            for k in (typing.get_args(kind) or (kind,))
+        )
+    if isinstance(value, bool):
+        return kind is bool or bool in typing.get_args(kind)
+    kinds = typing.get_args(kind) or (kind,)
+    return isinstance(value, tuple(k for k in kinds if isinstance(k, type))) or (type(value) is int and float in kinds)
+
+
+def _set_threads(threads: int) -> None:
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        raise Failure(f"--threads {threads}: this machine has {os.cpu_count()} cores; at most {most} threads")
+    torch.set_num_threads(threads)
 
 
 def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:

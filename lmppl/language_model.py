@@ -429,7 +429,11 @@ def _several(stop: Stop) -> list[str | int]:
         return []
     if isinstance(stop, Tensor):
         stop = stop.reshape(-1).tolist()
-    several = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else [*stop]
+    several = [stop] if isinstance(stop, str | bytes) or not isinstance(stop, Iterable) else [*stop]
+    for each in several:
+        if isinstance(each, bytes | bytearray):
+            string = bytes(each).decode(errors="replace")
+            raise ValueError(f"stop={each!r}: expected a string, got bytes; write {string!r}")
     if not several:
         raise ValueError("stop is empty; for texts without a stop, pass stop=None")
     return several

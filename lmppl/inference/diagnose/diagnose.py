@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..arguments import at_least
+from ..arguments import at_least, is_integer
 from ..files import save_figure
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
@@ -122,6 +122,7 @@ def diagnose(
         diagnosis.print()
         diagnosis.plot("diagnosis.png")
     """
+    is_integer(seed=seed)
     at_least(1, repetitions=repetitions, num_particles=num_particles)
     at_least(0, simulations=simulations)
     if not hasattr(algorithm, "run"):

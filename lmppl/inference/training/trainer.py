@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ...randomness import Part, forked
 from .. import distributed, programs
-from ..arguments import at_least, is_program
+from ..arguments import at_least, is_integer, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -195,6 +195,7 @@ class Trainer(ABC):
         :param checkpoint: a directory, written every ``checkpoint_every`` steps and resumed from where it exists.
         :returns: the metrics of every step run by this call.
         """
+        is_integer(seed=seed)
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
         tasks = self._tasks(batches)
