@@ -338,7 +338,11 @@ class LanguageModel(nn.Module):
         """
         parts: list[tuple[str, Tensor | str]] = []
         used = set()
-        for fixed, name, spec, conversion in strings.Formatter().parse(template):
+        try:
+            pieces = list(strings.Formatter().parse(template))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"template: {template!r} is no template ({error}); write {{{{ for a brace") from error
+        for fixed, name, spec, conversion in pieces:
             parts.append(("template", fixed))
             if name is None:
                 continue

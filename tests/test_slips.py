@@ -62,7 +62,7 @@ SLIPS = {
     "words: a string": (r"words: .*'He'.*\['He'\]", lambda: constraints.words(LM, "He")),
     "tokens: a string": (r"tokens: .*\['ab'\]", lambda: constraints.only(LM, "ab")),
     "tokens: a string, banned": ("tokens", lambda: constraints.ban(LM, "ab")),
-    "a word that is not there": ("'xyz'", lambda: LM.encode("a xyz b")),
+    "template: a brace": ("template: '{'", lambda: LM.fill("{")),
     "value: a string": (r"value: .*write lm\.encode\('ab'", lambda: Completion(LM, X, max_tokens=2).log_prob("ab")),
 }
 

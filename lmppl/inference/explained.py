@@ -44,6 +44,8 @@ def explained() -> Iterator[None]:
                 "poutine.mask(mask=condition) around sites that only some particles have; in place of range(int(k)) go "
                 "to the largest k there can be, under such masks; in place of float(z) or z.item() keep the tensor"
             ) from error
+        if said != str(error) and type(error) in (ValueError, RuntimeError):  # as it was before Pyro said where
+            raise type(error)(said) from error
         raise
 
 
