@@ -433,7 +433,7 @@ def _several(stop: Stop) -> list[str | int]:
         return []
     if isinstance(stop, Tensor):
         stop = stop.reshape(-1).tolist()
-    several = [stop] if isinstance(stop, str | bytes) or not isinstance(stop, Iterable) else [*stop]
+    several: list[Any] = [stop] if isinstance(stop, str | bytes) or not isinstance(stop, Iterable) else [*stop]
     for each in several:
         if isinstance(each, bytes | bytearray):
             string = bytes(each).decode(errors="replace")

@@ -60,8 +60,6 @@ SLIPS = {
     "stop: bytes among others": (r"stop=b'\.'", completion(stop=["eos", b"."])),
     "stop: of encode": (r"stop=b'\.'", lambda: LM.encode("a", stop=b".")),
     "words: a string": (r"words: .*'He'.*\['He'\]", lambda: constraints.words(LM, "He")),
-    "tokens: a string": (r"tokens: .*\['ab'\]", lambda: constraints.only(LM, "ab")),
-    "tokens: a string, banned": ("tokens", lambda: constraints.ban(LM, "ab")),
     "template: a brace": ("template: '{'", lambda: LM.fill("{")),
     "value: a string": (r"value: .*write lm\.encode\('ab'", lambda: Completion(LM, X, max_tokens=2).log_prob("ab")),
 }

@@ -43,8 +43,6 @@ def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
 
     >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=only(lm, [" red", " apple", "."]))
     """
-    if isinstance(tokens, str | bytes):
-        raise ValueError(f"tokens: expected a list of ids or strings, got {tokens!r}; write [{tokens!r}]")
     mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
     try:
         mask[lm.stop_ids(list(tokens))] = True
