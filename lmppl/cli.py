@@ -6,6 +6,8 @@ import inspect
 import json
 import os
 import time
+import typing
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,7 +135,7 @@ def compare_command(
     from .inference.compare.compare import sized
     from .inference.compare.comparison import FILES
 
-    torch.set_num_threads(threads)
+    _set_threads(threads)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
     experiment = make(checkpoint)
     claim(out, (*FILES, SAMPLES))
@@ -188,11 +190,9 @@ def train_command(
 
     Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
     """
-    import torch
-
+    _set_threads(threads)
     from .inference.distributed import world
 
-    torch.set_num_threads(threads)
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
     _claim(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -274,7 +274,12 @@ def _experiment(
     weights = None if dtype is None else getattr(torch, dtype)
     loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
     own = _own_options(model, options or [])
-    return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+    try:
+        return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+    except (TypeError, LookupError, RuntimeError, OverflowError, AssertionError) as error:
+        if not own:
+            raise
+        raise Failure(f"--set {' --set '.join(options or [])}: {model} cannot be made of this ({error})") from error
 
 
 def _own_device(device: str) -> str:
@@ -313,7 +318,34 @@ def _own_options(model: str, options: list[str]) -> dict[str, Any]:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
             found[name] = value
+        kind = typing.get_type_hints(EXPERIMENTS[model])[name]
+        if kind is str or (str in typing.get_args(kind) and found[name] is not None):  # 5 as a text, too
+            found[name] = value
+        if not _is(found[name], kind):
+            raise Failure(f"--set {option}: expected {name} to be of the kind {getattr(kind, '__name__', kind)}")
     return found
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a type that an option is annotated with."""
+    if isinstance(value, list):
+        return any(
+            typing.get_origin(k) is Sequence and all(_is(v, typing.get_args(k)[0]) for v in value)
+            for k in (typing.get_args(kind) or (kind,))
+        )
+    if isinstance(value, bool):
+        return kind is bool or bool in typing.get_args(kind)
+    kinds = typing.get_args(kind) or (kind,)
+    return isinstance(value, tuple(k for k in kinds if isinstance(k, type))) or (type(value) is int and float in kinds)
+
+
+def _set_threads(threads: int) -> None:
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        raise Failure(f"--threads {threads}: this machine has {os.cpu_count()} cores; at most {most} threads")
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def _truth(experiment: Experiment) -> tuple[Posterior | None, int | None]:

@@ -369,7 +369,11 @@ class LanguageModel(nn.Module):
         """
         parts: list[tuple[str, Tensor | str]] = []
         used = set()
-        for fixed, name, spec, conversion in strings.Formatter().parse(template):
+        try:
+            pieces = list(strings.Formatter().parse(template))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"template: {template!r} is no template ({error}); write {{{{ for a brace") from error
+        for fixed, name, spec, conversion in pieces:
             parts.append(("template", fixed))
             if name is None:
                 continue
@@ -460,7 +464,11 @@ def _several(stop: Stop) -> list[str | int]:
         return []
     if isinstance(stop, Tensor):
         stop = stop.reshape(-1).tolist()
-    several = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else [*stop]
+    several: list[Any] = [stop] if isinstance(stop, str | bytes) or not isinstance(stop, Iterable) else [*stop]
+    for each in several:
+        if isinstance(each, bytes | bytearray):
+            string = bytes(each).decode(errors="replace")
+            raise ValueError(f"stop={each!r}: expected a string, got bytes; write {string!r}")
     if not several:
         raise ValueError("stop is empty; for texts without a stop, pass stop=None")
     return several

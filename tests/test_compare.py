@@ -250,7 +250,8 @@ def test_a_plot_shows_what_there_is_and_sets_references_apart(task, tmp_path, mo
     """Every bar has a figure; references come last, in one grey, and have no panel to themselves."""
     _, model, guide, args, exact = task
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *args, **kwargs: (drawn.append(f), save(f, *args, **kwargs)))
     algorithms = {"SMC": SMC(model, guide, num_particles=20), "guide": Importance(model, guide, num_particles=20)}
     result = compare(model, algorithms, *args, exact=exact, budgets=[300])
     assert [row.reference for row in result.rows] == [False, False, True, True]

@@ -86,6 +86,8 @@ def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Gramma
 
         >>> words(lm, [" red", " green", " apple", "."], stop=".")
     """
+    if isinstance(words, str | bytes):
+        raise ValueError(f"words: expected a list of strings, got {words!r}; write [{words!r}]")
     some, slashed = _any_of(words, "words")
     return _of_terminal(lm, f"/(?:{slashed})*/", stop, name="words", written=f"the words {some}")
 

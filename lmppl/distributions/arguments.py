@@ -11,6 +11,28 @@ from .. import text
 from ..language_model import LanguageModel
 
 
+def as_lm(given: Any) -> LanguageModel:
+    """A language model of this package; ValueError for a name, or a network without its tokenizer."""
+    if isinstance(given, LanguageModel):
+        return given
+    if isinstance(given, str):
+        raise ValueError(f"lm: expected a LanguageModel, got {given!r}; LanguageModel.from_pretrained loads one")
+    raise ValueError(
+        f"lm: expected a LanguageModel, got {type(given).__name__}; wrap a network by LanguageModel(model, tokenizer)"
+    )
+
+
+def no_text(fn: Any, value: Any) -> str:
+    """What is wrong with a value that should be a text of a distribution, and how it is written."""
+    strings = isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(s, str) for s in value))
+    if not strings:
+        return f"expected a text, a LongTensor of token ids, got {type(value).__name__}"
+    stops = [*fn.stop.tolist(), *(fn.stop_strings.strings if getattr(fn, "stop_strings", None) else ())]
+    end = next((stop if isinstance(stop, str) else fn.lm.vocabulary.decode([stop]) or "eos" for stop in stops), None)
+    stop = "" if end is None else f", stop={end!r}"
+    return f"expected a text, a LongTensor of token ids, got {value!r}; write lm.encode({value!r}{stop})"
+
+
 def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:
     """A text, or the documents that strings begin; ValueError naming the argument for anything else."""
     if not isinstance(given, Tensor):
@@ -24,7 +46,10 @@ def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Te
 
 def as_count(value: int | Tensor, name: str, device: torch.device) -> Tensor:
     """A LongTensor of numbers of tokens; ValueError naming the argument for anything else."""
-    count = torch.as_tensor(value, device=device)
+    try:
+        count = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected a non-negative integer or a LongTensor of them, got {value!r}") from None
     if count.is_floating_point() or count.dtype == torch.bool or bool((count < 0).any()) or not count.numel():
         raise ValueError(f"{name}: expected a non-negative integer or a LongTensor of them, got {value!r}")
     return count

@@ -16,7 +16,7 @@ from ..engine.decoding import rows_at_once
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
 from ..tools import Tool
-from .arguments import as_count, as_text, refuse_nan
+from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
 from .rejection import RejectionSteps
 from .rules import Rules
@@ -92,12 +92,14 @@ class Completion(TorchDistribution):
         tools: Sequence[Tool] = (),
         validate_args: bool | None = None,
     ):
-        self.lm = lm
+        self.lm = as_lm(lm)
         self.prompt = as_text(lm, prompt, "prompt")
         device = self.prompt.device
         self.stop, self.stop_strings = lm.stops(stop)
         self.max_tokens = as_count(max_tokens, "max_tokens", device)
         self.min_tokens = as_count(min_tokens, "min_tokens", device)
+        if not isinstance(temperature, float | int | Tensor) or isinstance(temperature, bool):
+            raise ValueError(f"temperature: expected a positive number or a tensor of them, got {temperature!r}")
         self.temperature = torch.as_tensor(temperature, device=device)
         self._epsilon = torch.zeros((), device=device)
         if not bool((self.temperature > 0).all()):
@@ -357,6 +359,8 @@ class Completion(TorchDistribution):
         return PrefixScores(self._expanded(log_probs, 1), self._expanded(stop, 1))
 
     def _scores(self, value: Tensor) -> _Scores:
+        if not isinstance(value, Tensor):
+            raise ValueError(f"value: {no_text(self, value)}")
         value = value.to(self.prompt.device)
         if self._validate_args:
             text.validate(value, "value", self.lm.vocab_size)

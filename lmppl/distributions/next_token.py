@@ -12,7 +12,7 @@ from torch.distributions import constraints as torch_constraints
 from .. import randomness, text
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
-from .arguments import as_text, refuse_nan
+from .arguments import as_lm, as_text, refuse_nan
 from .token_steps import draw
 
 
@@ -35,7 +35,7 @@ class NextToken(TorchDistribution):
     has_enumerate_support = True
 
     def __init__(self, lm: LanguageModel, context: Tensor | str | list[Any], *, validate_args: bool | None = None):
-        self.lm = lm
+        self.lm = as_lm(lm)
         self.prompt = as_text(lm, context, "context")
         if lm.max_length is not None and self.prompt.shape[:-1].numel():
             longest = int(text.length(with_bos(lm, self.prompt)).max())

@@ -23,9 +23,19 @@ def instance_of(kind: type, **given: Any) -> None:
             raise ValueError(f"{name}: expected a {kind.__name__} instance, got {found}")
 
 
+def is_integer(**given: Any) -> None:
+    """Each is an integer, of any sign."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name}: expected an integer, got {value!r}")
+
+
 def is_program(**given: Any) -> None:
     """Each is a Pyro program: something to call."""
     for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            shape = tuple(value.shape)
+            raise ValueError(f"{name}: expected a Pyro program, got a tensor {shape}; data are arguments of .run(...)")
         if not callable(value):
             raise ValueError(f"{name}: expected a Pyro program, a function or a module, got {value!r}")
 

@@ -13,6 +13,8 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from ..distributions.arguments import no_text
+
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 
 _AXES = (
@@ -42,6 +44,8 @@ def explained() -> Iterator[None]:
                 "poutine.mask(mask=condition) around sites that only some particles have; in place of range(int(k)) go "
                 "to the largest k there can be, under such masks; in place of float(z) or z.item() keep the tensor"
             ) from error
+        if said != str(error) and type(error) in (ValueError, RuntimeError):  # as it was before Pyro said where
+            raise type(error)(said) from error
         raise
 
 
@@ -62,6 +66,8 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
     allowed[-2 - nesting] = {1, prefixes or 1}
     for node in nodes:
         fn, value = node["fn"], node["value"]
+        if hasattr(fn, "prefix_scores") and not isinstance(value, Tensor):
+            raise ValueError(f"site {node['name']!r}: {no_text(fn, value)}")
         inner = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
         if isinstance(inner, Unit) and inner.log_factor.dtype == torch.bool:
             raise ValueError(

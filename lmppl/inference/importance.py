@@ -35,7 +35,7 @@ class Importance:
         *,
         max_plate_nesting: int | None = None,
     ):
-        is_program(model=model, guide=guide or model)
+        is_program(model=model, guide=model if guide is None else guide)
         at_least(1, num_particles=num_particles)
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.max_plate_nesting = max_plate_nesting

@@ -267,8 +267,8 @@ def _point(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Point:
-    """The algorithm with as many particles as the budget buys, by what a small run costs."""
-    n = particles_within(algorithm, budget, meter, unit, args, kwargs)
+    """The algorithm with as many particles as the budget buys, by what a few runs cost."""
+    n = particles_within(algorithm, budget, meter, unit, args, kwargs, checks=3)
     answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
     queries = answer.log_evidence.numel()
     point = Point(name, budget, n, tokens / queries, seconds / queries, None, None)

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ...files import save_figure
-from ..arguments import at_least
+from ..arguments import at_least, is_integer
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from . import drift, pools
@@ -134,6 +134,7 @@ def diagnose(
         diagnosis.print()
         diagnosis.plot("diagnosis.png")
     """
+    is_integer(seed=seed)
     at_least(1, repetitions=repetitions, num_particles=num_particles)
     at_least(0, simulations=simulations)
     if not hasattr(algorithm, "run"):
@@ -146,7 +147,7 @@ def diagnose(
         if not hasattr(algorithm, "model"):
             result.findings.append(_missing("the algorithm shows no model"))
             return result
-        options = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
+        options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
         try:
             result.calibration = calibrate(algorithm, args, kwargs, simulations=simulations, **options)
         except NotChecked as error:

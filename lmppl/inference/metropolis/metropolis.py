@@ -137,7 +137,7 @@ class MetropolisHastings:
         temperatures: Sequence[float] | None = None,
         max_plate_nesting: int | None = None,
     ):
-        is_program(model=model, guide=guide or model)
+        is_program(model=model, guide=model if guide is None else guide)
         at_least(1, num_chains=num_chains, num_samples=num_samples, thin=thin)
         at_least(0, warmup=warmup)
         moves = {moves: 1.0} if isinstance(moves, str) else dict(moves)

@@ -73,7 +73,7 @@ class SMC:
         *,
         max_plate_nesting: int | None = None,
     ):
-        is_program(model=model, guide=guide or model)
+        is_program(model=model, guide=model if guide is None else guide)
         at_least(1, num_particles=num_particles)
         if not 0 <= ess_threshold <= 1:
             raise ValueError(f"ess_threshold: must lie between 0 and 1, got {ess_threshold}")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ...randomness import Part, forked
 from .. import distributed, programs
-from ..arguments import at_least, is_program
+from ..arguments import at_least, is_integer, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -275,6 +275,7 @@ class Trainer(ABC):
         :raises FloatingPointError: where nothing was updated in `MOST_SKIPPED` steps in a row.
         :raises LockedError: an OSError, where another process trains into them.
         """
+        is_integer(seed=seed)
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
         tasks = self._tasks(readable(batches, seed))
