@@ -146,7 +146,7 @@ def diagnose(
         if not hasattr(algorithm, "model"):
             result.findings.append(_missing("the algorithm shows no model"))
             return result
-        options = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
+        options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
         try:
             result.calibration = calibrate(algorithm, args, kwargs, simulations=simulations, **options)
         except NotChecked as error:
