@@ -171,11 +171,11 @@ class Posterior:
         if not isinstance(site, str | list | tuple) or not site:
             raise ValueError(f"site: expected a latent site or a list of them, got {site!r}")
         names = [site] if isinstance(site, str) else list(site)
-        at, within = self._element(index, names)
-        element: tuple[int | slice, ...] = (slice(None), *at)
-        columns = [self._entries(name, self._checked(name)[element], within) for name in names]
+        element, within = self._element(index, names)
+        at: tuple[Any, ...] = (slice(None), *element)
+        columns = [self._entries(name, self._checked(name)[at], within) for name in names]
         total: dict[Any, float] = {}
-        weights = normalised(self.log_weights[element])
+        weights = normalised(self.log_weights[at])
         for key, p in zip(zip(*columns, strict=True), weights.tolist(), strict=True):
             if p > 0:
                 total[key] = total.get(key, 0.0) + p
@@ -215,7 +215,7 @@ class Posterior:
     def _element(self, index: Index, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """An element of the kept plates, and one of the sites' other plates where ``index`` goes on."""
         kept = self.log_weights.shape[1:]
-        given = index if isinstance(index, tuple | list) else (index,)
+        given: tuple[Any, ...] = tuple(index) if isinstance(index, tuple | list) else (index,)
         beyond = len(given) - len(kept)
         if index is None or beyond <= 0:
             return plate_element(index, kept), ()
@@ -226,7 +226,7 @@ class Posterior:
         large = torch.Size(n for n in axes if n > 1)
         sizes = large if beyond <= len(large) else axes[-beyond:]
         element = plate_element(index, kept + sizes)[len(kept) :]
-        return plate_element(given[: len(kept)], kept), tuple(i for i, n in zip(element, sizes, strict=True) if n > 1)
+        return given[: len(kept)], tuple(i for i, n in zip(element, sizes, strict=True) if n > 1)
 
     def _other_plates(self, site: str) -> torch.Size:
         """The sizes of the axes of a site that belong to plates and are not kept, 1 where the site is in none."""
@@ -237,8 +237,8 @@ class Posterior:
     def _entries(self, site: str, value: Tensor, within: tuple[int, ...]) -> list[Any]:
         """A site's values (N, *other plates, *event) for a table: strings, numbers, tuples of numbers."""
         if self._other_plates(site).numel() > 1:
-            element: tuple[int | slice, ...] = (slice(None), *within)
-            value = value[element]
+            at: tuple[Any, ...] = (slice(None), *within)
+            value = value[at]
         if site not in self.sites.decoders:
             return [_hashable(v) for v in value.tolist()]
         strings = self.sites.decoders[site](value)
