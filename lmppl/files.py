@@ -74,7 +74,7 @@ def _refuse(target: Path, names: Iterable[str]) -> None:
     known = manifest(target)
     for name in names:
         path = target / name
-        if os.path.lexists(path) and not (name in known and _is(path, known[name])):
+        if os.path.lexists(path) and not (name in known and _is(path, known[name]) or _is_figure(path)):
             raise ValueError(
                 f"{path} was not written by lmppl, or was changed since: it is not replaced; "
                 "move it, or name another directory"
@@ -243,7 +243,12 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a matplotlib figure, whole or not at all; ValueError where another file than a figure of lmppl is there."""
     path = Path(path)
     key = _METADATA.get(path.suffix.lower())
-    if path.exists() and not (key and path.is_file() and MARK.encode() in path.read_bytes()):
+    if path.exists() and not _is_figure(path):
         raise ValueError(f"path: {path} is there and is no figure of lmppl: it is not replaced; name another file")
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120, **({"metadata": {key: MARK}} if key else {}))
+
+
+def _is_figure(path: Path) -> bool:
+    """Whether it is a figure that the package wrote."""
+    return path.suffix.lower() in _METADATA and path.is_file() and MARK.encode() in path.read_bytes()

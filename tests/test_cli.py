@@ -90,7 +90,7 @@ def test_a_setting_and_the_options_of_a_model(lmppl):
 
 
 def test_further_algorithms_train_guides_of_their_own(tmp_path, lmppl):
-    options = ["--steps", "2", "--particles", "8", "--algorithms", "mcmc,wake-sleep,ppo"]
+    options = ["--steps", "2", "--particles", "32", "--algorithms", "mcmc,wake-sleep,ppo"]
     run = lmppl("compare", "random_number", *options)
     assert run.returncode == 0, run.stderr
     rows = {row["name"]: row for row in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]}

@@ -18,7 +18,7 @@ from ..distributions.arguments import no_text
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 
 _AXES = (
-    "Keep every axis in its place: particles on the left of the program's plates; sum over a plate by "
+    "Write it for axes on the left: particles stand on the left of the program's plates; sum over a plate by "
     ".sum(-1, keepdim=True), and sum a site's own axes by .sum(-1) or .to_event()"
 )
 
