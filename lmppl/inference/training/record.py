@@ -60,7 +60,7 @@ class Record:
         def cut() -> None:
             if self._log is not None:
                 before = (saved or {}).get("log") or {}
-                self._log.cut(before.get("bytes") if before.get("path") == self.log["path"] else None)
+                self._log.cut(before.get("bytes") if before.get("path") == self.log.get("path") else None)
 
         first_alone(cut)
 
