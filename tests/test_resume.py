@@ -172,3 +172,10 @@ def test_data_are_told_apart_by_all_that_is_in_them():
     ]  # fmt: skip
     assert len(set(found)) == len(found)
     assert digest([torch.zeros(2)]) == digest((torch.zeros(2),))
+
+
+def test_a_log_without_a_checkpoint_is_appended_to(tmp_path):
+    for _ in range(2):
+        fit(Task(), None, 2, log=tmp_path / "run.jsonl")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 0, 1] and [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
