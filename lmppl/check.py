@@ -140,8 +140,8 @@ def _weigh(
         report.problems.append(_line(error) + (advice or on_the_left))
     except Exception as error:  # whatever a program of somebody's own can raise
         branches = any(said in str(error) for said in ("to Scalar", "ambiguous", "only one element"))
-        shapes = isinstance(error, RuntimeError | IndexError | TypeError)
-        advice = f"; {BRANCHES}" if branches else f"; {ON_THE_LEFT}" if shapes else f" ({type(error).__name__})"
+        misshapen = isinstance(error, RuntimeError | IndexError | TypeError)
+        advice = f"; {BRANCHES}" if branches else f"; {ON_THE_LEFT}" if misshapen else f" ({type(error).__name__})"
         report.problems.append(f"the programs do not run with {num_particles} particles: {_line(error)}{advice}")
     return None
 

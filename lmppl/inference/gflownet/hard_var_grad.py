@@ -6,13 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import distributed
 from ..weights import Balance
 from .linex import Linex
 from .var_grad import VarGrad
 
 
 class HardVarGrad(VarGrad):
-    r"""`VarGrad`, but twice `Linex` for an observation of which some draw has reward zero: for hard conditions.
+    r"""`VarGrad`, but twice `Linex` for a batch in which some draw has reward zero: for hard conditions.
 
     .. math:: \mathcal L = \frac1N \sum_n (u_n - \bar u)^2 \quad\text{or}\quad
               2 \log \frac1N \sum_n e^{u_n} - \frac2N \sum_n u_n
@@ -27,7 +28,6 @@ class HardVarGrad(VarGrad):
         self._linex = Linex(num_particles=self.num_particles)
 
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
-        hard = (balance.valid & (balance.log_p == -float("inf"))).any(0).any(0)  # (*kept)
-        if not bool(hard.any()):
+        if distributed.everywhere(not bool((balance.valid & (balance.log_p == -float("inf"))).any())):
             return super().reduce(u, balance, identified)
-        return 2 * self._linex.reduce(u, balance, identified).where(hard, super().reduce(u, balance, identified) / 2)
+        return 2 * self._linex.reduce(u, balance, identified)

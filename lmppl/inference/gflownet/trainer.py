@@ -31,8 +31,8 @@ class GFlowNet(Trainer):
 
     :param model: a Pyro program; its parameters are left alone.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: a variance of u, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for an observation
-        of which some draw has reward zero.
+    :param objective: a variance of u, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for a batch in
+        which some draw has reward zero.
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
         ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
     :param num_particles: samples per observation; default the objective's.
