@@ -51,7 +51,8 @@ def to_arviz(posterior: Posterior) -> Any:
         numbers[f"length({site})"] = text.length(value)
         strings = np.array(posterior.strings(site))
         texts[site] = strings.reshape(chains, n // chains, *strings.shape[1:])
-    numbers |= {f"log_prob({site})": x for site, x in posterior.text_log_probs.items() if len(x) == n}
+    shape, scores = log_weights.shape, posterior.text_log_probs  # of several processes each knows its own part
+    numbers |= {f"log_prob({site})": x for site, x in scores.items() if x.shape[: log_weights.dim()] == shape}
     statistics = {"log_weight": log_weights}
     if (log_joint := getattr(posterior, "log_joint", None)) is not None:
         statistics["lp"] = log_joint.flatten(0, 1)
