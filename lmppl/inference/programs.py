@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import randomness, text
 from ..stop_strings import Ending, Stops
+from .python_values import no_python_values
 
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 Program = Callable[..., Any]
@@ -100,6 +101,7 @@ def trace(
         if prefixes is not None:
             stack.enter_context(pyro.plate(PREFIXES, prefixes, dim=-2 - nesting))
         stack.enter_context(pyro.plate(PARTICLES, particles, dim=-1 - nesting))
+        stack.enter_context(no_python_values())
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 
@@ -175,7 +177,12 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
     found, known = [], dict[str, Tensor]()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for program in programs:
-            with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
+            with (
+                poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
+                Sketch(),
+                Replay(known),
+                no_python_values(),
+            ):
                 found.append(poutine.trace(program).get_trace(*args, **kwargs))
             known |= values(found[-1])
     return found

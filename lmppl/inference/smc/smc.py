@@ -14,16 +14,63 @@ from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior
 from ..programs import Program
 from ..resampling import SCHEMES
-from .ancestry import Ancestry
+from .ancestry import Ancestry, ess_of_scores, khat_of_scores, survivors
 from .state import State
 from .twists import Twist, checked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequential(Posterior):
-    """Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`."""
+    r"""Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`.
+
+    The ESS and k-hat of the final weights say nothing of what was lost on the way: after the last resampling weights
+    are alike.  `min_ess`, `survival` and `score_khat` do, and `suspect` is their verdict.
+    """
 
     ancestry: Ancestry = field(repr=False)
+
+    @property
+    def min_ess(self) -> Tensor:
+        r"""The smallest effective sample size along the way, of the scores W psi and of the final weights, (*plates).
+
+        .. math:: \min_r (\sum_n W_r^n \psi_r^n)^2 / \sum_n (W_r^n \psi_r^n)^2
+        """
+        if not self.ancestry:
+            return self.ess
+        return torch.minimum(ess_of_scores(self.ancestry).amin(0), self.ess)
+
+    @property
+    def survival(self) -> Tensor:
+        """The share of the particles before the first resampling that have a descendant at the end, (*plates)."""
+        if not self.ancestry:
+            return torch.ones_like(self.log_evidence)
+        return survivors(self.ancestry).amin(0) / self.num_particles
+
+    @property
+    def score_khat(self) -> Tensor:
+        """The largest Pareto k-hat of the scores W psi at any resampling, (*plates); NaN where none is defined.
+
+        At each resampling: `lmppl.inference.smc.ancestry.khat_of_scores`.
+        """
+        if not self.ancestry:
+            return torch.full_like(self.log_evidence, torch.nan)
+        khat = khat_of_scores(self.ancestry)
+        return khat.nan_to_num(-torch.inf).amax(0).masked_fill(khat.isnan().all(0), torch.nan)
+
+    @property
+    def suspect(self) -> Tensor:
+        """Whether few particles speak for all, (*plates): fewer than 10 (N/2 where that is less).
+
+        Of the final weights' ESS; of the particles before the first resampling that have descendants; of the ESS of
+        the weights at a resampling by weights alone, or with a k-hat of 1 or more there.  (Where a twist has one half
+        of the say, the other half bounds what its scores can do.)
+        """
+        few = min(10.0, self.num_particles / 2)
+        found = (self.ess < few) | (self.survival * self.num_particles < few)
+        blind = tuple(event for event in self.ancestry if not event.twisted)
+        if blind:
+            found = found | (ess_of_scores(blind) < few).any(0) | (khat_of_scores(blind) >= 1).any(0)
+        return found
 
 
 class SMC:
@@ -31,11 +78,17 @@ class SMC:
 
     .. math:: W_t = W_{t-1} \, p(z_t \mid z_{<t})^{scale} / q(z_t \mid z_{<t}), \qquad \hat Z = \sum_n W^n
 
-    The weights W target the untwisted prefix and carry the evidence.  Before each token the particles of a plate
-    element are resampled in proportion to W psi, if the effective sample size of W psi is below ``ess_threshold * N``;
-    then psi is divided out, :math:`W^n = \frac1N \sum_m W^m \psi^m / \psi^n`, so that :math:`E[\hat Z] = Z` for any
-    positive psi.  An observation or factor enters when the program reaches it, once all particles have ended the text
-    before it; latent sites that are no texts are drawn whole.
+    The weights W target the untwisted prefix and carry the evidence.  Before each token of a text, and before every
+    other latent site, the particles of a plate element are resampled in proportion to V, if the effective sample size
+    of W psi is below ``ess_threshold * N``; then V is divided out, :math:`W^n = \frac1N \sum_m V^m \, W^n / V^n`, so
+    that :math:`E[\hat Z] = Z` for any positive psi.  Without a twist V is W; with one, V is half W psi and half W, each
+    normalised, so that no psi makes it much worse than none (`twists.defended`).  An observation or factor enters when
+    the program reaches it, once all particles have ended the text before it.
+
+    Latent sites that are no texts are drawn whole.  A program whose particles were resampled is run again, with the
+    values so far, up to where it was; nothing is scored twice.  With a twist, particles wait for the next text where
+    one is still to come, because psi is known there.  No site may depend on a latent value through Python (``if k``,
+    ``range(k)``): loop over all that there can be, under ``pyro.poutine.mask(mask=i < k)``.
 
     :param model: a Pyro program.
     :param guide: another, with the model's latent sites, its texts in the model's order; None: the model proposes.
@@ -88,7 +141,8 @@ def run(
     """SMC, or with ``retained`` values of every latent site (1, *plate axes, *event) conditional SMC.
 
     Conditional SMC (Andrieu et al. 2010) holds particle 0 to the retained values, through multinomial resamplings
-    that keep it: if they are a draw of the posterior, then :math:`E[1 / \\hat Z] = 1 / Z`.
+    that keep it: if they are a draw of the posterior, then :math:`E[1 / \\hat Z] = P(\\hat Z > 0) / Z`, with the
+    probability that a run of SMC finds anything possible: 1 but for hard factors.
     """
     state = State(smc, args, kwargs, retained)
     while site := state.next_text():

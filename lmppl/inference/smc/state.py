@@ -27,7 +27,9 @@ from ..weights import (
 )
 from .ancestry import Resampling
 from .growth import Growth
-from .twists import Twist, log_twist
+from .twists import Twist, defended, log_twist
+
+EQUAL = 1e-5  # rounding: how far weights that are equal may be from an ESS of N
 
 
 class Settings(Protocol):
@@ -156,7 +158,7 @@ class State:
             return False
         ahead, proposal = set(drawn[met + 1 :]), self.proposal
         self.proposal = only(proposal, set(proposal.nodes) - ahead)
-        self.moved = self._resample(name, 0, torch.zeros_like(self.log_weights)) is not None
+        self.moved = self._resample(name, 0) is not None
         if self.moved:
             self.values = {n: v for n, v in self.values.items() if n not in ahead}
         else:
@@ -195,21 +197,22 @@ class State:
             first = self.plates.reduce(longer.double())[0] > 0  # (1, *kept)
             self.log_weights = torch.cat([self.log_weights[:1].masked_fill(first, torch.inf), self.log_weights[1:]])
 
-    def _resample(self, site: str, token: int, log_psi: Tensor) -> Tensor | None:
+    def _resample(self, site: str, token: int, log_psi: Tensor | None = None) -> Tensor | None:
         """Resample where it is due; who became whom (particle, *kept), None where nobody was."""
         n = self.smc.num_particles
-        score = self.log_weights + log_psi  # (particle, *kept)
+        score = self.log_weights if log_psi is None else self.log_weights + log_psi  # (particle, *kept)
         weights = score.softmax(0)  # NaN where all are zero
-        low = (weights * weights).sum(0) * (self.smc.ess_threshold * n) > 1  # (*kept): 1 / sum w^2 is too small
+        low = (weights * weights).sum(0) * (self.smc.ess_threshold * n) > 1 + EQUAL  # (*kept): 1 / sum w^2 is too small
         if not bool(low.any()):
             return None
-        weights = torch.where(low, weights, 1.0)
+        log_v = score if log_psi is None else defended(self.log_weights, score)
+        weights = torch.where(low, log_v.softmax(0), 1.0)
         stay = torch.arange(n, device=score.device).view(n, *[1] * low.dim())
         scheme = SCHEMES[self.smc.resampling] if self.retained is None else conditional
         chosen = torch.where(low, scheme(weights), stay)
-        self.ancestry.append(Resampling(site, token, chosen, score - math.log(n)))
-        log_mean = score.logsumexp(0) - math.log(n)
-        self.log_weights = torch.where(low, log_mean - log_psi.gather(0, chosen), self.log_weights)
+        self.ancestry.append(Resampling(site, token, chosen, score - math.log(n), log_psi is not None))
+        ratio = 0.0 if log_psi is None else (self.log_weights - log_v).gather(0, chosen)  # W / V of each parent
+        self.log_weights = torch.where(low, log_v.logsumexp(0) - math.log(n) + ratio, self.log_weights)
         for name, node in programs.latents(self.proposal).items():
             node["value"] = self.values[name] = self.plates.take(node["value"], chosen)
         return chosen
