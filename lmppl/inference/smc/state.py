@@ -205,7 +205,7 @@ class State:
         low = (weights * weights).sum(0) * (self.smc.ess_threshold * n) > 1 + EQUAL  # (*kept): 1 / sum w^2 is too small
         if not bool(low.any()):
             return None
-        log_v = score if log_psi is None else defended(self.log_weights, score)
+        log_v = score if log_psi is None else defended(self.log_weights, score, always=isinstance(self.smc.twist, str))
         weights = torch.where(low, log_v.softmax(0), 1.0)
         stay = torch.arange(n, device=score.device).view(n, *[1] * low.dim())
         scheme = SCHEMES[self.smc.resampling] if self.retained is None else conditional

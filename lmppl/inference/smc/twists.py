@@ -27,6 +27,8 @@ from .growth import Growth
 
 Twist: TypeAlias = Literal["stop", "flow"] | Callable[..., Tensor] | None
 
+DEFENDED = 0.25  # below this ESS / N of the scores, weights alone have half of the say
+
 
 def checked(twist: Twist) -> Twist:
     if twist is None or twist in ("stop", "flow") or callable(twist):
@@ -80,14 +82,15 @@ def positive(log_psi: Tensor) -> Tensor:
     return torch.where(known, log_psi, least.masked_fill(least == torch.inf, 0.0))
 
 
-def defended(log_weights: Tensor, log_scores: Tensor) -> Tensor:
-    r"""The logarithms of the probabilities by which particles are resampled, axis 0: half by W psi, half by W alone.
+def defended(log_weights: Tensor, log_scores: Tensor, *, always: bool) -> Tensor:
+    r"""The logarithms of the V by which particles are resampled, axis 0: W psi, or where few take most of it
 
-    .. math:: V^n = \tfrac12 \frac{W^n \psi^n}{\sum_m W^m \psi^m} + \tfrac12 \frac{W^n}{\sum_m W^m}
+    .. math:: V^n = \tfrac12 \frac{W^n \psi^n}{\sum_m W^m \psi^m} + \tfrac12 \frac{W^n}{\sum_m W^m},
 
-    V is W times a positive number, so that evidence stays unbiased; and W/V is at most twice its mean, so that a psi
-    of which one particle would take all costs a factor of two in variance and no more (a defensive mixture, Hesterberg
-    1995).
+    where the effective sample size of W psi is less than a quarter of N, or ``always`` (for "stop" and "flow").  V is W times a positive number, so that
+    evidence stays unbiased; and W/V is then at most twice its mean, so that a psi of which one particle would take all
+    costs a factor of two in variance and no more (a defensive mixture, Hesterberg 1995).
     """
     by_scores, by_weights = (x - x.logsumexp(0) for x in (log_scores, log_weights))
-    return torch.logaddexp(by_scores, by_weights) - math.log(2)
+    few = (2 * by_scores).logsumexp(0).exp() * ((1.0 if always else DEFENDED) * len(log_scores)) > 1 + 1e-5  # (*kept)
+    return torch.where(few, torch.logaddexp(by_scores, by_weights) - math.log(2), by_scores)
