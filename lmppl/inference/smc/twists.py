@@ -87,7 +87,8 @@ def defended(log_weights: Tensor, log_scores: Tensor, *, always: bool) -> Tensor
 
     .. math:: V^n = \tfrac12 \frac{W^n \psi^n}{\sum_m W^m \psi^m} + \tfrac12 \frac{W^n}{\sum_m W^m},
 
-    where the effective sample size of W psi is less than a quarter of N, or ``always`` (for "stop" and "flow").  V is W times a positive number, so that
+    where the effective sample size of W psi is less than a quarter of N, or ``always`` (for "stop" and "flow").
+    V is W times a positive number, so that
     evidence stays unbiased; and W/V is then at most twice its mean, so that a psi of which one particle would take all
     costs a factor of two in variance and no more (a defensive mixture, Hesterberg 1995).
     """
