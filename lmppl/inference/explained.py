@@ -37,13 +37,6 @@ def explained() -> Iterator[None]:
             own = {PARTICLES: f"there are {size} particles", PREFIXES: f"there are {size} prefixes of a text"}
             there = own.get(plate, f"the plate {plate!r} has {size}")
             raise ValueError(f"site {site!r}: its axis {dim} has {got} elements, where {there}. {_AXES}") from error
-        if "Boolean value of Tensor" in said or "converted to" in said and "calar" in said:
-            raise ValueError(
-                f"program: it takes a tensor of all particles for one value ({said}). A program runs once for all "
-                "particles, so that a latent value has an axis for them: in place of `if` write torch.where, or "
-                "poutine.mask(mask=condition) around sites that only some particles have; in place of range(int(k)) go "
-                "to the largest k there can be, under such masks; in place of float(z) or z.item() keep the tensor"
-            ) from error
         if said != str(error) and type(error) in (ValueError, RuntimeError):  # as it was before Pyro said where
             raise type(error)(said) from error
         raise

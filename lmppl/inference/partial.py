@@ -1,8 +1,8 @@
-"""Running a program up to its next unknown latent site: what SMC knows of a program while it is half done."""
+"""Running a program up to where something has to be done: what SMC knows of a program while it is half done."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -17,24 +17,31 @@ from . import programs
 from .explained import check_shapes
 from .programs import Node, Program, Replay
 
+Pause = Callable[[str, Trace], bool]
+
 
 class _Reached(BaseException):
     """Leaves a program at the site that it has reached; no Exception, so that the program does not catch it."""
 
 
 class _Halt(Messenger):
-    """Records sites and leaves the program at the first latent site without a value, or the first such text."""
+    """Records sites and leaves the program at the first latent site without a value, or the first such text.
 
-    def __init__(self, *, texts_only: bool, retained: Mapping[str, Tensor] | None = None):
+    ``pause`` is asked before every other latent site, given what was recorded; the program is left where it says so.
+    """
+
+    def __init__(self, *, texts_only: bool, retained: Mapping[str, Tensor] | None = None, pause: Pause | None = None):
         super().__init__()
-        self.texts_only, self.retained = texts_only, retained
+        self.texts_only, self.retained, self.pause = texts_only, retained, pause
         self.trace, self.site = Trace(), None
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
+        if msg["is_observed"] or site_is_subsample(msg):
             return
-        if not self.texts_only or is_grown(msg):
+        if not msg["done"] and (not self.texts_only or is_grown(msg)):
             self.site = msg.copy()
+            raise _Reached
+        if self.pause is not None and self.pause(msg["name"], self.trace):
             raise _Reached
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -58,13 +65,15 @@ def advance(
     particles: int,
     texts_only: bool,
     retained: Mapping[str, Tensor] | None = None,
+    pause: Pause | None = None,
 ) -> tuple[Trace, Node | None]:
     """The sites that a program meets under ``values``, and the latent site without a value where it was left.
 
-    With ``texts_only`` it goes on past latent sites that are no texts, and draws them.  None: it ran to its end.  The
-    node's ``fn`` has the shape (particle, *plate axes).  ``retained``: what particle 0 has in place of what is drawn.
+    With ``texts_only`` it goes on past latent sites that are no texts, and draws them.  None: it ran to its end, or was
+    left where ``pause`` (site, trace so far) said so.  The node's ``fn`` has the shape (particle, *plate axes).
+    ``retained``: what particle 0 has in place of what is drawn.
     """
-    halt = _Halt(texts_only=texts_only, retained=retained)
+    halt = _Halt(texts_only=texts_only, retained=retained, pause=pause)
     with suppress(_Reached):
         programs.trace(program, args, kwargs, halt, Replay(values), nesting=nesting, particles=particles)
     check_shapes(halt.trace, nesting, particles, None)
@@ -74,6 +83,8 @@ def advance(
 def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value: Tensor) -> Tensor:
     """A site's value (particle, *plate axes, *event) with the retained one, (1, ...), in particle 0.
 
+    A text that is longer than the site's texts is cut off: see `too_long`.
+
     :raises ValueError: where nothing is retained for this site.
     """
     if retained is None:
@@ -82,9 +93,18 @@ def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value:
         raise ValueError(f"exact_sample: it has no value for the site {name!r}, only for {list(retained)}")
     first = retained[name]
     if hasattr(fn, "prefix_scores"):
-        first = text.pad(first, fn.event_shape[0])
+        width = fn.event_shape[0]
+        first = text.pad(first[..., :width], width)
     first = first.reshape((1,) * (value.dim() - first.dim()) + first.shape)
     return torch.cat([first.expand_as(value[:1]), value[1:]])
+
+
+def too_long(retained: Mapping[str, Tensor] | None, name: str, fn: Any) -> Tensor | None:
+    """Where the retained text is longer than any text of this site, (..., *plate axes); None where that is nowhere."""
+    if retained is None or name not in retained or not hasattr(fn, "prefix_scores"):
+        return None
+    longer = text.length(retained[name]) > fn.event_shape[0]
+    return longer if bool(longer.any()) else None
 
 
 def only(trace: Trace, names: set[str]) -> Trace:

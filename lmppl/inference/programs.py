@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import randomness, text
 from ..stop_strings import Ending, Stops
 from .explained import PARTICLES, PREFIXES, check_shapes, explained, refuse_own_names
+from .python_values import no_python_values
 
 Program = Callable[..., Any]
 Node = dict[str, Any]
@@ -103,6 +104,7 @@ def trace(
         if prefixes is not None:
             stack.enter_context(pyro.plate(PREFIXES, prefixes, dim=-2 - nesting))
         stack.enter_context(pyro.plate(PARTICLES, particles, dim=-1 - nesting))
+        stack.enter_context(no_python_values())
         found: Trace = poutine.trace(program).get_trace(*args, **kwargs)
     refuse_own_names(found)
     check_shapes(found, nesting, particles, prefixes)
@@ -188,7 +190,13 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
     found, known = [], dict[str, Tensor]()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for program in programs:
-            with explained(), poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), Sketch(), Replay(known):
+            with (
+                explained(),
+                poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
+                Sketch(),
+                Replay(known),
+                no_python_values(),
+            ):
                 found.append(poutine.trace(program).get_trace(*args, **kwargs))
             refuse_own_names(found[-1])
             known |= values(found[-1])

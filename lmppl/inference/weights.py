@@ -108,8 +108,9 @@ def scale(node: Node, plates: Plates) -> Any:
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
     """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
     log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
-    if scale_and_mask(log_prob, 1.0, node["mask"]).isnan().any():  # where the site is not there, anything goes
-        raise ValueError(f"site {node['name']!r}: its log-probability is NaN")
+    there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # where the site is not there, anything goes
+    if there.numel() and not (highest := float(there.max())) < torch.inf:  # NaN is the maximum wherever there is one
+        raise ValueError(f"site {node['name']!r}: its log-probability is {highest}; expected a number or -inf")
     return term(node, plates, log_prob, scaled=scaled)
 
 
@@ -158,7 +159,7 @@ def weigh(
         programs.match(target, proposal)
     plates = kept_plates([target] if guide is None else [target, proposal], nesting, subsampling=False)
     if guide is None:
-        log_weight = _prior_weight(target, plates, draw.log_probs)
+        log_weight = log_weight_of_prior(target, plates, draw.log_probs)
     else:
         log_q = log_density_of_latents(proposal, plates, draw.log_probs)
         log_weight = log_ratio(log_density(target, plates), log_q)
@@ -188,8 +189,9 @@ def _total(terms: Iterable[Tensor], plates: Plates, device: torch.device | None 
     return torch.zeros(1, 1, *plates.sizes, device=device) if total is None else total
 
 
-def _prior_weight(trace: Trace, plates: Plates, known: dict[str, Tensor]) -> Tensor:
+def log_weight_of_prior(trace: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
     """u where the model proposes its own latents: a latent site of scale 1 cancels and is never scored."""
+    known = known or {}
     latents = programs.latents(trace)
     terms = []
     for name, node in programs.scored(trace).items():

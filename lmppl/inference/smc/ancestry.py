@@ -10,19 +10,27 @@ from torch import Tensor
 
 from ...files import save_figure
 from ..arguments import plate_element
+from ..posterior.log_weights import effective_sample_size, pareto_khat
 
 
 class Resampling(NamedTuple):
     """Before token ``token`` (from 0) of ``site``, particle n became particle ``chosen[n]``, all (N, *plates).
 
-    Plate elements that were not resampled have ``chosen[n] = n``.  ``log_scores`` are the log W psi by which it was
-    done; where psi is the optimal twist, their sum over particles estimates the evidence already.
+    A site that is no text has token 0 alone.  Plate elements that were not resampled have ``chosen[n] = n``.
+    ``log_scores`` are the log W psi by which it was done; where psi is the optimal twist, their sum over particles
+    estimates the evidence already.  ``twisted``: there was a psi, and W alone had the other half of the say.
     """
 
     site: str
     token: int
     chosen: Tensor
     log_scores: Tensor
+    twisted: bool = False
+
+    @property
+    def resampled(self) -> Tensor:
+        """The plate elements in which particles were, (*plates)."""
+        return (self.chosen.diff(dim=0) != 1).any(0) | (self.chosen[0] != 0)
 
 
 Ancestry: TypeAlias = tuple[Resampling, ...]
@@ -51,6 +59,24 @@ def survivors(ancestry: Ancestry) -> Tensor:
     """
     ordered, _ = lineages(ancestry).sort(1)
     return 1 + (ordered.diff(dim=1) != 0).sum(1)
+
+
+def ess_of_scores(ancestry: Ancestry) -> Tensor:
+    r"""The effective sample size of the scores at each resampling, (R, *plates); inf where there was none.
+
+    .. math:: (\sum_n W^n \psi^n)^2 / \sum_n (W^n \psi^n)^2
+    """
+    return torch.stack([effective_sample_size(e.log_scores).masked_fill(~e.resampled, torch.inf) for e in ancestry])
+
+
+def khat_of_scores(ancestry: Ancestry) -> Tensor:
+    """Pareto k-hat of the scores at each resampling, (R, *plates); NaN where there was none, or too few particles."""
+    rows = []
+    for event in ancestry:
+        scores, resampled = event.log_scores.flatten(1), event.resampled.flatten()
+        khat = [pareto_khat(scores[:, i]) if resampled[i] else torch.nan for i in range(len(resampled))]
+        rows.append(torch.tensor(khat, device=scores.device).view(event.resampled.shape))
+    return torch.stack(rows)
 
 
 def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, ...] | None = None) -> None:

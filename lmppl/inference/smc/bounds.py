@@ -4,7 +4,8 @@ For an unbiased estimate of the evidence, and for the same estimator with one pa
 
 .. math:: E[\log \hat Z] \le \log Z \le E_{z \sim p(z \mid y)}[\log \hat Z(z)],
 
-the latter because conditional SMC has :math:`E[1 / \hat Z(z)] = 1 / Z`.  Source: Grosse et al. 2015 (bidirectional
+the latter because conditional SMC has :math:`E[1 / \hat Z(z)] = P(\hat Z > 0) / Z \le 1 / Z`: it is 1 / Z unless
+hard factors let a run find nothing possible.  Source: Grosse et al. 2015 (bidirectional
 Monte Carlo); with twisted SMC: Zhao et al. 2024.
 """
 
@@ -72,7 +73,8 @@ class Sandwich:
 
     ``run(*args, exact_sample=...)`` takes a `Posterior` that is exact (`Enumeration`), of which each repetition draws
     anew, or the values of every latent site by name, (*plates, ...): those of `simulate`.  The upper bound holds on
-    average over exact samples: for one simulated sample, average over data sets too.  It raises ValueError where a
+    average over exact samples: for one simulated sample, average over data sets too.  It is inf where the guide cannot
+    draw the sample, a text that is longer than the guide's among them.  It raises ValueError where a
     latent site has no value, auxiliary sites of the guide included, and for a subsampled plate.
 
     Example::

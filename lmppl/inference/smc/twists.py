@@ -6,7 +6,8 @@ r"""Twists: scores psi of a prefix by which SMC resamples, looking ahead; the we
   F(z_1..z_t) = R(z_1..z_t stop) / q(stop | z_1..z_t) (Hu et al. 2024); relative to the prefix's own p(z_1..z_t)^scale
   it is this number.
 * a function: prefix (particle, *plates, t) -> log psi (particle, *plates), of the text site that is being grown; with
-  a second argument it gets the values of the sites before it, by name, (particle, *plates, ...) each.
+  a second argument it gets the values of the sites before it, by name, (particle, *plates, ...) each.  NaN and +inf are
+  refused; -inf, psi = 0, takes the smallest positive psi of its plate element.
 
 For a text that has ended, "stop" and "flow" are the factors and observations that follow.  Where a tool is writing, no
 text can stop, and they stay what they were before.
@@ -15,6 +16,7 @@ text can stop, and they stay what they were before.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
@@ -25,6 +27,8 @@ from .growth import Growth
 
 Twist: TypeAlias = Literal["stop", "flow"] | Callable[..., Tensor] | None
 
+DEFENDED = 0.25  # below this ESS / N of the scores, weights alone have half of the say
+
 
 def checked(twist: Twist) -> Twist:
     if twist is None or twist in ("stop", "flow") or callable(twist):
@@ -34,21 +38,26 @@ def checked(twist: Twist) -> Twist:
 
 def log_twist(
     twist: Twist, growth: Growth, log_following: Callable[[Tensor], Tensor], before: Callable[[], Mapping[str, Tensor]]
-) -> Tensor:
-    """log psi of every particle, (particle, *kept), finite everywhere.
+) -> Tensor | None:
+    """log psi of every particle, (particle, *kept), finite everywhere; None without a twist.
 
     ``log_following(value)``: the factors and observations up to the next latent site, where the site being grown has
     ``value`` (particle, *plate axes, width).  ``before()``: the latent sites before it, (particle, *kept, ...).
     """
-    kept = (growth.shape[0], *growth.plates.sizes)
     if twist is None:
-        return torch.zeros(kept, device=growth.q.ended.device)
+        return None
+    kept = (growth.shape[0], *growth.plates.sizes)
     if callable(twist):
         prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
         log_psi = twist(prefix, before()) if _wants_values(twist) else twist(prefix)
         if not isinstance(log_psi, Tensor) or log_psi.shape[: len(kept)] != kept:
             found = tuple(log_psi.shape) if isinstance(log_psi, Tensor) else type(log_psi).__name__
             raise ValueError(f"twist: it returned {found}; expected a tensor of shape {kept}")
+        if log_psi.numel() and not float(log_psi.max()) < torch.inf:  # NaN is the maximum wherever there is one
+            which = "NaN" if bool(log_psi.isnan().any()) else "infinity"
+            raise ValueError(
+                f"twist: it returned {which} in log psi of site {growth.name!r}; expected numbers, or -inf"
+            )
         return positive(log_psi.reshape(*kept, -1).sum(-1))
     value, log_p, log_q = growth.stop()
     log_psi = torch.zeros(kept, device=growth.prefix.device)
@@ -71,3 +80,18 @@ def positive(log_psi: Tensor) -> Tensor:
     known = log_psi.isfinite()
     least = log_psi.masked_fill(~known, torch.inf).amin(0)
     return torch.where(known, log_psi, least.masked_fill(least == torch.inf, 0.0))
+
+
+def defended(log_weights: Tensor, log_scores: Tensor, *, always: bool) -> Tensor:
+    r"""The logarithms of the V by which particles are resampled, axis 0: W psi, or where few take most of it
+
+    .. math:: V^n = \tfrac12 \frac{W^n \psi^n}{\sum_m W^m \psi^m} + \tfrac12 \frac{W^n}{\sum_m W^m},
+
+    where the effective sample size of W psi is less than a quarter of N, or ``always`` (for "stop" and "flow").
+    V is W times a positive number, so that
+    evidence stays unbiased; and W/V is then at most twice its mean, so that a psi of which one particle would take all
+    costs a factor of two in variance and no more (a defensive mixture, Hesterberg 1995).
+    """
+    by_scores, by_weights = (x - x.logsumexp(0) for x in (log_scores, log_weights))
+    few = (2 * by_scores).logsumexp(0).exp() * ((1.0 if always else DEFENDED) * len(log_scores)) > 1 + 1e-5  # (*kept)
+    return torch.where(few, torch.logaddexp(by_scores, by_weights) - math.log(2), by_scores)
