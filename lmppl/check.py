@@ -136,12 +136,12 @@ def _weigh(
         report.problems.append(_line(error))
     except ValueError as error:
         advice = "; load the weights in float32, or train with a smaller step" if "NaN" in str(error) else ""
-        on_the_left = f"; {ON_THE_LEFT}" if "shape" in str(error).lower() else ""
-        report.problems.append(_line(error) + (advice or on_the_left))
+        shapes = f"; {ON_THE_LEFT}" if "shape" in _line(error).lower() else ""  # Pyro adds those of all sites
+        report.problems.append(_line(error) + (advice or (f"; {BRANCHES}" if _branches(error) else shapes)))
     except Exception as error:  # whatever a program of somebody's own can raise
-        branches = any(said in str(error) for said in ("to Scalar", "ambiguous", "only one element"))
-        misshapen = isinstance(error, RuntimeError | IndexError | TypeError)
-        advice = f"; {BRANCHES}" if branches else f"; {ON_THE_LEFT}" if misshapen else f" ({type(error).__name__})"
+        advice = f" ({type(error).__name__})"
+        if isinstance(error, RuntimeError | IndexError | TypeError):
+            advice = f"; {BRANCHES if _branches(error) else ON_THE_LEFT}"
         report.problems.append(f"the programs do not run with {num_particles} particles: {_line(error)}{advice}")
     return None
 
@@ -400,6 +400,11 @@ def render(report: Report, console: Console) -> None:
 
 def _escaped(problem: str) -> str:
     return problem.replace("[", r"\[")
+
+
+def _branches(error: Exception) -> bool:
+    """Whether Python asked for the one value of a latent that has one for each particle."""
+    return any(said in str(error) for said in ("to Scalar", "ambiguous", "only one element"))
 
 
 def _line(error: Exception) -> str:

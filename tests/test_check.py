@@ -13,7 +13,7 @@ from pyro import poutine
 from tiny import tiny_lm
 
 import lmppl
-from lmppl import text
+from lmppl import LanguageModel, text
 from lmppl.check import Report
 from lmppl.distributions import Completion
 
@@ -142,6 +142,34 @@ def test_a_model_not_written_for_leading_axes():
 
     assert "'length'" in only_problem(run(bare_sum, pair.guide, pair.x, pair.y))
     assert "axes on the left" in only_problem(run(first_only, pair.guide, pair.x, pair.y))
+
+
+def test_advice_fits_what_is_wrong():
+    """A word that cannot be written is no matter of shapes; a loop over a latent is one of branches."""
+    pair = Pair()
+
+    def unknown(x, y):
+        pyro.sample("z", Completion(LanguageModel.embedded("stories"), "Liked:", max_tokens=3))
+
+    def loop(x, y):
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        for i in range(int(k)):
+            pyro.sample(f"z{i}", Completion(pair.lm, "a", **pair.rules))
+
+    said = only_problem(run(unknown, None, pair.x, pair.y))
+    assert "cannot be encoded" in said and "on the left" not in said
+    assert "poutine.mask" in only_problem(run(loop, None, pair.x, pair.y))
+
+
+def test_a_guide_that_is_the_model_s_language_model_has_nothing_of_its_own_to_train():
+    pair = Pair()
+
+    def guide(x, y):
+        with pyro.plate("data", 2):
+            pyro.sample("z", Completion(pair.lm, x, temperature=2.0, **pair.rules))
+
+    report = run(pair.model, guide, pair.x, pair.y)
+    assert "of its own" in only_problem(report) and report.overfit is None
 
 
 def test_nothing_to_train_and_no_gradient():
