@@ -45,6 +45,7 @@ def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
             pyro.sample("z", Completion(q, x, max_tokens=TOKENS))
 
     pyro.set_rng_seed(0)
+    guide.parameters = q.trainable_parameters()
     algorithm = make(model, guide, num_particles)
     with pyro.validation_enabled(False):  # under validation one particle is run again
         run = algorithm.step if isinstance(algorithm, GFlowNet) else algorithm.run
@@ -57,7 +58,7 @@ def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
 
 def trained(kind):
     def make(model, guide, n):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.0)  # the guide stays as it is
+        optimizer = torch.optim.SGD(guide.parameters, lr=0.0)  # the guide stays as it is
         return GFlowNet(model, guide, kind(num_particles=n), optimizer=optimizer)
 
     return make

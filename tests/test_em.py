@@ -114,7 +114,7 @@ def test_a_subsampled_plate_that_leaves_a_latent_out_is_refused():
     def model():
         z = pyro.sample("z", Completion(task.p, x[0], **SIZE))
         with pyro.plate("data", 3, subsample_size=2) as i:
-            pyro.sample("y", Completion(task.p, task.p.join(x[i], z[..., None, :]), **SIZE), obs=y[i])
+            pyro.sample("y", Completion(task.p, task.p.join(x[i], z), **SIZE), obs=y[i])
 
     with pytest.raises(ValueError, match="plate 'data' is subsampled"):
         VariationalEM(model, None, Importance(model), SGD(task.theta, lr=0.0)).step()

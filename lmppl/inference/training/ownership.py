@@ -13,6 +13,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
+from ..explained import is_factor
 from ..programs import Program, parameters_of
 
 SHOWN = 4  # names in a message
@@ -26,6 +27,7 @@ class Owners:
     guide: Mapping[int, Tensor]  # of its language models' adapters, and Pyro's; without the target's
     target: Mapping[int, Tensor]
     names: Mapping[int, str]
+    factors: bool = False  # whether the target has any
 
     @classmethod
     def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Owners:
@@ -39,7 +41,8 @@ class Owners:
                     names |= {id(value): name for name, value in node["fn"].lm.model.named_parameters()}
         names |= {id(value.unconstrained()): name for name, value in pyro.get_param_store().items()}
         trained = {i: x for i, x in _by_id(trainable_of(q)).items() if i not in target}
-        return cls(trained, target, names)
+        factors = any(is_factor(node["fn"]) for node in programs.scored(p).values())
+        return cls(trained, target, names, factors)
 
     def check_target(self, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
         """Refuse an optimiser that holds a parameter of the target.
@@ -72,9 +75,12 @@ class Owners:
         self._check_all(wanted, found, optimizer)
 
     def check_model(self, trained: Iterable[Tensor], held: Iterable[Tensor], optimizer: str) -> None:
-        """Refuse an optimiser of the *model* that does not hold all of ``trained``, or belongs to others altogether."""
+        """Refuse an optimiser of the *model* that does not hold all of ``trained``, or belongs to others altogether.
+
+        A factor may depend on what no sketch shows: under one, nobody knows whose a parameter is.
+        """
         found = _by_id(held)
-        if not any(i in self.target for i in found) and all(i in self.names for i in found):
+        if not self.factors and not any(i in self.target for i in found) and all(i in self.names for i in found):
             self._refuse_all(self.target, found, optimizer, "the model")
         self._check_all(_by_id(trained), found, optimizer, "the model")
 
