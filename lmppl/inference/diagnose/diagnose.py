@@ -219,16 +219,14 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
 def _judge_ways(answers: list[Sequential]) -> list[Finding]:
     """Of SMC, what was lost on the way: the weights at the end do not show it.
 
-    `Sequential.suspect` draws a line of 10 draws, which single runs may cross: the share of the runs has to be a half.
+    `Sequential.suspect` draws a line that single runs may cross: the share of the runs has to be a half.
     """
     if not answers:
         return []
     n = answers[0].num_particles
     least, survive = (float(torch.stack([getattr(a, x) for a in answers]).min()) for x in ("min_ess", "survival"))
     share = float(torch.stack([a.suspect for a in answers]).double().mean(0).max())
-    meaning = (
-        f"at worst {least:.1f} speak for {n} particles at a resampling; {survive:.1%} of the first have descendants"
-    )
+    meaning = f"at worst {least:.1f} of {n} particles speak for all on the way; {survive:.1%} of the first survive"
     return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
 
 
