@@ -270,6 +270,11 @@ _TABLES = (
             _Column("log_evidence_sd", "sd"),
             _Column("ess", "ESS/N"),
             _Column("khat", "k-hat", "{:.2f}"),
+        ),
+    ),
+    (
+        "On the way: what SMC's last weights do not show",
+        (
             _Column("min_ess", "least ESS/N"),
             _Column("survival", "survival"),
             _Column("suspect", "suspect", "{:.0%}"),
