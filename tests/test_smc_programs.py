@@ -159,6 +159,32 @@ def test_sites_in_a_plate_that_is_not_kept_are_joint(guided):
     within(posterior.log_evidence.exp(), exact)
 
 
+@pytest.mark.parametrize("styles", [False, True])
+def test_documents_with_a_topic_each_word_by_word(styles):
+    """p(words) = sum_k p_k prod_i phi_{k, w_i}, of each document; or with a style, drawn half way, for the rest."""
+    words = torch.tensor([[0, 0, 1, 0, 2, 0], [2, 2, 1, 2, 2, 1], [0, 2, 1, 1, 0, 2]])  # (document, word)
+    topics = torch.tensor([0.5, 0.3, 0.2])
+    phi = torch.tensor([[0.8, 0.15, 0.05], [0.1, 0.2, 0.7], [0.2, 0.6, 0.2]])
+    mix = torch.tensor([0.1, 0.6]) if styles else torch.zeros(2)  # how much of a style's words are any words
+
+    def model():
+        with pyro.plate("runs", RUNS, dim=-2), pyro.plate("documents", 3, dim=-1):
+            k, even = pyro.sample("topic", dist.Categorical(topics)), torch.zeros(())
+            for i in range(words.shape[1]):
+                if styles and i == 3:
+                    even = mix[pyro.sample("style", dist.Bernoulli(0.5)).long()]
+                p = (1 - even[..., None]) * phi[k] + even[..., None] / 3
+                pyro.sample(f"w_{i}", dist.Categorical(p), obs=words[:, i])
+
+    posterior = SMC(model, None, 24, 0.9).run()
+    assert posterior.log_weights.shape == (24, RUNS, 3)
+    assert {e.site for e in posterior.ancestry} == ({"style"} if styles else set())
+    for d, document in enumerate(words):
+        rest = torch.stack([((1 - m) * phi[:, document[3:]] + m / 3).prod(-1) for m in mix]).mean(0)
+        exact = float((topics * phi[:, document[:3]].prod(-1) * rest).sum())
+        within(posterior.log_evidence[:, d].exp(), exact)
+
+
 @pytest.mark.parametrize("twist", [None, "stop", "flow"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_texts_and_other_sites_in_turn(twist, guided):

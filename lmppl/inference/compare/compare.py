@@ -18,6 +18,7 @@ from .. import programs
 from ..metropolis.metropolis import MetropolisHastings
 from ..posterior.posterior import Posterior
 from ..programs import Program
+from ..smc.smc import Sequential
 from ..training.trainer import Trainer
 from .comparison import Comparison, Point, Row, averaged
 from .quality import density_quality, draw_quality, modes_drawn
@@ -129,6 +130,12 @@ def compare(
             if row.training_tokens and exact_tokens and row.query_tokens and exact_tokens > row.query_tokens:
                 row.break_even = row.training_tokens / (exact_tokens - row.query_tokens)
     result = Comparison(rows, unexplored=_unexplored(truth), curves=curves, unit=unit)
+    for row in rows:
+        if row.suspect:
+            result.notes.append(
+                f"{row.name}: suspect in {row.suspect:.0%} of its runs, where few particles speak for all; "
+                "ESS/N and k-hat need not show it."
+            )
     if truth is None:
         result.notes.append(
             "No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good."
@@ -213,6 +220,11 @@ def _measure(
         row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
         khat = torch.stack([a.khat for a in answers])
         row.khat = _mean(khat[khat.isfinite()])
+        ways = [a for a in answers if isinstance(a, Sequential)]
+        if ways:
+            row.min_ess = _mean(torch.stack([a.min_ess / a.num_particles for a in ways]))
+            row.survival = _mean(torch.stack([a.survival for a in ways]))
+            row.suspect = _mean(torch.stack([a.suspect for a in ways]))
     if truth is not None:
         row.log_evidence_error = _mean((torch.stack(evidence) - truth.log_evidence).abs())
         alive = [a for a in answers if bool((a.log_weights.amax(0) > -torch.inf).all())]

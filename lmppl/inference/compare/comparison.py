@@ -36,6 +36,9 @@ class Row:
     log_evidence_sd: float | None = None  # over repetitions and seeds, of one observation's estimate
     ess: float | None = None
     khat: float | None = None
+    min_ess: float | None = None  # of SMC: the smallest ESS / N on the way, and the first particles' share of survivors
+    survival: float | None = None
+    suspect: float | None = None  # share of the plate elements and runs of which few particles speak for all
     density_tv: float | None = None
     forward_kl: float | None = None
     reverse_kl: float | None = None  # KL(q, p): inf where q has mass at p = 0
@@ -65,7 +68,7 @@ def averaged(rows: list[Row]) -> Row:
     return result
 
 
-_WITHOUT_SPREAD = ("khat", "num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
+_WITHOUT_SPREAD = ("khat", "suspect", "num_particles", "training_tokens", "query_tokens", "seconds", "log_evidence")
 
 
 @dataclass
@@ -267,6 +270,14 @@ _TABLES = (
             _Column("log_evidence_sd", "sd"),
             _Column("ess", "ESS/N"),
             _Column("khat", "k-hat", "{:.2f}"),
+        ),
+    ),
+    (
+        "On the way: what SMC's last weights do not show",
+        (
+            _Column("min_ess", "least ESS/N"),
+            _Column("survival", "survival"),
+            _Column("suspect", "suspect", "{:.0%}"),
         ),
     ),
     (

@@ -18,6 +18,7 @@ from ...files import save_figure
 from ..arguments import at_least, is_integer
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
+from ..smc.smc import Sequential
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
@@ -108,7 +109,8 @@ def diagnose(
 ) -> Diagnosis:
     r"""Say whether an algorithm's answers to these arguments, and to data like them, can be trusted.
 
-    - ESS and Pareto k-hat of the weights, the worst of ``repetitions`` runs, and the spread of the evidence over them.
+    - ESS and Pareto k-hat of the weights, the worst of ``repetitions`` runs, and the spread of the evidence over them;
+      of `SMC`, whether half of the runs of an observation are `Sequential.suspect`.
     - Simulation-based calibration on ``simulations`` data sets drawn from the model: the true latents must be a random
       member of the pool that they and the posterior's draws make.  Statistics: ranks and spread of each text's length
       and log p, of each number, of log p(observed) given the latents, without which the prior would pass, and of
@@ -182,6 +184,7 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
         meaning = f"at worst {n} particles are worth {least:.1f} independent draws"
         suspect = least < min(WORST, n / 2) or mean < min(ON_AVERAGE, n / 2)
         result.findings.append(Finding("ESS / N", f"{least / n:.3f}", meaning, suspect, least / n))
+    result.findings += _judge_ways([a for a in answers if isinstance(a, Sequential)])
     evidence = torch.stack([a.log_evidence for a in answers]).double()  # (repetition, *plates)
     if bool(evidence.isnan().any()):  # the weights are no importance weights
         return
@@ -211,6 +214,20 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
             float(low.mean()),
         )
     )
+
+
+def _judge_ways(answers: list[Sequential]) -> list[Finding]:
+    """Of SMC, what was lost on the way: the weights at the end do not show it.
+
+    `Sequential.suspect` draws a line that single runs may cross: the share of the runs has to be a half.
+    """
+    if not answers:
+        return []
+    n = answers[0].num_particles
+    least, survive = (float(torch.stack([getattr(a, x) for a in answers]).min()) for x in ("min_ess", "survival"))
+    share = float(torch.stack([a.suspect for a in answers]).double().mean(0).max())
+    meaning = f"at worst {least:.1f} of {n} particles speak for all on the way; {survive:.1%} of the first survive"
+    return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
 
 
 def _undefined_ess(answers: list[Posterior]) -> Finding:

@@ -73,7 +73,7 @@ def khat_of_scores(ancestry: Ancestry) -> Tensor:
     """Pareto k-hat of the scores at each resampling, (R, *plates); NaN where there was none, or too few particles."""
     rows = []
     for event in ancestry:
-        scores, resampled = event.log_scores.flatten(1), event.resampled.flatten()
+        scores, resampled = event.log_scores.reshape(len(event.log_scores), -1), event.resampled.flatten()
         khat = [pareto_khat(scores[:, i]) if resampled[i] else torch.nan for i in range(len(resampled))]
         rows.append(torch.tensor(khat, device=scores.device).view(event.resampled.shape))
     return torch.stack(rows)

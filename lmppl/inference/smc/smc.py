@@ -60,13 +60,19 @@ class Sequential(Posterior):
 
     @property
     def suspect(self) -> Tensor:
-        """Whether few particles speak for all, (*plates): fewer than 10 (N/2 where that is less).
+        r"""Whether few particles speak for all, (*plates): fewer than min(10, N/8) of
 
-        Of the final weights' ESS; of the particles before the first resampling that have descendants; of the ESS of
-        the weights at a resampling by weights alone, or with a k-hat of 1 or more there.  (Where a twist has one half
-        of the say, the other half bounds what its scores can do.)
+        - the final weights' ESS,
+        - the particles before the first resampling that have a descendant at the end, or
+        - the ESS of the weights at a resampling by weights alone; or a k-hat of 1 or more there, an infinite mean.
+
+        An ESS of E adds 1/E - 1/N to the relative variance of the evidence, so that 10 is a standard deviation of 0.3.
+        Resampling at ESS < N/2 is as it should be, hence N/8 for a small N: weights of relative variance 7.  Where a
+        twist has one half of the say, the other half bounds what its scores can do.  Lines of descent meet in the
+        healthiest run: some N / (1 + r/2) are left after r resamplings, so that more than about 14 of them, or N/5,
+        leave the first sites to fewer draws than this; more particles help.
         """
-        few = min(10.0, self.num_particles / 2)
+        few = min(10.0, self.num_particles / 8)
         found = (self.ess < few) | (self.survival * self.num_particles < few)
         blind = tuple(event for event in self.ancestry if not event.twisted)
         if blind:
