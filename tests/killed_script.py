@@ -240,6 +240,7 @@ def trained() -> None:
             if step == 2:
                 os.kill(os.getpid(), number)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may have been told to ignore it
         code = status(child(lambda told=told: walk(OUT / "walk", callback=told)))
         step = json.loads(where.read_text())["step"]
         print(json.dumps([name, [code, step, walk(OUT / "walk") == expected]]))

@@ -207,7 +207,7 @@ def test_training_reaches_the_posterior():
         auto = AutoGuide(setup.task.model, CONFIG, TEMPLATE, args=setup.args)
     exact = Enumeration(setup.task.model).run(*setup.args)
     before = density_quality(exact, auto, setup.args, {}).total_variation
-    optimizer = torch.optim.AdamW(auto.trainable_parameters(), lr=3e-2)
+    optimizer = torch.optim.AdamW(auto.trainable_parameters(), lr=2e-2)
     GFlowNet(setup.task.model, auto, optimizer=optimizer).fit([setup.args], 80, progress=False)
     after = density_quality(exact, auto, setup.args, {}).total_variation
     assert float(before.mean()) > 0.25 and float(after.max()) < 0.1

@@ -41,7 +41,7 @@ def two(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two nested results differ by more than 1e-5; tokens scored, what is packed, verdicts are no part of them."""
+    """Where two nested results differ by more than 1e-5; tokens scored, packing and verdicts are no part of them."""
     if isinstance(a, dict):
         a, b = ({k: v for k, v in x.items() if k not in VERDICT} for x in (a, b))
         return [f"{where}: {a.keys() ^ b.keys()}"] * (a.keys() != b.keys()) + [

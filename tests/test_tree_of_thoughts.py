@@ -253,7 +253,7 @@ def test_training_reaches_the_exact_posterior(lm, kind):
         found.model,
         lambda: exact_guide(lm, found, tables=tables)(),
         kind(num_particles=12),
-        optimizer=torch.optim.Adam(tables, lr=0.2),
+        optimizer=torch.optim.Adam(tables, lr=0.15),
     )
     assert total_variation(found, tables) > 0.2
     gflownet.fit([()], 100 if kind is SubTB else 80, progress=False)

@@ -27,9 +27,10 @@ def name_of(program: Any) -> str:
 
 
 def settings(thing: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """What an object was built with: of each parameter of its class, the attribute of that name."""
+    """What an object was built with: of each parameter of its class and of those above, the attribute of that name."""
     found: dict[str, Any] = {prefix or "trainer": type(thing).__qualname__}
-    for name in inspect.signature(type(thing)).parameters:
+    own = [cls for cls in type(thing).__mro__ if cls.__module__.startswith("lmppl.") and "__init__" in vars(cls)]
+    for name in dict.fromkeys(name for cls in own for name in inspect.signature(cls).parameters):
         if name in PROGRAMS or name not in getattr(thing, "__dict__", {}):
             continue
         found |= _described(thing.__dict__[name], f"{prefix}.{name}" if prefix else name, depth)

@@ -25,15 +25,13 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 
 
 def warmed(step: int, steps: int, warmup: int) -> float:
-    """A share of the learning rate: up to 1 in ``warmup`` steps, at most half of all, then on a line towards zero.
-
-    It rises as a square, on the line that it falls on later: large steps at first do harm.
+    """A share of the learning rate: on a line up to 1 in ``warmup`` steps, at most half of all, then on one towards 0.
 
     >>> [round(warmed(t, 5, 20), 2) for t in range(5)]
-    [0.19, 0.59, 1.0, 0.67, 0.33]
+    [0.33, 0.67, 1.0, 0.67, 0.33]
     """
     top = max(1, min(warmup, (steps + 1) // 2))  # steps that rise, the last of them to 1
-    return min(1.0, (step + 1) / top) ** 2 * (steps - step) / (steps - top + 1)
+    return min((step + 1) / top, (steps - step) / (steps - top + 1))
 
 
 def checked(schedule: Schedule, name: str, holds: Callable[[float], bool], otherwise: str) -> Schedule:
