@@ -326,6 +326,7 @@ def test_kinds_of_chains(chain, kind):
     assert study.kind(SUM, chain) == kind
 
 
+@pytest.mark.slow
 def test_a_short_study():
     results = {cell: [study.run(cell, 0, True)] * 2 for cell in study.CELLS}
     for cell, (found, _) in results.items():

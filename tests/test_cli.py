@@ -67,6 +67,7 @@ def test_compare_train_and_sample(tmp_path, lmppl):
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
     run = lmppl("compare", "continuation", "--steps", "2", "--particles", "4", "--algorithms", "gflownet")
     assert run.returncode == 0 and "Target: p(z|x)^(1/T), T = 0.8." in run.stdout, run.stderr
@@ -81,6 +82,7 @@ def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
     assert run.returncode == 0 and (tmp_path / "train" / "adapter" / "adapter_config.json").is_file(), run.stderr
 
 
+@pytest.mark.slow
 def test_a_setting_and_the_options_of_a_model(lmppl):
     options = ["--steps", "1", "--particles", "4", "--algorithms", "gflownet"]
     run = lmppl("compare", "infilling", "--setting", "paper", *options)

@@ -212,6 +212,7 @@ def test_a_mask_always_satisfies_and_is_another_distribution(embedded):
     assert quality.reverse_kl.isfinite().all() and float(quality.total_variation) > 0.5
 
 
+@pytest.mark.slow
 def test_a_short_training_reaches_the_posterior(tiny):
     lm, x = tiny
     args = (x[:1], lm.encode(["a"]))

@@ -83,6 +83,7 @@ def test_a_sequence_temperature_is_no_token_temperature(tiny):
     assert bool((tv > 0.02).all())
 
 
+@pytest.mark.slow
 def test_a_short_training_comes_close_to_the_target(embedded):
     """Less than half of the distance is left, on prompts that it was not trained on."""
     del embedded

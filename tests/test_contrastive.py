@@ -97,6 +97,7 @@ def test_what_is_impossible_after_both_stays_impossible(tiny):
     assert run.nodes["contrast"]["fn"].log_prob(run.nodes["contrast"]["value"]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_short_training_reaches_the_target(tiny):
     lm, *args = tiny
     recipe = Recipe(adapter={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"})

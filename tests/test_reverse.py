@@ -62,6 +62,7 @@ def density_tv(experiment, exact) -> float:
     return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
 
 
+@pytest.mark.slow
 def test_a_short_training_comes_close_to_the_posterior():
     experiment = EXPERIMENTS["reverse"]()
     exact = experiment.exact.run(*experiment.test)

@@ -278,6 +278,7 @@ def test_gflownet_em_ends_near_exact_em():
     assert all(set(r) == {"likelihood", "elbo", "gap"} and r["gap"] > -1e-5 for r in rounds)
 
 
+@pytest.mark.slow
 def test_a_short_study():
     found = {cell: run(cell, 0, short=True) for cell in ("10", "control")}
     json.dumps(found)

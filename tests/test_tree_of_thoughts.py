@@ -275,6 +275,7 @@ def test_importance_and_enumeration_agree_with_the_loops(lm):
             assert table[lm.decode(z1)] == pytest.approx(float(p[k, i]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_the_tree(lm):
     """The same with a guide that is a language model: two thoughts, one adapter."""
     found = TREES["a goes on"](lm)

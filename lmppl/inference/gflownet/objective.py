@@ -16,7 +16,7 @@ from ..arguments import at_least, instance_of
 from ..programs import Program, Replay
 from ..training.schedules import Schedule, at, checked
 from ..validation import check_axes_once
-from ..weights import Balance, Weighted, balance, kept_plates
+from ..weights import Balance, Weighted, balance, device_of, kept_plates
 from .exploration import Exploration, OnPolicy, Source, Values
 
 log = logging.getLogger("lmppl")
@@ -104,7 +104,8 @@ class Objective(pyro.infer.ELBO):
             def whole() -> Weighted:
                 target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=n)
                 programs.match(target, drawn)
-                return Weighted(torch.zeros(n), dict(values), target, drawn, kept_plates([target, drawn], nesting))
+                u = torch.zeros(n, device=device_of(target, drawn))
+                return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))
 
             check_axes_once(model, args, kwargs, whole)
         texts = [name for name, node in programs.latents(drawn).items() if programs.is_terminable(node)]
