@@ -183,6 +183,7 @@ def test_a_guide_for_the_ordinary_sites(template):
     assert ((posterior.log_evidence - exact.log_evidence).abs() < 5 * error).all()
 
 
+@pytest.mark.slow
 def test_both_texts_are_trained_with_one_adapter():
     two = TwoTexts()
 

@@ -91,6 +91,7 @@ def test_a_setting_and_the_options_of_a_model(lmppl):
     assert run.returncode == 0 and "T = 0.9, 0.5." in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_further_algorithms_train_guides_of_their_own(tmp_path, lmppl):
     options = ["--steps", "2", "--particles", "32", "--algorithms", "mcmc,wake-sleep,ppo"]
     run = lmppl("compare", "random_number", *options)
@@ -123,6 +124,7 @@ def test_dtype_is_that_of_the_language_model(tmp_path, checkpoint):
     assert {p.dtype for p in found.guide_lm.trainable_parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl):
     (tmp_path / "stories.txt").write_text(STORIES)
     run = lmppl(

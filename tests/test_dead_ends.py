@@ -265,6 +265,7 @@ def test_where_all_particles_die_the_evidence_is_zero():
             posterior.resample(3)
 
 
+@pytest.mark.slow
 def test_texts_after_one_that_died():
     """Two texts, the second about the first: what follows a dead text changes nothing."""
 

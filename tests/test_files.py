@@ -39,6 +39,7 @@ def survived(tmp_path_factory):
     return dict(json.loads(line) for line in run.stdout.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "base", "posterior", "checkpoint"])
 def test_a_save_killed_before_any_system_call_leaves_the_old_or_the_new(survived, kind):
     found = survived[kind]
@@ -48,14 +49,17 @@ def test_a_save_killed_before_any_system_call_leaves_the_old_or_the_new(survived
     assert found["old"] > 15 and found["new"] > 5 and found["first nothing"] > 15 and found["calls"] > 20
 
 
+@pytest.mark.slow
 def test_training_killed_before_any_system_call_goes_on_as_if_it_had_not_been(survived):
     assert survived["training"]["killed"] > 50 and survived["training"]["whole"] == 1
 
 
+@pytest.mark.slow
 def test_signals_save_before_they_end_a_run(survived):
     assert survived["SIGTERM"] == [143, 3, True] and survived["SIGINT"] == [130, 3, True]
 
 
+@pytest.mark.slow
 def test_two_writers_and_a_reader_of_one_directory_do_not_meet(survived):
     assert survived["at once"] == [0, False, ["lmppl.json", "training.json", "training.safetensors"]]
 

@@ -313,6 +313,7 @@ def tabular(lm: LanguageModel, problem: str) -> tuple[Callable, list[Tensor], Ca
     return guide, params, total_variation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", ["from one token", "a category first"])
 def test_pairs_within_a_sample_do_not_identify_and_the_pooled_form_does(lm, problem):
     """Trained alike: the pooled form reaches the posterior; the un-pooled loss goes to zero far away from it."""

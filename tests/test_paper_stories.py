@@ -77,6 +77,7 @@ def test_a_short_infilling():
     assert "the posterior p(z|x, y)" in infilling.STUDY.report(results)
 
 
+@pytest.mark.slow
 def test_a_short_reverse():
     results = short(reverse.STUDY)
     prior, exact = results[reverse.PRIOR][0], results[reverse.EXACT][0]

@@ -27,6 +27,7 @@ def test_the_language_model_satisfies_as_often_as_the_evidence_says():
     states(STUDY["constrained"].report(found), claims=3)
 
 
+@pytest.mark.slow
 def test_all_of_the_contrastive_target_is_counted():
     found = short("contrastive")
     (sampling,) = found["sampling"]

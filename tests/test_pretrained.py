@@ -211,6 +211,7 @@ def test_a_mistake_is_one_line(wheel, tmp_path, run, offline):
 # Tests that need the model -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tests_of_the_model_do_not_run_unless_asked_for_and_say_how(tmp_path, pytestconfig):
     assert "not slow and not pretrained" in pytestconfig.getini("addopts")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "pretrained"]

@@ -140,6 +140,7 @@ def on_unseen_bounds(**changes):
     return {key: mean(f[key] for f in found) for key in found[0]}
 
 
+@pytest.mark.slow
 def test_unseen_bounds_are_blurred_rather_than_lost():
     """After thirty steps a square loss is nearer to valid and farther from uniform: it has lost the edges."""
     squared = partial(VarGrad, floor=12.0, exploration=early_prior(150))

@@ -13,7 +13,6 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
-from ..explained import is_factor
 from ..programs import Program, parameters_of
 
 SHOWN = 4  # names in a message
@@ -27,7 +26,7 @@ class Owners:
     guide: Mapping[int, Tensor]  # of its language models' adapters, and Pyro's; without the target's
     target: Mapping[int, Tensor]
     names: Mapping[int, str]
-    factors: bool = False  # whether the target has any
+    hidden: bool = False  # whether the target has sites that are no texts of language models
 
     @classmethod
     def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Owners:
@@ -41,8 +40,8 @@ class Owners:
                     names |= {id(value): name for name, value in node["fn"].lm.model.named_parameters()}
         names |= {id(value.unconstrained()): name for name, value in pyro.get_param_store().items()}
         trained = {i: x for i, x in _by_id(trainable_of(q)).items() if i not in target}
-        factors = any(is_factor(node["fn"]) for node in programs.scored(p).values())
-        return cls(trained, target, names, factors)
+        hidden = any(not hasattr(node["fn"], "lm") for node in programs.scored(p).values())
+        return cls(trained, target, names, hidden)
 
     def check_target(self, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
         """Refuse an optimiser that holds a parameter of the target.
@@ -77,10 +76,11 @@ class Owners:
     def check_model(self, trained: Iterable[Tensor], held: Iterable[Tensor], optimizer: str) -> None:
         """Refuse an optimiser of the *model* that does not hold all of ``trained``, or belongs to others altogether.
 
-        A factor may depend on what no sketch shows: under one, nobody knows whose a parameter is.
+        A factor, or a distribution of another kind, may be made of what no sketch shows: beside one, nobody knows whose
+        a parameter is, and the loss has to tell.
         """
         found = _by_id(held)
-        if not self.factors and not any(i in self.target for i in found) and all(i in self.names for i in found):
+        if not self.hidden and not any(i in self.target for i in found) and all(i in self.names for i in found):
             self._refuse_all(self.target, found, optimizer, "the model")
         self._check_all(_by_id(trained), found, optimizer, "the model")
 
