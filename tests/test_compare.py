@@ -98,7 +98,7 @@ def test_a_divergence_is_infinite_where_the_posterior_is_zero_and_finite_within(
     assert saved["density_outside"] == pytest.approx(float(q_out.mean()))
     assert saved["reverse_kl_inside"] == pytest.approx(float(expected.mean()))
     json.dumps(result.to_json(), allow_nan=False)
-    assert "inf" in result.markdown() and "KL inside" in result.markdown()
+    assert "inf" in result.markdown() and "KL(q,p) within" in result.markdown()
 
 
 def test_draw_quality(task):

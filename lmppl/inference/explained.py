@@ -61,7 +61,8 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
         fn, value = node["fn"], node["value"]
         if hasattr(fn, "prefix_scores") and not isinstance(value, Tensor):
             raise ValueError(f"site {node['name']!r}: {no_text(fn, value)}")
-        if is_factor(fn) and unmasked(fn).log_factor.dtype == torch.bool:
+        inner = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+        if isinstance(inner, Unit) and inner.log_factor.dtype == torch.bool:
             raise ValueError(
                 f"site {node['name']!r}: a factor is a log-probability, and this one is a BoolTensor; for a condition "
                 "write torch.where(condition, 0.0, -torch.inf)"
@@ -74,16 +75,6 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
                     f"of {nesting} axes of plates; no plate has {size} elements at axis {-i}. Put the site into its "
                     f"plate, a guide's too. {_AXES}"
                 )
-
-
-def unmasked(fn: Any) -> Any:
-    """A site's distribution without the masks around it."""
-    return unmasked(fn.base_dist) if isinstance(fn, MaskedDistribution) else fn
-
-
-def is_factor(fn: Any) -> bool:
-    """Whether a site's distribution is that of `pyro.factor`."""
-    return isinstance(unmasked(fn), Unit)
 
 
 def _batch(fn: Any, value: Any, name: str) -> torch.Size:

@@ -286,9 +286,14 @@ _TABLES = (
             _Column("density_tv", "TV"),
             _Column("forward_kl", "KL(p,q)"),
             _Column("reverse_kl", "KL(q,p)"),
-            _Column("density_outside", "q where p=0", "{:.2g}"),
-            _Column("reverse_kl_inside", "KL inside"),
             _Column("density_modes", "modes", "{:.2f}"),
+        ),
+    ),
+    (
+        "Support: q where p = 0, and KL(q, p) of q elsewhere",
+        (
+            _Column("density_outside", "share of q", "{:.2g}"),
+            _Column("reverse_kl_inside", "KL(q,p) within"),
         ),
     ),
     (

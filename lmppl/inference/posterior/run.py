@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..packed import pack, unpack
 from ..programs import Program
 
 
@@ -24,7 +25,7 @@ class Run:
         """The arguments as JSON and tensors, for a file; None where they are of other kinds."""
         tensors: dict[str, Tensor] = {}
         try:
-            return _packed([list(self.args), self.kwargs], tensors), tensors
+            return pack([self.args, self.kwargs], "arguments", tensors), tensors
         except TypeError:
             return None, {}
 
@@ -33,34 +34,8 @@ class Run:
         """What `packed` made of a run, its program not known; None of None."""
         if packed is None:
             return None
-        args, kwargs = _unpacked(packed, tensors)
-        return cls(None, tuple(args), dict(kwargs))
-
-
-def _packed(x: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(x, Tensor):
-        name = f"arguments.{len(tensors)}"
-        tensors[name] = x
-        return {"tensor": name}
-    if isinstance(x, list | tuple):
-        return {type(x).__name__: [_packed(each, tensors) for each in x]}
-    if isinstance(x, dict) and all(isinstance(key, str) for key in x):
-        return {"dict": {key: _packed(each, tensors) for key, each in x.items()}}
-    if x is None or type(x) in (bool, int, float, str):
-        return x
-    raise TypeError(f"{type(x).__name__} is not saved")
-
-
-def _unpacked(x: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if not isinstance(x, dict):
-        return x
-    ((kind, inner),) = x.items()
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "dict":
-        return {key: _unpacked(each, tensors) for key, each in inner.items()}
-    found = [_unpacked(each, tensors) for each in inner]
-    return tuple(found) if kind == "tuple" else found
+        args, kwargs = unpack(packed, tensors)
+        return cls(None, args, kwargs)
 
 
 def arguments(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

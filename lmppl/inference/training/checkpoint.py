@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ... import files
 from ...adapters import first_line
 from ..distributed import first_alone, like, whole
+from ..packed import pack, unpack
 
 KIND, FORMAT = "training checkpoint", "lmppl training 1"
 TENSORS, STATE = "training.safetensors", "training.json"
@@ -40,7 +41,12 @@ def save(
         if not bool(tensors[f"parameter.{i}"].isfinite().all()):
             raise FloatingPointError(f"checkpoint: parameter {i} is not finite; {directory} was left as it was")
     tensors |= {f"own.{name}": _copy(t) for name, t in (own or {}).items()}
-    states = [_packed(o.state_dict(), f"optimizer.{i}", tensors) for i, o in enumerate(_several(optimizer))]
+    kept: dict[str, Tensor] = {}
+    try:
+        states = [pack(o.state_dict(), f"optimizer.{i}", kept) for i, o in enumerate(_several(optimizer))]
+    except TypeError as error:
+        raise ValueError(f"optimizer: it keeps {error}, which no checkpoint can hold") from error
+    tensors |= {name: _copy(t) for name, t in kept.items()}
     state = {"format": FORMAT, "step": step, "optimizers": _kinds(optimizer), "states": states, **extra}
 
     def write() -> None:
@@ -74,7 +80,7 @@ def load(
     try:
         parameters = _parameters(optimizer)
         saved = [like(p, tensors[f"parameter.{i}"]) for i, p in enumerate(parameters)]
-        unpacked = [_unpacked(s, tensors) for s in state["states"]]
+        unpacked = [unpack(s, tensors) for s in state["states"]]
         for p, value in zip(parameters, saved, strict=True):
             if p.shape != value.shape:
                 raise ValueError(f"a parameter has the shape {tuple(value.shape)}")
@@ -165,35 +171,6 @@ def _at(device: torch.device, x: Any) -> Any:
     if isinstance(x, Mapping):
         return {key: _at(device, value) for key, value in x.items()}
     return type(x)(_at(device, value) for value in x) if isinstance(x, list | tuple) else x
-
-
-def _packed(x: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of ``x``; its tensors go to ``tensors``."""
-    if isinstance(x, Tensor):
-        name = f"{len(tensors)}.{name}"
-        tensors[name] = _copy(x)
-        return {"tensor": name}
-    if isinstance(x, Mapping):
-        return {"dict": [[_packed(key, name, tensors), _packed(v, f"{name}.{key}", tensors)] for key, v in x.items()]}
-    if isinstance(x, list | tuple):
-        parts = [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
-        return {"tuple" if isinstance(x, tuple) else "list": parts}
-    if x is None or isinstance(x, bool | int | float | str):
-        return x
-    what = name.partition(".")[2]
-    raise ValueError(f"optimizer: it keeps {what}, a {type(x).__name__}, which no checkpoint can hold")
-
-
-def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(x, dict):
-        return x
-    ((kind, content),) = x.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "dict":
-        return {key: _unpacked(value, tensors) for key, value in content}
-    found = [_unpacked(part, tensors) for part in content]
-    return tuple(found) if kind == "tuple" else found
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -285,66 +285,44 @@ class Trainer(ABC):
         with Record(log, checkpoint) as record:
             of = self._identity(tasks, seed, identity) if record.where is not None else {}
             start = self._take_up(record, of)
-            return self._run(
-                tasks, start, steps, record, of, seed, warmup, held_out, evaluate_every, checkpoint_every, progress,
-                callback,
+            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+            rates = [group.get("initial_lr", group["lr"]) for group in groups]
+            first = distributed.world().rank == 0
+            bar = Progress(
+                TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(), disable=not (progress and first),
             )  # fmt: skip
-
-    def _run(
-        self,
-        tasks: list[Task],
-        start: int,
-        steps: int,
-        record: Record,
-        of: dict[str, Any],
-        seed: int,
-        warmup: int,
-        held_out: tuple[Any, ...] | None,
-        evaluate_every: int,
-        checkpoint_every: int,
-        progress: bool,
-        callback: Callable[[int, dict[str, float]], None] | None,
-    ) -> list[dict[str, float]]:
-        """The steps of `fit` from ``start`` on."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        history = self.history
-        first = distributed.world().rank == 0
-        bar = Progress(
-            TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-            TimeRemainingColumn(), disable=not (progress and first),
-        )  # fmt: skip
-        with bar, forked(), _kept(groups, rates):
-            shown = bar.add_task("", total=steps, completed=start)
-            for step in range(start, steps):
-                torch.manual_seed(seed * 1_000_003 + step)
-                for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate * warmed(step, steps, warmup)
-                task = tasks[step % len(tasks)]
-                metrics = self._tried(task, task.batch(step // len(tasks)), step)
-                if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
-                    metrics |= self._held_out(held_out)
-                    if step + 1 == steps:
-                        metrics |= self._judged(held_out)
-                history.append(metrics)
-                stopped = False
-                try:
-                    stopped = callback is not None and _stops(callback, step, metrics)
-                finally:
-                    record.write(step, metrics)
-                told = record.told()
-                if told or stopped or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            with bar, forked(), _kept(groups, rates):
+                shown = bar.add_task("", total=steps, completed=start)
+                for step in range(start, steps):
+                    torch.manual_seed(seed * 1_000_003 + step)
                     for group, rate in zip(groups, rates, strict=True):
-                        group["lr"] = rate
-                    self._save(record, step + 1, of)
-                if told:
-                    record.end(told)
-                bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
-                if stopped:
-                    break
-        if history:
-            self._say(history)
-        return history
+                        group["lr"] = rate * warmed(step, steps, warmup)
+                    task = tasks[step % len(tasks)]
+                    metrics = self._tried(task, task.batch(step // len(tasks)), step)
+                    if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
+                        metrics |= self._held_out(held_out)
+                        if step + 1 == steps:
+                            metrics |= self._judged(held_out)
+                    self.history.append(metrics)
+                    stopped = False
+                    try:
+                        stopped = callback is not None and _stops(callback, step, metrics)
+                    finally:
+                        record.write(step, metrics)
+                    told = record.told()
+                    if told or stopped or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                        for group, rate in zip(groups, rates, strict=True):
+                            group["lr"] = rate
+                        self._save(record, step + 1, of)
+                    if told:
+                        record.end(told)
+                    bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
+                    if stopped:
+                        break
+            if self.history:
+                self._say(self.history)
+            return self.history
 
     def _identity(self, tasks: list[Task], seed: int, given: Mapping[str, Any] | None) -> dict[str, Any]:
         """What a run is of."""
