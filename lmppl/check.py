@@ -19,6 +19,7 @@ from torch import Tensor
 from . import text
 from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
 from .inference.programs import Node, Program, Replay
+from .inference.sites import is_terminable, lm_of, text_of, texts_of
 from .inference.training.ownership import Owners
 from .inference.validation import check_axes
 from .inference.weights import Weighted, balance, site_log_prob, weigh
@@ -167,7 +168,7 @@ def _describe(
     report.sd_u = ((finite - mean) ** 2).nanmean(0).sqrt()
     report.ess = posterior.ess
     for name, node in programs.latents(weighted.guide).items():
-        if programs.is_terminable(node):
+        if is_terminable(node["fn"]):
             _stops(report, name, node)
 
 
@@ -177,27 +178,28 @@ def _axes(node: Node, nesting: int) -> Axes:
     plates |= {-1 - nesting: "particle", -2 - nesting: "prefix"}
     batch, event = node["fn"].batch_shape, node["fn"].event_shape
     named = [(plates.get(d, "(shared)"), batch[d]) for d in range(-len(batch), 0)]
-    is_text = hasattr(node["fn"], "prefix_scores")
-    return named + [("token" if is_text else "event", n) for n in event]
+    site = text_of(node["fn"])
+    names = ["event"] * len(event) if site is None else ["(text)"] * site.stacked + ["token"]
+    return named + list(zip(names, event, strict=True))
 
 
 def _stops(report: Report, name: str, node: Node) -> None:
     """The mean stop probability after t tokens, over the draws that have as many."""
-    fn, value = node["fn"], node["value"]
-    stopped = torch.isin(value, fn.stop).any(-1)
+    site, value = texts_of(node), node["value"]
+    stopped = site.ending(value).ended
     if not bool(stopped.all()):
         report.problems.append(
             f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws come to where its constraint permits "
-            f"nothing, as after {fn.lm.decode(value[~stopped][0])!r}, and get weight zero; permit a stop there"
+            f"nothing, as after {site.fn.decode(value[~stopped][0])!r}, and get weight zero; permit a stop there"
         )
     with torch.no_grad():
-        stop = fn.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
-    end = programs.all_stops(fn).ending(value).at
+        stop = site.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
+    end = site.ending(value).at
     column = torch.arange(stop.shape[-1], device=stop.device)
     there = (column <= end[..., None]) & stopped[..., None]
     mean = torch.where(there, stop, torch.nan).flatten(0, -2).nanmean(0)
     report.stop_probabilities[name] = mean.tolist()
-    free = there & (column >= fn.min_tokens[..., None]) & (column < fn.max_tokens[..., None])
+    free = there & (column >= site.min_tokens[..., None]) & (column < site.max_tokens[..., None])
     if bool(free.any()) and float(stop[free].max()) < HARDLY_EVER:
         report.problems.append(
             f"site {name!r}: the text never stops by itself (stop probability at most {float(stop[free].max()):.1g} at "
@@ -229,29 +231,30 @@ def _has_evidence(report: Report, weighted: Weighted) -> bool:
 
 
 def _why_impossible(node: Node, latent: bool) -> str:
-    fn = node["fn"]
+    site = text_of(node["fn"])
     if latent:
         return (
             "the model gives every value that the guide draws probability zero; make their rules (stop, limits) agree"
         )
-    if not hasattr(fn, "prefix_scores"):
+    if site is None:
         return f"probability zero under every particle (zero evidence); {RARE}"
     value = node["value"]
-    if fn.stop.numel():
-        if not bool(programs.all_stops(fn).ending(value).ended.all()):
-            string = " or a stop string" if programs.all_stops(fn).strings is not None else ""
+    most = site.max_tokens
+    if site.fn.stop.numel():
+        if not bool(site.ending(value).ended.all()):
+            string = " or a stop string" if site.stops.strings is not None else ""
             return (
                 f"the observed text does not end with its stop token{string}, so the evidence is zero; encode it with "
                 "lm.encode(..., stop=...), or observe how the text begins with stop=None, max_tokens=length(y)"
             )
-        if bool((text.length(value) - 1 > fn.max_tokens).any()):
+        if bool((text.length(value) - 1 > most).any()):
             return (
                 f"the observed text has up to {int(text.length(value).max()) - 1} tokens before its stop, more than "
-                f"max_tokens={int(fn.max_tokens.max())}; raise max_tokens"
+                f"max_tokens={int(most.max())}; raise max_tokens"
             )
         return "probability zero under every particle (zero evidence): tokens after its first stop, or not allowed"
-    if bool((text.length(value) != fn.max_tokens).any()):
-        if programs.stop_argument(fn):
+    if bool((text.length(value) != most).any()):
+        if site.stop_argument:
             return "a text ends with its stop string or has max_tokens tokens; encode it with lm.encode(..., stop=...)"
         return "without a stop, a text has exactly max_tokens tokens; pass max_tokens=length(y)"
     return "probability zero under every particle (zero evidence); check allowed"
@@ -350,7 +353,7 @@ def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
     """The guide's trainable parameters by name: its language models', its own as a module, and Pyro's."""
     found: dict[str, Tensor] = {}
     for node in programs.scored(trace).values():
-        lm = getattr(node["fn"], "lm", None)
+        lm = lm_of(node["fn"])
         if lm is not None:
             names = {id(p): name for name, p in lm.model.named_parameters()}
             found |= {names.get(id(p), f"parameter {i}"): p for i, p in enumerate(lm.trainable_parameters())}

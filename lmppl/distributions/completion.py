@@ -18,17 +18,11 @@ from ..language_model import LanguageModel
 from ..tools import Tool
 from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
+from .protocols import PrefixScores
 from .rejection import RejectionSteps
 from .rules import Rules
 from .support import Texts, every_text
 from .token_steps import DeadEnd, TokenSteps
-
-
-class PrefixScores(NamedTuple):
-    """What one pass over a value says of all its prefixes; both (..., max_tokens + 1)."""
-
-    log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where it cannot stop
-    stop_log_probs: Tensor  # column t: log p(stop | z_1..z_t); 0 where a stop string has ended the text
 
 
 class Completion(TorchDistribution):
@@ -140,6 +134,14 @@ class Completion(TorchDistribution):
     def support(self) -> Texts:
         return Texts(self.lm.vocab_size)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.lm.vocab_size
+
+    def decode(self, value: Tensor) -> Any:
+        """Texts (..., L) as strings, nested lists of the leading axes."""
+        return self.lm.decode(value)
+
     def expand(self, batch_shape: torch.Size, _instance: Completion | None = None) -> Completion:
         """The same distribution on a larger batch; the prompt is not copied, so nothing is computed twice."""
         new = self._get_checked_instance(Completion, _instance)
@@ -160,6 +162,31 @@ class Completion(TorchDistribution):
         new._native = torch.broadcast_shapes(self._native, new.temperature.shape, new._epsilon.shape)
         shape = torch.broadcast_shapes(self.batch_shape, new._native)
         super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
+        return new
+
+    def after(self, prompt: Tensor, lm: LanguageModel | None = None) -> Completion:
+        """A text of the same limits, stops, constraint, temperature and tools after another prompt (*batch, Lp)."""
+        return Completion(
+            self.lm if lm is None else lm,
+            prompt,
+            max_tokens=self.max_tokens,
+            min_tokens=self.min_tokens,
+            stop=[*self.stop.tolist(), *(self.stop_strings.strings if self.stop_strings is not None else ())] or None,
+            allowed=self.allowed,
+            temperature=self.temperature,
+            tools=self.tools,
+            validate_args=self._validate_args,
+        )
+
+    def rows(self, rows: Tensor) -> Completion:
+        """Elements ``rows`` (R,) of the flattened batch, as a distribution of batch (R,)."""
+        new = self.expand(self.batch_shape)
+        new.prompt = self.prompt.expand(*self.batch_shape, -1).flatten(0, -2)[rows]
+        for name in ("max_tokens", "min_tokens", "temperature", "_epsilon"):
+            number = getattr(self, name)
+            setattr(new, name, number.expand(self.batch_shape).flatten()[rows] if number.dim() else number)
+        new._native = rows.shape
+        super(Completion, new).__init__(rows.shape, self.event_shape, validate_args=False)
         return new
 
     def _rules(self, batch: torch.Size) -> Rules:

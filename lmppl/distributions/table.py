@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from .. import randomness, text
 from ..language_model import Stop
 from ..stop_strings import Stops
-from .completion import PrefixScores
+from .protocols import PrefixScores
 from .support import Texts
 
 
@@ -148,6 +148,10 @@ class TextTable(Table):
         beyond = (value[..., width:] != text.PAD).any(-1)
         row = super().row(pad(value[..., :width], (0, max(0, width - value.shape[-1])), value=text.PAD))
         return row.masked_fill(beyond, len(self.values))
+
+    def decode(self, value: Tensor) -> Any:
+        """Texts (..., L) as strings, nested lists of the leading axes."""
+        return self.lm.decode(value)
 
     def placeholder(self) -> Tensor:
         """Some text of the right shape (*batch, *event)."""

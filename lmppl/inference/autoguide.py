@@ -21,6 +21,7 @@ from ..distributions import Completion
 from ..language_model import LanguageModel
 from . import programs
 from .programs import Node, Program, Sketch
+from .sites import around, innermost, is_text
 
 Template = str | Sequence[Mapping[str, str]]
 """What a prompt is made from: a string with fields, or messages with fields in their contents."""
@@ -87,7 +88,7 @@ class AutoGuide:
             (sketch,) = programs.sketches([model], args or (), kwargs or {})
             for site, node in programs.latents(sketch).items():
                 if _is_written(node):
-                    self._sites[site] = self._view(node["fn"].lm)
+                    self._sites[site] = self._view(innermost(node["fn"]).lm)
             self._complete = True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -131,7 +132,7 @@ class AutoGuide:
             with _Hidden(given), Sketch():
                 first = poutine.trace(self.model).get_trace(*args, **kwargs)
             given |= {name: node["value"] for name, node in first.nodes.items() if site_is_subsample(node)}
-            observed = {n: s for n, s in programs.scored(first).items() if s["is_observed"] and _is_text(s)}
+            observed = {n: s for n, s in programs.scored(first).items() if s["is_observed"] and is_text(s["fn"])}
         writer = _Writer(self, _arguments(self.model, args, kwargs), observed, given)
         with writer:
             self.model(*args, **kwargs)
@@ -180,18 +181,9 @@ class _Writer(Messenger):
         elif msg["name"] in self.given:
             msg["value"], msg["done"], msg["stop"] = self.given[msg["name"]], True, True
         elif _is_written(msg):
-            fn = msg["fn"]
+            fn = innermost(msg["fn"])
             lm = self.guide._sites[msg["name"]] = self.guide._view(fn.lm)
-            msg["fn"] = Completion(
-                lm,
-                self._prompt(msg, lm),
-                max_tokens=fn.max_tokens,
-                min_tokens=fn.min_tokens,
-                stop=programs.stop_argument(fn) or None,
-                allowed=fn.allowed,
-                temperature=fn.temperature,
-                tools=fn.tools,
-            ).expand(fn.batch_shape)
+            msg["fn"] = around(msg["fn"], fn.after(self._prompt(msg, lm), lm).expand(fn.batch_shape))
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not site_is_subsample(msg):
@@ -206,7 +198,7 @@ class _Writer(Messenger):
             parts: list[Any] = []
             for node in self.observed.values():
                 parts += [_beside(node, msg), self.guide.separator]
-            return lm.join(*parts, _without_bos(lm, msg["fn"].prompt))
+            return lm.join(*parts, _without_bos(lm, innermost(msg["fn"]).prompt))
         if isinstance(template, str):
             return lm.fill(template, **self._fields(template, lm))
         return lm.chat([{**message, "content": self._content(message["content"], lm)} for message in template])
@@ -242,22 +234,20 @@ def _without_bos(lm: LanguageModel, prompt: Tensor) -> Tensor:
     return prompt.masked_fill(first & (prompt == lm.bos_id), text.PAD)
 
 
-def _is_text(node: Node) -> bool:
-    return hasattr(node["fn"], "prefix_scores")
-
-
 def _is_written(node: Any) -> bool:
     """Whether a site is a text that a language model writes after a prompt."""
-    return hasattr(node["fn"], "prompt") and hasattr(node["fn"], "lm")
+    return isinstance(innermost(node["fn"]), Completion)
 
 
 def _beside(node: Node, msg: Any) -> Tensor:
     """An observed text as a latent site sees it: joined over the plates that it has and the site has not."""
     value, own = node["value"], {f.name for f in msg["cond_indep_stack"]}
     for frame in node["cond_indep_stack"]:
-        axis = value.dim() - 1 + (frame.dim or 0)
+        axis = value.dim() - node["fn"].event_dim + (frame.dim or 0)
         if frame.vectorized and frame.name not in own and axis >= 0:
             value = text.cat(*value.split(1, axis))
+    for _ in range(msg["fn"].event_dim - node["fn"].event_dim):  # one observed text for all texts of the site
+        value = value[..., None, :]
     return value
 
 

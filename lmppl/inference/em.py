@@ -266,7 +266,7 @@ class VariationalEM(Trainer):
             self.e_step.watch(model, guide, args, kwargs, "e_step: its optimizer")
         theta = _ids(self.parameters)
         q, p = programs.sketches([guide, model], args, kwargs)
-        lms = {id(node["fn"].lm): node["fn"].lm for node in programs.scored(p).values() if hasattr(node["fn"], "lm")}
+        lms = {id(lm): lm for lm in programs.language_models(p).values()}
         views = [lm.trainable_parameters() for lm in lms.values()]
         begun = [x for own in views if theta & _ids(own) for x in own]
         shared = set() if guide == model else _ids(trainable_of(q))

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..distributions.arguments import no_text
+from .sites import text_of
 
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 
@@ -59,10 +60,9 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
     allowed[-2 - nesting] = {1, prefixes or 1}
     for node in nodes:
         fn, value = node["fn"], node["value"]
-        if hasattr(fn, "prefix_scores") and not isinstance(value, Tensor):
-            raise ValueError(f"site {node['name']!r}: {no_text(fn, value)}")
-        inner = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
-        if isinstance(inner, Unit) and inner.log_factor.dtype == torch.bool:
+        if not isinstance(value, Tensor) and (site := text_of(fn)) is not None:
+            raise ValueError(f"site {node['name']!r}: {no_text(site.fn, value)}")
+        if isinstance(fn, Unit) and fn.log_factor.dtype == torch.bool:
             raise ValueError(
                 f"site {node['name']!r}: a factor is a log-probability, and this one is a BoolTensor; for a condition "
                 "write torch.where(condition, 0.0, -torch.inf)"

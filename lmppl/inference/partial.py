@@ -16,6 +16,7 @@ from .. import text
 from . import programs
 from .explained import check_shapes
 from .programs import Node, Program, Replay
+from .sites import is_stepwise, is_text
 
 Pause = Callable[[str, Trace], bool]
 
@@ -52,7 +53,7 @@ class _Halt(Messenger):
 
 def is_grown(node: Node) -> bool:
     """Whether a site's value can be drawn token by token."""
-    return hasattr(node["fn"], "token_steps") and not node["infer"].get("is_auxiliary")
+    return is_stepwise(node["fn"]) and not node["infer"].get("is_auxiliary")
 
 
 def advance(
@@ -92,8 +93,8 @@ def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value:
     if name not in retained:
         raise ValueError(f"exact_sample: it has no value for the site {name!r}, only for {list(retained)}")
     first = retained[name]
-    if hasattr(fn, "prefix_scores"):
-        width = fn.event_shape[0]
+    if is_text(fn):
+        width = fn.event_shape[-1]
         first = text.pad(first[..., :width], width)
     first = first.reshape((1,) * (value.dim() - first.dim()) + first.shape)
     return torch.cat([first.expand_as(value[:1]), value[1:]])
@@ -101,9 +102,9 @@ def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value:
 
 def too_long(retained: Mapping[str, Tensor] | None, name: str, fn: Any) -> Tensor | None:
     """Where the retained text is longer than any text of this site, (..., *plate axes); None where that is nowhere."""
-    if retained is None or name not in retained or not hasattr(fn, "prefix_scores"):
+    if retained is None or name not in retained or not is_text(fn):
         return None
-    longer = text.length(retained[name]) > fn.event_shape[0]
+    longer = text.length(retained[name]) > fn.event_shape[-1]
     return longer if bool(longer.any()) else None
 
 

@@ -19,13 +19,14 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from .. import randomness, text
-from ..stop_strings import Ending, Stops
+from ..stop_strings import Ending
 from .explained import PARTICLES, PREFIXES, check_shapes, explained, refuse_own_names
 from .python_values import no_python_values
+from .sites import Site, lm_of, text_of, unmasked
 
 Program = Callable[..., Any]
 Node = dict[str, Any]
-Temper = Callable[[TorchDistribution], TorchDistribution]
+Temper = Callable[[Site], TorchDistribution]
 
 
 class SiteMismatch(ValueError):
@@ -56,20 +57,19 @@ class Draw(Messenger):
         self.log_probs: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
         if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
             return
-        if not hasattr(fn, "sample_and_log_prob"):
+        site = text_of(msg["fn"])
+        if site is None:
             if randomness.part() is None:
                 return
             with randomness.apart():
-                msg["value"] = fn(*msg["args"], **msg["kwargs"])
+                msg["value"] = msg["fn"](*msg["args"], **msg["kwargs"])
         elif self.explore is None:
-            msg["value"], self.log_probs[msg["name"]] = fn.sample_and_log_prob()
+            msg["value"], log_prob = site.draw()
+            self.log_probs[msg["name"]] = site.lift(log_prob)
         else:
-            broader = self.explore(fn)  # a dead end is no error here, as it is for `sample`
-            drawn = hasattr(broader, "sample_and_log_prob")
-            msg["value"] = broader.sample_and_log_prob()[0] if drawn else broader.sample()
+            msg["value"] = site.draw_from(self.explore(site))
         msg["done"] = True
 
 
@@ -77,8 +77,17 @@ class Sketch(Messenger):
     """Gives every text site some text of the right shape, so that a program's shape is learned without the network."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["done"] and not msg["is_observed"] and hasattr(msg["fn"], "placeholder"):
-            msg["value"], msg["done"] = msg["fn"].placeholder(), True
+        if not msg["done"] and not msg["is_observed"] and (site := text_of(msg["fn"])) is not None:
+            msg["value"], msg["done"] = site.placeholder(), True
+
+
+class Unmasked(Messenger):
+    """Makes the masks around a site's distribution masks of the site, as `pyro.poutine.mask` does."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"], mask = unmasked(msg["fn"])
+        if mask is not None:
+            msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
 
 
 def trace(
@@ -101,6 +110,7 @@ def trace(
         stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample"))
         for handler in handlers:
             stack.enter_context(handler)
+        stack.enter_context(Unmasked())
         if prefixes is not None:
             stack.enter_context(pyro.plate(PREFIXES, prefixes, dim=-2 - nesting))
         stack.enter_context(pyro.plate(PARTICLES, particles, dim=-1 - nesting))
@@ -126,34 +136,6 @@ def scored(trace: Trace) -> dict[str, Node]:
 def values(trace: Trace) -> dict[str, Tensor]:
     """The values a replay needs: latents and subsamples."""
     return {n: s["value"] for n, s in _samples(trace) if not s["is_observed"]}
-
-
-def is_terminable(node: Node) -> bool:
-    """Whether a site is a text with a stop, which can score all stopped prefixes of its value in one pass."""
-    return hasattr(node["fn"], "prefix_scores") and node["fn"].stop.numel() > 0
-
-
-def all_stops(fn: Any) -> Stops:
-    """What ends the texts of a distribution."""
-    return Stops(fn.stop, getattr(fn, "stop_strings", None))
-
-
-def stop_argument(fn: Any) -> list[int | str]:
-    """What ends the texts of a distribution, as its ``stop`` was or might have been given; empty for None."""
-    ids, strings = all_stops(fn)
-    return [*ids.tolist(), *(strings.strings if strings is not None else ())]
-
-
-def completed(fn: Any, strings: Any) -> Tensor:
-    """Strings as texts of a distribution: encoded, with its (first) stop where they have none."""
-    value, argument = fn.lm.encode(strings), stop_argument(fn)
-    if not argument:
-        return value
-    value = text.pad(value, max(1, value.shape[-1]))
-    last = (text.length(value) - 1).clamp(min=0)[..., None]
-    ended = all_stops(fn).ends(value).gather(-1, last)
-    stop = torch.tensor(fn.lm.vocabulary.ending_ids(argument[0]), device=value.device)
-    return text.cat(value, torch.where(ended, text.PAD, stop))
 
 
 def _samples(trace: Trace) -> list[tuple[str, Node]]:
@@ -195,6 +177,7 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
                 poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
                 Sketch(),
                 Replay(known),
+                Unmasked(),
                 no_python_values(),
             ):
                 found.append(poutine.trace(program).get_trace(*args, **kwargs))
@@ -206,8 +189,13 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
 def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The networks behind a program's text sites, each once: whose ``tokens_scored`` an algorithm costs."""
     (sketch,) = sketches([program], args, kwargs)
-    lms = [node["fn"].lm for node in scored(sketch).values() if hasattr(node["fn"], "lm")]
-    return list({id(lm.network): lm.network for lm in lms}.values())
+    return list({id(lm.network): lm.network for lm in language_models(sketch).values()}.values())
+
+
+def language_models(trace: Trace) -> dict[str, Any]:
+    """The language models behind a trace's sites, latent or observed, by site."""
+    lms = {name: lm_of(node["fn"]) for name, node in scored(trace).items()}
+    return {name: lm for name, lm in lms.items() if lm is not None}
 
 
 def parameters_of(model: Trace) -> list[Tensor]:
@@ -217,8 +205,7 @@ def parameters_of(model: Trace) -> list[Tensor]:
         if node["type"] == "param":
             value = node["value"]
             found.append(value.unconstrained() if hasattr(value, "unconstrained") else value)
-        elif node["type"] == "sample" and hasattr(node["fn"], "lm"):
-            lm = node["fn"].lm
+        elif node["type"] == "sample" and (lm := lm_of(node["fn"])) is not None:
             found += [*lm.network.base_parameters, *lm.trainable_parameters()]
     return list({id(p): p for p in found}.values())
 

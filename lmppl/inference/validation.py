@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import text
 from . import programs
 from .programs import Node, Program, Replay
+from .sites import innermost, prompt_of
 from .weights import Weighted
 
 _KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
@@ -57,10 +58,11 @@ def check_axes_once(
 
 
 def _same(node: Node, alone: Node, nesting: int) -> bool:
-    if hasattr(node["fn"], "prompt"):
-        shape = node["fn"].batch_shape
-        among = _last(node["fn"].prompt.expand(*shape, -1), nesting + 1)
-        single = _last(alone["fn"].prompt.expand(*alone["fn"].batch_shape, -1), nesting + 1)
+    among, single = prompt_of(node["fn"]), prompt_of(alone["fn"])
+    if among is not None and single is not None:
+        right = nesting + max(1, node["fn"].event_dim)
+        among = _last(among.expand(*innermost(node["fn"]).batch_shape, -1), right)
+        single = _last(single.expand(*innermost(alone["fn"]).batch_shape, -1), right)
         return bool(text.equal(among, single).all())
     try:
         among = _last(node["fn"].log_prob(node["value"]), nesting)

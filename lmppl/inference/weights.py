@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import randomness
 from . import programs
 from .programs import Node, Program, Replay
+from .sites import Site, is_terminable, text_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -276,12 +277,11 @@ def balance(
     if site is None:
         P, where = 1, None
     else:
-        fn, value = drawn.nodes[site]["fn"], held[site]
-        width = fn.event_shape[0]
-        ending = programs.all_stops(fn).ending(value)
-        end, stopped = ending.at, ending.ended  # (particle, *plate axes)
-        first = torch.minimum(fn.min_tokens.expand(end.shape), end)
-        at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes)
+        texts, value = texts_of(drawn.nodes[site]), held[site]
+        width, ending = texts.width, texts.ending(value)
+        end, stopped = ending.at, ending.ended  # (particle, *plate axes, *stacked)
+        first = torch.minimum(texts.min_tokens.expand(end.shape), end)
+        at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes, *stacked)
         P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
         held[site] = programs.cut(value, ending, at)
     extra: dict[str, Tensor] = {}
@@ -292,19 +292,21 @@ def balance(
         model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
     programs.match(model_trace, guide_trace)
     if site is not None and site in model_trace.nodes:
-        _same_stop_strings(site, model_trace.nodes[site]["fn"], fn)
+        _same_stop_strings(site, text_of(model_trace.nodes[site]["fn"]), texts)
     plates = kept_plates([model_trace, guide_trace], nesting)
     if site is not None and where is not None:
-        scores = guide_trace.nodes[site]["fn"].prefix_scores(
-            value
-        )  # (P, particle, *plate axes, width), alike for all P
-        log_q_site, stop_site = (_at(x, where) for x in scores)
-        extra = {site: log_q_site}
+        texts = texts_of(guide_trace.nodes[site])
+        # (P, particle, *plate axes, *stacked), from scores that are alike for all P
+        log_q_site, stop_site = (_at(x, where) for x in texts.prefix_scores(value))
+        extra = {site: texts.lift(log_q_site)}
     log_q = log_density_of_latents(guide_trace, plates, extra)
     with torch.no_grad():
-        if site is not None and where is not None:  # an auxiliary site may be the guide's alone
-            in_model = site in model_trace.nodes
-            extra = {site: _at(model_trace.nodes[site]["fn"].prefix_log_probs(value), where)} if in_model else {}
+        if site is not None and where is not None:
+            # An auxiliary site may be the guide's alone; a text of the model's that scores no prefixes, scores texts.
+            other = text_of(model_trace.nodes[site]["fn"]) if site in model_trace.nodes else None
+            extra = {}
+            if other is not None and other.terminable:
+                extra = {site: other.lift(_at(other.prefix_scores(value).log_probs, where))}
         log_p = log_density(model_trace, plates, known=extra)
         full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
@@ -313,14 +315,18 @@ def balance(
             valid = log_q != -torch.inf
         else:
             # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
-            valid = (plates.reduce(((at <= end) & stopped).double()) > 0) & (log_q != -torch.inf)
-            last = plates.reduce((at < end).double()) == 0
-            mask = guide_trace.nodes[site]["mask"]
-            valid = valid & (plates.reduce(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
+            def total(x: Tensor) -> Tensor:  # of all texts of a particle
+                return plates.reduce(texts.total(x.double()))
+
+            valid = (total((at <= end) & stopped) > 0) & (log_q != -torch.inf)
+            last = total(at < end) == 0
+            mask = texts.there(guide_trace.nodes[site]["mask"])
+            valid = valid & (total(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
             if mask is not None:
-                valid = valid & (last | (plates.reduce(torch.as_tensor(mask).double()) > 0))
-            stop_site = scale_and_mask(stop_site.detach(), 1.0, mask)  # a text that is not there has ended for certain
-            stop, tokens = plates.reduce(stop_site).exp(), plates.reduce(where.double())
+                valid = valid & (last | (total(mask.expand(torch.broadcast_shapes(mask.shape, end.shape))) > 0))
+            # A text that is not there has ended for certain.
+            stop = total(scale_and_mask(stop_site.detach(), 1.0, mask)).exp()
+            tokens = total(where)
     valid = valid.expand(full)
     return Balance(
         site=site,
@@ -330,7 +336,7 @@ def balance(
         stop=stop.expand(full),
         at=tokens.expand(full),
         last=last.expand(full) & valid,
-        identifies=all(programs.is_terminable(n) for n in programs.latents(drawn).values())
+        identifies=all(is_terminable(n["fn"]) for n in programs.latents(drawn).values())
         and where is not None
         and bool(((at == 0) & (log_q_site != -torch.inf)).any(0).all()),
         guide=guide_trace,
@@ -338,10 +344,11 @@ def balance(
     )
 
 
-def _same_stop_strings(site: str, model: Any, guide: Any) -> None:
+def _same_stop_strings(site: str, model: Site | None, guide: Site) -> None:
     """Raise SiteMismatch where a text would end by another string in the model: its prefixes are not the guide's."""
-    own = [getattr(fn, "stop_strings", None) for fn in (model, guide)]
-    given = [set() if strings is None else set(strings.strings) for strings in own]
+    if model is None:
+        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, and none in the model")
+    given = [{x for x in texts.stop_argument if isinstance(x, str)} for texts in (model, guide)]
     if given[0] != given[1]:
         raise programs.SiteMismatch(
             f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "

@@ -23,6 +23,7 @@ from .. import programs
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
 from ..resampling import multinomial
+from ..sites import is_text
 from ..smc.bounds import simulate
 from ..weights import log_density_of_latents, log_ratio, site_log_prob
 from .pools import MEMBERS, Pool, alike, member_weights
@@ -227,7 +228,7 @@ class _Look:
             if name in self.observed:
                 continue
             samples[name] = plates.lead(node["value"], node["fn"].event_dim)[:members]
-            if hasattr(node["fn"], "prefix_scores"):
+            if is_text(node["fn"]):
                 found[f"length of {name}"] = _summed(text.length(samples[name]), plates.sizes)
                 found[f"log p({name})"] = self.log_p[name][:members]
                 log_densities.add(f"log p({name})")

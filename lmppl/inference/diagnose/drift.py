@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import programs
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
+from ..sites import is_terminable, texts_of
 
 
 @dataclass
@@ -40,9 +41,7 @@ def is_trained(algorithm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     (model,), (proposal,) = (programs.sketches([p], args, kwargs) for p in (algorithm.model, guide))
     if any(node["type"] == "param" for node in proposal.nodes.values()):
         return True
-    frozen, own = (
-        [n["fn"].lm for n in programs.scored(t).values() if hasattr(n["fn"], "lm")] for t in (model, proposal)
-    )
+    frozen, own = (list(programs.language_models(t).values()) for t in (model, proposal))
     return any(lm.trainable_parameters() for lm in own if not any(lm is other for other in frozen))
 
 
@@ -55,7 +54,7 @@ def drifts(proposal: Program, posterior: Posterior, args: tuple[Any, ...], kwarg
     equal = torch.full_like(posterior.log_weights, 1 / n)
     found = []
     for name in posterior.values:
-        if name not in drawn.nodes or not programs.is_terminable(drawn.nodes[name]):
+        if name not in drawn.nodes or not is_terminable(drawn.nodes[name]["fn"]):
             continue
         both = [_measure(trace, name, posterior) for trace in (drawn, weighted)]
         weights = equal, posterior.probabilities
@@ -72,16 +71,17 @@ def _measure(trace: Trace, name: str, posterior: Posterior) -> tuple[Tensor, Ten
 
     A text that has further axes counts by its mean over them.
     """
-    fn, value = trace.nodes[name]["fn"], trace.nodes[name]["value"]
-    end = programs.all_stops(fn).ending(value).at
-    log_stop = fn.prefix_scores(value).stop_log_probs
+    site, value = texts_of(trace.nodes[name]), trace.nodes[name]["value"]
+    end = site.ending(value).at
+    log_stop = site.prefix_scores(value).stop_log_probs
     at = end.clamp(0, log_stop.shape[-1] - 1).expand(log_stop.shape[:-1])
     stop = log_stop.gather(-1, at[..., None])[..., 0].exp()
     free = stop < 1 - 1e-6  # at the limit a stop is certain
-    plates = posterior.sites.plates
+    plates, texts = posterior.sites.plates, max(1, site.shape[len(site.shape) - site.stacked :].numel())
     shape = posterior.log_weights.shape
     length, stop, free = (
-        plates.lead(x.double().expand(at.shape), 0).reshape(*shape, -1).mean(-1) for x in (end, stop, free)
+        plates.lead(site.total(x.double().expand(at.shape)) / texts, 0).reshape(*shape, -1).mean(-1)
+        for x in (end, stop, free)
     )
     return length, stop, free
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import Unit
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,9 +20,10 @@ from ..partial import advance
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
 from ..programs import Node, Program, Sketch
+from ..sites import text_of
 from ..validation import check_axes
 from ..weights import Plates, Weighted, device_of, kept_plates, log_density, scale, site_log_prob
-from .token_tree import Texts, explore, most_probable
+from .token_tree import Texts, dtype_of, explore, most_probable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +152,14 @@ class Enumeration:
     def _weigh(self, support: Support, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Enumerated:
         plates = support.plates
         latents = programs.latents(trace)
-        known = {
-            n: support.log_probs[n] for n, node in latents.items() if not isinstance(node["fn"], MaskedDistribution)
-        }
+        known = {name: support.log_probs[name] for name in latents}
         real = support.log_joint > -torch.inf  # (K, *plates)
         log_weights = log_density(trace, plates, known=known | _observed_texts(trace, plates, real))
         for name, node in latents.items():
-            if node["mask"] is not None or name not in known:
+            if node["mask"] is not None:
                 # Masked: the site's density does not count, its values still come from the prior.
                 log_prior = plates.reduce(support.log_probs[name])
-                log_weights = log_weights + log_prior - site_log_prob(node, plates, known.get(name), scaled=False)
+                log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
         check_axes(self.model, args, kwargs, Weighted(log_weights, programs.values(trace), trace, trace, plates))
         posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, args, kwargs))
@@ -203,12 +202,16 @@ class Support:
 
     def extend(self, name: str, fn: Any, allowance: Tensor, max_support: int) -> None:
         """Add a site: every value found so far goes on with each of its own."""
-        if isinstance(fn, MaskedDistribution):
-            fn = fn.base_dist
+        site = text_of(fn)
+        if site is not None and site.stacked:
+            raise ValueError(
+                f"site {name!r}: its value is several texts (.to_event), which are joint and too many to enumerate; "
+                "give each a site, or use Importance or SMC"
+            )
         log_root = self.log_joint.reshape(len(self), -1)  # (K, cells)
-        if hasattr(fn, "token_steps"):
-            found = explore(fn, log_root, allowance.flatten(), max_support)
-            event_dim, dtype = 1, torch.promote_types(fn.lm.dtype, torch.float32)
+        if site is not None and site.stepwise:
+            found = explore(site, log_root, allowance.flatten(), max_support)
+            event_dim, dtype = 1, dtype_of(site)
         else:
             found = _multiply(name, fn, log_root, allowance.flatten(), max_support)
             event_dim, dtype = fn.event_dim, found[0].log_p.dtype
@@ -270,18 +273,13 @@ def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Ten
         row_real = plates.spread(real).expand(shape).flatten()
         row_cell = plates.spread(cells[None]).expand(shape).flatten()
         prompt, value = fn.prompt.flatten(0, -2), value.expand(*shape, -1).flatten(0, -2)
-        numbers = [x.expand(shape).flatten() if x.dim() else x for x in (fn.max_tokens, fn.min_tokens, fn.temperature)]
         log_prob: Tensor | None = None
         for c in range(real[0].numel()):  # one element at a time: its rows share a prompt
             rows = (row_real & (row_cell == c)).nonzero()[:, 0]
             rows = rows[text.length(prompt[rows]).argsort()]
             if not len(rows):
                 continue
-            most, least, temperature = (x[rows] if x.dim() else x for x in numbers)
-            own = Completion(
-                fn.lm, prompt[rows], max_tokens=most, min_tokens=least, temperature=temperature, allowed=fn.allowed,
-                stop=programs.stop_argument(fn) or None, tools=fn.tools,
-            ).log_prob(value[rows])  # fmt: skip
+            own = fn.rows(rows).log_prob(value[rows])
             log_prob = own.new_full(row_real.shape, -torch.inf) if log_prob is None else log_prob
             log_prob[rows] = own
         if log_prob is not None:

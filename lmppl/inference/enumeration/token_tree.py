@@ -8,14 +8,17 @@ probable node left are the most probable of all texts.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import text
+from ...distributions import Completion
 from ...distributions.arguments import refuse_nan
 from ...engine.scoring import score, with_bos
+from ..sites import Site, lm_of
 
 BATCH = 4096  # nodes expanded at once in one tree
 EXPANSIONS = 10_000  # nodes that a tree may expand, or 8 times the support asked for where that is more
@@ -42,13 +45,19 @@ class Growth(NamedTuple):
     log_p: Tensor
 
 
-def explore(fn: Any, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
-    """The texts of a text distribution for each plate element, until what is left out is within the ``allowance``.
+def dtype_of(site: Site) -> torch.dtype:
+    """Of the log-probabilities of a text."""
+    lm = lm_of(site.fn)
+    return torch.float64 if lm is None else torch.promote_types(lm.dtype, torch.float32)
 
-    ``fn``'s flattened batch is (K * cells); ``log_root`` (K, cells) is each root's log-probability (-inf: none);
+
+def explore(site: Site, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
+    """The texts of a text site for each plate element, until what is left out is within the ``allowance``.
+
+    The site's flattened batch is (K * cells); ``log_root`` (K, cells) is each root's log-probability (-inf: none);
     ``allowance`` (cells) the mass that may be left out.
     """
-    network = Network(fn)
+    network = Network(site) if isinstance(site.fn, Completion) else Stepped(site)
     cells = log_root.shape[1]
     trees = [Tree(network, log_root[:, c], c, cells, float(allowance[c]), max_support) for c in range(cells)]
     while active := [tree for tree in trees if not tree.finished]:
@@ -66,7 +75,7 @@ class Tree:
     """
 
     def __init__(
-        self, network: Network, log_root: Tensor, cell: int, cells: int, allowance: float, max_support: int
+        self, network: Next, log_root: Tensor, cell: int, cells: int, allowance: float, max_support: int
     ) -> None:
         self.network, self.log_root, self.cell, self.cells = network, log_root, cell, cells
         self.allowance, self.max_support = allowance, max_support
@@ -167,24 +176,21 @@ class Tree:
         return Texts(root, text.pad(value, self.network.width), joint - log_root[root], joint, left)
 
 
-class Network:
+class Next:
     """What a text distribution says of the next token after many prefixes."""
 
-    def __init__(self, fn: Any):
-        self.fn, self.lm, self.stop, self.strings = fn, fn.lm, fn.stop, fn.stop_strings
-        shape = fn.batch_shape
-        self.rules = fn._rules(shape)
-        batch = fn.prompt.shape[:-1]
-        prompts = fn.prompt.reshape(fn.prompt.shape[:-1].numel(), fn.prompt.shape[-1])
-        # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
-        self.prompts = prompts if self.lm.adds_bos else with_bos(self.lm, prompts)
-        # Which prompt each row of the flattened batch continues.
-        self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(shape).flatten()
-        self.max_tokens = self.rules.max_tokens.expand(shape.numel())
-        self.width = fn.event_shape[0]
+    certain_stop = False  # the stop after the last token is certain: nothing to ask
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.stop, self.strings = site.stops
+        self.width, self.vocab_size = site.width, site.fn.vocab_size
+        self.max_tokens = site.max_tokens.expand(site.shape).flatten()
         self.limit = int(self.max_tokens.max())  # tokens of the longest prefix
-        # With one stop and no constraint the stop after the last token is certain: nothing to ask the network.
-        self.certain_stop = self.stop.numel() == 1 and fn.allowed is None
+
+    @abstractmethod
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
+        """log p(v | prefix) for each node and token v, (n, V) in double precision; ``row`` of the flattened batch."""
 
     def state(self, before: Tensor, token: Tensor) -> Tensor:
         """The stop strings' states after one token more."""
@@ -218,10 +224,8 @@ class Network:
         groups = [len(row)] if len(row) <= POOLED else sizes
         found, lost, first = [], torch.zeros_like(log_p), 0
         for size in groups:
-            for at in torch.arange(first, first + size, device=row.device).split(
-                max(1, CHILDREN // self.lm.vocab_size)
-            ):
-                children = log_p[at, None] + self._log_probs(row[at], prefix[at], depth[at])  # (n, V)
+            for at in torch.arange(first, first + size, device=row.device).split(max(1, CHILDREN // self.vocab_size)):
+                children = log_p[at, None] + self.log_probs(row[at], prefix[at], depth[at])  # (n, V)
                 keep = children >= floor[at, None]
                 keep &= children > -torch.inf
                 lost[at] = children.exp().masked_fill(keep, 0.0).sum(1)
@@ -238,8 +242,24 @@ class Network:
             first += size
         return growths
 
-    def _log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
-        """log p(v | prompt, prefix) for each node and token v, (n, V) in double precision."""
+
+class Network(Next):
+    """That of a `Completion`, many prefixes in a pass."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        fn = site.fn
+        self.lm, self.rules = fn.lm, fn._rules(site.shape)
+        batch = fn.prompt.shape[:-1]
+        prompts = fn.prompt.reshape(batch.numel(), fn.prompt.shape[-1])
+        # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
+        self.prompts = prompts if self.lm.adds_bos else with_bos(self.lm, prompts)
+        # Which prompt each row of the flattened batch continues.
+        self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(site.shape).flatten()
+        # With one stop and no constraint it is certain after the last token.
+        self.certain_stop = self.stop.numel() == 1 and fn.allowed is None
+
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
         depth, order = depth.sort(stable=True)  # so that passes hold texts of one length
         row, prefix = row[order], prefix[order]
         context = text.cat(self.prompts[self.prompt[row]], prefix)
@@ -259,6 +279,23 @@ class Network:
             log_probs = score(self.lm, context, next_token, head)
         refuse_nan(log_probs)
         return torch.empty_like(log_probs).index_copy_(0, order, log_probs)
+
+
+class Stepped(Next):
+    """That of any other text that is drawn token by token."""
+
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
+        result = torch.empty(len(row), self.vocab_size, dtype=torch.float64, device=prefix.device)
+        for t in depth.unique().tolist():
+            nodes = (depth == t).nonzero()[:, 0]
+            steps = self.site.steps()
+            steps.select(row[nodes])
+            for token in prefix[nodes, :t].unbind(1):
+                steps.append(token)
+            tokens = torch.arange(self.vocab_size, device=prefix.device)
+            result[nodes] = torch.stack([steps.score(v.expand(len(nodes))) for v in tokens], 1).double()
+        refuse_nan(result)
+        return result
 
 
 def most_probable(log_p: Tensor, allowance: float, max_support: int, left: float = 0.0) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import programs
 from ..arguments import is_program
 from ..programs import Draw, Program, Replay, Temper
+from ..sites import Site
 from ..training.schedules import Schedule, at, checked
 
 Values: TypeAlias = dict[str, Tensor]
@@ -102,8 +103,9 @@ class _Broadened(Exploration):
         amount[kept:] = at(self.amount, source.step)
         amount = amount.view(-1, *[1] * source.nesting)  # (particle, *plate axes)
 
-        def temper(fn: TorchDistribution) -> TorchDistribution:
-            return self.broaden(fn, amount) if hasattr(fn, "broadened") else fn
+        def temper(site: Site) -> TorchDistribution:
+            each = amount.reshape(*amount.shape, *[1] * site.stacked)
+            return self.broaden(site.fn, each) if hasattr(site.fn, "broadened") else site.fn
 
         return source.draw(source.guide, num_particles, temper if kept < num_particles else None)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import distributed, programs
 from ..arguments import at_least, instance_of
 from ..programs import Program, Replay
+from ..sites import is_terminable
 from ..training.schedules import Schedule, at, checked
 from ..validation import check_axes_once
 from ..weights import Balance, Weighted, balance, device_of, kept_plates
@@ -108,7 +109,7 @@ class Objective(pyro.infer.ELBO):
                 return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))
 
             check_axes_once(model, args, kwargs, whole)
-        texts = [name for name, node in programs.latents(drawn).items() if programs.is_terminable(node)]
+        texts = [name for name, node in programs.latents(drawn).items() if is_terminable(node["fn"])]
         sites = texts if self.uses_prefixes and texts else [None]
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import text
 from .. import programs
 from ..programs import Program, Sketch
+from ..sites import is_text, prompt_of
 from ..weights import Plates, kept_plates
 from .exploration import Values
 
@@ -49,7 +50,7 @@ def observe(
         held = programs.Replay(programs.values(q))
         p = programs.trace(model, args, kwargs, Sketch(), held, nesting=nesting, particles=2)
     plates = kept_plates([p, q], nesting)
-    sites = {n: (node["fn"].event_dim, hasattr(node["fn"], "prefix_scores")) for n, node in programs.latents(q).items()}
+    sites = {n: (node["fn"].event_dim, is_text(node["fn"])) for n, node in programs.latents(q).items()}
     subsamples = {n: v for n, v in programs.values(q).items() if n not in sites}
     found = _identities([q, p], plates) if key is None else [[repr(k)] for k in key(*args, **kwargs)]
     count = torch.Size(plates.sizes).numel()
@@ -84,7 +85,7 @@ def _spread(value: Tensor, plates: Plates, event_dim: int) -> Tensor:
 
 
 def tokens_of(
-    value: Tensor, event_dim: int, is_text: bool, mask: Tensor | bool | None, plates: Plates
+    value: Tensor, event_dim: int, of_text: bool, mask: Tensor | bool | None, plates: Plates
 ) -> list[list[Tokens]]:
     """What tells a site's values (n, K, *others, *event) apart, by particle and observation; not what is masked."""
     event = value.shape[value.dim() - event_dim :]
@@ -95,7 +96,7 @@ def tokens_of(
         found: list[Hashable] = []
         for row, real in zip(rows[n][k], there[n][k], strict=True):
             row = row if real else [-2]
-            found += [*(t for t in row if not (is_text and t == text.PAD)), -1]
+            found += [*(t for t in row if not (of_text and t == text.PAD)), -1]
         return tuple(found)
 
     return [[read(n, k) for k in range(value.shape[1])] for n in range(value.shape[0])]
@@ -116,12 +117,12 @@ def _identities(traces: list[Trace], plates: Plates) -> list[list[Any]]:
     found: list[list[Any]] = [[] for _ in range(torch.Size(plates.sizes).numel())]
     for trace in traces:
         for name, node in programs.scored(trace).items():
-            for value, event_dim, is_text in _evidence(node):
+            for value, event_dim, of_text in _evidence(node):
                 lead = value.dim() - event_dim - plates.nesting
                 if not value.numel() or value.shape[: max(0, lead)].numel() > 1:
                     continue
                 value = split(_spread(value, plates, event_dim), plates, event_dim)
-                for parts, tokens in zip(found, tokens_of(value[:1], event_dim, is_text, None, plates)[0], strict=True):
+                for parts, tokens in zip(found, tokens_of(value[:1], event_dim, of_text, None, plates)[0], strict=True):
                     parts.append((name, tokens))
     return found
 
@@ -129,7 +130,7 @@ def _identities(traces: list[Trace], plates: Plates) -> list[list[Any]]:
 def _evidence(node: programs.Node) -> Iterable[tuple[Tensor, int, bool]]:
     """A site's prompt, and its value where it is observed: each with its event dimension, and whether it is a text."""
     fn = node["fn"]
-    if hasattr(fn, "prompt"):
-        yield fn.prompt, 1, True
+    if (prompt := prompt_of(fn)) is not None:
+        yield prompt, fn.event_dim or 1, True
     if node["is_observed"] and isinstance(node["value"], Tensor):
-        yield node["value"], fn.event_dim, hasattr(fn, "prefix_scores")
+        yield node["value"], fn.event_dim, is_text(fn)

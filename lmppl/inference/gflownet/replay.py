@@ -15,6 +15,7 @@ from ... import text
 from .. import distributed, programs
 from ..arguments import at_least
 from ..programs import Program, Sketch, parameters_of
+from ..sites import text_of
 from ..training.schedules import Schedule, at, checked
 from ..weights import log_density
 from .exploration import Values
@@ -311,6 +312,7 @@ def demonstrations(
 
 def _complete(fn: Any, strings: Any) -> Tensor:
     """Strings as texts of a site: encoded, with its stop where it is missing."""
-    if not hasattr(fn, "lm"):
+    site = text_of(fn)
+    if site is None:
         raise ValueError("values: strings are for texts only")
-    return programs.completed(fn, strings)
+    return site.complete(strings)

@@ -20,6 +20,7 @@ from ...engine.scoring import with_bos
 from ...language_model import LanguageModel
 from ...text import PAD
 from ..arguments import at_least, instance_of
+from ..sites import Site
 from .asking import BadAnswer, ask
 from .exploration import Exploration, Source, Values
 
@@ -85,7 +86,8 @@ class Served(Exploration):
         where = str(Path(directory).resolve())
         self._ask("load_lora_adapter", {"lora_name": self.model, "lora_path": where, "load_inplace": True})
 
-    def _elsewhere(self, fn: TorchDistribution) -> TorchDistribution:
+    def _elsewhere(self, site: Site) -> TorchDistribution:
+        fn: TorchDistribution = site.fn
         if not isinstance(fn, Completion) or fn.lm is not self.lm:
             return fn
         if fn.allowed is not None or fn.tools:

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -37,6 +36,7 @@ from ... import randomness, text
 from .. import programs
 from ..partial import only
 from ..programs import Draw, Node, Program, Replay, Sketch
+from ..sites import text_of
 from ..weights import Plates, kept_plates, log_density
 
 Values = dict[str, Tensor]
@@ -108,19 +108,18 @@ class Redraw(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] != self.site:
             return
-        fn = _unmasked(msg["fn"])
-        if hasattr(fn, "regrow"):
-            count = text.length(self.old)  # (chain, *plate axes), the stop included
+        site, fn = text_of(msg["fn"]), msg["fn"]
+        if site is not None and site.regrowable:
+            count = text.length(self.old)  # (chain, *plate axes, *stacked), the stop included
             keep = (randomness.uniform(count.shape, device=count.device) * count).long()
             keep = keep.minimum(count - 1).clamp(min=0)
-            new, log_new = fn.regrow(self.old, keep)
-            by_token = fn.token_log_probs(self.old)
+            new, log_new = site.regrow(self.old, keep)
+            by_token = site.token_log_probs(self.old)
             later = torch.arange(by_token.shape[-1], device=keep.device) >= keep[..., None]
             log_old = torch.where(later, by_token, 0.0).sum(-1)
             cuts = [n.clamp(min=1).to(log_old.dtype).log() for n in (count, text.length(new))]
-            self.log_ratio = log_old - log_new + cuts[0] - cuts[1]
-            if fn is msg["fn"]:
-                self.known[self.site] = torch.where(later, 0.0, by_token).sum(-1) + log_new
+            self.log_ratio = site.total(log_old - log_new + cuts[0] - cuts[1])
+            self.known[self.site] = site.lift(torch.where(later, 0.0, by_token).sum(-1) + log_new)
         else:
             new = fn.sample()
             self.log_ratio = fn.log_prob(self.old) - fn.log_prob(new)
@@ -187,10 +186,10 @@ def _density(proposal: Trace, target: Trace, plates: Plates, known: Values) -> D
         raise ValueError("model: it has no latent site, so that there is nothing to sample")
     prior = log_density(only(target, set(latent)), plates, known=known)
     for name, node in latent.items():  # a row that the model masks follows q
-        out = torch.as_tensor(_counts(node)).logical_not()
-        if bool(out.any()):
-            q = proposal.nodes[name]
-            prior = prior + plates.reduce(scale_and_mask(_unmasked(q["fn"]).log_prob(q["value"]), 1.0, out))
+        site = text_of(node["fn"])
+        mask = node["mask"] if site is None else site.there(node["mask"])
+        if mask is not None and bool((out := torch.as_tensor(mask).logical_not()).any()):
+            prior = prior + plates.reduce(_log_q_of(proposal.nodes[name], out))
     likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates).to(prior.device)
     n = len(next(iter(latent.values()))["value"])
     return Density(*(x[0].expand(n, *plates.sizes) for x in (prior, likelihood)))
@@ -200,19 +199,18 @@ def _log_q(proposal: Trace, plates: Plates, known: Values) -> Tensor:
     """log q of all latent values, masked or not, (chain, *kept)."""
     terms = []
     for name, node in programs.latents(proposal).items():
-        log_q = known[name] if name in known else _unmasked(node["fn"]).log_prob(node["value"])
-        terms.append(plates.reduce(log_q)[0])
+        site = text_of(node["fn"])
+        whole = name in known and (site is None or site.mask is None)
+        terms.append(plates.reduce(known[name] if whole else _log_q_of(node))[0])
     return torch.stack(torch.broadcast_tensors(*terms)).sum(0)
 
 
-def _counts(node: Node) -> Tensor | bool:
-    """Where a site's density counts: the masks on it, as a handler and as a distribution."""
-    mask = True if node["mask"] is None else node["mask"]
-    return mask & node["fn"]._mask if isinstance(node["fn"], MaskedDistribution) else mask
-
-
-def _unmasked(fn: Any) -> Any:
-    return fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+def _log_q_of(node: Node, mask: Tensor | None = None) -> Tensor:
+    """log q of a site's value, masked or not, or of what ``mask`` picks (of a text site, text by text)."""
+    site = text_of(node["fn"])
+    if site is None:
+        return scale_and_mask(node["fn"].log_prob(node["value"]), 1.0, mask)
+    return site.total(scale_and_mask(site.log_prob(node["value"]), 1.0, mask))
 
 
 class Moved(NamedTuple):

@@ -17,6 +17,7 @@ from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior, scorer
 from ..posterior.run import Run
 from ..programs import Program, Replay
+from ..sites import is_text
 from ..validation import check_axes
 from ..weights import Plates, Weighted
 from .kernels import Density, Proposal, Setting, Values, accept, draw, independence, regrowth, select
@@ -200,7 +201,7 @@ class _State:
         self.plates: Plates = start.plates
         self.values, self.density, self.log_q = start.values, start.density, start.log_q
         self.subsamples = {n: v for n, v in programs.values(self.proposal).items() if n not in self.values}
-        self.texts = {n for n, node in programs.latents(self.proposal).items() if hasattr(node["fn"], "prefix_scores")}
+        self.texts = {n for n, node in programs.latents(self.proposal).items() if is_text(node["fn"])}
         beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried

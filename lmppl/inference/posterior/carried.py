@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from ... import text
 from .. import programs
 from ..programs import Node, Program, Replay, Sketch
+from ..sites import innermost, prompt_of
 from .run import Run, arguments, equal, fits
 
 _PARTICLES = 64  # by which distributions are compared
@@ -166,11 +166,13 @@ def _shared_plates(node: Node, trace: Trace) -> list[Any]:
 
 def _same_law(old: Any, new: Any, value: Tensor) -> bool:
     """Whether two distributions are the same; texts by their prompts and limits, which asks no network."""
-    old, new = (fn.base_dist if isinstance(fn, MaskedDistribution) else fn for fn in (old, new))
     if type(old) is not type(new):
         return False
     try:
-        if hasattr(old, "prompt"):
+        if prompt_of(old) is not None:
+            old, new = innermost(old), innermost(new)
+            if type(old) is not type(new):
+                return False
             rules = [
                 torch.broadcast_tensors(getattr(old, key), getattr(new, key))
                 for key in ("max_tokens", "min_tokens", "temperature", "stop")
@@ -200,9 +202,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _differs(fn: Any, dim: int) -> bool:
     """Whether a distribution's elements along a plate are told apart by their parameters."""
-    fn = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
-    if hasattr(fn, "prompt"):
-        prompt = fn.prompt.expand(*fn.batch_shape, -1).movedim(dim - 1, 0)
+    if (prompt := prompt_of(fn)) is not None:
+        prompt = prompt.expand(*innermost(fn).batch_shape, -1).movedim(dim - max(1, fn.event_dim), 0)
         return bool((prompt != prompt[:1]).any())
     try:
         point = _points(fn, fn.sample())[0]

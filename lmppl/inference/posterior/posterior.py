@@ -18,6 +18,7 @@ from .. import programs
 from ..arguments import at_least, plate_element
 from ..programs import Program
 from ..resampling import SCHEMES
+from ..sites import lm_of, text_of
 from ..weights import Plates
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
 from .run import Run
@@ -79,15 +80,16 @@ class Posterior:
         ``model``: the model's trace, where the first one is that of a guide.
         """
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
-        lms = {name: node["fn"].lm for name, node in nodes.items() if hasattr(node["fn"], "prefix_scores")}
+        texts = {name: site for name, node in nodes.items() if (site := text_of(node["fn"])) is not None}
+        lms = {name: lm for name, site in texts.items() if (lm := lm_of(site.fn)) is not None}
         sites = Sites(
             plates,
             {name: node["fn"].event_dim for name, node in nodes.items()},
-            {name: lm.decode for name, lm in lms.items()},
+            {name: site.fn.decode for name, site in texts.items()},
             lms,
-            {name: programs.stop_argument(nodes[name]["fn"]) for name in lms},
+            {name: site.stop_argument for name, site in texts.items()},
             run,
-            None if model is None and guide is not None else scorer(model or trace, list(lms)),
+            None if model is None and guide is not None else scorer(model or trace, list(texts)),
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 

@@ -16,6 +16,7 @@ from .. import programs
 from ..arguments import at_least
 from ..partial import only
 from ..programs import Program, Replay
+from ..sites import lm_of, text_of
 from ..weights import Plates, kept_plates, site_log_prob
 from .carried import Call, carried
 from .log_weights import normalised
@@ -190,16 +191,17 @@ def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str],
     if not len(candidates):
         raise ValueError("candidates: there are none")
     if isinstance(candidates, Tensor):
-        is_text = hasattr(fn, "prefix_scores") and candidates.dim() == 2
-        return (fn.lm.decode(candidates) if is_text else [str(c.tolist()) for c in candidates]), candidates
+        site = text_of(fn) if candidates.dim() == 2 else None
+        return (site.fn.decode(candidates) if site else [str(c.tolist()) for c in candidates]), candidates
     if isinstance(candidates, str):
         raise ValueError(f"candidates: expected several strings or a tensor, got the string {candidates!r}")
     strings = list(candidates)
-    if not hasattr(fn, "lm") or not all(isinstance(s, str) for s in strings):
+    site, lm = text_of(fn), lm_of(fn)
+    if lm is None or not all(isinstance(s, str) for s in strings):
         raise ValueError("candidates: strings are for a text site; give its values as a tensor (C, ...)")
-    if not fn.event_dim:
-        return strings, torch.tensor([fn.lm.token_id(s) for s in strings])
-    return strings, programs.completed(fn, strings)
+    if site is None:
+        return strings, torch.tensor([lm.token_id(s) for s in strings])
+    return strings, site.complete(strings)
 
 
 def _sketch(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> Trace:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from ... import randomness, text
 from ..partial import keep_first
 from ..programs import Node, SiteMismatch
+from ..sites import Site, exactly, inserting, text_of
 from ..weights import Plates, log_ratio, term
 
 
@@ -25,20 +28,21 @@ class Growth:
 
     def __init__(self, model: Node, guide: Node, plates: Plates, retained: Mapping[str, Tensor] | None = None):
         self.name: str = guide["name"]
-        self.model, self.guide, self.plates = dict(model), dict(guide), plates
-        self.shape: torch.Size = guide["fn"].batch_shape  # (particle, *plate axes)
-        if model["fn"].batch_shape != self.shape:
+        self.model, self.guide, self.plates = Term.of(model), Term.of(guide), plates
+        self.texts = self.guide.texts
+        self.shape = self.texts.shape  # (particle, *plate axes, *stacked)
+        if self.model.texts.shape != self.shape:
             raise SiteMismatch(
                 f"guide: site {self.name!r} has the batch shape {tuple(self.shape)}, the model's "
-                f"{tuple(model['fn'].batch_shape)}"
+                f"{tuple(self.model.texts.shape)}"
             )
-        self.width: int = guide["fn"].event_shape[0]
-        self.q = guide["fn"].token_steps(self.shape)
+        self.width = self.texts.width
+        self.q = self.texts.steps()
         tempered = not bool(torch.as_tensor(guide["scale"]).eq(1).all())
         if retained is not None or (model is guide and tempered):  # an estimate of log q would not do
-            self.q = self.q.exactly()
+            self.q = exactly(self.q)
         # One and the same site proposes and is weighed: its steps serve as both.
-        self.p = self.q if model is guide else model["fn"].token_steps(self.shape, share=self.q)
+        self.p = self.q if model is guide else self.model.texts.steps(share=self.q)
         self.log_psi: Tensor | None = None  # the twist's last (particle, *kept), where it is "stop" or "flow"
         self.retained: Tensor | None = None
         if retained is not None:
@@ -47,23 +51,23 @@ class Growth:
 
     @property
     def done(self) -> bool:
-        return not self.q.alive or self.q.prefix.shape[1] >= self.width
+        return bool(self.q.ended.all()) or self.q.prefix.shape[1] >= self.width
 
     @property
     def prefix(self) -> Tensor:
-        """The texts so far, (particle, *plate axes, t)."""
+        """The texts so far, (particle, *plate axes, *stacked, t)."""
         return self.q.prefix.view(*self.shape, -1)
 
     @property
     def value(self) -> Tensor:
-        """The texts, padded to the guide's event: (particle, *plate axes, width)."""
+        """The texts, padded to the guide's event: (particle, *plate axes, *stacked, width)."""
         return text.pad(self.prefix, self.width)
 
     @property
     def inserting(self) -> Tensor:
         """Whether a tool is writing a text of the particle, (particle, *kept)."""
-        rows = self.p.inserting | self.q.inserting
-        return self.plates.reduce(rows.view(self.shape).double())[0] > 0
+        rows = inserting(self.p) | inserting(self.q)
+        return self.plates.reduce(self.texts.total(rows.view(self.shape).double()))[0] > 0
 
     def step(self) -> Tensor:
         """Draw a token for every text; the particles' log increments, (particle, *kept)."""
@@ -92,10 +96,10 @@ class Growth:
         return token, torch.where(held, log_own, log_q)
 
     def stop(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The texts ended here by the model's likeliest stop (particle, *plate axes, width), with the logarithms of
-        p(stop)^scale and q(stop), (particle, *kept): -inf where they cannot end, 0 where they have ended.
+        """The texts ended here by the model's likeliest stop, like `value`, with the logarithms of p(stop)^scale and
+        q(stop), (particle, *kept): -inf where they cannot end, 0 where they have ended.
         """
-        ended, stops = self.q.ended, self.p.rules.stop
+        ended, stops = self.q.ended, self.model.texts.fn.stop
         if stops.numel():
             of_each = torch.stack([self.p.score(s.expand(len(ended))) for s in stops], 1)  # (row, stop)
             log_p, best = of_each.max(1)
@@ -103,14 +107,14 @@ class Growth:
             log_q = log_p if self.p is self.q else self.q.score(token)
         else:
             token = torch.full_like(self.q.ended, text.PAD, dtype=torch.long)
-            log_p = log_q = torch.full(token.shape, -torch.inf)
+            log_p = log_q = torch.full(token.shape, -torch.inf, device=token.device)
         value = torch.cat([self.q.prefix, token.masked_fill(ended, text.PAD)[:, None]], 1)
         value = value[:, : self.width]  # without a stop, a column of padding too many
         log_p, log_q = log_p.masked_fill(ended, 0.0), log_q.masked_fill(ended, 0.0)
         return (
             text.pad(value, self.width).view(*self.shape, -1),
-            self._term(self.model, log_p),
-            self._term(self.guide, log_q, scaled=False),
+            self.model.of_site(log_p, self.plates),
+            self.guide.of_site(log_q, self.plates, scaled=False),
         )
 
     def select(self, chosen: Tensor) -> None:
@@ -122,18 +126,40 @@ class Growth:
             self.p.select(index)
         if self.log_psi is not None:
             self.log_psi = self.log_psi.gather(0, chosen)
-        for node in (self.model, self.guide):
-            for key in ("scale", "mask"):
-                node[key] = self._take(node[key], chosen)
-
-    def _take(self, x: Any, chosen: Tensor) -> Any:
-        if not isinstance(x, Tensor) or x.dim() < len(self.shape):  # the same for all particles
-            return x
-        return self.plates.take(x.expand(self.shape), chosen)
+        self.model, self.guide = (term.take(chosen, self.plates) for term in (self.model, self.guide))
 
     def _ratio(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return log_ratio(self._term(self.model, log_p), self._term(self.guide, log_q, scaled=False))
+        return log_ratio(self.model.of_site(log_p, self.plates), self.guide.of_site(log_q, self.plates, scaled=False))
 
-    def _term(self, node: Node, log_prob: Tensor, *, scaled: bool = True) -> Tensor:
-        """The site's term (particle, *kept) for log-probabilities (row,)."""
-        return term(node, self.plates, log_prob.view(1, *self.shape), scaled=scaled)[0]
+
+@dataclass(frozen=True)
+class Term:
+    """How the log-probabilities of a site's texts enter the weights: under its masks and its scale."""
+
+    node: Node
+    texts: Site
+    mask: Any  # which texts count, broadcasting with their shape; None: all
+
+    @classmethod
+    def of(cls, node: Node) -> Term:
+        texts = text_of(node["fn"])
+        if texts is None or not texts.stepwise:
+            raise SiteMismatch(f"guide: site {node['name']!r} is a text that grows, and none in the model")
+        return cls({**node, "mask": None}, texts, texts.there(node["mask"]))
+
+    def of_site(self, log_prob: Tensor, plates: Plates, *, scaled: bool = True) -> Tensor:
+        """(particle, *kept), from log-probabilities (row,)."""
+        each = scale_and_mask(log_prob.view(1, *self.texts.shape), 1.0, self.mask)
+        return term(self.node, plates, self.texts.total(each), scaled=scaled)[0]
+
+    def take(self, chosen: Tensor, plates: Plates) -> Term:
+        shape = self.texts.shape
+        batch = shape[: len(shape) - self.texts.stacked]
+
+        def moved(x: Any, shape: torch.Size) -> Any:
+            same = not isinstance(x, Tensor) or x.dim() < len(shape)  # for all particles
+            return x if same else plates.take(x.expand(shape), chosen)
+
+        return replace(
+            self, node={**self.node, "scale": moved(self.node["scale"], batch)}, mask=moved(self.mask, shape)
+        )

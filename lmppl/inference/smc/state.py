@@ -15,6 +15,7 @@ from .. import programs
 from ..partial import Pause, advance, is_grown, keep_first, only, too_long
 from ..programs import Node, Program, SiteMismatch
 from ..resampling import SCHEMES, conditional
+from ..sites import texts_of
 from ..validation import check_axes
 from ..weights import (
     Weighted,
@@ -91,9 +92,8 @@ class State:
             if is_grown(met):
                 raise SiteMismatch(_mismatch(site, met, target))
             # The guide draws a text before another latent on which the model's text depends: it is drawn whole.
-            fn = site["fn"]
-            value = fn.sample_and_log_prob()[0] if hasattr(fn, "sample_and_log_prob") else fn.sample()
-            self.values[site["name"]] = keep_first(self.retained, site["name"], fn, value)
+            value = texts_of(site).draw()[0]
+            self.values[site["name"]] = keep_first(self.retained, site["name"], site["fn"], value)
 
     def grow(self, model: Node, guide: Node) -> None:
         """Grow a text in every particle, resampling on the way."""

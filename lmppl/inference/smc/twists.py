@@ -48,7 +48,7 @@ def log_twist(
         return None
     kept = (growth.shape[0], *growth.plates.sizes)
     if callable(twist):
-        prefix = growth.plates.lead(growth.prefix, 1)  # (particle, *kept, *others, t)
+        prefix = growth.plates.lead(growth.prefix, growth.texts.event_dim)  # (particle, *kept, *others, t)
         log_psi = twist(prefix, before()) if _wants_values(twist) else twist(prefix)
         if not isinstance(log_psi, Tensor) or log_psi.shape[: len(kept)] != kept:
             found = tuple(log_psi.shape) if isinstance(log_psi, Tensor) else type(log_psi).__name__

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import programs
 from ..programs import Program, parameters_of
+from ..sites import lm_of
 
 SHOWN = 4  # names in a message
 FREEZE = "or freeze what is not to train, parameter.requires_grad_(False)"
@@ -36,11 +37,11 @@ class Owners:
         names = {id(value): name for name, value in (own_parameters(guide) | own_parameters(model)).items()}
         for trace in (p, q):
             for node in programs.scored(trace).values():
-                if hasattr(node["fn"], "lm"):
-                    names |= {id(value): name for name, value in node["fn"].lm.model.named_parameters()}
+                if (lm := lm_of(node["fn"])) is not None:
+                    names |= {id(value): name for name, value in lm.model.named_parameters()}
         names |= {id(value.unconstrained()): name for name, value in pyro.get_param_store().items()}
         trained = {i: x for i, x in _by_id(trainable_of(q)).items() if i not in target}
-        hidden = any(not hasattr(node["fn"], "lm") for node in programs.scored(p).values())
+        hidden = any(lm_of(node["fn"]) is None for node in programs.scored(p).values())
         return cls(trained, target, names, hidden)
 
     def check_target(self, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
@@ -139,8 +140,8 @@ def trainable_of(trace: Trace) -> list[Tensor]:
         if node["type"] == "param" and isinstance(node["value"], Tensor):
             value = node["value"]
             found.append(value.unconstrained() if hasattr(value, "unconstrained") else value)
-        elif node["type"] == "sample" and hasattr(node["fn"], "lm"):
-            found += node["fn"].lm.trainable_parameters()
+        elif node["type"] == "sample" and (lm := lm_of(node["fn"])) is not None:
+            found += lm.trainable_parameters()
     return [x for x in found if x.requires_grad]
 
 

@@ -22,6 +22,7 @@ from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
 from ..sharded import plate_of
+from ..sites import text_of
 from ..weights import weigh
 from . import checkpoint as checkpoints
 from .batches import arguments, is_task, readable
@@ -429,9 +430,10 @@ class Trainer(ABC):
         }
         length, stop = [], []
         for node in programs.latents(weighted.guide).values():
-            if programs.is_terminable(node):
-                end = programs.all_stops(node["fn"]).ending(node["value"]).at
-                log_stop = node["fn"].prefix_scores(node["value"]).stop_log_probs
+            site = text_of(node["fn"])
+            if site is not None and site.terminable:
+                end = site.ending(node["value"]).at
+                log_stop = site.prefix_scores(node["value"]).stop_log_probs
                 length.append(end.double().mean())
                 stop.append(log_stop.gather(-1, end[..., None]).exp().double().mean())
         if length:
