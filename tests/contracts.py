@@ -14,7 +14,7 @@ from pyro.infer import Predictive, Trace_ELBO, TraceGraph_ELBO
 from reference import Law, Plain, Tokens, tokens
 from tiny import tiny_lm
 
-from lmppl import LanguageModel, text
+from lmppl import LanguageModel, testing, text
 from lmppl.text import PAD
 
 VOCAB = 5  # eos, ".", a, b, c
@@ -247,8 +247,12 @@ class LMDistributionContract:
             d.log_prob(d.sample()[:1].expand(3, *d.event_shape))
 
 
-class TextContract(LMDistributionContract):
+class TextContract(testing.TextContract, LMDistributionContract):
     """What a distribution over whole texts promises besides."""
+
+    @pytest.fixture
+    def d(self, lm):
+        return self.make(lm)
 
     def laws(self, plain: Plain) -> list[Law]:
         raise NotImplementedError

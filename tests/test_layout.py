@@ -35,6 +35,7 @@ LAYERS = {
     "distributions": 5,
     "inference": 6,
     "models": 7,
+    "testing": 7,
     "pretrained": 7,
     "command_help": 7,
     "cli": 8,

@@ -26,6 +26,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Served
 from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.gflownet.exploration import Source
+from lmppl.inference.sites import text_of
 from lmppl.text import length
 
 
@@ -109,9 +110,9 @@ def test_what_is_asked_for_is_what_the_distribution_says(lm):
     with serving(writer) as url, torch.no_grad():
         limit, least = torch.tensor([0, 3, 4, 4]), torch.tensor([0, 2, 1, 1])
         fn = Completion(lm, X[[0, 0, 1, 1]], max_tokens=limit, min_tokens=least, stop=[".", B], temperature=2.0)
-        z = Served(lm, url, "guide")._elsewhere(fn).sample((5,))
+        z = Served(lm, url, "guide").remote(text_of(fn)).sample((5,))
         exact = Completion(lm, X, max_tokens=3, stop=None)
-        fixed = Served(lm, url, "guide")._elsewhere(exact).sample((5,))
+        fixed = Served(lm, url, "guide").remote(text_of(exact)).sample((5,))
     assert bool(fn.log_prob(z).isfinite().all()) and bool(exact.log_prob(fixed).isfinite().all())
     assert z[:, 0].tolist() == [[1, -1, -1, -1, -1]] * 5  # nothing fits but a stop: the server is not asked
     assert int(length(z)[:, 1].min()) >= 3
@@ -228,9 +229,9 @@ def test_bad_arguments_are_named(lm):
     with pytest.raises(ValueError, match="lm: expected a LanguageModel instance"):
         Served("gpt2", "http://localhost:8000/v1", "guide")
     with pytest.raises(ValueError, match="allowed= and tools="):
-        Served(lm, "http://localhost:8000/v1", "guide")._elsewhere(
-            Completion(lm, X, max_tokens=2, allowed=ban(lm, ["a"]))
+        Served(lm, "http://localhost:8000/v1", "guide").remote(
+            text_of(Completion(lm, X, max_tokens=2, allowed=ban(lm, ["a"])))
         )
     other = Completion(tiny_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
-    assert Served(lm, "http://localhost:8000/v1", "guide")._elsewhere(other) is other
+    assert Served(lm, "http://localhost:8000/v1", "guide").remote(text_of(other)) is other
     assert texts_of(lm).shape[0] > 4

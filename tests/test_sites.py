@@ -28,6 +28,7 @@ from lmppl.inference import (
     VarGrad,
 )
 from lmppl.inference.sites import text_of
+from lmppl.testing import TextContract
 
 LM = tiny_lm("gpt2", vocab=5)
 X = torch.tensor([[2, 3], [4, 2]])
@@ -196,6 +197,12 @@ def exact() -> tuple[torch.Tensor, torch.Tensor]:
     prior = torch.tensor([[probability(*p, word) for p in parameters] for word in words], dtype=torch.double)
     joint = prior.log() + (1.5 * (TEXTS == 2).sum(-1) - 0.5 * text.length(TEXTS))[:, None]
     return joint.logsumexp(0), joint.softmax(0)
+
+
+class TestHiddenChain(TextContract):
+    def distribution(self):
+        with torch.no_grad():
+            return CHAIN()
 
 
 @torch.no_grad()

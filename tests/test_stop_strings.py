@@ -36,6 +36,7 @@ from lmppl.inference import (
     VarGrad,
     programs,
 )
+from lmppl.inference.sites import text_of
 from lmppl.inference.weights import balance
 from lmppl.stop_strings import StopStrings
 from lmppl.text import PAD
@@ -312,7 +313,7 @@ def test_what_cannot_take_them_says_so():
     with pytest.raises(ValueError, match="prior: a stop string"):
         Markov(fn, Automaton.counting(torch.zeros(lm.vocab_size)), order=1)
     with pytest.raises(ValueError, match=r"exploration: a server .*'ba'"):
-        Served(lm, "http://localhost:1/v1", "guide")._elsewhere(fn)
+        Served(lm, "http://localhost:1/v1", "guide").remote(text_of(fn))
 
 
 # The automaton

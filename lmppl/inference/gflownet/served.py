@@ -75,7 +75,7 @@ class Served(Exploration):
         self.api_key, self.requests, self.timeout, self.max_bytes = api_key, requests, timeout, max_bytes
 
     def draw(self, source: Source, num_particles: int) -> Values:
-        return source.draw(source.guide, num_particles, self._elsewhere)
+        return source.draw(source.guide, num_particles, self.remote)
 
     def refresh(self, directory: str | Path) -> None:
         """Save the adapter to a directory that the server sees, and have it loaded under the server's name for it.
@@ -86,7 +86,8 @@ class Served(Exploration):
         where = str(Path(directory).resolve())
         self._ask("load_lora_adapter", {"lora_name": self.model, "lora_path": where, "load_inplace": True})
 
-    def _elsewhere(self, site: Site) -> TorchDistribution:
+    def remote(self, site: Site) -> TorchDistribution:
+        """What the texts of a site are drawn from: the server, where they are this language model's."""
         fn: TorchDistribution = site.fn
         if not isinstance(fn, Completion) or fn.lm is not self.lm:
             return fn
