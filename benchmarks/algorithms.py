@@ -50,7 +50,8 @@ from lmppl.inference import (
     dreams,
     few_shot,
 )
-from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.algorithm import sized
+from lmppl.inference.compare.compare import Meter, particles_within
 from lmppl.inference.compare.comparison import Comparison, Row, averaged
 from lmppl.inference.compare.quality import density_quality
 from lmppl.models import Experiment, Recipe, infilling

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
     from collections.abc import Callable
 
     from .inference import Comparison, Posterior, Trainer
-    from .inference.compare.compare import Algorithm
+    from .inference.algorithm import Algorithm
     from .models import Experiment
 
     Match = Callable[[Algorithm, Experiment], Algorithm]
@@ -132,7 +132,7 @@ def compare_command(
     import torch
 
     from .inference import compare
-    from .inference.compare.compare import sized
+    from .inference.algorithm import sized
     from .inference.compare.comparison import FILES
 
     _set_threads(threads)
@@ -412,7 +412,8 @@ def _save(experiment: Experiment, out: Path) -> None:
 
 def _matching(experiment: Experiment, gflownet: Algorithm) -> Match:
     """What gives an algorithm as many particles as cost the GFlowNet's tokens a query."""
-    from .inference.compare.compare import PILOTS, Meter, particles_within, sized
+    from .inference.algorithm import sized
+    from .inference.compare.compare import PILOTS, Meter, particles_within
 
     n, meter = gflownet.num_particles, Meter([experiment.lm.network])  # type: ignore[attr-defined]
     tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])

@@ -17,7 +17,8 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, compare
-from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.algorithm import sized
+from lmppl.inference.compare.compare import Meter, particles_within
 from lmppl.inference.compare.quality import density_quality, draw_quality, modes_drawn, outside_mass
 
 

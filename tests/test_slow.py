@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl.inference import SMC, Importance, MetropolisHastings, compare, diagnose
-from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.algorithm import sized
+from lmppl.inference.compare.compare import Meter, particles_within
 from lmppl.inference.compare.quality import density_quality
 from lmppl.models import infilling
 

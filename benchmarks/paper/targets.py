@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lmppl.inference import SMC, Enumeration, Importance, PolicyGradient, Posterior
-from lmppl.inference.compare.compare import Meter, particles_within, sized
+from lmppl.inference.algorithm import sized
+from lmppl.inference.compare.compare import Meter, particles_within
 from lmppl.inference.compare.quality import density_quality, draw_quality
 from lmppl.inference.programs import Program, Replay, trace
 from lmppl.models import Experiment

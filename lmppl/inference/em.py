@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed, programs
+from .algorithm import on, sized
 from .posterior.posterior import Posterior
 from .programs import Program, Replay, Sketch, parameters_of
 from .surrogate import Surrogate, frozen_but, subsampling
@@ -176,13 +177,11 @@ class VariationalEM(Trainer):
         self, algorithm: Any, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Posterior:
         """The algorithm's posterior for this model and, if it has one, this guide."""
-        algorithm = copy.copy(algorithm)
-        algorithm.model = model
-        if getattr(algorithm, "guide", None) is not None:
-            algorithm.guide = guide
-        draws = {"num_particles": self.num_particles} if isinstance(algorithm, Trainer) else {}
+        algorithm = on(algorithm, model, guide)
+        if isinstance(algorithm, Trainer):
+            algorithm = algorithm.sized(self.num_particles)
         with torch.no_grad():
-            posterior: Posterior = algorithm.run(*args, **draws, **kwargs)
+            posterior: Posterior = algorithm.run(*args, **kwargs)
         return posterior
 
     def _evidence(
@@ -289,6 +288,18 @@ class VariationalEM(Trainer):
     def fit(self, batches: Any, steps: int, *, warmup: int = 0, **kwargs: Any) -> list[dict[str, float]]:
         """``steps`` rounds, each on one batch; everything else as in `Trainer.fit`."""
         return super().fit(batches, steps, warmup=warmup, **kwargs)
+
+    def on(self, model: Program, guide: Program | None = None) -> VariationalEM:
+        other = super().on(model, guide)
+        if self.guide is self.model:  # it has none
+            other.guide = model
+        other.e_step = on(self.e_step, model, guide)
+        return other
+
+    def sized(self, num_particles: int) -> VariationalEM:
+        other = copy.copy(self)
+        other.e_step = sized(self.e_step, num_particles)
+        return other
 
     def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
         """The E-step's posterior given ``args``, under the model as it now is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .algorithm import Particles
 from .arguments import at_least, is_program
 from .posterior.posterior import Posterior
 from .posterior.run import Run
@@ -13,7 +14,7 @@ from .validation import check_axes
 from .weights import weigh
 
 
-class Importance:
+class Importance(Particles):
     r"""Importance sampling, all particles in one vectorised run.
 
     .. math:: z_n \sim q, \qquad \log w_n = u(z_n) - \log N, \qquad \log \hat Z = \log \sum_n w_n

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import text
 from ..randomness import Part, forked, part
 from . import distributed, programs
+from .algorithm import on, sized
 from .posterior.posterior import Posterior
 from .programs import Program, scored
 
@@ -41,6 +42,12 @@ class Sharded:
             raise ValueError(f"algorithm: expected one with .model and .run, got {type(algorithm).__name__}")
         self.algorithm, self.model = algorithm, algorithm.model
         self.guide: Program | None = getattr(algorithm, "guide", None)
+
+    def on(self, model: Program, guide: Program | None = None) -> Sharded:
+        return Sharded(on(self.algorithm, model, guide))
+
+    def sized(self, num_particles: int) -> Sharded:
+        return Sharded(sized(self.algorithm, num_particles))
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """The posterior of all observations, on every process; ``kwargs`` are not shared out."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import programs
+from ..algorithm import Particles
 from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior
@@ -18,7 +19,7 @@ from ..programs import Draw, Program, Replay, Sketch
 from ..weights import kept_plates
 
 
-class Prompting:
+class Prompting(Particles):
     r"""Draws of a guide as they are, all of the same weight: what a prompted language model answers.
 
     .. math:: z_n \sim q, \qquad w_n = \tfrac1N
@@ -45,6 +46,7 @@ class Prompting:
     """
 
     training_tokens = 0
+    guide: Program
 
     def __init__(
         self,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,11 +13,10 @@ from torch import Tensor
 
 from ...engine.prompts import prompts
 from .. import programs
-from ..metropolis.metropolis import MetropolisHastings
+from ..algorithm import sized
 from ..posterior.posterior import Posterior
 from ..programs import Program
 from ..smc.smc import Sequential
-from ..training.trainer import Trainer
 from .comparison import Comparison, Point, Row, averaged
 from .quality import density_quality, draw_quality, modes_drawn
 
@@ -27,18 +24,18 @@ MOST_PARTICLES = 1_000_000
 PILOTS = 32, 128  # particles
 
 
-class Algorithm(Protocol):
-    """What `compare` needs: ``run(*args) -> Posterior``."""
+class Answers(Protocol):
+    """What `compare` needs of an algorithm."""
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior: ...
 
 
-Factory: TypeAlias = Callable[[int], Algorithm]
+Factory: TypeAlias = Callable[[int], Answers]
 
 
 def compare(
     model: Program,
-    algorithms: Mapping[str, Algorithm | Factory],
+    algorithms: Mapping[str, Answers | Factory],
     *args: Any,
     exact: Any = None,
     exact_tokens: float | None = None,
@@ -145,36 +142,6 @@ def compare(
     return result
 
 
-def sized(algorithm: Algorithm, num_particles: int) -> Algorithm:
-    """The algorithm, with this many particles a query: for Markov chains draws, after as large a share of warm-up."""
-    if isinstance(algorithm, MetropolisHastings):
-        chains: Any = copy.copy(algorithm)
-        chains.num_chains = min(algorithm.num_chains, num_particles)
-        chains.num_samples = num_particles // chains.num_chains
-        chains.warmup = round(algorithm.warmup * chains.num_samples / algorithm.num_samples)
-        return chains
-    if isinstance(getattr(algorithm, "num_particles", None), int) and not isinstance(algorithm, Trainer):
-        other: Any = copy.copy(algorithm)
-        other.num_particles = num_particles
-        return other
-    if "num_particles" not in inspect.signature(algorithm.run).parameters:
-        raise ValueError(f"budgets: {type(algorithm).__name__} has no number of particles to fit to one")
-    return _Sized(algorithm, num_particles)
-
-
-class _Sized:
-    """An algorithm whose ``run`` takes the number of particles, as trainers' do."""
-
-    def __init__(self, algorithm: Any, num_particles: int):
-        self.algorithm, self.num_particles = algorithm, num_particles
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.algorithm, name)
-
-    def run(self, *args: Any, **kwargs: Any) -> Posterior:
-        return self.algorithm.run(*args, num_particles=self.num_particles, **kwargs)
-
-
 class Meter:
     """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included."""
 
@@ -200,7 +167,7 @@ class Meter:
 
 def _measure(
     name: str,
-    algorithm: Algorithm,
+    algorithm: Answers,
     meter: Meter,
     repetitions: int,
     truth: Posterior | None,
@@ -240,7 +207,7 @@ def _measure(
 
 
 def particles_within(
-    algorithm: Algorithm,
+    algorithm: Answers,
     budget: float,
     meter: Meter,
     unit: str = "tokens",
@@ -271,7 +238,7 @@ def particles_within(
 
 def _point(
     name: str,
-    algorithm: Algorithm,
+    algorithm: Answers,
     meter: Meter,
     budget: float,
     unit: str,

@@ -7,7 +7,6 @@ depend on the data, without which the prior passes for a posterior: Modrák et a
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..algorithm import guide_of, on
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
 from ..resampling import multinomial
@@ -74,7 +74,7 @@ def calibrate(
 
     :raises NotChecked: for a model that cannot be simulated forward, and for a guide without ``to_args``.
     """
-    if getattr(algorithm, "guide", None) is not None and to_args is None:
+    if guide_of(algorithm) is not None and to_args is None:
         raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
     if simulations:
         try:
@@ -106,12 +106,12 @@ def _simulation(
         model, inputs = algorithm.model, to_args(args, observed)
     else:
         model, inputs = pyro.condition(poutine.uncondition(algorithm.model), data=observed), args
-    posterior = with_model(algorithm, model).run(*inputs, **kwargs)
+    posterior = on(algorithm, model).run(*inputs, **kwargs)
     n, draws = effective(posterior), posterior
     if posterior.num_particles > MEMBERS:  # -inf stays -inf
         weights = posterior.log_weights.softmax(0).nan_to_num(nan=1 / posterior.num_particles)
         n, draws = n.clamp(max=MEMBERS), posterior.take(multinomial(weights, MEMBERS))
-    looked = _Look(model, getattr(algorithm, "guide", None), inputs, kwargs, draws, truth, num_particles)
+    looked = _Look(model, guide_of(algorithm), inputs, kwargs, draws, truth, num_particles)
     pool = looked.pool(n, draws, statistics)
     for name, x in pool.statistics.items():
         found.positions.setdefault(name, torch.zeros(0, dtype=torch.float64))
@@ -124,16 +124,6 @@ def _simulation(
         )
     )  # fmt: skip
     found.pools.append(pool)
-
-
-def with_model(algorithm: Any, model: Program) -> Any:
-    """The same algorithm on another model; where one is inside another, both."""
-    other = copy.copy(algorithm)
-    if hasattr(getattr(algorithm, "algorithm", None), "run"):
-        other.algorithm = with_model(algorithm.algorithm, model)
-    if "model" in vars(algorithm) or not hasattr(algorithm, "algorithm"):
-        other.model = model
-    return other
 
 
 def effective(posterior: Posterior) -> Tensor:

@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from .. import programs
+from ..algorithm import guide_of
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
 from ..sites import is_terminable, texts_of
@@ -33,7 +34,7 @@ def is_trained(algorithm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Whether the algorithm has a guide with something to train: a module's or Pyro's parameters, or a text's language
     model with parameters of its own, which is none of the model's.
     """
-    guide = getattr(algorithm, "guide", None)
+    guide = guide_of(algorithm)
     if guide is None:
         return False
     if isinstance(guide, nn.Module) and any(p.requires_grad for p in guide.parameters()):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import text
 from ...distributions import Completion
 from .. import programs
+from ..algorithm import OnPrograms
 from ..arguments import at_least, is_program
 from ..partial import advance
 from ..posterior.posterior import Posterior
@@ -90,7 +91,7 @@ class Enumerated(Posterior):
         return result[0] if single else result
 
 
-class Enumeration:
+class Enumeration(OnPrograms):
     r"""The exact posterior, by best-first search of the prior's joint token tree.
 
     .. math:: \log w(z) = \log p(z, observed), \qquad \log Z = \log \sum_z w(z)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..algorithm import OnPrograms
 from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior, scorer
 from ..posterior.run import Run
@@ -93,7 +95,7 @@ class MarkovChains(Posterior):
         return Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide).take(chosen)
 
 
-class MetropolisHastings:
+class MetropolisHastings(OnPrograms):
     r"""Metropolis-Hastings with all chains in one vectorised run; the moves are in `metropolis.kernels`.
 
     The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
@@ -150,6 +152,15 @@ class MetropolisHastings:
         self.model, self.guide, self.moves, self.temperatures = model, guide, moves, ladder
         self.num_chains, self.num_samples, self.warmup, self.thin = num_chains, num_samples, warmup, thin
         self.max_plate_nesting = max_plate_nesting
+
+    def sized(self, num_particles: int) -> Self:
+        """The same algorithm with this many draws, as many or fewer chains, after as large a share of warm-up."""
+        at_least(1, num_particles=num_particles)
+        other = copy.copy(self)
+        other.num_chains = min(self.num_chains, num_particles)
+        other.num_samples = num_particles // other.num_chains
+        other.warmup = round(self.warmup * other.num_samples / self.num_samples)
+        return other
 
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> MarkovChains:

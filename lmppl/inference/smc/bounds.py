@@ -11,6 +11,7 @@ Monte Carlo); with twisted SMC: Zhao et al. 2024.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -102,6 +103,18 @@ class Sandwich:
             model, guide, num_particles, ess_threshold, resampling, twist, max_plate_nesting=max_plate_nesting
         )
 
+    def on(self, model: Program, guide: Program | None = None) -> Sandwich:
+        """The same bounds of another model, and where there is a guide by another; None: its own."""
+        other = copy.copy(self)
+        other.smc = self.smc.on(model, guide)
+        return other
+
+    def sized(self, num_particles: int) -> Sandwich:
+        """The same bounds by this many particles."""
+        other = copy.copy(self)
+        other.smc = self.smc.sized(num_particles)
+        return other
+
     def run(self, *args: Any, exact_sample: ExactSample, **kwargs: Any) -> Bounds:
         """The bounds for these arguments."""
         lowers, uppers = [], []
@@ -129,7 +142,7 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulated:
 
     :raises ValueError: for a factor, a tempered (scaled) or a masked site: such a model has no forward simulation.
     """
-    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+    with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), programs.Unmasked():
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     nodes = programs.scored(trace)
     plates = kept_plates([trace], programs.nesting_of([trace]))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithm import Particles
 from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
@@ -80,7 +81,7 @@ class Sequential(Posterior):
         return found
 
 
-class SMC:
+class SMC(Particles):
     r"""Particles that grow token by token, weighed and resampled on the way.
 
     .. math:: W_t = W_{t-1} \, p(z_t \mid z_{<t})^{scale} / q(z_t \mid z_{<t}), \qquad \hat Z = \sum_n W^n

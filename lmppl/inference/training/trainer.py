@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from ...randomness import Part, forked
 from .. import distributed, programs
+from ..algorithm import OnPrograms
 from ..arguments import at_least, is_integer, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
@@ -55,7 +57,7 @@ class Task(NamedTuple):
         return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
 
 
-class Trainer(ABC):
+class Trainer(OnPrograms, ABC):
     """Updates a guide's parameters; owns the loop, the clipping, the log, the checkpoints and the count of tokens.
 
     :param model: a Pyro program.
@@ -68,6 +70,9 @@ class Trainer(ABC):
     ``training_tokens`` counts the tokens that its steps have sent through the network; ``history`` has the metrics of
     every step of the last `fit`, also of one that an exception has ended.
     """
+
+    guide: Program
+    draws = 64  # particles of an answer, see `sized`
 
     def __init__(
         self,
@@ -443,10 +448,17 @@ class Trainer(ABC):
             }
         return metrics
 
-    def run(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> Posterior:
-        """The posterior given ``args``, by importance sampling from the guide as it now is."""
-        nesting = self.max_plate_nesting
-        return Importance(self.model, self.guide, num_particles, max_plate_nesting=nesting).run(*args, **kwargs)
+    def sized(self, num_particles: int) -> Self:
+        """The same trainer, whose answers have this many particles where `run` is not told otherwise."""
+        at_least(1, num_particles=num_particles)
+        other = copy.copy(self)
+        other.draws = num_particles
+        return other
+
+    def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
+        """The posterior given ``args``, by importance sampling from the guide as it now is; 64 particles by default."""
+        n, nesting = self.draws if num_particles is None else num_particles, self.max_plate_nesting
+        return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)
 
 
 def standard_deviation(u: Tensor) -> Tensor:
