@@ -19,6 +19,7 @@ from torch import Tensor
 from . import text
 from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
 from .inference.programs import Node, Program, Replay
+from .inference.query import Query
 from .inference.sites import is_terminable, lm_of, text_of, texts_of
 from .inference.training.ownership import Owners
 from .inference.validation import check_axes
@@ -123,7 +124,7 @@ def _weigh(
 ) -> Weighted | None:
     """Particles with their u, or a problem."""
     try:
-        weighted = weigh(model, guide, args, kwargs, num_particles)
+        weighted = weigh(Query(model, guide, args, kwargs), num_particles)
         check_axes(model, args, kwargs, weighted)
         # The prefix axis of the objectives, one more on the left; nothing is scored.
         nesting = weighted.plates.nesting

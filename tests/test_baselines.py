@@ -26,13 +26,14 @@ from lmppl.inference import (
     few_shot,
 )
 from lmppl.inference.baselines.densities import Drawn, log_likelihood
+from lmppl.inference.query import Query
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_at_the_posterior_every_particle_weighs_the_evidence(lm, problem):
     """Plates, several texts, ordinary latents, factors: u = log Z, so all weights are 1/N and all advantages 0."""
     found = PROBLEMS[problem](lm)
-    densities = Drawn(found.model, found.posterior(1.0), (), {}, 6).densities()
+    densities = Drawn(Query(found.model, found.posterior(1.0)), 6).densities()
     exact = Importance(found.model, found.posterior(1.0), 3).run()  # of u that does not vary
     assert densities.u.shape == (6, *exact.log_evidence.shape)
     assert (densities.u - exact.log_evidence).abs().max() < 1e-8

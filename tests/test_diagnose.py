@@ -26,8 +26,9 @@ from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Po
 from lmppl.inference.diagnose.calibration import calibrate, position
 from lmppl.inference.diagnose.evidence import winnings
 from lmppl.inference.diagnose.pools import Pool, judge, member_weights, ranks
+from lmppl.inference.plates import kept_plates
 from lmppl.inference.programs import Replay
-from lmppl.inference.weights import kept_plates, log_density
+from lmppl.inference.weights import log_density
 
 CELLS = 40  # a plate element is a data set of its own
 X = P.encode(["a", "", "ba", "c"] * 10)

@@ -29,7 +29,8 @@ from lmppl.inference import (
 )
 from lmppl.inference.gflownet import local_search
 from lmppl.inference.gflownet.exploration import Source, Values
-from lmppl.inference.metropolis.kernels import Setting, density
+from lmppl.inference.metropolis.kernels import density
+from lmppl.inference.query import Query
 from lmppl.inference.training.schedules import linear
 from lmppl.text import equal
 
@@ -197,7 +198,7 @@ def test_the_reward_temperature_is_that_of_the_target(lm):
 def joint(lm, found: Source, values: Values) -> Tensor:
     with torch.no_grad():
         n = len(next(iter(values.values())))
-        return density(Setting(found.model, found.guide, (), {}, found.nesting, n), values).joint
+        return density(Query(found.model, found.guide, max_plate_nesting=found.nesting), n, values).joint
 
 
 def test_local_search_moves_its_share_and_leaves_the_rest(lm, guide_lm, monkeypatch):

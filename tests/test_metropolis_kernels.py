@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion
-from lmppl.inference.metropolis.kernels import Setting, accept, independence, regrow
+from lmppl.inference.metropolis.kernels import accept, independence, regrow
+from lmppl.inference.query import Query
 from lmppl.text import PAD
 
 LM = tiny_lm(vocab=4, dtype=torch.float64)
@@ -136,7 +137,7 @@ def test_regrowth_is_its_transition_matrix(rules, guided, temperature):
     each = 1000
     z = as_values(states, 0, 3).repeat_interleave(each, 0)
     log_p = torch.tensor(list(log_joint.values()), dtype=torch.float64).repeat_interleave(each)
-    moved = regrow(model, guide if guided else None, (), {}, {"z": z}, log_p, nesting=0, temperature=temperature)
+    moved = regrow(Query(model, guide if guided else None), {"z": z}, log_p, temperature=temperature)
     assert_moves(states, K, [moved.values["z"]], each)
     again = Completion(LM, "b", max_tokens=2, **stop).log_prob(moved.values["z"])
     torch.testing.assert_close(moved.log_p, again + likelihood(moved.values["z"]).log_prob(torch.tensor(SEEN)))
@@ -168,7 +169,7 @@ def test_texts_in_a_plate_that_is_not_kept_move_together(guided):
     each = 1000
     z = torch.stack([as_values(states, i, 2) for i in range(2)], 1).repeat_interleave(each, 0)
     log_p = torch.tensor(list(target.values()), dtype=torch.float64).repeat_interleave(each)
-    moved = regrow(model, guide if guided else None, (), {}, {"z": z}, log_p, nesting=1)
+    moved = regrow(Query(model, guide if guided else None), {"z": z}, log_p)
     assert_moves(states, K, list(moved.values["z"].unbind(1)), each)
 
 
@@ -221,11 +222,11 @@ def test_a_categorical_before_a_text_that_it_masks(move, guided):
     values = {"k": torch.tensor([s[0][0] for s in states]), "z": as_values(states, 1, 2)}
     values = {name: v.repeat_interleave(each, 0) for name, v in values.items()}
     log_p = torch.tensor(list(target.values()), dtype=torch.float64).repeat_interleave(each)
+    query = Query(model, guide if guided else None)
     if move == "independence":
-        setting = Setting(model, guide if guided else None, (), {}, 0, len(log_p))
-        new = independence(setting, values, None, {})
+        new = independence(query, len(log_p), values, None, {})
         accepted = accept(log_p, new.density.joint, new.log_ratio)
         found = {n: torch.where(accepted.view(-1, *[1] * (v.dim() - 1)), new.values[n], v) for n, v in values.items()}
     else:
-        found = regrow(model, guide if guided else None, (), {}, values, log_p, nesting=0, site=move).values
+        found = regrow(query, values, log_p, site=move).values
     assert_moves(states, K, [found["k"][:, None], found["z"]], each)

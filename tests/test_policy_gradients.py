@@ -14,7 +14,7 @@ from problems import adapted, lm_guide, one_text
 from lmppl.inference import PolicyGradient, VarGrad
 from lmppl.inference.baselines import policy_gradient
 from lmppl.inference.baselines.densities import Densities, Drawn
-from lmppl.inference.weights import Plates
+from lmppl.inference.plates import Plates
 
 TARGETS = [("likelihood", 1.0, 1.0), ("likelihood", 0.5, 1.0), ("likelihood", 1.0, 2.0), ("joint", 2.0, 1.0)]
 

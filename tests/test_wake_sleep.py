@@ -18,7 +18,8 @@ from lmppl.inference import ReweightedWakeSleep, dreams
 from lmppl.inference.baselines import reweighted_wake_sleep
 from lmppl.inference.baselines.densities import Densities, Drawn
 from lmppl.inference.baselines.reweighted_wake_sleep import wake_loss
-from lmppl.inference.weights import Plates
+from lmppl.inference.plates import Plates
+from lmppl.inference.query import Query
 
 
 def test_the_wake_gradient_is_the_plain_formula(lm):
@@ -27,7 +28,7 @@ def test_the_wake_gradient_is_the_plain_formula(lm):
     found, guide, N = one_text(lm), lm_guide(guide_lm), 5
     parameters = guide_lm.trainable_parameters()
     pyro.set_rng_seed(0)
-    drawn = Drawn(found.model, guide, (), {}, N).values["z"]  # (5, 2, E)
+    drawn = Drawn(Query(found.model, guide), N).values["z"]  # (5, 2, E)
     pyro.set_rng_seed(0)
     trainer = ReweightedWakeSleep(found.model, guide, num_particles=N, **still(parameters))
     metrics = trainer.step()

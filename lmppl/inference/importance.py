@@ -10,6 +10,7 @@ from .arguments import at_least, is_program
 from .posterior.posterior import Posterior
 from .posterior.run import Run
 from .programs import Program
+from .query import Query
 from .validation import check_axes
 from .weights import weigh
 
@@ -48,7 +49,7 @@ class Importance(Particles):
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """The weighted particles for these arguments."""
-        weighted = weigh(self.model, self.guide, args, kwargs, self.num_particles, self.max_plate_nesting)
+        weighted = weigh(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), self.num_particles)
         check_axes(self.model, args, kwargs, weighted)
         log_weights = weighted.u - math.log(self.num_particles)
         run = Run(self.model, args, kwargs)

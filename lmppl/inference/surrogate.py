@@ -13,9 +13,10 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from . import programs
+from .plates import Plates
 from .posterior.posterior import Posterior
 from .programs import Program, Replay, SiteMismatch
-from .weights import Plates, log_density
+from .weights import log_density
 
 
 @dataclass(frozen=True)

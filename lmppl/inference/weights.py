@@ -21,80 +21,10 @@ from torch import Tensor
 
 from .. import randomness
 from . import programs
+from .plates import Plates, kept_plates
 from .programs import Node, Program, Replay
+from .query import Pair, Query
 from .sites import Site, is_terminable, text_of, texts_of
-
-
-@dataclass(frozen=True)
-class Plates:
-    """The kept plates, left to right: their names, sizes and axes; ``nesting`` axes in all belong to plates."""
-
-    names: tuple[str, ...]
-    dims: tuple[int, ...]
-    sizes: tuple[int, ...]
-    nesting: int
-
-    def reduce(self, log_prob: Tensor) -> Tensor:
-        """Sum over every plate axis that is not kept: (..., *plate axes) -> (prefix, particle, *kept)."""
-        lead = 2 + self.nesting - log_prob.dim()
-        log_prob = log_prob[(None,) * lead] if lead > 0 else log_prob
-        others = [d for d in range(-self.nesting, 0) if d not in self.dims]
-        log_prob = log_prob.sum(others) if others else log_prob
-        return log_prob.expand(log_prob.shape[:2] + self.sizes)
-
-    def lead(self, value: Tensor, event_dim: int) -> Tensor:
-        """A site's value (particle, *plate axes, *event) as (particle, *kept, *others larger than 1, *event)."""
-        axes = [value.dim() - event_dim + d for d in range(-self.nesting, 0)]
-        kept = [axes[d] for d in self.dims]
-        others = [a for a in axes if a not in kept]
-        value = value.permute(0, *kept, *others, *range(value.dim() - event_dim, value.dim()))
-        first = 1 + len(kept)
-        return value.reshape(
-            *value.shape[:first],
-            *(n for n in value.shape[first : first + len(others)] if n > 1),
-            *value.shape[first + len(others) :],
-        )
-
-    def spread(self, kept: Tensor) -> Tensor:
-        """(particle, *kept) as (particle, *plate axes), size 1 along plates that are not kept."""
-        shape = [1] * self.nesting
-        for d, n in zip(self.dims, self.sizes, strict=True):
-            shape[d] = n
-        return kept.reshape(kept.shape[0], *shape)
-
-    def take(self, value: Tensor, chosen: Tensor) -> Tensor:
-        """Particles ``chosen`` (n, *kept) of a value (N, *plate axes, *event)."""
-        index = self.spread(chosen)
-        index = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
-        value = value.expand(
-            value.shape[0], *(max(a, b) for a, b in zip(value.shape[1:], index.shape[1:], strict=True))
-        )
-        return value.gather(0, index.expand(index.shape[0], *value.shape[1:]))
-
-
-def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = True) -> Plates:
-    """The plates that enclose every scored site of these traces.
-
-    :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling`` (an objective may be estimated
-        from a subsample, evidence may not).
-    """
-    nodes = [node for trace in traces for node in programs.scored(trace).values()]
-    enclosing = [{f.name: f for f in node["cond_indep_stack"] if f.name not in _OWN} for node in nodes]
-    every = [{name: f for name, f in e.items() if f.vectorized} for e in enclosing]
-    frames = [f for name, f in every[0].items() if all(name in e for e in every)] if every else []
-    frames.sort(key=lambda f: f.dim)
-    if not subsampling:
-        for node_frames in enclosing:  # sequential plates too: they are joint
-            for f in node_frames.values():
-                if f.full_size not in (None, f.size) and f.name not in {k.name for k in frames}:
-                    raise ValueError(
-                        f"model: the plate {f.name!r} is subsampled ({f.size} of {f.full_size}) but does not enclose "
-                        "every latent, observation and factor, so that no evidence is defined; run it in full"
-                    )
-    return Plates(tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting)
-
-
-_OWN = (programs.PARTICLES, programs.PREFIXES)
 
 
 def scale(node: Node, plates: Plates) -> Any:
@@ -139,33 +69,22 @@ class Weighted:
 
 
 @torch.no_grad()
-def weigh(
-    model: Program,
-    guide: Program | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_particles: int,
-    max_plate_nesting: int | float | None = None,
-) -> Weighted:
+def weigh(query: Query, num_particles: int) -> Weighted:
     """Draw particles from the guide (or the model's own latent sites) and weigh them."""
-    both = [model] if guide is None else [guide, model]
-    nesting = programs.plate_nesting(both, args, kwargs, max_plate_nesting)
     draw = programs.Draw()
-    proposal = programs.trace(guide or model, args, kwargs, draw, nesting=nesting, particles=num_particles)
-    values = programs.values(proposal)
-    if guide is None:
-        target = proposal
+    pair = query.run(draw, particles=num_particles).matched()
+    plates = pair.plates()
+    if query.guide is None:
+        log_weight = log_weight_of_prior(pair.model, plates, draw.log_probs)
     else:
-        target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=num_particles)
-        programs.match(target, proposal)
-    plates = kept_plates([target] if guide is None else [target, proposal], nesting, subsampling=False)
-    if guide is None:
-        log_weight = log_weight_of_prior(target, plates, draw.log_probs)
-    else:
-        log_q = log_density_of_latents(proposal, plates, draw.log_probs)
-        log_weight = log_ratio(log_density(target, plates), log_q)
+        log_weight = log_ratio(*pair_densities(pair, plates, draw.log_probs))
     u = log_weight.expand(1, num_particles, *plates.sizes)[0]
-    return Weighted(u, values, target, proposal, plates)
+    return Weighted(u, pair.values, pair.model, pair.proposal, plates)
+
+
+def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, where it is at hand."""
+    return log_density(pair.model, plates), log_density_of_latents(pair.proposal, plates, known)
 
 
 def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:

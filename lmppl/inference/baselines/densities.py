@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
+from ..plates import Plates, kept_plates
 from ..programs import Draw, Program, Replay, SiteMismatch
+from ..query import Pair, Query
 from ..validation import check_axes_once
-from ..weights import Plates, Weighted, kept_plates, log_density, log_density_of_latents
+from ..weights import Weighted, log_density, log_density_of_latents
 
 Values = Mapping[str, Tensor]
 
@@ -38,22 +39,11 @@ class Drawn:
     :param values: what to score instead of fresh draws: latents and subsamples, particles leading.
     """
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        num_particles: int,
-        max_plate_nesting: int | None = None,
-        values: Values | None = None,
-    ):
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        nesting = programs.plate_nesting([guide, model], args, kwargs, max_plate_nesting)
-        self.shape = {"nesting": nesting, "particles": num_particles}
+    def __init__(self, query: Query, num_particles: int, values: Values | None = None):
+        self.query, self.num_particles = query, num_particles
         if values is None:
             with torch.no_grad():
-                values = programs.values(programs.trace(guide, args, kwargs, Draw(), **self.shape))
+                values = programs.values(query.trace(query.proposal, Draw(), particles=num_particles))
         self.values = values
 
     def densities(self) -> Densities:
@@ -61,32 +51,30 @@ class Drawn:
 
         :raises SiteMismatch: where model and guide do not fit.
         """
-        replay = Replay(self.values)
-        guide = programs.trace(self.guide, self.args, self.kwargs, replay, **self.shape)
+        query, replay = self.query, Replay(self.values)
+        guide = query.trace(query.proposal, replay, particles=self.num_particles)
         with torch.no_grad():
-            model = programs.trace(self.model, self.args, self.kwargs, replay, **self.shape)
-            programs.match(model, guide)
-            check_axes_once(self.model, self.args, self.kwargs, lambda: self._weighted(model, guide))
+            model = query.trace(query.model, replay, particles=self.num_particles)
+            pair = Pair(query, guide, model, self.num_particles).matched()
+            plates = pair.plates(subsampling=True)
+            nothing = torch.zeros(self.num_particles)
+            weighted = Weighted(nothing, dict(self.values), model, guide, plates)
+            check_axes_once(query.model, query.args, dict(query.kwargs), lambda: weighted)
             latents = programs.latents(model).items()
             known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
-            plates = kept_plates([model, guide], self.shape["nesting"])
             log_p = log_density(model, plates, known=known)
             log_prior = log_density_of_latents(model, plates, known)
         log_q = log_density_of_latents(guide, plates)
         log_p, log_prior, log_q = (self._each(x, plates) for x in (log_p, log_prior, log_q))
         return Densities(log_p, log_prior, log_q, plates)
 
-    def _weighted(self, model: Trace, guide: Trace) -> Weighted:
-        plates = kept_plates([model, guide], self.shape["nesting"])
-        return Weighted(torch.zeros(self.shape["particles"]), dict(self.values), model, guide, plates)
-
     def log_q(self, plates: Plates) -> Tensor:
         """The guide's log-densities (particle, *kept) as it now is, with gradient."""
-        guide = programs.trace(self.guide, self.args, self.kwargs, Replay(self.values), **self.shape)
+        guide = self.query.trace(self.query.proposal, Replay(self.values), particles=self.num_particles)
         return self._each(log_density_of_latents(guide, plates), plates)
 
     def _each(self, x: Tensor, plates: Plates) -> Tensor:
-        return x.expand(1, self.shape["particles"], *plates.sizes)[0]
+        return x.expand(1, self.num_particles, *plates.sizes)[0]
 
 
 def log_likelihood(

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..gflownet.objective import floored
 from ..programs import Program
+from ..query import Query
 from ..training.schedules import Schedule, at, checked
 from ..training.trainer import Trainer
 from ..weights import log_ratio
@@ -113,7 +114,7 @@ class PolicyGradient(Trainer):
     def update(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
     ) -> dict[str, float]:
-        drawn = Drawn(model, guide, args, kwargs, self.num_particles, self.max_plate_nesting)
+        drawn = Drawn(Query(model, guide, args, kwargs, self.max_plate_nesting), self.num_particles)
         densities = drawn.densities()
         log_q, old = densities.log_q, densities.log_q.detach()
         reward = self.rewards(densities, step)

@@ -15,8 +15,8 @@ from ..arguments import at_least, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
-from ..programs import Draw, Program, Replay, Sketch
-from ..weights import kept_plates
+from ..programs import Draw, Program
+from ..query import Query
 
 
 class Prompting(Particles):
@@ -75,13 +75,9 @@ class Prompting(Particles):
         if self.weighted:
             nesting = self.max_plate_nesting
             return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)
-        nesting = programs.plate_nesting([self.guide, self.model], args, kwargs, self.max_plate_nesting)
-        shape = {"nesting": nesting, "particles": n}
-        drawn = programs.trace(self.guide, args, kwargs, Draw(), **shape)
         # The model's plates say which draws belong together; its densities are not asked for.
-        model = programs.trace(self.model, args, kwargs, Sketch(), Replay(programs.values(drawn)), **shape)
-        programs.match(model, drawn)
-        plates = kept_plates([model, drawn], nesting)
+        pair = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting).run(Draw(), particles=n).matched()
+        drawn, plates = pair.proposal, pair.plates(subsampling=True)
         device = next((node["value"].device for node in programs.latents(drawn).values()), None)
         log_weights = torch.full((n, *plates.sizes), -math.log(n), device=device)
         posterior = Posterior.of(drawn, plates, log_weights, self.guide, Run(self.model, args, kwargs))

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..arguments import at_least
 from ..posterior.posterior import effective_sample_size
 from ..programs import Program
+from ..query import Query
 from ..training.trainer import Trainer
 from .densities import Densities, Drawn, log_likelihood
 from .supervised import Examples
@@ -75,7 +76,7 @@ class ReweightedWakeSleep(Trainer):
     ) -> dict[str, float]:
         terms, metrics = [], {}
         if self.wake > 0:
-            drawn = Drawn(model, guide, args, kwargs, self.num_particles, self.max_plate_nesting)
+            drawn = Drawn(Query(model, guide, args, kwargs, self.max_plate_nesting), self.num_particles)
             densities = drawn.densities()
             wake = wake_loss(densities).mean()
             terms.append(self.wake * wake)

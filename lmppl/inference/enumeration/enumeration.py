@@ -18,12 +18,13 @@ from .. import programs
 from ..algorithm import OnPrograms
 from ..arguments import at_least, is_program
 from ..partial import advance
+from ..plates import Plates, kept_plates
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
 from ..programs import Node, Program, Sketch
 from ..sites import text_of
 from ..validation import check_axes
-from ..weights import Plates, Weighted, device_of, kept_plates, log_density, scale, site_log_prob
+from ..weights import Weighted, device_of, log_density, scale, site_log_prob
 from .token_tree import Texts, dtype_of, explore, most_probable
 
 

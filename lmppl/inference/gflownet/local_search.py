@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from .. import programs
 from ..arguments import at_least, instance_of
-from ..metropolis.kernels import Setting, density, regrow
+from ..metropolis.kernels import density, regrow
+from ..query import Query
 from ..training.schedules import Schedule, at, checked
 from .exploration import Exploration, OnPolicy, Source, Values
 
@@ -54,14 +55,11 @@ class LocalSearch(Exploration):
             return start
         still = {name: v[: num_particles - n] for name, v in start.items()}
         values = {name: v[num_particles - n :] for name, v in start.items()} | source.subsamples
-        setting = Setting(source.model, source.guide, source.args, source.kwargs, source.nesting, n)
-        log_p = density(setting, values).joint
+        query = Query(source.model, source.guide, source.args, source.kwargs, source.nesting)
+        log_p = density(query, n, values).joint
         temperature = at(self.temperature, source.step)
         for _ in range(self.moves):
-            move = regrow(
-                setting.model, setting.guide, setting.args, setting.kwargs, values, log_p,
-                nesting=setting.nesting, temperature=temperature,
-            )  # fmt: skip
+            move = regrow(query, values, log_p, temperature=temperature)
             values, log_p = move.values, move.log_p
         moved = {name: values[name] for name in start}
         return programs.cat_particles([still, moved]) if n < num_particles else moved

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ... import text
 from .. import programs
+from ..plates import Plates, kept_plates
 from ..programs import Program, Sketch
 from ..sites import is_text, prompt_of
-from ..weights import Plates, kept_plates
 from .exploration import Values
 
 Tokens = tuple[Hashable, ...]

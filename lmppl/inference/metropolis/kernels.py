@@ -35,9 +35,11 @@ from torch import Tensor
 from ... import randomness, text
 from .. import programs
 from ..partial import only
-from ..programs import Draw, Node, Program, Replay, Sketch
+from ..plates import Plates
+from ..programs import Draw, Node, Replay, Sketch
+from ..query import Pair, Query
 from ..sites import text_of
-from ..weights import Plates, kept_plates, log_density
+from ..weights import log_density
 
 Values = dict[str, Tensor]
 
@@ -72,30 +74,6 @@ class Proposal:
     log_q: Tensor | None = None  # (chain, *kept) of all latent values, where it is known
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A model, a guide (None: the model proposes) and their arguments, run with ``chains`` particles."""
-
-    model: Program
-    guide: Program | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    nesting: int
-    chains: int
-
-    def trace(self, program: Program, *handlers: Messenger) -> Trace:
-        return programs.trace(program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=self.chains)
-
-    def propose(self, handler: Messenger, held: Mapping[str, Tensor]) -> tuple[Trace, Trace]:
-        """One run of what proposes, with the sites in ``held`` kept, and one of the model at what came out."""
-        proposal = self.trace(self.guide or self.model, handler, Replay(held))
-        target = proposal if self.guide is None else self.trace(self.model, Replay(programs.values(proposal)))
-        return proposal, target
-
-    def plates(self, proposal: Trace, target: Trace) -> Plates:
-        return kept_plates([target] if self.guide is None else [target, proposal], self.nesting, subsampling=False)
-
-
 class Redraw(Messenger):
     """Draws one latent site anew given the others: a text from a uniform cut on, anything else whole."""
 
@@ -126,39 +104,43 @@ class Redraw(Messenger):
         msg["value"], msg["done"] = new, True
 
 
-def regrowth(setting: Setting, values: Mapping[str, Tensor], site: str) -> Proposal:
-    """Propose new endings for the texts of ``site``, or new values where they are no texts; the other sites held."""
+def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str) -> Proposal:
+    """Propose new endings for the texts of ``site``, or new values where they are no texts; the other sites held.
+
+    Here and below, ``n`` is how many particles or chains the values have.
+    """
     redraw = Redraw(site, values[site])
-    proposal, target = setting.propose(redraw, {n: v for n, v in values.items() if n != site})
-    plates = setting.plates(proposal, target)
-    density = _density(proposal, target, plates, redraw.known if setting.guide is None else {})
-    return Proposal({site: proposal.nodes[site]["value"]}, density, plates.reduce(redraw.log_ratio)[0], plates)
+    held = Replay({name: v for name, v in values.items() if name != site})
+    pair = query.run(redraw, held, particles=n)
+    plates = pair.plates()
+    density = _density(pair, plates, redraw.known if query.guide is None else {})
+    return Proposal({site: pair.proposal.nodes[site]["value"]}, density, plates.reduce(redraw.log_ratio)[0], plates)
 
 
-def independence(setting: Setting, values: Values, log_q: Tensor | None, subsamples: Values) -> Proposal:
+def independence(query: Query, n: int, values: Values, log_q: Tensor | None, subsamples: Values) -> Proposal:
     """Propose new values of all latent sites; ``log_q`` of the old ones is computed where it is not known."""
-    drawn = draw(setting, subsamples)[2]
+    drawn = draw(query, n, subsamples)[1]
     if log_q is None:
-        log_q = _log_q(setting.trace(setting.guide or setting.model, Replay(values | subsamples)), drawn.plates, {})
+        log_q = _log_q(query.trace(query.proposal, Replay(values | subsamples), particles=n), drawn.plates, {})
     assert drawn.log_q is not None
     return replace(drawn, log_ratio=log_q - drawn.log_q)
 
 
-def draw(setting: Setting, subsamples: Values) -> tuple[Trace, Trace, Proposal]:
-    """Values of all latent sites from what proposes, with the traces of proposal and model."""
+def draw(query: Query, n: int, subsamples: Values) -> tuple[Pair, Proposal]:
+    """Values of all latent sites from what proposes, with the traces of both programs."""
     handler = Draw()
-    proposal, target = setting.propose(handler, subsamples)
-    plates = setting.plates(proposal, target)
-    values = {name: node["value"] for name, node in programs.latents(proposal).items()}
-    density = _density(proposal, target, plates, handler.log_probs if setting.guide is None else {})
-    log_q = _log_q(proposal, plates, handler.log_probs)
-    return proposal, target, Proposal(values, density, torch.zeros_like(log_q), plates, log_q)
+    pair = query.run(handler, Replay(subsamples), particles=n)
+    plates = pair.plates()
+    values = {name: node["value"] for name, node in programs.latents(pair.proposal).items()}
+    density = _density(pair, plates, handler.log_probs if query.guide is None else {})
+    log_q = _log_q(pair.proposal, plates, handler.log_probs)
+    return pair, Proposal(values, density, torch.zeros_like(log_q), plates, log_q)
 
 
-def density(setting: Setting, values: Values) -> Density:
+def density(query: Query, n: int, values: Values) -> Density:
     """The density of given values of all latent sites, subsamples among them."""
-    proposal, target = setting.propose(Replay(values), {})
-    return _density(proposal, target, setting.plates(proposal, target), {})
+    pair = query.at(values, particles=n)
+    return _density(pair, pair.plates(), {})
 
 
 def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
@@ -180,7 +162,8 @@ def select(plates: Plates, accepted: Tensor, new: Values, old: Values) -> Values
     return chosen
 
 
-def _density(proposal: Trace, target: Trace, plates: Plates, known: Values) -> Density:
+def _density(pair: Pair, plates: Plates, known: Values) -> Density:
+    proposal, target = pair.proposal, pair.model
     latent = programs.latents(target)
     if not latent:
         raise ValueError("model: it has no latent site, so that there is nothing to sample")
@@ -222,18 +205,7 @@ class Moved(NamedTuple):
 
 
 @torch.no_grad()
-def regrow(
-    model: Program,
-    guide: Program | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    values: Values,
-    log_p: Tensor,
-    *,
-    nesting: int,
-    site: str | None = None,
-    temperature: float = 1.0,
-) -> Moved:
+def regrow(query: Query, values: Values, log_p: Tensor, *, site: str | None = None, temperature: float = 1.0) -> Moved:
     r"""One regrowth move of every particle, with the target :math:`p(z, observed)^{1/T}`.
 
     :param values: (particle, *plate axes, *event) of every latent site, with subsamples if there are any.
@@ -241,11 +213,11 @@ def regrow(
     :param site: which site to move; None: any latent site of the guide, evenly.
     :param temperature: T.
     """
-    setting = Setting(model, guide, args, kwargs, nesting, len(log_p))
+    n = len(log_p)
     if site is None:
-        sites = list(programs.latents(setting.trace(guide or model, Sketch(), Replay(values))))
+        sites = list(programs.latents(query.trace(query.proposal, Sketch(), Replay(values), particles=n)))
         site = sites[int(torch.randint(len(sites), ()))]
-    proposal = regrowth(setting, values, site)
+    proposal = regrowth(query, n, values, site)
     log_new = proposal.density.joint.to(log_p.dtype)
     accepted = accept(log_p / temperature, log_new / temperature, proposal.log_ratio)
     moved = select(proposal.plates, accepted, proposal.values, values)

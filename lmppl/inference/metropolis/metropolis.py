@@ -16,13 +16,15 @@ from ... import text
 from .. import programs
 from ..algorithm import OnPrograms
 from ..arguments import at_least, is_program
+from ..plates import Plates
 from ..posterior.posterior import Posterior, scorer
 from ..posterior.run import Run
 from ..programs import Program, Replay
+from ..query import Query
 from ..sites import is_text
 from ..validation import check_axes
-from ..weights import Plates, Weighted
-from .kernels import Density, Proposal, Setting, Values, accept, draw, independence, regrowth, select
+from ..weights import Weighted
+from .kernels import Density, Proposal, Values, accept, draw, independence, regrowth, select
 
 MOVES = ("regrowth", "independence")
 
@@ -183,7 +185,7 @@ class MetropolisHastings(OnPrograms):
         possible = (log_joint > -torch.inf).flatten(0, 1)  # (chain x draw, *kept)
         count = possible.sum(0)
         log_weights = torch.where(possible, -count.clamp(min=1).to(log_joint.dtype).log(), -torch.inf)
-        run = Run(self.model, state.setting.args, state.setting.kwargs)
+        run = Run(self.model, state.query.args, dict(state.query.kwargs))
         plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide, run)
         return MarkovChains(
             values=values,
@@ -201,14 +203,11 @@ class _State:
 
     def __init__(self, algorithm: MetropolisHastings, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.algorithm = algorithm
-        both = [algorithm.model] if algorithm.guide is None else [algorithm.guide, algorithm.model]
-        nesting = programs.plate_nesting(both, args, kwargs, algorithm.max_plate_nesting)
         ladder = algorithm.temperatures
-        chains = len(ladder) * algorithm.num_chains
-        self.setting = Setting(algorithm.model, algorithm.guide, args, kwargs, nesting, chains)
-        self.proposal, target, start = draw(self.setting, {})
-        if algorithm.guide is not None:
-            programs.match(target, self.proposal)
+        self.chains = len(ladder) * algorithm.num_chains
+        self.query = Query(algorithm.model, algorithm.guide, args, kwargs, algorithm.max_plate_nesting)
+        pair, start = draw(self.query, self.chains, {})
+        self.proposal = pair.matched().proposal
         self.plates: Plates = start.plates
         self.values, self.density, self.log_q = start.values, start.density, start.log_q
         self.subsamples = {n: v for n, v in programs.values(self.proposal).items() if n not in self.values}
@@ -216,14 +215,13 @@ class _State:
         beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
-        weighted = Weighted(self.density.joint, programs.values(self.proposal), target, self.proposal, self.plates)
+        weighted = Weighted(self.density.joint, pair.values, pair.model, self.proposal, self.plates)
         check_axes(algorithm.model, args, kwargs, weighted)
 
     def score(self, values: Values) -> dict[str, Tensor]:
         """log p of texts under the model, (N, *plate axes) each."""
-        setting, given = self.setting, Replay(values | self.subsamples)
         n = len(next(iter(values.values())))
-        trace = programs.trace(setting.model, setting.args, setting.kwargs, given, nesting=setting.nesting, particles=n)
+        trace = self.query.trace(self.query.model, Replay(values | self.subsamples), particles=n)
         return scorer(trace, list(self.texts))()
 
     def step(self) -> None:
@@ -232,9 +230,9 @@ class _State:
         move = list(moves)[int(torch.multinomial(torch.tensor(list(moves.values())), 1))]
         if move == "regrowth":
             site = list(self.values)[int(torch.randint(len(self.values), ()))]
-            self._accept(move, regrowth(self.setting, self.values | self.subsamples, site))
+            self._accept(move, regrowth(self.query, self.chains, self.values | self.subsamples, site))
         else:
-            self._accept(move, independence(self.setting, self.values, self.log_q, self.subsamples))
+            self._accept(move, independence(self.query, self.chains, self.values, self.log_q, self.subsamples))
         if len(self.algorithm.temperatures) > 1:
             self._swap()
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from ...distributions import Table
 from .. import programs
 from ..arguments import at_least, plate_element
+from ..plates import Plates
 from ..programs import Program
 from ..resampling import SCHEMES
 from ..sites import lm_of, text_of
-from ..weights import Plates
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
 from .run import Run
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from .. import programs
 from ..arguments import at_least
 from ..partial import only
+from ..plates import Plates, kept_plates
 from ..programs import Program, Replay
 from ..sites import lm_of, text_of
-from ..weights import Plates, kept_plates, site_log_prob
+from ..weights import site_log_prob
 from .carried import Call, carried
 from .log_weights import normalised
 from .posterior import Index, Posterior

@@ -23,9 +23,11 @@ from torch import Tensor
 
 from .. import programs
 from ..arguments import at_least
+from ..plates import kept_plates
 from ..posterior.posterior import Posterior
-from ..programs import Program, Replay
-from ..weights import kept_plates, log_density, log_density_of_latents, log_ratio, scale, weigh
+from ..programs import Program
+from ..query import Query
+from ..weights import log_ratio, pair_densities, scale, weigh
 from .smc import SMC, run
 from .twists import Twist
 
@@ -186,10 +188,11 @@ def divergences(
     The intervals carry the Monte Carlo error of the ELBO, the EUBO and the bounds, and are cut off at zero.
     """
     at_least(1, num_particles=num_particles)
-    elbo = weigh(model, guide, args, kwargs, num_particles).u.mean(0)
+    query = Query(model, guide, args, kwargs)
+    elbo = weigh(query, num_particles).u.mean(0)
     values = _draw(exact_sample, num_particles)
     n = num_particles if isinstance(exact_sample, Posterior) else 1
-    eubo = _log_weights(model, guide or model, values, n, args, kwargs).mean(0)
+    eubo = _log_weights(query, values, n).mean(0)
     low, high = bounds.lower, bounds.upper
     return Divergences(
         ((low - elbo).clamp(min=0), (high - elbo).clamp(min=0)),
@@ -205,14 +208,10 @@ def _draw(exact_sample: ExactSample, n: int) -> Mapping[str, Tensor]:
     return exact_sample.resample(n).values if isinstance(exact_sample, Posterior) else exact_sample
 
 
-def _log_weights(
-    model: Program, guide: Program, values: Mapping[str, Tensor], n: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _log_weights(query: Query, values: Mapping[str, Tensor], n: int) -> Tensor:
     """u at given values of the latents, (n, *plates)."""
-    nesting = programs.plate_nesting([guide, model], args, kwargs)
-    traces = [programs.trace(p, args, kwargs, Replay(values), nesting=nesting, particles=n) for p in (model, guide)]
-    if missing := {name for trace in traces for name in programs.latents(trace)} - set(values):
+    pair = query.at(values, particles=n)
+    if missing := {name for trace in (pair.model, pair.proposal) for name in programs.latents(trace)} - set(values):
         raise ValueError(f"exact_sample: it has no value for the sites {sorted(missing)}")
-    plates = kept_plates(traces, nesting, subsampling=False)
-    u = log_ratio(log_density(traces[0], plates), log_density_of_latents(traces[1], plates))
-    return u.expand(1, n, *plates.sizes)[0]
+    plates = pair.plates()
+    return log_ratio(*pair_densities(pair, plates)).expand(1, n, *plates.sizes)[0]

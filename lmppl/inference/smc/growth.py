@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ... import randomness, text
 from ..partial import keep_first
+from ..plates import Plates
 from ..programs import Node, SiteMismatch
 from ..sites import Site, exactly, inserting, text_of
-from ..weights import Plates, log_ratio, term
+from ..weights import log_ratio, term
 
 
 class Growth:

@@ -13,14 +13,15 @@ from torch import Tensor
 from ...distributions.arguments import refuse_nan
 from .. import programs
 from ..partial import Pause, advance, is_grown, keep_first, only, too_long
+from ..plates import kept_plates
 from ..programs import Node, Program, SiteMismatch
+from ..query import Query
 from ..resampling import SCHEMES, conditional
 from ..sites import texts_of
 from ..validation import check_axes
 from ..weights import (
     Weighted,
     device_of,
-    kept_plates,
     log_density,
     log_density_of_latents,
     log_ratio,
@@ -58,9 +59,8 @@ class State:
         self, smc: Settings, args: tuple[Any, ...], kwargs: dict[str, Any], retained: Mapping[str, Tensor] | None = None
     ):
         self.smc, self.args, self.kwargs, self.retained = smc, args, kwargs, retained
-        both = [smc.model] if smc.guide is None else [smc.guide, smc.model]
-        sketches = programs.sketches(both, args, kwargs)
-        self.nesting = programs.nesting_of(sketches) if smc.max_plate_nesting is None else smc.max_plate_nesting
+        query = Query(smc.model, smc.guide, args, kwargs, smc.max_plate_nesting)
+        self.nesting, sketches = query.nesting, query.sketches
         self.plates = kept_plates(sketches, self.nesting, subsampling=False)
         self.texts = {name for name, node in programs.latents(sketches[0]).items() if is_grown(node)}
         self.values: dict[str, Tensor] = {}

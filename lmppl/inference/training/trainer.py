@@ -23,6 +23,7 @@ from ..arguments import at_least, is_integer, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
+from ..query import Query
 from ..sharded import plate_of
 from ..sites import text_of
 from ..weights import weigh
@@ -426,7 +427,7 @@ class Trainer(OnPrograms, ABC):
         ``held_out_length`` is the mean number of tokens before the stop, ``held_out_stop`` the guide's mean probability
         of stopping where its texts did stop; both over all texts, and absent where no latent text has a stop.
         """
-        weighted = weigh(self.model, self.guide, args, kwargs, num_particles, self.max_plate_nesting)
+        weighted = weigh(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), num_particles)
         u = weighted.u
         metrics = {
             "held_out_sd_u": standard_deviation(u).mean().item(),

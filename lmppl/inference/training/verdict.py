@@ -9,6 +9,7 @@ import torch
 
 from ..posterior.log_weights import pareto_khat
 from ..programs import Program
+from ..query import Query
 from ..weights import weigh
 
 LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED = 0.1, 0.7, 0.5, 0.5
@@ -30,8 +31,7 @@ def judge(
     ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` the share of the evidence that the
     model's own draws find and the guide's do not: what a guide has lost does not show in what it draws.
     """
-    u = weigh(model, guide, args, {}, num_particles, max_plate_nesting).u
-    v = weigh(model, None, args, {}, num_particles, max_plate_nesting).u
+    u, v = (weigh(Query(model, q, args, {}, max_plate_nesting), num_particles).u for q in (guide, None))
     khat = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
     khat = khat[~khat.isnan()]
     return {"held_out_missed": missed(u, v)} | ({"held_out_khat": khat.median().item()} if len(khat) else {})

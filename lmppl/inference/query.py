@@ -1,0 +1,94 @@
+"""`Query`: what an algorithm is given, and the pair of traces that a guide and a model make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from . import programs
+from .plates import Plates, kept_plates
+from .programs import Program, Replay
+
+
+@dataclass(frozen=True)
+class Query:
+    """A model, perhaps a guide, and the arguments of both.
+
+    ``max_plate_nesting`` says how many axes their plates take; None or infinite: guessed, once, from a run of both that
+    asks no network.
+    """
+
+    model: Program
+    guide: Program | None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_plate_nesting: int | float | None = None
+
+    @property
+    def proposal(self) -> Program:
+        """What draws latent values: the guide, else the model."""
+        return self.model if self.guide is None else self.guide
+
+    @cached_property
+    def sketches(self) -> list[Trace]:
+        """A trace of what proposes, and of the model where that is another: shapes alone, no network is asked."""
+        both = [self.model] if self.guide is None else [self.guide, self.model]
+        return programs.sketches(both, self.args, dict(self.kwargs))
+
+    @cached_property
+    def nesting(self) -> int:
+        """How many axes the plates take."""
+        given = self.max_plate_nesting
+        return programs.nesting_of(self.sketches) if given is None or given == float("inf") else int(given)
+
+    def trace(self, program: Program, *handlers: Messenger, particles: int, prefixes: int | None = None) -> Trace:
+        """One run of a program on these arguments, with particles (and prefixes) on the left of its plates."""
+        shape: dict[str, Any] = {"nesting": self.nesting, "particles": particles, "prefixes": prefixes}
+        return programs.trace(program, self.args, dict(self.kwargs), *handlers, **shape)
+
+    def run(self, *handlers: Messenger, particles: int) -> Pair:
+        """What proposes, under these handlers, and the model at the values that came out."""
+        proposal = self.trace(self.proposal, *handlers, particles=particles)
+        if self.guide is None:
+            return Pair(self, proposal, proposal, particles)
+        target = self.trace(self.model, Replay(programs.values(proposal)), particles=particles)
+        return Pair(self, proposal, target, particles)
+
+    def at(self, values: Mapping[str, Tensor], *, particles: int) -> Pair:
+        """Both programs at given values of the latents (and subsamples)."""
+        return self.run(Replay(values), particles=particles)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A trace of what proposes and one of the model, at the same values; without a guide they are one."""
+
+    query: Query
+    proposal: Trace
+    model: Trace
+    particles: int
+
+    def matched(self) -> Pair:
+        """This pair; SiteMismatch where model and guide have not the same latent sites."""
+        if self.query.guide is not None:
+            programs.match(self.model, self.proposal)
+        return self
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Latents and subsamples, (particle, *plate axes, *event)."""
+        return programs.values(self.proposal)
+
+    def plates(self, *, subsampling: bool = False) -> Plates:
+        """The plates that enclose every site of both.
+
+        :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling``.
+        """
+        traces = [self.model] if self.query.guide is None else [self.model, self.proposal]
+        return kept_plates(traces, self.query.nesting, subsampling=subsampling)
