@@ -381,7 +381,8 @@ class Network(Parts):
                 raise KeyError(wrong[0])
         except Exception as error:
             self.remove(adapter)
-            raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
+            reason = f"{WEIGHTS}: {first_line(error)}"
+            raise CheckpointError(f"{path}: the adapter does not fit this model ({reason})") from error
         return adapter
 
     @_locked
@@ -429,8 +430,9 @@ class Network(Parts):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length."""
-    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+    """What an error says, on one line of bounded length; where its first line announces the next, both."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 200)
 
 
 def _saved(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
