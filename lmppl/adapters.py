@@ -21,6 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import peft
 import torch
+from huggingface_hub import snapshot_download
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lmppl import files
+from lmppl import files, hub
 from lmppl.activations import fuse_activations
 from lmppl.parts import WRAPPERS, Parts, plain_key
 
@@ -380,7 +381,8 @@ class Network(Parts):
                 raise KeyError(wrong[0])
         except Exception as error:
             self.remove(adapter)
-            raise CheckpointError(f"{path}: the adapter does not fit this model ({first_line(error)})") from error
+            reason = f"{WEIGHTS}: {first_line(error)}"
+            raise CheckpointError(f"{path}: the adapter does not fit this model ({reason})") from error
         return adapter
 
     @_locked
@@ -428,15 +430,20 @@ class Network(Parts):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length."""
-    return shorten((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
+    """What an error says, on one line of bounded length; where its first line announces the next, both."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 200)
 
 
 def _saved(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
     """An adapter's configuration and weights, from a directory or from the Hugging Face hub."""
     folder = Path(path)
     if not folder.is_dir():
-        return peft.PeftConfig.from_pretrained(path), peft.utils.load_peft_weights(path, device=device)
+        away = hub.out_of_reach(path)
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=[CONFIG, WEIGHTS], local_files_only=away))
+        except Exception as error:
+            raise FileNotFoundError(hub.unreachable() if away else first_line(error)) from error
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise FileNotFoundError(f"there is no {file}")
@@ -446,7 +453,7 @@ def _saved(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
     except Exception as error:
         raise ValueError(f"{WEIGHTS}: {first_line(error)}") from error
     try:
-        return peft.PeftConfig.from_pretrained(path), weights
+        return peft.PeftConfig.from_pretrained(str(folder)), weights
     except Exception as error:
         raise ValueError(f"{CONFIG}: {first_line(error)}") from error
 

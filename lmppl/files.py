@@ -120,10 +120,13 @@ def settle(directory: Path) -> None:
             raise ValueError(f"{directory}: a save was cut off here; it is finished where it can be written") from error
 
 
-def verify(directory: Path, kind: str) -> None:
-    """ValueError where a file of this kind is not as it was saved.  A directory without a manifest is not looked at."""
+def verify(directory: Path, kind: str, ending: str = "") -> None:
+    """ValueError where a file of this kind, and with this ending, is not as it was saved.
+
+    A directory without a manifest is not looked at.
+    """
     for name, entry in manifest(directory).items():
-        if entry["kind"] == kind and not _is(directory / name, entry):
+        if entry["kind"] == kind and name.endswith(ending) and not _is(directory / name, entry):
             raise ValueError(
                 f"{directory / name} is missing, damaged or changed since it was saved"
                 f" (where that is meant, remove {MANIFEST})"
@@ -137,7 +140,7 @@ def manifest(directory: Path) -> dict[str, dict[str, Any]]:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, IsADirectoryError):
         found = None
     files = found.get("files") if isinstance(found, dict) and found.get("format") == FORMAT else None
     if not isinstance(files, dict) or not all(
@@ -240,8 +243,12 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a matplotlib figure, whole or not at all; ValueError where another file than a figure of lmppl is there."""
+    """Write a matplotlib figure, a PNG where its name has no ending, whole or not at all.
+
+    :raises ValueError: where another file than a figure of lmppl is there.
+    """
     path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
     key = _METADATA.get(path.suffix.lower())
     if path.exists() and not _is_figure(path):
         raise ValueError(f"path: {path} is there and is no figure of lmppl: it is not replaced; name another file")

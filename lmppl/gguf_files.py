@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
 
+from lmppl import hub
 from lmppl.adapters import CheckpointError, first_line
 
 MAGIC = b"GGUF"
@@ -65,6 +66,8 @@ def _find(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
     below = Path(name) / (where.get("subfolder") or "") / gguf_file
     if Path(name).is_dir() and not below.is_file():
         raise CheckpointError(f"{below}: there is no such GGUF file")
+    if "local_files_only" not in where and hub.out_of_reach(name):
+        where = where | {"local_files_only": True}
     try:
         path = Path(str(cached_file(name, gguf_file, **where)))
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmppl import files, gguf_files
+from lmppl import damage, files, gguf_files, hub
 from lmppl import text as texts
 from lmppl.adapters import CONFIG, KIND, Adapter, CheckpointError, Network, first_line
 from lmppl.chat import render
@@ -24,6 +24,7 @@ from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
 Stop = str | int | Iterable[str | int] | Tensor | None
 TOKEN_BUDGET = 16_384
+BASE = "language model"  # the kind of files that a base is saved in
 
 
 class LanguageModel(nn.Module):
@@ -92,7 +93,10 @@ class LanguageModel(nn.Module):
         """
         name = os.fspath(name_or_path)
         trust = hf_kwargs.pop("trust_remote_code", False)
-        tokenizer_kwargs = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir") if k in hf_kwargs}
+        if away := "local_files_only" not in hf_kwargs and hub.out_of_reach(name):
+            hf_kwargs["local_files_only"] = True
+        shared = ("revision", "token", "cache_dir", "local_files_only")
+        tokenizer_kwargs = {k: hf_kwargs[k] for k in shared if k in hf_kwargs}
         if dtype is not None:
             hf_kwargs["dtype"] = dtype
         if (gguf_file := hf_kwargs.pop("gguf_file", None)) is not None:
@@ -103,6 +107,8 @@ class LanguageModel(nn.Module):
             raise CheckpointError(f"{name}: no language model here (no config.json){_hint(Path(name))}")
 
         def load() -> tuple[Any, Any]:
+            if Path(name).is_dir():
+                damage.refuse_damaged(Path(name).absolute(), BASE)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
             return tokenizer, AutoModelForCausalLM.from_pretrained(
                 name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
@@ -113,14 +119,19 @@ class LanguageModel(nn.Module):
         except (ImportError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a damaged file can make transformers raise anything
-            raise CheckpointError(f"{name}: no language model can be loaded ({first_line(error)})") from error
+            reason = f"{hub.unreachable()}: " if away else damage.culprit(Path(name))
+            raise CheckpointError(f"{name}: no language model can be loaded ({reason}{first_line(error)})") from error
         return cls._whole(name, model, tokenizer, info, device)
 
     @classmethod
     def _whole(cls, name: str, model: Any, tokenizer: Any, info: dict[str, Any], device: Any) -> LanguageModel:
-        """What was loaded, if no weight of it is one that the network made up."""
+        """What was loaded, if no weight of it is one that the network made up, and no layer was left out."""
         if info["missing_keys"]:
             raise CheckpointError(f"{name}: weights are missing: {sorted(info['missing_keys'])[0]}")
+        if beyond := damage.layers_beyond(info["unexpected_keys"], model.state_dict()):
+            raise CheckpointError(
+                f"{name}: config.json is of a smaller network than the weights, which have {beyond[0]}"
+            )
         return cls(model if device is None else model.to(device), tokenizer)
 
     @classmethod
@@ -303,10 +314,12 @@ class LanguageModel(nn.Module):
         What was saved there before is replaced, nothing else; ``lmppl.json`` says which files those are. Raises
         ValueError where files of these names were written by others, or changed since.
         """
-        with files.writing(directory, "language model" if self._adapter is None else KIND) as fresh:
+        with files.writing(directory, BASE if self._adapter is None else KIND) as fresh:
             if self._adapter is None:
                 self.network.save_base(fresh)
-                self.tokenizer.save_pretrained(fresh)
+                # Of several chat templates each would be a file in a folder of its own.
+                several = isinstance(getattr(self.tokenizer, "chat_template", None), dict)
+                self.tokenizer.save_pretrained(fresh, **({"save_jinja_files": False} if several else {}))
             else:
                 self.network.save_adapter(self._adapter, fresh)
 

@@ -18,6 +18,7 @@ except ImportError:  # a system without them: whoever asks has the lock
 
 PATIENCE = 60.0  # seconds that a short write may take
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # a file system that knows none
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # what a link points to is somebody else's
 _held: set[int] = set()
 
 
@@ -55,7 +56,7 @@ def _acquire(path: Path, wait: float, what: Path) -> int:
     deadline = time.monotonic() + wait
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
@@ -425,3 +426,13 @@ def test_a_copy_of_the_network_has_adapters_of_its_own():
     network, before = twin.network, len(list(tiny_lm().model.modules()))
     del twin
     assert not network.adapters and len(list(network.model.modules())) == before
+
+
+def test_a_configuration_of_another_rank_than_the_weights_is_told_with_the_file_and_the_shapes(tmp_path):
+    lm = tiny_lm()
+    lm.with_adapter(LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    (tmp_path / "lmppl.json").unlink()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(CheckpointError, match=r"does not fit this model \(adapter_model.safetensors: .*size mismatch"):
+        lm.with_adapter(tmp_path)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmppl import cli
+from lmppl.inference.training import checkpoint
 
 FILE = "adapter_model.safetensors"
 STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"
@@ -65,6 +66,41 @@ def test_compare_train_and_sample(tmp_path, lmppl):
         assert run.returncode == 0, run.stderr
     lines = (tmp_path / "train" / "run.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]
+
+
+def test_train_is_taken_up_by_its_own_command_only_and_touches_nothing_else(tmp_path, lmppl):
+    """Checkpoints come as often as --checkpoint-every says; another seed, model or file in the way changes nothing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    run = lmppl("train", "random_number", "--steps", "2", "--checkpoint-every", "1", "--out", "out")
+    assert run.returncode == 0, run.stderr
+    assert (out / "thesis.txt").read_text() == "years of work"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for other, says in (
+        (["random_number", "--seed", "1"], "seed is 1 here and 0 there"),
+        (["infilling"], "model is 'infilling' here and 'random_number' there"),
+        (["random_number", "--setting", "paper"], "setting is 'paper' here and 'posterior' there"),
+    ):
+        run = lmppl("train", *other, "--steps", "3", "--out", "out")
+        assert run.returncode == 1 and says in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    for name in ("training.png", "run.jsonl", "adapter/adapter_config.json", "training/training.json"):
+        there = tmp_path / name.replace("/", "-")
+        (there / name).parent.mkdir(parents=True)
+        (there / name).write_text("years of work")
+        run = lmppl("train", "random_number", "--steps", "1", "--out", str(there))
+        assert run.returncode == 1 and name in run.stderr, run.stderr
+        assert [path.read_text() for path in there.rglob("*") if path.is_file()] == ["years of work"]
+
+
+def test_checkpoint_every_says_how_often(lmppl, monkeypatch):
+    saved = []
+    save = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (saved.append(args[2]), save(*args)))
+    run = lmppl("train", "random_number", "--steps", "5", "--checkpoint-every", "2", "--out", "out")
+    assert run.returncode == 0 and saved == [0, 2, 4, 5], run.stderr
+    assert lmppl("train", "random_number", "--checkpoint-every", "0").returncode != 0
 
 
 @pytest.mark.slow

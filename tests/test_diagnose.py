@@ -472,6 +472,15 @@ def test_markov_chains_that_are_short_or_never_move_have_no_zero_evidence():
     )
     assert still["ESS / N"].figure == "-" and "zero evidence" not in [f.name for f in still.findings]
 
+    class Apart:  # chains that are stuck at values of their own have an ESS of sorts
+        def run(self):
+            found = MetropolisHastings(lambda: pyro.sample("k", dist.Normal(0.0, 1.0)), num_samples=9).run()
+            assert not found.ess.isnan()
+            return replace(found, acceptance={"regrowth": torch.zeros(())})
+
+    stuck = diagnose(Apart())
+    assert stuck["ESS / N"].suspect and stuck["ESS / N"].meaning == "no chain ever moved"
+
 
 def test_an_algorithm_inside_another_is_judged_on_the_same_model():
     found = diagnose(Sharded(Enumeration(model)), X, Y, simulations=3, repetitions=1, num_particles=16)

@@ -299,3 +299,25 @@ def test_what_no_file_can_hold_is_named(tmp_path):
     with pytest.raises(ValueError, match="helper, a object"):
         checkpoint.save(tmp_path, odd, 1, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_without_an_ending_is_a_png_as_in_matplotlib(tmp_path):
+    for width in (2, 3):
+        files.save_figure(Figure(figsize=(width, 1)), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_lock_does_not_follow_a_link(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / ".lock").symlink_to("thesis.txt")
+    with pytest.raises(OSError), locked(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_manifest_that_is_none_is_named(tmp_path):
+    Importance(model, num_particles=3).run().save(tmp_path / "p")
+    (tmp_path / "p" / "lmppl.json").unlink()
+    (tmp_path / "p" / "lmppl.json").mkdir()
+    with pytest.raises(ValueError, match=r"lmppl\.json is damaged"):
+        Posterior.load(tmp_path / "p")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
+import time
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from peft import LoraConfig, PromptTuningConfig
 from tiny import ARCHITECTURES, tiny_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lmppl import LanguageModel, text
+from lmppl import LanguageModel, hub, text
 from lmppl.adapters import CheckpointError
 from lmppl.text import PAD
 
@@ -273,6 +277,63 @@ def test_a_checkpoint_that_is_not_whole(tmp_path):
     (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
     with pytest.raises(CheckpointError, match="weights are missing"):
         LanguageModel.from_pretrained(tmp_path / "deeper")
+    (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
+    with pytest.raises(CheckpointError, match=r"config.json is of a smaller network than the weights.*h\.1\."):
+        LanguageModel.from_pretrained(tmp_path / "deeper")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"years of work", b"[1]", b"\x80\x04\x95\x00.", b"half"])
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, file, content):
+    """With the manifest of a save and without one."""
+    tiny_lm().save_pretrained(tmp_path)
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=file) as caught:
+            LanguageModel.from_pretrained(tmp_path)
+        assert one_line(caught.value)
+        (tmp_path / "lmppl.json").unlink(missing_ok=True)
+
+
+def test_weights_of_another_save_are_refused_and_an_edited_configuration_is_not(tmp_path):
+    for seed in (0, 1):
+        tiny_lm(seed=seed).save_pretrained(tmp_path / f"{seed}")
+    (tmp_path / "1" / "model.safetensors").replace(tmp_path / "0" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is missing, damaged or changed since it was saved"):
+        LanguageModel.from_pretrained(tmp_path / "0")
+    tiny_lm().save_pretrained(tmp_path / "edited")
+    path = tmp_path / "edited" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [0, 1]}))
+    assert LanguageModel.from_pretrained(tmp_path / "edited").eos_ids == (0, 1)
+
+
+def test_several_chat_templates_are_saved(tmp_path):
+    lm = tiny_lm()
+    lm.tokenizer.chat_template = {"default": "{{ messages[0]['content'] }}", "tools": "a"}
+    for _ in range(2):
+        lm.save_pretrained(tmp_path)
+    loaded = LanguageModel.from_pretrained(tmp_path).tokenizer
+    assert loaded.chat_template == lm.tokenizer.chat_template
+
+
+def test_a_name_is_not_waited_for_where_the_hub_is_out_of_reach(monkeypatch):
+    """Within the patience of one attempt; a hub that answers is asked."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert hub.answers(there)
+        monkeypatch.setattr(constants, "ENDPOINT", there)
+        assert not hub.out_of_reach("nowhere") and not hub.out_of_reach(".")
+    assert not hub.answers(there)
+    started = time.monotonic()
+    for load in (LanguageModel.from_pretrained, tiny_lm().with_adapter):
+        with pytest.raises(
+            CheckpointError, match="nowhere: .*there is no such directory, and http.* cannot be reached"
+        ):
+            load("nowhere")
+    assert time.monotonic() - started < hub.PATIENCE
 
 
 def test_an_adapter_is_no_checkpoint(tmp_path):

@@ -177,6 +177,11 @@ def test_broken_and_foreign_files(tmp_path, exact, particles):
         (tmp_path / f"{i}" / file).write_bytes(content)
         with pytest.raises(ValueError, match="can be read"):
             Posterior.load(tmp_path / f"{i}")
+    particles.save(tmp_path / "bare")
+    (tmp_path / "bare" / "lmppl.json").unlink()
+    (tmp_path / "bare" / "posterior.json").write_text("{")
+    with pytest.raises(ValueError, match="can be read: posterior.json: "):
+        Posterior.load(tmp_path / "bare")
     particles.save(tmp_path / "swapped")
     exact.save(tmp_path / "exact")
     (tmp_path / "exact" / "posterior.safetensors").replace(tmp_path / "swapped" / "posterior.safetensors")
@@ -191,3 +196,13 @@ def test_broken_and_foreign_files(tmp_path, exact, particles):
     particles.save(tmp_path / "plain")
     with pytest.raises(ValueError, match="is no Enumerated"):
         Enumerated.load(tmp_path / "plain")
+
+
+def test_a_plate_may_have_the_name_of_a_dimension_of_arviz():
+    def model():
+        with pyro.plate("chain", 2), pyro.plate("draw", 3):
+            t = pyro.sample("t", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(t, 1.0), obs=torch.ones(3, 2))
+
+    found = Importance(model, num_particles=5).run().to_arviz().posterior
+    assert dict(found.sizes) == {"chain": 1, "draw": 5, "draw_plate": 3, "chain_plate": 2}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -179,3 +181,63 @@ def test_a_log_without_a_checkpoint_is_appended_to(tmp_path):
         fit(Task(), None, 2, log=tmp_path / "run.jsonl")
     steps = [json.loads(line)["step"] for line in (tmp_path / "run.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 0, 1] and [path.name for path in tmp_path.iterdir()] == ["run.jsonl"]
+
+
+KINDS = {
+    "AdamW": {"lr": 1e-2, "amsgrad": True},
+    "SGD": {"lr": 1e-2, "momentum": 0.9, "nesterov": True},
+    "Adagrad": {"lr": 1e-2},
+    "Rprop": {"lr": 1e-3},
+    "Muon": {"lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizers_of_any_kind_and_several_groups_go_on_as_if_nothing_had_been(tmp_path, kind):
+    """The parameters of 2 + 2 steps are those of 4, bit for bit, and so are the groups' options."""
+
+    def run(stop, where):
+        task = Task()
+        own = task.q.trainable_parameters()
+        groups = [{"params": own[:3], "lr": 1e-4}, {"params": own[3:], "weight_decay": 0.01}]
+        optimizer = getattr(torch.optim, kind)(groups, **KINDS[kind])
+
+        def callback(step, metrics):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        trainer = GFlowNet(task.model, task.guide, optimizer=optimizer, num_particles=4)
+        try:
+            fit(task, where, 4, trainer=trainer, callback=callback, checkpoint_every=2, warmup=1)
+        except KeyboardInterrupt:
+            assert stop is not None
+        return own, [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    whole, options = run(None, None)
+    run(3, tmp_path)
+    resumed, found = run(None, tmp_path)
+    assert all(map(torch.equal, whole, resumed)) and found == options
+
+
+def test_other_options_of_the_optimizer_are_the_checkpoints_and_a_warning_says_so(tmp_path, caplog):
+    fit(Task(), tmp_path, 1)
+    fit(Task(), tmp_path, 2)
+    assert "goes on" not in caplog.text
+    trainer = (task := Task()).gflownet(lr=0.5)
+    fit(task, tmp_path, 3, trainer=trainer)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+    assert "with lr 0.01, and not with lr 0.5" in caplog.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_last_save_is_not_lost(tmp_path, number):
+    class Late(GFlowNet):
+        def state(self):
+            if self.history:
+                os.kill(os.getpid(), number)
+            return super().state()
+
+    task = Task()
+    with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt):
+        fit(task, tmp_path, 1, trainer=task.trainer(Late))
+    assert json.loads((tmp_path / "training.json").read_text())["step"] == 1

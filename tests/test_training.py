@@ -421,3 +421,27 @@ def test_what_a_guide_misses_is_estimated_from_the_evidence_of_other_draws():
     assert missed(torch.zeros(100, 3), v) == 0.0  # nothing is missed
     assert missed(u, v.masked_fill(torch.arange(100)[:, None] > 0, -math.inf)) == 0.0  # too few to say
     assert missed(torch.full((100, 3), -math.inf), v) == 0.0
+
+
+def test_an_optimizer_that_computes_the_loss_again_is_refused():
+    task = Task()
+    lbfgs = torch.optim.LBFGS(task.q.trainable_parameters())
+    with pytest.raises(ValueError, match="optimizer: LBFGS computes the loss again"):
+        GFlowNet(task.model, task.guide, optimizer=lbfgs)
+
+
+def test_what_a_callback_adds_is_logged_whatever_it_is(tmp_path):
+    def fit(task, **kwargs):
+        return task.gflownet().fit([task.args], 1, **kwargs)
+
+    added = {"number": 2, "tensor": torch.tensor(0.5), "nothing": None, "words": "a b", "list": [1, 2]}
+    history = fit(Task(), log=tmp_path / "log", callback=lambda step, metrics: metrics.update(added))
+    (line,) = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert {name: line[name] for name in added} == added | {"tensor": 0.5} and line["loss"] == history[0]["loss"]
+    with pytest.raises(ValueError, match="callback: the metric 'it' is a object, which the log cannot hold"):
+        fit(Task(), log=tmp_path / "log", callback=lambda step, metrics: metrics.update(it=object()), **QUIET)
+    assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["loss"] == history[0]["loss"]
+    for wrong in ({"callback": 5}, {"identity": {"a": object()}}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
+            fit(Task(), checkpoint=tmp_path / "c", **wrong)
+    assert not (tmp_path / "c").exists()

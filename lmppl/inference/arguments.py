@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from numbers import Integral
 from typing import Any
 
@@ -38,6 +39,21 @@ def is_program(**given: Any) -> None:
             raise ValueError(f"{name}: expected a Pyro program, got a tensor {shape}; data are arguments of .run(...)")
         if not callable(value):
             raise ValueError(f"{name}: expected a Pyro program, a function or a module, got {value!r}")
+
+
+def steps_by_itself(**given: Any) -> None:
+    """Each is a torch optimiser that steps down gradients it is given, and computes no loss again for itself."""
+    for name, optimizer in given.items():
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            kind = type(optimizer).__name__
+            raise ValueError(f"{name}: expected a torch.optim.Optimizer instance, got {kind}")
+        try:
+            inspect.signature(optimizer.step).bind()
+        except TypeError as error:
+            raise ValueError(
+                f"{name}: {type(optimizer).__name__} computes the loss again within a step, which draws anew; take one "
+                "whose step() needs no closure, AdamW for instance"
+            ) from error
 
 
 def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from . import distributed, programs
 from .algorithm import on, sized
+from .arguments import steps_by_itself
 from .posterior.posterior import Posterior
 from .programs import Program, Replay, Sketch, parameters_of
 from .surrogate import Surrogate, frozen_but, subsampling
@@ -105,10 +106,7 @@ class VariationalEM(Trainer):
         max_particles: int = 256,
         max_plate_nesting: int | None = None,
     ):
-        if not isinstance(m_optimizer, Optimizer):
-            raise ValueError(
-                f"m_optimizer: expected a torch.optim.Optimizer instance, got {type(m_optimizer).__name__}"
-            )
+        steps_by_itself(m_optimizer=m_optimizer)
         for name, algorithm in {"e_step": e_step, "exact": exact}.items():
             if algorithm is not None or name == "e_step":
                 _check(name, algorithm, model)

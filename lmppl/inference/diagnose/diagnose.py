@@ -177,7 +177,7 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
         return
     n = first.num_particles
     ess = torch.stack([a.ess for a in answers])
-    if bool(ess.isnan().any()):
+    if _never_moved(answers) or bool(ess.isnan().any()):
         result.findings.append(_undefined_ess(answers))
     else:
         least, mean = float(ess.min()), float(ess.mean(0).min())
@@ -230,10 +230,15 @@ def _judge_ways(answers: list[Sequential]) -> list[Finding]:
     return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
 
 
+def _never_moved(answers: list[Posterior]) -> bool:
+    """Whether Markov chains stay where they started, all of them; at different values they have an ESS of sorts."""
+    accepted = [float(x.max()) for a in answers for x in getattr(a, "acceptance", {}).values()]
+    return bool(accepted) and max(accepted) == 0
+
+
 def _undefined_ess(answers: list[Posterior]) -> Finding:
     """Markov chains without an effective sample size: too short, or without a move."""
-    accepted = [float(x.max()) for a in answers for x in getattr(a, "acceptance", {}).values()]
-    if accepted and max(accepted) == 0:
+    if _never_moved(answers):
         return Finding("ESS / N", "-", "no chain ever moved", True)
     chains = getattr(answers[0], "num_chains", None)
     short = chains is not None and answers[0].num_particles < 4 * chains

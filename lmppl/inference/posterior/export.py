@@ -15,6 +15,8 @@ from ..resampling import systematic
 if TYPE_CHECKING:
     from .posterior import Posterior
 
+OWN = ("chain", "draw")  # dimensions of arviz's own
+
 
 def to_arviz(posterior: Posterior) -> Any:
     """N equally weighted draws with plates as named dimensions, for `arviz.summary`, `plot_trace` and their like.
@@ -25,10 +27,10 @@ def to_arviz(posterior: Posterior) -> Any:
     - ``sample_stats.log_weight``: the log weight of the particle that a draw copies; ``lp`` the log joint of Markov
       chains.  ``constant_data.log_evidence``.
 
-    Dimensions are (chain, draw, *plates, ...): the chains of `MarkovChains` (a posterior's ``num_chains``) stay apart,
-    draw for draw as they were, those of probability zero included; everything else is one chain, and particles whose
-    weights differ are resampled (systematically) first.  Draws copied from one particle are not independent: arviz's
-    ESS of them says nothing, `Posterior.ess` does.
+    Dimensions are (chain, draw, *plates, ...), a plate "chain" being "chain_plate": the chains of `MarkovChains` (a
+    posterior's ``num_chains``) stay apart, draw for draw as they were, those of probability zero included; everything
+    else is one chain, and particles whose weights differ are resampled (systematically) first.  Draws copied from one
+    particle are not independent: arviz's ESS of them says nothing, `Posterior.ess` does.
     """
     import arviz
 
@@ -37,7 +39,7 @@ def to_arviz(posterior: Posterior) -> Any:
         chosen = systematic(weights)
         posterior, log_weights = posterior.take(chosen), log_weights.gather(0, chosen)
     chains = chains or 1
-    plates = list(posterior.sites.plates.names)
+    plates = [f"{name}_plate" if name in OWN else name for name in posterior.sites.plates.names]
 
     def by_chain(x: Tensor) -> Any:
         return x.detach().cpu().unflatten(0, (chains, n // chains)).numpy()

@@ -84,7 +84,10 @@ def load(cls: type[P], path: Path, lm: Any = None) -> P:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     files.verify(path, KIND)
-    rest = json.loads((path / REST).read_text())
+    try:
+        rest = json.loads((path / REST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{REST}: {error}") from error
     if not isinstance(rest, dict) or rest.get("format") != FORMAT:
         raise ValueError(f"{REST} is not of the format {FORMAT!r}")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ..packed import pack, unpack
 
 KIND, FORMAT = "training checkpoint", "lmppl training 1"
 TENSORS, STATE = "training.safetensors", "training.json"
+
+logger = logging.getLogger("lmppl")
 
 
 def save(
@@ -47,7 +50,8 @@ def save(
     except TypeError as error:
         raise ValueError(f"optimizer: it keeps {error}, which no checkpoint can hold") from error
     tensors |= {name: _copy(t) for name, t in kept.items()}
-    state = {"format": FORMAT, "step": step, "optimizers": _kinds(optimizer), "states": states, **extra}
+    state = {"format": FORMAT, "step": step, "optimizers": _kinds(optimizer), "options": _options(optimizer)}
+    state |= {"states": states, **extra}
 
     def write() -> None:
         with files.writing(directory, KIND) as fresh:
@@ -86,6 +90,7 @@ def load(
                 raise ValueError(f"a parameter has the shape {tuple(value.shape)}")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"checkpoint: {directory / STATE} does not fit its tensors ({first_line(error)})") from error
+    _tell(directory, state.get("options", []), _options(optimizer))
     with torch.no_grad():
         for p, value in zip(parameters, saved, strict=True):
             p.copy_(value)
@@ -150,6 +155,26 @@ def _kinds(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, Any]]:
         }
         for o in _several(optimizer)
     ]
+
+
+def _options(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, str]]:
+    """What each optimiser was made with, in words."""
+    found = []
+    for o in _several(optimizer):
+        rates = [group.get("initial_lr", group["lr"]) for group in o.param_groups]
+        rates = [float(rate) for rate in rates[: len(rates) if len(set(map(float, rates))) > 1 else 1]]
+        found.append({name: str(x) for name, x in o.defaults.items()} | {"lr": ", ".join(map(str, rates))})
+    return found
+
+
+def _tell(directory: Path, before: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:
+    """A warning where optimisers were made with other options here: those of the checkpoint count."""
+    for was, own in zip(before, now, strict=False):
+        if other := [name for name in own if was.get(name, own[name]) != own[name]]:
+            there, here = (", ".join(f"{name} {x[name]}" for name in other) for x in (was, own))
+            logger.warning(
+                "checkpoint: the optimizer goes on as in %s, with %s, and not with %s", directory, there, here
+            )
 
 
 def _restore(optimizer: Optimizer, state: dict[str, Any]) -> None:

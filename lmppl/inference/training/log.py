@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ...files import sync
 
@@ -46,10 +49,25 @@ class Log:
             self._append(b"\n")
         self._content = b""
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One more line; null for what is not finite, which JSON does not know."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._append(json.dumps({"step": step, **finite}).encode() + b"\n")
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One more line; null for what is not finite, which JSON does not know.
+
+        :raises ValueError: naming what JSON cannot hold; everything else of the line is written.
+        """
+        found: dict[str, Any] = {}
+        wrong = []
+        for name, value in metrics.items():
+            number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            try:
+                found[name] = None if isinstance(number, float) and not math.isfinite(number) else number
+                json.dumps(found[name], allow_nan=False)
+            except (TypeError, ValueError):
+                del found[name]
+                wrong.append(name)
+        self._append(json.dumps({"step": step, **found}).encode() + b"\n")
+        if wrong:
+            kind = type(metrics[wrong[0]]).__name__
+            raise ValueError(f"callback: the metric {wrong[0]!r} is a {kind}, which the log cannot hold; add numbers")
 
     def size(self) -> int:
         """How many bytes it has, once they are on the disk."""

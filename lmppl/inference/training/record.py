@@ -103,6 +103,8 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+        if self.caught:  # since it was asked for last: while the last checkpoint was written, say
+            self.deliver(self.caught)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.caught:

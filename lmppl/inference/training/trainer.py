@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ...randomness import Part, forked
 from .. import distributed, programs
 from ..algorithm import OnPrograms
-from ..arguments import at_least, is_integer, is_program
+from ..arguments import at_least, is_integer, is_program, steps_by_itself
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -84,8 +84,7 @@ class Trainer(OnPrograms, ABC):
         clip: float = 1.0,
         max_plate_nesting: int | None = None,
     ):
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"optimizer: expected a torch.optim.Optimizer instance, got {type(optimizer).__name__}")
+        steps_by_itself(optimizer=optimizer)
         is_program(model=model, guide=guide)
         if not clip > 0:
             raise ValueError(f"clip: must be positive, got {clip}")
@@ -264,10 +263,10 @@ class Trainer(OnPrograms, ABC):
         :param checkpoint: a directory, written every ``checkpoint_every`` steps, at the beginning, at the end and on
             SIGINT or SIGTERM (which then end the program; a second one does so at once), and resumed from where it
             exists: with everything that the optimisers keep.  Other files in it are left alone.
-        :param callback: called with the step and its metrics before they are logged; what it adds to them is logged
-            too.  It ends the training by raising `StopTraining` (or StopIteration): the step counts, its checkpoint is
-            written, and `fit` returns.  After any other exception the guide is as the step left it, and the metrics so
-            far are in the log and in ``history``.
+        :param callback: called with the step and its metrics before they are logged; what it adds to them (numbers,
+            strings, what JSON can hold) is logged too.  It ends the training by raising `StopTraining` (or
+            StopIteration): the step counts, its checkpoint is written, and `fit` returns.  After any other exception
+            the guide is as the step left it, and the metrics so far are in the log and in ``history``.
         :param identity: what else the run is of, {"model": "infilling", ...}, numbers and strings.  A checkpoint is
             taken up by a run of the same identity, trainer and settings, programs by their names, seed, data, language
             model (base weights that do not train) and optimisers; by any other number of steps.
@@ -285,6 +284,11 @@ class Trainer(OnPrograms, ABC):
         is_integer(seed=seed)
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback: expected a function of the step and its metrics, got {callback!r}")
+        for name, value in (identity or {}).items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
         tasks = self._tasks(readable(batches, seed))
         self.history = []
         if checkpoint is not None:
@@ -324,7 +328,7 @@ class Trainer(OnPrograms, ABC):
                         self._save(record, step + 1, of)
                     if told:
                         record.end(told)
-                    bar.update(shown, advance=1, description="  ".join(f"{k} {v:.3f}" for k, v in metrics.items())[:60])
+                    bar.update(shown, advance=1, description=_shown(metrics))
                     if stopped:
                         break
             if self.history:
@@ -478,6 +482,11 @@ def _stops(callback: Callable[[int, dict[str, float]], None], step: int, metrics
     except StopIteration:
         stopped = True
     return not distributed.agree(stopped) or stopped
+
+
+def _shown(metrics: Mapping[str, Any]) -> str:
+    """What the progress bar says: numbers, not what else a callback has added."""
+    return "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, int | float))[:60]
 
 
 @contextmanager
