@@ -55,6 +55,10 @@ class LanguageModel(nn.Module):
         self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise ValueError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+        if not hasattr(tokenizer, "all_special_ids"):
+            raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
         network = model.__dict__.get("_lmppl_network")
         if network is None:
             # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
@@ -90,6 +94,8 @@ class LanguageModel(nn.Module):
         >>> lm = LanguageModel.from_pretrained("gpt2", device="cuda", dtype=torch.bfloat16)
         >>> lm = LanguageModel.from_pretrained("models", gguf_file="smollm2.gguf")
         """
+        if not isinstance(name_or_path, str | os.PathLike):
+            raise ValueError(f"name_or_path: expected a directory, or a name on the hub, got {name_or_path!r}")
         name = os.fspath(name_or_path)
         trust = hf_kwargs.pop("trust_remote_code", False)
         tokenizer_kwargs = {k: hf_kwargs[k] for k in ("revision", "token", "cache_dir") if k in hf_kwargs}

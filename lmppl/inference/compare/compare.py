@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...engine.prompts import prompts
 from .. import programs
+from ..arguments import at_least, is_program
 from ..metropolis.metropolis import MetropolisHastings
 from ..posterior.posterior import Posterior
 from ..programs import Program
@@ -73,6 +74,7 @@ def compare(
         samplers = {"prior": Importance(model, num_particles=64), "SMC": SMC(model, num_particles=64)}
         compare(model, samplers, x, y, exact=Enumeration(model)).print()
     """
+    is_program(model=model)
     if unit not in ("tokens", "seconds"):
         raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")
     if not isinstance(algorithms, Mapping) or not all(hasattr(a, "run") or callable(a) for a in algorithms.values()):
@@ -86,8 +88,9 @@ def compare(
     if not isinstance(budgets, Sequence) or not all(b > 0 for b in budgets):
         raise ValueError(f"budgets: expected a list of positive numbers, got {budgets!r}")
     chosen: list[int | None] = [None] if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
-    if repetitions < 1 or not chosen:
-        raise ValueError(f"repetitions, seeds: expected at least one of each, got {repetitions} and {seeds}")
+    at_least(1, repetitions=repetitions)
+    if not chosen:
+        raise ValueError(f"seeds: expected at least one, got {seeds}")
     meter = Meter(programs.networks(model, args, kwargs))
     truth: Posterior | None = exact if isinstance(exact, Posterior) or exact is None else None
     if exact is not None and truth is None:

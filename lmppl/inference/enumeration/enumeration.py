@@ -25,7 +25,7 @@ from ..weights import Plates, Weighted, device_of, kept_plates, log_density, sca
 from .token_tree import Texts, explore, most_probable
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Enumerated(Posterior):
     """The posterior's support with its exact weights: `log_weights` are log p(z, observed), -inf at padding.
 

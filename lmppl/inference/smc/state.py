@@ -59,7 +59,8 @@ class State:
         self.smc, self.args, self.kwargs, self.retained = smc, args, kwargs, retained
         both = [smc.model] if smc.guide is None else [smc.guide, smc.model]
         sketches = programs.sketches(both, args, kwargs)
-        self.nesting = programs.nesting_of(sketches) if smc.max_plate_nesting is None else smc.max_plate_nesting
+        given = programs.given_nesting(smc.max_plate_nesting)
+        self.nesting = programs.nesting_of(sketches) if given is None else given
         self.plates = kept_plates(sketches, self.nesting, subsampling=False)
         self.texts = {name for name, node in programs.latents(sketches[0]).items() if is_grown(node)}
         self.values: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ...randomness import Part, forked
 from .. import distributed, programs
-from ..arguments import at_least, is_integer, is_program
+from ..arguments import at_least, is_integer, is_path, is_program
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -278,6 +278,11 @@ class Trainer(ABC):
         is_integer(seed=seed)
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
+        is_path(**{name: path for name, path in (("log", log), ("checkpoint", checkpoint)) if path is not None})
+        if callback is not None and not callable(callback):
+            raise ValueError(f"callback: expected a function of the step and its metrics, got {callback!r}")
+        if held_out is not None and not isinstance(held_out, tuple | list):
+            raise ValueError(f"held_out: expected the arguments of model and guide, a tuple (x, y), got {held_out!r}")
         tasks = self._tasks(readable(batches, seed))
         self.history = []
         if checkpoint is not None:
