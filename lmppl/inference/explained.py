@@ -44,7 +44,7 @@ def explained() -> Iterator[None]:
             raise ValueError(_no_factor(of_user(error))) from error
         if wrong := re.match(_INVALID, said, re.S):
             parameter, kind, constraint = wrong.groups()
-            what = "a factor" if kind == "Unit" else f"{parameter} of a {kind}"
+            what = "the value of a factor" if kind == "Unit" else f"{parameter} of a {kind}"
             expected = constraint.removesuffix("()")
             raise ValueError(
                 f"model or guide: {of_user(error)}: {what} is {said.splitlines()[-1].strip()[:80]}; expected {expected}"

@@ -11,12 +11,13 @@ from textwrap import shorten
 import pyro
 import torch
 
+_FORMAT = "unsupported format string passed to Tensor"
 _MESSAGES = (
     "cannot be converted to Scalar",
     "only one element tensors can be converted",
     "only integer tensors of a single element",
     "Boolean value of Tensor with more than one value",
-    "unsupported format string passed to Tensor",
+    _FORMAT,
     "Tensor doesn't define __round__",
     "for divmod(): 'Tensor'",
 )
@@ -36,8 +37,11 @@ def no_python_values() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        looked_up = isinstance(error, KeyError) and isinstance(error.args[0], torch.Tensor)
+        frames = traceback.extract_tb(error.__traceback__)
+        if _FORMAT in str(error):  # which torch raises
+            frames = traceback.StackSummary.from_list(f for f in frames if not f.filename.startswith(_LIBRARIES))
+        at = frames[-1]
+        looked_up = isinstance(error, KeyError) and any(isinstance(x, torch.Tensor) for x in error.args)
         known = looked_up or any(m in str(error) for m in _MESSAGES)
         if not known or at.filename.startswith(_LIBRARIES):
             raise
