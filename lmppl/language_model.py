@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
         self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        if not (hasattr(model, "config") and hasattr(model, "forward")):
             raise ValueError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
         if not hasattr(tokenizer, "all_special_ids"):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
@@ -66,7 +66,7 @@ class LanguageModel(nn.Module):
         with network.lock:
             network.follow()
         config = model.config.get_text_config()
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.network: Network = network
         self.vocabulary = _vocabulary or Vocabulary(

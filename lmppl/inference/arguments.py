@@ -30,7 +30,7 @@ def is_integer(**given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name}: expected an integer, got {value!r}")
-        if not -(2**43) < value < 2**43:
+        if not -(2**43) < int(value) < 2**43:
             raise ValueError(f"{name}: expected an integer of at most 43 bits, got {value}")
 
 
