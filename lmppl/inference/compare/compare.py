@@ -255,7 +255,8 @@ def particles_within(
     """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
 
     ``pilots`` are their particles.  Equal texts are read once, so that the last particles cost less than the first:
-    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more.
+    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more; of
+    all that were run the nearest to the budget is taken.
     """
 
     def cost(n: int) -> float:
@@ -263,13 +264,23 @@ def particles_within(
         return (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
 
     (few, less), (n, spent) = ((k, cost(k)) for k in pilots)
-    for check in range(checks + 1):
+    tried = {few: less, n: spent}
+    for _ in range(max(1, checks)):
         each = (spent - less) / (n - few) if n != few else 0.0
         each = each if each > 0 else spent / n
         few, less, n = n, spent, max(1, min(MOST_PARTICLES, round(n + (budget - spent) / each)))
-        if check == checks or n == few or abs((spent := cost(n)) / budget - 1) < 0.05:
+        if not checks:
+            return n
+        below = max((k for k in tried if tried[k] <= budget), default=0)
+        above = min((k for k in tried if tried[k] > budget), default=MOST_PARTICLES + 1)
+        if not below < n < above and above - below > 1:
+            n = (below + above) // 2  # the line has left what is known to be right
+        if n in tried:
             break
-    return n
+        tried[n] = spent = cost(n)
+        if abs(spent / budget - 1) < 0.05:
+            break
+    return min(tried, key=lambda k: abs(tried[k] - budget))
 
 
 def _point(
