@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import text
 from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
+from .inference.arguments import at_least
 from .inference.programs import Node, Program, Replay
 from .inference.query import Query
 from .inference.sites import is_terminable, lm_of, text_of, texts_of
@@ -86,6 +87,9 @@ def check(
     >>> report = lmppl.check(model, guide, x, y)
     >>> assert report.ok, report.problems
     """
+    if not isinstance(learning_rate, float | int) or not learning_rate > 0:
+        raise ValueError(f"learning_rate: must be positive, got {learning_rate!r}")
+    at_least(0, steps=steps)
     report = Report()
     with _undisturbed(), pyro.validation_enabled(True):
         weighted = _weigh(report, model, guide, args, kwargs, num_particles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import sys
 import time
 import typing
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.exceptions import TyperException
 
 from . import __version__
 from .catalogue import MODELS, SETTINGS
-from .command_help import ModelCommand, nearest
+from .command_help import ModelCommand, nearest, usage
 from .files import claim, save_figure, writing
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
@@ -73,12 +75,18 @@ Dtype = Annotated[
 
 
 def main() -> None:
-    """The entry point: a user's mistake prints one line and exits with 1."""
+    """The entry point: a user's mistake prints one line and exits with 1, a wrong usage of the command with 2."""
     try:
-        app()
+        code, said = app(standalone_mode=False), None
+    except TyperException as error:
+        code, said = error.exit_code, usage(error, sys.argv[1:])
     except (Failure, ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print("[bold red]error:[/]", Text(_one_line(error)), highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        code, said = 1, _one_line(error)
+    except typer.Abort:
+        code, said = 1, "aborted"
+    if said:
+        Console(stderr=True).print("[bold red]error:[/]", Text(said), highlight=False, soft_wrap=True)
+    raise SystemExit(code or 0)
 
 
 def _print_version(asked: bool) -> None:
@@ -261,6 +269,10 @@ def _experiment(
 ) -> Experiment:
     if data is not None and not data.exists():
         raise Failure(f"--data {data}: there is no such file or directory")
+    if lm == "":
+        raise Failure("--lm: it is empty; name a checkpoint's directory, or a name on the Hugging Face hub")
+    if not -(2**43) < seed < 2**43:
+        raise Failure(f"--seed {seed}: expected an integer of at most 43 bits")
     import torch
     import transformers
 
@@ -311,9 +323,8 @@ def _own_options(model: str, options: list[str]) -> dict[str, Any]:
     for option in options:
         name, equals, value = option.partition("=")
         if name not in known or not equals:
-            raise Failure(
-                f"--set {option}: expected NAME=VALUE with a name of {', '.join(known) or 'none'} for {model}"
-            )
+            names = f"expected NAME=VALUE with a name of {', '.join(known)} for {model}"
+            raise Failure(f"--set {option}: {names if known else f'{model} has no options'}")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:
@@ -322,8 +333,14 @@ def _own_options(model: str, options: list[str]) -> dict[str, Any]:
         if kind is str or (str in typing.get_args(kind) and found[name] is not None):  # 5 as a text, too
             found[name] = value
         if not _is(found[name], kind):
-            raise Failure(f"--set {option}: expected {name} to be of the kind {getattr(kind, '__name__', kind)}")
+            raise Failure(f"--set {option}: expected {name} to be {_said(kind)}")
     return found
+
+
+def _said(kind: Any) -> str:
+    """What an option is annotated with, in words."""
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return " or ".join(words.get(k, "several, as [0.8, 0.9]") for k in (typing.get_args(kind) or (kind,)))
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -37,6 +37,27 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {found[0]!r}?" if found else ""
 
 
+def usage(error: Any, arguments: list[str]) -> str:
+    """What is wrong with a command's arguments, the value that was given, and where it is said what there is."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return ""  # nothing was asked: the help has been printed
+    given, context = _given(getattr(error, "param", None), arguments), getattr(error, "ctx", None)
+    shown = "" if given is None else f" (got {given!r})"
+    where = "" if context is None else f"; see {context.command_path} --help"
+    return " ".join(error.format_message().split()).rstrip(".") + shown + where
+
+
+def _given(param: Any, arguments: list[str]) -> str | None:
+    """What follows an option's name, where it was given."""
+    for name in (n for n in getattr(param, "opts", []) if n.startswith("-")):
+        for at, argument in enumerate(arguments):
+            if argument.startswith(f"{name}="):
+                return argument.partition("=")[2]
+            if argument == name and at + 1 < len(arguments):
+                return arguments[at + 1]
+    return None
+
+
 def _page(name: str, entry: Entry) -> Panel:
     rows = [("--data", entry.data)]
     rows += [("such as", _visible(entry.example))] if entry.example else []

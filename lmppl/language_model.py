@@ -56,6 +56,10 @@ class LanguageModel(nn.Module):
         self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
     ) -> None:
         super().__init__()
+        if not (hasattr(model, "config") and hasattr(model, "forward")):
+            raise ValueError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+        if not hasattr(tokenizer, "all_special_ids"):
+            raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
         network = model.__dict__.get("_lmppl_network")
         if network is None:
             # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
@@ -63,7 +67,7 @@ class LanguageModel(nn.Module):
         with network.lock:
             network.follow()
         config = model.config.get_text_config()
-        self.model = model
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.network: Network = network
         self.vocabulary = _vocabulary or Vocabulary(
@@ -91,6 +95,8 @@ class LanguageModel(nn.Module):
         >>> lm = LanguageModel.from_pretrained("gpt2", device="cuda", dtype=torch.bfloat16)
         >>> lm = LanguageModel.from_pretrained("models", gguf_file="smollm2.gguf")
         """
+        if not isinstance(name_or_path, str | os.PathLike):
+            raise ValueError(f"name_or_path: expected a directory, or a name on the hub, got {name_or_path!r}")
         name = os.fspath(name_or_path)
         trust = hf_kwargs.pop("trust_remote_code", False)
         if away := "local_files_only" not in hf_kwargs and hub.out_of_reach(name):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Number
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,24 @@ class Decoder(Protocol):
     def decode(self, text: Tensor) -> Any: ...
 
 
+def _ask(**given: Any) -> None:
+    """ValueError naming the argument that cannot be a text, whatever its ids."""
+    for name, t in given.items():
+        if not isinstance(t, Tensor) or not t.dim() or t.is_floating_point():
+            raise ValueError(f"{name} must be a LongTensor[..., L] of token ids, not {_kind(t)}")
+
+
+def _kind(given: Any) -> str:
+    return f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+
+
 def length(text: Tensor) -> Tensor:
     """The number of tokens of each text, padding not counted: ``[..., L] -> [...]``.
 
     >>> length(torch.tensor([[5, -1], [6, 7]]))
     tensor([1, 2])
     """
+    _ask(text=text)
     return (text != PAD).sum(-1)
 
 
@@ -37,7 +50,10 @@ def pad(text: Tensor, width: int) -> Tensor:
     >>> pad(torch.tensor([5, 6]), 3)
     tensor([ 5,  6, -1])
     """
-    excess = text.shape[-1] - width
+    _ask(text=text)
+    if not isinstance(width, Integral) or isinstance(width, bool):
+        raise ValueError(f"width: expected an integer, got {width!r}")
+    excess = text.shape[-1] - int(width)
     if excess <= 0:
         return torch.nn.functional.pad(text, (0, -excess), value=PAD) if excess else text
     if width < 0 or bool((text[..., width:] != PAD).any()):
@@ -56,6 +72,8 @@ def cat(*texts: Tensor) -> Tensor:
     """
     if not texts:
         raise ValueError("cat needs at least one text")
+    for t in texts:
+        _ask(texts=t)
     try:
         batch = torch.broadcast_shapes(*(t.shape[:-1] for t in texts))
     except RuntimeError as error:
@@ -85,6 +103,9 @@ def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
             [ 5,  0, -1],
             [ 5,  6,  0]])
     """
+    _ask(text=text)
+    if not isinstance(stop, Integral | Tensor) or isinstance(stop, bool):
+        raise ValueError(f"stop: expected a token id or a LongTensor of them, got {stop!r}")
     stop = torch.as_tensor(stop, dtype=torch.long, device=text.device)
     batch = torch.broadcast_shapes(text.shape[:-1], stop.shape)
     stop = stop.expand(batch)[..., None]  # (*batch, 1)
@@ -104,6 +125,7 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
     >>> equal(torch.tensor([[5, -1], [5, 6]]), torch.tensor([5]))
     tensor([ True, False])
     """
+    _ask(a=a, b=b)
     width = max(a.shape[-1], b.shape[-1])
     return (pad(a, width) == pad(b, width)).all(-1)
 
@@ -115,6 +137,9 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
 
     >>> pyro.factor("rhyme", text.map(lambda s: 0.0 if s.endswith("day") else -5.0, z, lm))
     """
+    _ask(text=text)
+    if not callable(f):
+        raise ValueError(f"f: expected a function of a string, got {f!r}")
     batch = text.shape[:-1]
     if not batch.numel():
         return torch.zeros(batch, device=text.device)
@@ -123,6 +148,9 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
     strings = lm.decode(rows)
     distinct = {s: i for i, s in enumerate(dict.fromkeys(strings))}
     values = [f(s) for s in distinct]
+    for s, v in zip(distinct, values, strict=True):
+        if not isinstance(v, Tensor | Number) or isinstance(v, complex):
+            raise ValueError(f"f: expected a number, a bool or a tensor for {s!r}, got {v!r}")
     if any(isinstance(v, Tensor) for v in values):
         answer = torch.stack([torch.as_tensor(v, device=text.device) for v in values])
     else:
@@ -138,8 +166,7 @@ def validate(text: Tensor, name: str, vocab_size: int | None = None) -> None:
     ValueError: prompt has padding before a token; texts are padded on the right
     """
     if not isinstance(text, Tensor) or text.dtype != torch.long or text.dim() < 1:
-        found = f"{text.dtype} of shape {tuple(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
-        raise ValueError(f"{name} must be a LongTensor[..., L] of token ids, not {found}")
+        raise ValueError(f"{name} must be a LongTensor[..., L] of token ids, not {_kind(text)}")
     if not text.numel():
         return
     if int(text.min()) < PAD:

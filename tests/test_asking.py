@@ -102,6 +102,13 @@ def test_a_redirect_takes_nothing_elsewhere(code, host):
     assert other.heard == []
 
 
+@pytest.mark.parametrize("timeout", [1e7, 1e300])
+def test_a_timeout_beyond_what_a_socket_can_wait_is_as_long_as_it_can(timeout):
+    server = Server(OK)
+    with server.running() as url:
+        assert ask(url, {}, timeout=timeout) == b"{}"
+
+
 def test_the_key_is_sent_to_the_url_itself():
     server = Server(OK)
     with server.running() as url:

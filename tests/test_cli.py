@@ -194,6 +194,10 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["train", "infilling", "--device", "cuda:99"], "--device cuda:99"),
         (["train", "infilling", "--lm", ".", "--dtype", "int8"], "--dtype int8"),
         (["train", "infilling", "--dtype", "bfloat16"], "together with --lm"),
+        (["train", "infilling", "--data", "."], "data: . is a directory"),
+        (["train", "infilling", "--seed", str(10**30)], "at most 43 bits"),
+        (["train", "infilling", "--lm", "", "--data", "stories.txt"], "--lm: it is empty"),
+        (["train", "continuation", "--set", "temperature=true"], "a number or several, as [0.8, 0.9]"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):
@@ -206,3 +210,30 @@ def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, wo
     errors = [line for line in run.stderr.splitlines() if line.strip()]
     assert len(errors) == 1 and errors[0].startswith("error:") and word in errors[0], run.stderr
     assert sorted(tmp_path.iterdir()) == before  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare"], ["Missing argument 'model'", "compare --help"]),
+        (["compar", "infilling"], ["No such command 'compar'", "Did you mean 'compare'?"]),
+        (["--frob"], ["No such option: --frob"]),
+        (["list", "infilling"], ["unexpected extra argument", "infilling"]),
+        (["train", "infilling", "--steps", "1e3"], ["--steps", "integer", "'1e3'", "train --help"]),
+        (["train", "infilling", "--seed=2.5"], ["--seed", "integer", "'2.5'"]),
+        (["compare", "infilling", "--threads", "0"], ["--threads", "'0'", "1"]),
+        (["compare", "infilling", "--particles", "-3"], ["--particles", "'-3'"]),
+        (["sample", "infilling"], ["Missing option '--checkpoint'"]),
+        (["sample", "infilling", "--checkpoint"], ["--checkpoint", "requires an argument"]),
+    ],
+)
+def test_a_wrong_usage_is_one_line_too_and_names_what_was_given(lmppl, arguments, words):
+    run = lmppl(*arguments)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    assert all(word in run.stderr for word in words), run.stderr
+
+
+def test_without_arguments_the_help_is_shown(lmppl):
+    run = lmppl()
+    assert "compare" in run.stdout and run.stderr == ""

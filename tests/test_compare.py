@@ -306,3 +306,37 @@ def test_bad_arguments_are_named(task, options, name):
     _, model, _, args, _ = task
     with pytest.raises(ValueError, match=name):
         compare(model, {"prior": Importance(model)}, *args, **options)
+
+
+class Costly:
+    """An algorithm that does nothing; a meter says what it cost."""
+
+    num_particles = 1
+
+    def run(self):
+        return Importance(lambda: None, num_particles=1).run()
+
+
+@pytest.mark.parametrize(
+    ("cost", "within"),
+    [
+        (lambda n: 3 * n, 0.05),
+        (lambda n: 50 + 2 * n, 0.05),
+        (lambda n: 40 * n**0.5, 0.1),
+        (lambda n: 200 * (1 - 2.7 ** (-n / 30)), 0.05),
+        (lambda n: 3 * n + n % 5 * 7, 0.15),
+        (lambda n: 60 if n < 8 else 370, 0.51),  # 121 cannot be had: not three times as much
+    ],
+)
+def test_the_particles_that_cost_the_nearest_to_a_budget_are_found(cost, within):
+    """Of the runs that were made, where costs jump too: a line through the last two may lead anywhere."""
+    tried = {}
+
+    def meter(run):
+        n = run.func.__self__.num_particles
+        tried[n] = cost(n)
+        return run(), tried[n], 0.0
+
+    n = particles_within(Costly(), 121, meter, pilots=(16, 64), checks=3)
+    assert len(tried) <= 5 and abs(tried[n] - 121) == min(abs(c - 121) for c in tried.values())
+    assert tried[n] == pytest.approx(121, rel=within)

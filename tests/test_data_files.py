@@ -59,11 +59,26 @@ def test_lines_end_at_newlines_alone(end, file):
 
 
 @pytest.mark.parametrize("read", LINES)
-@pytest.mark.parametrize("wrong, byte", [(b"caf\xe9", 4), (b"\xff\xfea\x00", 1), ("Grüße".encode("utf-16-le"), 5)])
+@pytest.mark.parametrize("wrong, byte", [(b"caf\xe9", 4), (b"\xff\xfea", 1), ("Grüße".encode("latin-1"), 3)])
 def test_what_is_not_utf_8_is_named_with_file_line_and_byte(read, wrong, byte, file):
     path = file(READERS[read].encode() + b"\r\n" + wrong)
     with pytest.raises(ValueError, match=rf"{path}, line 2 is not UTF-8 at byte {byte} of the line, 0x.*UTF-8"):
         read(path)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf_16_without_a_mark_is_utf_8_with_nul_bytes_and_is_refused(read, encoding, file):
+    """Its ASCII texts decode as UTF-8, every character with a NUL beside it."""
+    path = file(READERS[read].encode(encoding))
+    with pytest.raises(ValueError, match=rf"^(data|labelled): {path}, line 1 has a NUL byte.*UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_directory_is_no_file(read, tmp_path):
+    with pytest.raises(ValueError, match=rf"^(data|labelled): {tmp_path} is a directory; expected a file"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -199,3 +199,11 @@ def test_khat_finds_the_shape_of_a_tail():
 def test_the_smallest_sample():
     assert [smallest_sample(k) for k in (-0.5, 0.0, 0.5, 1.0)] == [10, 10, 100, math.inf]
     assert smallest_sample(0.7) == pytest.approx(2154, rel=1e-3)
+
+
+def test_a_posterior_and_a_prediction_are_shown_on_one_line():
+    """Not their tensors: the sites, how many particles there are, and which plates are kept."""
+    enumerated, drawn = Enumeration(joint).run(), SMC(joint, num_particles=7).run()
+    assert repr(enumerated).startswith("Enumerated(k, z: ") and repr(enumerated).endswith(" particles)")
+    assert repr(drawn) == "Sequential(k, z: 7 particles)"
+    assert "\n" not in repr(drawn.predict(joint, drawn.values["z"][:2], site="z"))

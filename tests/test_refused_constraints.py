@@ -9,6 +9,7 @@ import torch
 from constraint_cases import AB, spelled_lm
 
 from lmppl.constraints import Slots, grammar, json_schema, only, reaches, regex, without, words
+from lmppl.constraints.endless import endless
 from lmppl.distributions import Completion, DeadEnd
 
 DOT = spelled_lm("a", "b", "ab", ".", " ")
@@ -72,6 +73,35 @@ def test_an_impossible_or_empty_grammar_is_refused_when_it_is_made(make, stop):
         make(stop)
 
 
+ENDLESS = {
+    'start: "a" start': ["start"],
+    'start: "a" start | "b" loop\nloop: "c" loop': ["start", "loop"],
+    'start: "a" start | loop | ""\nloop: "b" loop': ["loop"],
+    'start: "b" | one\none: "a" two\ntwo[capture]: one | ("b" two)+': ["one", "two"],
+    'start: ("a" start){2} | <|x|> start': ["start"],
+    'start: "a" start // | "b"': ["start"],
+    'start: "a" start | ""': [],
+    'start: "a" (start | "b") | /b:/': [],
+    'start: "a" start? "b" | "b" start* | "a" [start]': [],
+    'start: ("b" start){0,3} "a" ("b" start){0} "a"': [],
+    '?start: sum\nsum.2: sum "+" term | term\nterm: NUMBER | "(" sum ")"\nNUMBER: /[0-9]+/\n%ignore / /': [],
+    "%import common.INT\nstart: INT start | other": [],
+    'start: %json {"type": "object"} start': [],  # not looked into
+}
+
+
+@pytest.mark.parametrize("lark", ENDLESS)
+def test_rules_that_no_text_has(lark):
+    """A rule has a text if and only if one of its alternatives needs only rules that have one, a least fixed point."""
+    assert endless(lark) == ENDLESS[lark]
+
+
+@pytest.mark.parametrize("lark", ['start: "a" start', 'start: "a" | "b" loop\nloop: "a" loop | "b" loop'])
+def test_a_grammar_with_a_rule_that_never_ends_is_refused(lark):
+    with pytest.raises(ValueError, match="^lark: the rule '(start|loop)' never ends"):
+        grammar(AB, lark)
+
+
 @pytest.mark.parametrize("pattern", ["a", "ab", "a|bab", "(ab)*", "a?b?", "[ab]{3}", "abab|b"])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4])
 def test_reaches_is_that_some_sequence_of_tokens_is_allowed_throughout(pattern, tokens):
@@ -105,3 +135,14 @@ def test_a_text_that_cannot_be_as_long_as_it_must_is_refused_when_it_is_made():
 
     Completion(DOT, "a", max_tokens=5, min_tokens=2, stop=".", allowed=own)
     assert not asked  # a function of the user's own is not called before a text is drawn
+
+
+def test_a_long_constraint_is_not_told_in_full():
+    for make in (
+        lambda: regex(AB, "c" * 5000),
+        lambda: words(AB, [f"c{i}" for i in range(500)]),
+        lambda: regex(AB, "(" * 5000),
+    ):
+        with pytest.raises(ValueError, match="^(pattern|words): ") as found:
+            make()
+        assert len(str(found.value)) < 400

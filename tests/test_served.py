@@ -218,11 +218,16 @@ def test_bad_arguments_are_named(lm):
     ):
         with pytest.raises(ValueError, match="url: expected http"):
             Served(lm, url, "guide")
-    for timeout in (0, -1.0, float("inf"), float("nan"), "3"):
+    for timeout in (0, -1.0, float("inf"), float("nan"), "3", True):
         with pytest.raises(ValueError, match="timeout: expected a positive number"):
             Served(lm, "http://localhost:8000/v1", "guide", timeout=timeout)
     with pytest.raises(ValueError, match="max_bytes"):
         Served(lm, "http://localhost:8000/v1", "guide", max_bytes=0)
+    for key in (5, b"secret"):
+        with pytest.raises(ValueError, match="api_key"):
+            Served(lm, "http://localhost:8000/v1", "guide", api_key=key)
+    with pytest.raises(ValueError, match="model: expected a str"):
+        Served(lm, "http://localhost:8000/v1", 5)
     with pytest.raises(ValueError, match="api_key") as found:
         Served(lm, "http://localhost:8000/v1", "guide", api_key="secret\n")
     assert "secret" not in str(found.value)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..language_model import LanguageModel
+from .arguments import as_lm
 from .masks import Constraint, PrefixConstraint, allowed_at, distinct
 
 Predicate = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +49,7 @@ class Check(PrefixConstraint):
             raise ValueError(f"predicate: expected a function of prefix and token, got {predicate!r}")
         if accepts < 2 or patience < 1:
             raise ValueError(f"accepts, patience: must be at least 2 and 1, got {accepts} and {patience}")
-        self.lm, self.predicate, self.within = lm, predicate, within
+        self.lm, self.predicate, self.within = as_lm(lm), predicate, within
         self.num_accepts, self.patience = accepts, patience
         self.vocab_size = lm.vocab_size
         self.evaluations = 0

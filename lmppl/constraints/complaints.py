@@ -9,6 +9,11 @@ _PLACE = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
 _PREFIXES = re.compile(r'(invalid regex ".*" \(in regex\): |failed to compile JSON schema: |regex parse error:)')
 
 
+def shown(written: str) -> str:
+    """A constraint as it was written, or where that is long its beginning."""
+    return written if len(written) <= 120 else f"{written[:100]}... ({len(written):,} characters)"
+
+
 def one_line(error: str, above: int | None = None) -> str:
     """The reason that an error gives.
 

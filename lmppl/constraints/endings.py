@@ -16,6 +16,7 @@ import numpy as np
 
 from ..language_model import LanguageModel, Stop
 from ..stop_strings import StopStrings
+from .arguments import as_lm
 from .spelling import Spelling, spelling
 
 _SPELT_OUT = 1024  # a vocabulary of so many spellings is written out in a regular expression
@@ -98,7 +99,7 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, Endings]] = WeakKeyDictionary()
 
 def endings(lm: LanguageModel, stop: Stop) -> Endings:
     """The endings of a language model's texts under a stop, found once."""
-    ids, strings = lm.stops(stop)
+    ids, strings = as_lm(lm).stops(stop)
     stops = ids.tolist()
     known, key = _KNOWN.setdefault(lm.vocabulary, {}), (*stops, strings and strings.strings)
     if key not in known:

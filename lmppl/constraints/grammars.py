@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..language_model import LanguageModel, Stop
 from ..text import PAD
-from .complaints import one_line
+from .arguments import as_list, as_lm
+from .complaints import one_line, shown
 from .endings import endings, escaped
+from .endless import endless
 from .masks import PrefixConstraint, distinct
 from .spelling import llguidance
 
@@ -72,11 +74,16 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
 def grammar(lm: LanguageModel, lark: str, stop: Stop = "eos") -> Grammar:
     r"""The texts of a context-free grammar in the Lark dialect of llguidance, from its rule ``start``.
 
-    :raises ValueError: for a grammar that cannot be read, or allows no text.
+    :raises ValueError: for a grammar that cannot be read, allows no text, or has a rule that never ends.
 
         >>> grammar(lm, 'start: "(" start ")" start | ""')
     """
-    return Grammar(lm, lark, stop, name="lark")
+    found = Grammar(lm, lark, stop, name="lark")
+    if rules := endless(lark):
+        raise ValueError(
+            f"lark: the rule {rules[0]!r} never ends: each of its alternatives needs a rule that never ends"
+        )
+    return found
 
 
 def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Grammar:
@@ -139,7 +146,7 @@ class Grammar(PrefixConstraint):
     ):
         if not isinstance(lark, str):
             raise ValueError(f"{name}: expected a grammar, a string, got {lark!r}")
-        self.vocab_size, self.name, self.written = lm.vocab_size, name, written
+        self.vocab_size, self.name, self.written = as_lm(lm).vocab_size, name, written
         self.endings = endings(lm, stop)
         self.spelling = self.endings.spelling
         start = llguidance().LLMatcher(self.spelling.tokenizer, _HEADER + lark, log_level=0)
@@ -149,10 +156,10 @@ class Grammar(PrefixConstraint):
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
         first = set(np.unpackbits(self._mask(()), count=self.vocab_size).nonzero()[0].tolist())
         if first and first <= set(self.endings.silent):
-            raise ValueError(f"{name}: of {written or repr(lark)} the empty text alone can be written")
+            raise ValueError(f"{name}: of {shown(written or repr(lark))} the empty text alone can be written")
         if not first:
             raise ValueError(
-                f"{name}: no text of {written or repr(lark)} can be written with this vocabulary and "
+                f"{name}: no text of {shown(written or repr(lark))} can be written with this vocabulary and "
                 f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
                 "stands nowhere before)"
             )
@@ -257,12 +264,13 @@ class Grammar(PrefixConstraint):
         error = matcher.get_error()
         if error and not error.startswith("NoExtension"):
             own = None if self.written is not None else _HEADER.count("\n")
-            raise ValueError(f"{self.name}: " + (f"{self.written}: " if own is None else "") + one_line(error, own))
+            given = "" if self.written is None else f"{shown(self.written)}: "
+            raise ValueError(f"{self.name}: {given}{one_line(error, own)}")
 
 
 def _any_of(strings: Iterable[str], name: str) -> tuple[list[str], str]:
     """The strings, and a regular expression between slashes of any of them."""
-    given = [strings] if isinstance(strings, str) else list(strings)
+    given = [strings] if isinstance(strings, str) else as_list(strings, name, "a list of strings")
     if not given or not all(isinstance(s, str) and s for s in given):
         raise ValueError(f"{name}: expected strings of one character or more, got {given!r}")
     return given, "|".join(escaped(s) for s in given).replace("/", r"\/")

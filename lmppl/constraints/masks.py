@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..language_model import LanguageModel
 from ..text import PAD
+from .arguments import as_list, as_lm
 
 Constraint: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
@@ -43,9 +44,10 @@ def only(lm: LanguageModel, tokens: Iterable[int | str]) -> Tensor:
 
     >>> Completion(lm, prompt, max_tokens=5, stop=".", allowed=only(lm, [" red", " apple", "."]))
     """
-    mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
+    mask = torch.zeros(as_lm(lm).vocab_size, dtype=torch.bool, device=lm.device)
+    listed = [tokens] if isinstance(tokens, str) else as_list(tokens, "tokens", "a list of token ids or strings")
     try:
-        mask[lm.stop_ids(list(tokens))] = True
+        mask[lm.stop_ids(listed)] = True
     except ValueError as error:
         raise ValueError(f"tokens: {error}") from error
     return mask
@@ -63,14 +65,19 @@ def checked(allowed: Constraint | Iterable[int] | None, vocab_size: int, device:
     """``allowed`` as a mask (V,) or a callable; a list of ids becomes a mask."""
     if allowed is None or (callable(allowed) and not isinstance(allowed, Tensor)):
         return allowed
-    given = torch.as_tensor(allowed if isinstance(allowed, Tensor) else list(allowed), device=device)
+    kinds = "a list of token ids, a BoolTensor (V,) or a function of the prefix"
+    listed = allowed if isinstance(allowed, Tensor) else as_list(allowed, "allowed", kinds)
+    try:
+        given = torch.as_tensor(listed, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"allowed: expected {kinds}, got {allowed!r}") from None
     if given.dtype == torch.bool:
         if given.shape != (vocab_size,):
             raise ValueError(f"allowed: a mask must have shape ({vocab_size},), got {tuple(given.shape)}")
         mask = given
     else:
         if given.dim() != 1 or given.is_floating_point():
-            raise ValueError("allowed: expected a list of token ids, a BoolTensor (V,) or a function of the prefix")
+            raise ValueError(f"allowed: expected {kinds}")
         if given.numel() and (int(given.min()) < 0 or int(given.max()) >= vocab_size):
             raise ValueError(f"allowed: token ids must lie in 0..{vocab_size - 1}")
         mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)

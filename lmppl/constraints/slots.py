@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from .arguments import as_lm
 from .masks import PrefixConstraint, only
 
 
@@ -27,7 +28,7 @@ class Slots(PrefixConstraint):
     def __init__(self, lm: LanguageModel, *forms: Sequence[Iterable[int | str]]):
         if not forms or not all(forms):
             raise ValueError("forms: expected one or more, each of one slot or more")
-        self.vocab_size = lm.vocab_size
+        self.vocab_size = as_lm(lm).vocab_size
         try:
             self.forms = [torch.stack([only(lm, slot) for slot in form]) for form in forms]  # (slots, V) each
         except ValueError as error:

@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import text
+from ..constraints.arguments import as_lm
 from ..language_model import LanguageModel
 
-
-def as_lm(given: Any) -> LanguageModel:
-    """A language model of this package; ValueError for a name, or a network without its tokenizer."""
-    if isinstance(given, LanguageModel):
-        return given
-    if isinstance(given, str):
-        raise ValueError(f"lm: expected a LanguageModel, got {given!r}; LanguageModel.from_pretrained loads one")
-    raise ValueError(
-        f"lm: expected a LanguageModel, got {type(given).__name__}; wrap a network by LanguageModel(model, tokenizer)"
-    )
+__all__ = ["as_count", "as_lm", "as_text", "no_text", "refuse_nan"]
 
 
 def no_text(fn: Any, value: Any) -> str:

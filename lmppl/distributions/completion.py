@@ -12,6 +12,7 @@ from torch.distributions import constraints as torch_constraints
 
 from .. import randomness, text
 from ..constraints import Check, Constraint, checked, reaches
+from ..constraints.arguments import as_list
 from ..engine.decoding import rows_at_once
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
@@ -101,7 +102,7 @@ class Completion(TorchDistribution):
         if bool((self.stop >= lm.vocab_size).any()):
             raise ValueError(f"stop: {stop!r} lies outside the vocabulary of {lm.vocab_size} tokens")
         self.allowed = checked(allowed, lm.vocab_size, device)
-        self.tools = tuple(tools)
+        self.tools = tuple(as_list(tools, "tools", "a list of tools, as (Calculator(),)"))
         self._insertions = Insertions(lm, self.tools, self.stop, self.stop_strings) if self.tools else None
         self._limit = int(self.max_tokens.max())
         parts = (self.prompt.shape[:-1], self.max_tokens.shape, self.min_tokens.shape, self.temperature.shape)

@@ -33,7 +33,7 @@ def path(name: str) -> Path:
     Raises ValueError where `name` is not one of them.
     """
     shipped = {config.parent.name for config in _WEIGHTS.glob("*/config.json")}
-    if name not in shipped:
+    if not isinstance(name, str) or name not in shipped:
         raise ValueError(f"name={name!r}: expected one of {_listed(shipped)}")
     return _WEIGHTS / name
 
@@ -45,7 +45,7 @@ def data(name: str, split: str) -> list[Any]:
     "test_4" and "test_5". The same on every call; no (place, verb) pair, no bounds, no sentence and no question is in
     two. Raises ValueError for an unknown name or split.
     """
-    if name not in _DATA:
+    if not isinstance(name, str) or name not in _DATA:
         raise ValueError(f"name={name!r}: expected one of {_listed(_DATA)}")
     return _DATA[name](split)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from numbers import Integral
+import os
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -25,10 +27,33 @@ def instance_of(kind: type, **given: Any) -> None:
 
 
 def is_integer(**given: Any) -> None:
-    """Each is an integer, of any sign."""
+    """Each is an integer, of any sign, that a generator takes as a seed together with the number of a step."""
     for name, value in given.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name}: expected an integer, got {value!r}")
+        if not -(2**43) < int(value) < 2**43:
+            raise ValueError(f"{name}: expected an integer of at most 43 bits, got {value}")
+
+
+def is_number(expected: str, holds: Callable[[Any], bool], **given: Any) -> None:
+    """Each is a real number of which something holds; NaN is none."""
+    for name, value in given.items():
+        if not isinstance(value, Real) or isinstance(value, bool) or not holds(value):
+            raise ValueError(f"{name}: must be {expected}, got {value!r}")
+
+
+def is_path(**given: Any) -> None:
+    """Each says where a file or a directory is."""
+    for name, value in given.items():
+        if not isinstance(value, str | os.PathLike):
+            raise ValueError(f"{name}: expected a path, got {value!r}")
+
+
+def one_of(choices: Iterable[str], **given: Any) -> None:
+    """Each is one of these names."""
+    for name, value in given.items():
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def is_program(**given: Any) -> None:

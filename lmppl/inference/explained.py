@@ -14,10 +14,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..distributions.arguments import no_text
+from .python_values import of_user
 from .sites import text_of
 
 PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 
+_INVALID = r"Expected parameter (\w+) .* of distribution (\w+)\(.* the constraint (.*?), but"
 _AXES = (
     "Write it for axes on the left: particles stand on the left of the program's plates; sum over a plate by "
     ".sum(-1, keepdim=True), and sum a site's own axes by .sum(-1) or .to_event()"
@@ -29,8 +31,25 @@ def explained() -> Iterator[None]:
     """Says in the program's own terms what Pyro and torch say of a vectorised run."""
     try:
         yield
+    except ZeroDivisionError as error:
+        if "size cannot be zero" in str(error):
+            raise ValueError(f"model or guide: {of_user(error)} has no element; a plate needs one or more") from error
+        raise
+    except TypeError as error:
+        if "invalid data type" in str(error) and "factor(" in of_user(error):
+            raise ValueError(_no_factor(of_user(error))) from error
+        raise
     except (ValueError, RuntimeError) as error:
         said = str(error).split("\nTrace Shapes")[0]
+        if "Could not infer dtype" in said and "factor(" in of_user(error):
+            raise ValueError(_no_factor(of_user(error))) from error
+        if wrong := re.match(_INVALID, said, re.S):
+            parameter, kind, constraint = wrong.groups()
+            what = "the value of a factor" if kind == "Unit" else f"{parameter} of a {kind}"
+            expected = constraint.removesuffix("()")
+            raise ValueError(
+                f"model or guide: {of_user(error)}: {what} is {said.splitlines()[-1].strip()[:80]}; expected {expected}"
+            ) from error
         if again := re.search(r"Multiple sample sites named '(.*)'", said):
             raise ValueError(_twice(again[1])) from error
         if wrong := re.search(r"Shape mismatch inside plate\('(.*)'\) at site (.*) dim (-?\d+), (\d+) vs (\d+)", said):
@@ -90,6 +109,10 @@ def _batch(fn: Any, value: Any, name: str) -> torch.Size:
             f"site {name!r}: its value has the shape {tuple(value.shape)}, which does not go with a distribution of "
             f"the batch shape {tuple(shape)} and the event shape {tuple(fn.event_shape)}. {_AXES}"
         ) from None
+
+
+def _no_factor(where: str) -> str:
+    return f"model or guide: {where}: a factor is a log-probability, a tensor with a number for each particle"
 
 
 def _twice(name: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import randomness, text
 from ..stop_strings import Ending
+from .arguments import at_least
 from .explained import PARTICLES, PREFIXES, check_shapes, explained, refuse_own_names
 from .python_values import no_python_values
 from .sites import Site, lm_of, text_of, unmasked
@@ -27,6 +28,7 @@ from .sites import Site, lm_of, text_of, unmasked
 Program = Callable[..., Any]
 Node = dict[str, Any]
 Temper = Callable[[Site], TorchDistribution]
+MOST_AXES = 60
 
 
 class SiteMismatch(ValueError):
@@ -235,9 +237,18 @@ def plate_nesting(
     programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any], given: int | float | None = None
 ) -> int:
     """How many axes the programs' own plates take: ``given``, or guessed from one run that never asks the network."""
-    if given is not None and given != float("inf"):
-        return int(given)
-    return nesting_of(sketches(programs, args, kwargs))
+    given = given_nesting(given)
+    return nesting_of(sketches(programs, args, kwargs)) if given is None else given
+
+
+def given_nesting(max_plate_nesting: int | float | None) -> int | None:
+    """How many axes the plates were said to take; None where that is to be guessed: for None, and Pyro's infinity."""
+    if max_plate_nesting is None or (isinstance(max_plate_nesting, float) and max_plate_nesting == float("inf")):
+        return None
+    at_least(0, max_plate_nesting=max_plate_nesting)
+    if max_plate_nesting > MOST_AXES:
+        raise ValueError(f"max_plate_nesting: a tensor has at most {MOST_AXES} axes, got {max_plate_nesting}")
+    return int(max_plate_nesting)
 
 
 def cat_particles(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

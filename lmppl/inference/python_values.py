@@ -6,15 +6,20 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import pyro
 import torch
 
+_FORMAT = "unsupported format string passed to Tensor"
 _MESSAGES = (
     "cannot be converted to Scalar",
     "only one element tensors can be converted",
     "only integer tensors of a single element",
     "Boolean value of Tensor with more than one value",
+    _FORMAT,
+    "Tensor doesn't define __round__",
+    "for divmod(): 'Tensor'",
 )
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pyro))
 
@@ -31,14 +36,31 @@ def no_python_values() -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        if not any(m in str(error) for m in _MESSAGES) or at.filename.startswith(_LIBRARIES):
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if _FORMAT in str(error):  # which torch raises
+            frames = traceback.StackSummary.from_list(f for f in frames if not f.filename.startswith(_LIBRARIES))
+        at = frames[-1]
+        looked_up = isinstance(error, KeyError) and any(isinstance(x, torch.Tensor) for x in error.args)
+        known = looked_up or any(m in str(error) for m in _MESSAGES)
+        if not known or at.filename.startswith(_LIBRARIES):
             raise
         raise PythonValueError(
-            f"model or guide: `{at.line}` (line {at.lineno} of {Path(at.filename).name}) needs one Python value, but "
+            f"model or guide: {written(at)} needs one Python value, but "
             f"a latent value here is a tensor, with one for each particle: {_advice(at.line or '')}"
         ) from error
+
+
+def written(at: traceback.FrameSummary) -> str:
+    """A line of a program, and where it stands."""
+    return f"`{shorten(at.line or '', 100)}` (line {at.lineno} of {Path(at.filename).name})"
+
+
+def of_user(error: BaseException) -> str:
+    """The last line that neither torch, nor Pyro, nor this package wrote."""
+    own = (*_LIBRARIES, str(Path(__file__).parents[1]))
+    lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(own)]
+    return written(lines[-1]) if lines else "a line that is not known"
 
 
 def _advice(line: str) -> str:

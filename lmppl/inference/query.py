@@ -44,8 +44,8 @@ class Query:
     @cached_property
     def nesting(self) -> int:
         """How many axes the plates take."""
-        given = self.max_plate_nesting
-        return programs.nesting_of(self.sketches) if given is None or given == float("inf") else int(given)
+        given = programs.given_nesting(self.max_plate_nesting)
+        return programs.nesting_of(self.sketches) if given is None else given
 
     def trace(self, program: Program, *handlers: Messenger, particles: int, prefixes: int | None = None) -> Trace:
         """One run of a program on these arguments, with particles (and prefixes) on the left of its plates."""

@@ -14,9 +14,15 @@ def read_text(path: str | Path, name: str = "data") -> str:
     """The text of a file.
 
     :param name: the argument that an error names.
-    :raises ValueError: naming file, line and byte, where the file is not UTF-8.
+    :raises ValueError: naming the file where it is a directory or what it should not be, and line and byte where it is
+        not UTF-8 or has a NUL byte, as UTF-16 has.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{name}: {path} is a directory; expected a file")
     content = Path(path).read_bytes().removeprefix(MARK)
+    if b"\0" in content and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        line = content[: content.index(b"\0")].count(b"\n") + 1
+        raise ValueError(f"{name}: {path}, line {line} has a NUL byte, which no text has; save the file as UTF-8")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

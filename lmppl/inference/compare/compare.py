@@ -14,6 +14,7 @@ from torch import Tensor
 from ...engine.prompts import prompts
 from .. import programs
 from ..algorithm import sized
+from ..arguments import at_least, is_program
 from ..posterior.posterior import Posterior
 from ..programs import Program
 from ..smc.smc import Sequential
@@ -70,6 +71,7 @@ def compare(
         samplers = {"prior": Importance(model, num_particles=64), "SMC": SMC(model, num_particles=64)}
         compare(model, samplers, x, y, exact=Enumeration(model)).print()
     """
+    is_program(model=model)
     if unit not in ("tokens", "seconds"):
         raise ValueError(f"unit: expected 'tokens' or 'seconds', got {unit!r}")
     if not isinstance(algorithms, Mapping) or not all(hasattr(a, "run") or callable(a) for a in algorithms.values()):
@@ -83,8 +85,9 @@ def compare(
     if not isinstance(budgets, Sequence) or not all(b > 0 for b in budgets):
         raise ValueError(f"budgets: expected a list of positive numbers, got {budgets!r}")
     chosen: list[int | None] = [None] if seeds is None else list(range(seeds) if isinstance(seeds, int) else seeds)
-    if repetitions < 1 or not chosen:
-        raise ValueError(f"repetitions, seeds: expected at least one of each, got {repetitions} and {seeds}")
+    at_least(1, repetitions=repetitions)
+    if not chosen:
+        raise ValueError(f"seeds: expected at least one, got {seeds}")
     meter = Meter(programs.networks(model, args, kwargs))
     truth: Posterior | None = exact if isinstance(exact, Posterior) or exact is None else None
     if exact is not None and truth is None:
@@ -219,7 +222,8 @@ def particles_within(
     """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
 
     ``pilots`` are their particles.  Equal texts are read once, so that the last particles cost less than the first:
-    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more.
+    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more; of
+    all that were run the nearest to the budget is taken.
     """
 
     def cost(n: int) -> float:
@@ -227,13 +231,23 @@ def particles_within(
         return (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
 
     (few, less), (n, spent) = ((k, cost(k)) for k in pilots)
-    for check in range(checks + 1):
+    tried = {few: less, n: spent}
+    for _ in range(max(1, checks)):
         each = (spent - less) / (n - few) if n != few else 0.0
         each = each if each > 0 else spent / n
         few, less, n = n, spent, max(1, min(MOST_PARTICLES, round(n + (budget - spent) / each)))
-        if check == checks or n == few or abs((spent := cost(n)) / budget - 1) < 0.05:
+        if not checks:
+            return n
+        below = max((k for k in tried if tried[k] <= budget), default=0)
+        above = min((k for k in tried if tried[k] > budget), default=MOST_PARTICLES + 1)
+        if not below < n < above and above - below > 1:
+            n = (below + above) // 2  # the line has left what is known to be right
+        if n in tried:
             break
-    return n
+        tried[n] = spent = cost(n)
+        if abs(spent / budget - 1) < 0.05:
+            break
+    return min(tried, key=lambda k: abs(tried[k] - budget))
 
 
 def _point(

@@ -28,7 +28,7 @@ from ..weights import Weighted, device_of, log_density, scale, site_log_prob
 from .token_tree import Texts, dtype_of, explore, most_probable
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Enumerated(Posterior):
     """The posterior's support with its exact weights: `log_weights` are log p(z, observed), -inf at padding.
 

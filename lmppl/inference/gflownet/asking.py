@@ -14,6 +14,7 @@ from typing import Any, Self
 
 PAUSES = 0.05, 0.2, 0.8  # seconds before trying again
 PASSING = {429, 500, 502, 503, 504}  # statuses that may be others in a moment
+LONGEST = 2e6  # seconds, 23 days: more than this no socket can wait
 PIECE, SHOWN = 2**16, 300  # bytes read at once, and of an error shown
 
 
@@ -106,7 +107,7 @@ class _Watched(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
     def __init__(self, seconds: float):
         super().__init__()
-        self.seconds, self.is_late = max(seconds, 1e-3), False
+        self.seconds, self.is_late = min(max(seconds, 1e-3), LONGEST), False
         self.socket: socket.socket | None = None
         self.timer = threading.Timer(self.seconds, self._shut)
         self.timer.daemon = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed, programs
-from ..arguments import at_least, instance_of
+from ..arguments import at_least, instance_of, is_number
 from ..programs import Program, Replay
 from ..sites import is_terminable
 from ..training.schedules import Schedule, at, checked
@@ -58,8 +58,7 @@ class Objective(pyro.infer.ELBO):
         if exploration is not None:
             instance_of(Exploration, exploration=exploration)
         self.exploration = exploration
-        if not floor > 0:
-            raise ValueError(f"floor: must be positive, got {floor}")
+        is_number("positive", lambda x: x > 0, floor=floor)
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
         self.training_step = 0  # what schedules are asked about
@@ -115,8 +114,8 @@ class Objective(pyro.infer.ELBO):
 
     def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many axes the plates take: as given, or guessed once for each pair of programs."""
-        if self.max_plate_nesting != float("inf"):
-            return int(self.max_plate_nesting)
+        if (given := programs.given_nesting(self.max_plate_nesting)) is not None:
+            return given
         if self._guessed is None or self._guessed[0] is not model or self._guessed[1] is not guide:
             self._guessed = (model, guide, programs.plate_nesting([guide, model], args, kwargs))
         return self._guessed[2]

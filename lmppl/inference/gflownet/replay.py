@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import text
 from .. import distributed, programs
-from ..arguments import at_least
+from ..arguments import at_least, is_number
 from ..programs import Program, Sketch, parameters_of
 from ..sites import text_of
 from ..training.schedules import Schedule, at, checked
@@ -80,8 +80,7 @@ class Replay:
             at_least(1, max_observations=max_observations)
         if priority not in PRIORITIES:
             raise ValueError(f"priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
-        if not 0 <= min_distance < 1:
-            raise ValueError(f"min_distance: must lie in [0, 1), got {min_distance}")
+        is_number("a number in [0, 1)", lambda x: 0 <= x < 1, min_distance=min_distance)
         if key is not None and not callable(key):
             raise ValueError(f"key: expected a function of the program's arguments, got {key!r}")
         self.capacity, self.priority, self.min_distance = capacity, priority, min_distance

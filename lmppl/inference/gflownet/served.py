@@ -67,9 +67,10 @@ class Served(Exploration):
         at_least(1, requests=requests, max_bytes=max_bytes)
         if not _is_address(url):
             raise ValueError(f"url: expected http://HOST:PORT/v1, got {url!r}")
-        if not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+        if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout!r}")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        instance_of(str, model=model)
+        if api_key is not None and not (isinstance(api_key, str) and _is_secret(api_key)):
             raise ValueError("api_key: expected letters, digits and signs, without spaces or line ends")  # kept secret
         self.lm, self.url, self.model = lm, url.rstrip("/"), model
         self.api_key, self.requests, self.timeout, self.max_bytes = api_key, requests, timeout, max_bytes
@@ -175,6 +176,10 @@ class _Remote(TorchDistribution):
 
     def _bad(self, what: str) -> BadAnswer:
         return BadAnswer(f"url: the answer of {self.served.url}/completions {what}")
+
+
+def _is_secret(key: str) -> bool:
+    return key.isascii() and key.isprintable() and " " not in key
 
 
 def _is_address(url: str) -> bool:

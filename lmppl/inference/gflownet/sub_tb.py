@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import is_number
 from ..weights import Balance
 from .objective import Objective
 
@@ -29,8 +30,7 @@ class SubTB(Objective):
 
     def __init__(self, lam: float = 1.0, prefixes: int | str = "all", num_particles: int = 16, **kwargs: Any):
         super().__init__(prefixes=prefixes, num_particles=num_particles, **kwargs)
-        if not lam > 0:
-            raise ValueError(f"lam: must be positive, got {lam}")
+        is_number("positive", lambda x: x > 0, lam=lam)
         self.lam = lam
 
     def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:

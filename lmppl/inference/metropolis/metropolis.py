@@ -29,7 +29,7 @@ from .kernels import Density, Proposal, Values, accept, draw, independence, regr
 MOVES = ("regrowth", "independence")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MarkovChains(Posterior):
     """Equally weighted draws of several Markov chains: N = chains x draws, one chain after another.
 

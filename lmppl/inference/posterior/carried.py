@@ -127,6 +127,8 @@ class Evidence:
 
 
 def _chosen(keep: Collection[str], values: Mapping[str, Tensor], latents: Mapping[str, Node], nesting: int) -> set[str]:
+    if not isinstance(keep, Collection):
+        raise ValueError(f"keep: expected names of sites, got {keep!r}")
     names = [keep] if isinstance(keep, str) else list(keep)
     for name in names:
         if name not in values or name not in latents:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...distributions import Table
 from .. import programs
-from ..arguments import at_least, plate_element
+from ..arguments import at_least, is_path, one_of, plate_element
 from ..plates import Plates
 from ..programs import Program
 from ..resampling import SCHEMES
@@ -93,6 +93,12 @@ class Posterior:
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
 
+    def __repr__(self) -> str:
+        """One line: the sites, and how many particles of which plates."""
+        plates = self.sites.plates
+        kept = "".join(f", {name or 'plate'} {size}" for name, size in zip(plates.names, plates.sizes, strict=True))
+        return f"{type(self).__name__}({', '.join(self.values) or 'no site'}: {self.num_particles} particles{kept})"
+
     @cached_property
     def samples(self) -> dict[str, Tensor]:
         """Each latent site's values, (N, *plates, ...)."""
@@ -127,8 +133,7 @@ class Posterior:
         """``n`` equally weighted particles, each plate element resampled by itself; ``scheme`` as in `resampling`."""
         n = self.num_particles if n is None else n
         at_least(1, n=n)
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+        one_of(SCHEMES, scheme=scheme)
         return self.take(SCHEMES[scheme](self.probabilities, n))
 
     def take(self, chosen: Tensor) -> Posterior:
@@ -327,6 +332,7 @@ class Posterior:
         """
         from .files import save
 
+        is_path(path=path)
         save(self, Path(path))
 
     @classmethod
@@ -338,6 +344,7 @@ class Posterior:
         """
         from .files import load
 
+        is_path(path=path)
         return load(cls, Path(path), lm)
 
 

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .. import programs
-from ..arguments import at_least
+from ..arguments import at_least, is_program
 from ..partial import only
 from ..plates import Plates, kept_plates
 from ..programs import Program, Replay
@@ -84,6 +84,10 @@ class Prediction:
     log_probs: Tensor
     log_weights: Tensor
 
+    def __repr__(self) -> str:
+        """One line: the candidates, and how many particles of which plates."""
+        return f"Prediction({', '.join(map(repr, self.names))}: shape {tuple(self.log_probs.shape[1:])})"
+
     @property
     def log_prob(self) -> Tensor:
         r"""log p(y_c | x) :math:`= \log \sum_n w_n \, p(y_c \mid x, z_n)`, (C, *plates); not normalised over C."""
@@ -140,6 +144,7 @@ def predictive(
     keep: Collection[str] | None = None,
 ) -> Predictive:
     """See `Posterior.predictive`."""
+    is_program(model=model)
     run, plates, log_weights = _run(posterior, model, args, kwargs, sampler, num_particles, keep)
     observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
     log_probs = {name: site_log_prob(node, plates).expand(1, *log_weights.shape)[0] for name, node in observed.items()}
@@ -160,9 +165,10 @@ def predict(
     keep: Collection[str] | None = None,
 ) -> Prediction:
     """See `Posterior.predict`."""
+    is_program(model=model)
     nesting = max(posterior.sites.plates.nesting, programs.plate_nesting([model], args, kwargs))
     nodes = programs.scored(_sketch(model, args, kwargs, nesting))
-    if site not in nodes:
+    if not isinstance(site, str) or site not in nodes:
         raise ValueError(f"site: {site!r} is none of the model's sites {list(nodes)}")
     fn = nodes[site]["fn"]
     names, values = _candidates(candidates, fn)  # (C, *axes, *event)
@@ -189,6 +195,8 @@ def predict(
 
 
 def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str], Tensor]:
+    if not isinstance(candidates, Tensor | Sequence) or (isinstance(candidates, Tensor) and not candidates.dim()):
+        raise ValueError(f"candidates: expected several strings or a tensor, got {candidates!r}")
     if not len(candidates):
         raise ValueError("candidates: there are none")
     if isinstance(candidates, Tensor):

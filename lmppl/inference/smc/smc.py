@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..algorithm import Particles
-from ..arguments import at_least, is_program
+from ..arguments import at_least, is_number, is_program, one_of
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
 from ..programs import Program
@@ -21,7 +21,7 @@ from .state import State
 from .twists import Twist, checked
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Sequential(Posterior):
     r"""Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`.
 
@@ -129,10 +129,8 @@ class SMC(Particles):
     ):
         is_program(model=model, guide=model if guide is None else guide)
         at_least(1, num_particles=num_particles)
-        if not 0 <= ess_threshold <= 1:
-            raise ValueError(f"ess_threshold: must lie between 0 and 1, got {ess_threshold}")
-        if resampling not in SCHEMES:
-            raise ValueError(f"resampling: expected one of {', '.join(SCHEMES)}, got {resampling!r}")
+        is_number("a number between 0 and 1", lambda x: 0 <= x <= 1, ess_threshold=ess_threshold)
+        one_of(SCHEMES, resampling=resampling)
         self.model, self.guide, self.num_particles = model, guide, num_particles
         self.ess_threshold, self.resampling, self.twist = ess_threshold, resampling, checked(twist)
         self.max_plate_nesting = max_plate_nesting

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ...randomness import Part, forked
 from .. import distributed, programs
 from ..algorithm import OnPrograms
-from ..arguments import at_least, is_integer, is_program, steps_by_itself
+from ..arguments import at_least, is_integer, is_path, is_program, steps_by_itself
 from ..importance import Importance
 from ..posterior.posterior import Posterior, effective_sample_size
 from ..programs import Program
@@ -284,8 +284,11 @@ class Trainer(OnPrograms, ABC):
         is_integer(seed=seed)
         at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
         at_least(0, warmup=warmup)
+        is_path(**{name: path for name, path in (("log", log), ("checkpoint", checkpoint)) if path is not None})
         if callback is not None and not callable(callback):
             raise ValueError(f"callback: expected a function of the step and its metrics, got {callback!r}")
+        if held_out is not None and not isinstance(held_out, tuple | list):
+            raise ValueError(f"held_out: expected the arguments of model and guide, a tuple (x, y), got {held_out!r}")
         for name, value in (identity or {}).items():
             if not isinstance(value, bool | int | float | str | None):
                 raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
