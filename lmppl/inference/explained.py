@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import MaskedDistribution, Unit
 from pyro.poutine import Trace
@@ -28,7 +29,9 @@ def explained() -> Iterator[None]:
     """Says in the program's own terms what Pyro and torch say of a vectorised run."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
+        if (refused := _factor(error)) is not None:
+            raise ValueError(refused) from error
         said = str(error).split("\nTrace Shapes")[0]
         if again := re.search(r"Multiple sample sites named '(.*)'", said):
             raise ValueError(_twice(again[1])) from error
@@ -40,6 +43,21 @@ def explained() -> Iterator[None]:
         if said != str(error) and type(error) in (ValueError, RuntimeError):  # as it was before Pyro said where
             raise type(error)(said) from error
         raise
+
+
+def _factor(error: Exception) -> str | None:
+    """What is wrong with a factor that Pyro could not make of what it was given; None where it is no factor's error."""
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code is pyro.factor.__code__:
+            name, given = (at.tb_frame.f_locals[key] for key in ("name", "log_factor"))
+            if isinstance(given, Tensor):
+                given = "NaN for some particles" if bool(given.isnan().any()) else f"a tensor of {given.dtype}"
+            else:
+                given = repr(given)
+            return f"site {name!r}: a factor is a log-probability, a tensor of numbers or -inf, and this one is {given}"
+        at = at.tb_next
+    return None
 
 
 def refuse_own_names(trace: Trace) -> None:
@@ -62,6 +80,10 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
         if hasattr(fn, "prefix_scores") and not isinstance(value, Tensor):
             raise ValueError(f"site {node['name']!r}: {no_text(fn, value)}")
         inner = fn.base_dist if isinstance(fn, MaskedDistribution) else fn
+        if isinstance(inner, Unit) and inner.log_factor.is_complex():
+            raise ValueError(
+                f"site {node['name']!r}: a factor is a log-probability, and this one is of {inner.log_factor.dtype}"
+            )
         if isinstance(inner, Unit) and inner.log_factor.dtype == torch.bool:
             raise ValueError(
                 f"site {node['name']!r}: a factor is a log-probability, and this one is a BoolTensor; for a condition "

@@ -15,6 +15,9 @@ _MESSAGES = (
     "only one element tensors can be converted",
     "only integer tensors of a single element",
     "Boolean value of Tensor with more than one value",
+    "only 0-dimensional arrays can be converted",  # numpy, of k.numpy()
+    "only length-1 arrays can be converted",
+    "truth value of an array with more than one element",
 )
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pyro))
 
