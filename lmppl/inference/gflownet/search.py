@@ -24,7 +24,7 @@ class Searched(Exploration):
 
     that is by importance sampling, which rejects where a condition is hard.  A guide learns a condition from draws that
     satisfy it; one that is trained on its own draws alone seldom sees any, and may lose what it has not drawn.  An
-    observation for which nothing is found keeps the draws of the other exploration.  Nothing is searched where the guide
+    observation for which nothing is found keeps the draws of the other exploration.  Nothing is searched if the guide
     has latent sites that the model has not.
 
     :param otherwise: what the other particles are drawn from, and all of them where draws are possible.
