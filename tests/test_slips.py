@@ -172,12 +172,6 @@ def test_a_look_up_or_a_rounding_of_a_latent_is_told_what_to_write(use, run):
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        (
-            lambda: pyro.factor("f", torch.tensor(torch.nan)),
-            "pyro.factor.*: the value of a factor is nan; expected Real",
-        ),
-        (lambda: pyro.factor("f", None), "pyro.factor.*: a factor is a log-probability"),
-        (lambda: pyro.factor("f", "0"), "pyro.factor.*: a factor is a log-probability"),
         (lambda: pyro.sample("k", dist.Normal(0.0, -1.0)), "scale of a Normal is -1.*; expected GreaterThan"),
         (lambda: model(X[:0], Y[:0]), "pyro.plate.* has no element"),
     ],

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.distributions import Unit
 from pyro.poutine import Trace
@@ -35,20 +36,16 @@ def explained() -> Iterator[None]:
         if "size cannot be zero" in str(error):
             raise ValueError(f"model or guide: {of_user(error)} has no element; a plate needs one or more") from error
         raise
-    except TypeError as error:
-        if "invalid data type" in str(error) and "factor(" in of_user(error):
-            raise ValueError(_no_factor(of_user(error))) from error
-        raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
+        if (refused := _factor(error)) is not None:
+            raise ValueError(refused) from error
         said = str(error).split("\nTrace Shapes")[0]
-        if "Could not infer dtype" in said and "factor(" in of_user(error):
-            raise ValueError(_no_factor(of_user(error))) from error
         if wrong := re.match(_INVALID, said, re.S):
             parameter, kind, constraint = wrong.groups()
-            what = "the value of a factor" if kind == "Unit" else f"{parameter} of a {kind}"
             expected = constraint.removesuffix("()")
+            found = said.splitlines()[-1].strip()[:80]
             raise ValueError(
-                f"model or guide: {of_user(error)}: {what} is {said.splitlines()[-1].strip()[:80]}; expected {expected}"
+                f"model or guide: {of_user(error)}: {parameter} of a {kind} is {found}; expected {expected}"
             ) from error
         if again := re.search(r"Multiple sample sites named '(.*)'", said):
             raise ValueError(_twice(again[1])) from error
@@ -60,6 +57,21 @@ def explained() -> Iterator[None]:
         if said != str(error) and type(error) in (ValueError, RuntimeError):  # as it was before Pyro said where
             raise type(error)(said) from error
         raise
+
+
+def _factor(error: Exception) -> str | None:
+    """What is wrong with a factor that Pyro could not make of what it was given; None where it is no factor's error."""
+    at = error.__traceback__
+    while at is not None:
+        if at.tb_frame.f_code is pyro.factor.__code__:
+            name, given = (at.tb_frame.f_locals[key] for key in ("name", "log_factor"))
+            if isinstance(given, Tensor):
+                given = "NaN for some particles" if bool(given.isnan().any()) else f"a tensor of {given.dtype}"
+            else:
+                given = repr(given)
+            return f"site {name!r}: a factor is a log-probability, a tensor of numbers or -inf, and this one is {given}"
+        at = at.tb_next
+    return None
 
 
 def refuse_own_names(trace: Trace) -> None:
@@ -81,6 +93,9 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
         fn, value = node["fn"], node["value"]
         if not isinstance(value, Tensor) and (site := text_of(fn)) is not None:
             raise ValueError(f"site {node['name']!r}: {no_text(site.fn, value)}")
+        if isinstance(fn, Unit) and fn.log_factor.is_complex():
+            kind = fn.log_factor.dtype
+            raise ValueError(f"site {node['name']!r}: a factor is a log-probability, and this one is of {kind}")
         if isinstance(fn, Unit) and fn.log_factor.dtype == torch.bool:
             raise ValueError(
                 f"site {node['name']!r}: a factor is a log-probability, and this one is a BoolTensor; for a condition "
@@ -109,10 +124,6 @@ def _batch(fn: Any, value: Any, name: str) -> torch.Size:
             f"site {name!r}: its value has the shape {tuple(value.shape)}, which does not go with a distribution of "
             f"the batch shape {tuple(shape)} and the event shape {tuple(fn.event_shape)}. {_AXES}"
         ) from None
-
-
-def _no_factor(where: str) -> str:
-    return f"model or guide: {where}: a factor is a log-probability, a tensor with a number for each particle"
 
 
 def _twice(name: str) -> str:

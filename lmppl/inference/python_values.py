@@ -20,6 +20,9 @@ _MESSAGES = (
     _FORMAT,
     "Tensor doesn't define __round__",
     "for divmod(): 'Tensor'",
+    "only 0-dimensional arrays can be converted",  # numpy, of k.numpy()
+    "only length-1 arrays can be converted",
+    "truth value of an array with more than one element",
 )
 _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, pyro))
 

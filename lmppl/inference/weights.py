@@ -38,11 +38,21 @@ def scale(node: Node, plates: Plates) -> Any:
 
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
     """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
-    log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) if log_prob is None else log_prob
+    log_prob = _log_prob(node) if log_prob is None else log_prob
     there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # where the site is not there, anything goes
     if there.numel() and not (highest := float(there.max())) < torch.inf:  # NaN is the maximum wherever there is one
         raise ValueError(f"site {node['name']!r}: its log-probability is {highest}; expected a number or -inf")
     return term(node, plates, log_prob, scaled=scaled)
+
+
+def _log_prob(node: Node) -> Tensor:
+    try:
+        log_prob: Tensor = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+    except ValueError as error:  # a value outside the support: Pyro's validation does not say where
+        if str(error).startswith("Expected value argument"):
+            raise ValueError(f"site {node['name']!r}: {error}") from error
+        raise
+    return log_prob
 
 
 def term(node: Node, plates: Plates, log_prob: Tensor, *, scaled: bool) -> Tensor:

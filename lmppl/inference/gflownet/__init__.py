@@ -7,6 +7,7 @@ from .linex import Linex
 from .local_search import LocalSearch
 from .objective import Objective
 from .replay import Replay
+from .search import Searched
 from .served import Served
 from .sub_tb import SubTB
 from .trainer import GFlowNet
@@ -29,6 +30,7 @@ __all__ = [
     "Proposal",
     "RelativeTrajectoryBalance",
     "Replay",
+    "Searched",
     "Served",
     "SubTB",
     "Tempered",

@@ -23,7 +23,8 @@ Values: TypeAlias = dict[str, Tensor]
 class Source:
     """What samples can be drawn from: the programs, their arguments, and the step of the training.
 
-    All draws for one loss share one subsample.
+    All draws for one loss share one subsample.  ``impossible``: the largest share of
+    reward zero among the draws of a step so far.
     """
 
     model: Program
@@ -33,6 +34,7 @@ class Source:
     nesting: int
     step: int = 0
     subsamples: Values = field(default_factory=dict)
+    impossible: float = 0.0
 
     def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
         """Latent values (particle, *plate axes, *event) of one run of ``program``."""

@@ -62,6 +62,7 @@ class Objective(pyro.infer.ELBO):
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
         self.training_step = 0  # what schedules are asked about
+        self.impossible = 0.0  # the largest share of reward zero among the draws of a step so far
         self._told: set[str] = set()
         self._guessed: tuple[Program, Program, int] | None = None
 
@@ -87,7 +88,8 @@ class Objective(pyro.infer.ELBO):
     ) -> Values:
         """Training samples: the values of every latent (and of subsamples, perhaps given), particles leading."""
         nesting = self.nesting(model, guide, args, kwargs)
-        source = Source(model, guide, args, kwargs, nesting, self.training_step, dict(subsamples or {}))
+        own = dict(subsamples or {})
+        source = Source(model, guide, args, kwargs, nesting, self.training_step, own, self.impossible)
         with torch.no_grad():
             drawn = (self.exploration or OnPolicy()).draw(source, num_particles or self.num_particles)
         return drawn | source.subsamples

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import programs
+from .. import distributed, programs
 from ..arguments import at_least, instance_of
 from ..programs import Program
 from ..training.schedules import Schedule, checked
@@ -21,9 +21,10 @@ from .hard_var_grad import HardVarGrad
 from .objective import Objective
 from .observations import Observations
 from .replay import Replay, demonstrations
+from .search import Searched
 from .trajectory_balance import TrajectoryBalance
 
-DEFAULT_EXPLORATION = Tempered(temperature=1.5, fraction=0.25)
+DEFAULT_EXPLORATION = Searched(Tempered(temperature=1.5, fraction=0.25))
 
 
 class GFlowNet(Trainer):
@@ -38,7 +39,8 @@ class GFlowNet(Trainer):
     :param num_particles: samples per observation; default the objective's.
     :param replay: a `Replay` buffer, from which a part of the samples is drawn; None: all are drawn afresh.
     :param exploration: what to draw training samples from; default a quarter of the particles at temperature 1.5,
-        unless the objective brings its own. None: the guide itself.
+        and half of them found by the model itself once draws are impossible (`Searched`), unless the objective brings
+        its own. None: the guide itself.
     :param reward_temperature: T in the target p(z, observed)^(1/T), a number or a function of the step; default the
         objective's.
     :param clip: the largest gradient norm.
@@ -48,7 +50,8 @@ class GFlowNet(Trainer):
     the share of the training draws whose reward is zero.
 
     *Hard conditions.*  Observations of which every draw has reward zero teach nothing: their loss is zero and without
-    a gradient.  So where hardly any draw satisfies a condition, let the draws satisfy it: by an ``exploration`` that
+    a gradient.  The default exploration searches for possible draws among 16 of the model's own for each particle.
+    Where a condition is too rare for that, let the draws satisfy it: by an ``exploration`` that
     draws a part of them from a program masked token by token, or by a buffer of values that another algorithm found::
 
         GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)))
@@ -113,7 +116,7 @@ class GFlowNet(Trainer):
         if self.replay is None:
             values = self.objective.draw(model, guide, args, kwargs)
             loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
-            return {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
+            return {"loss": loss.item(), "grad_norm": self.descend(loss), **self._summary(balances)}
         seen = self._observations(model, guide, args, kwargs)
         n = self.objective.num_particles
         again = self.replay.available(seen, n, step)
@@ -125,8 +128,15 @@ class GFlowNet(Trainer):
             values |= programs.cat_particles([fresh, stored])
         loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
         self.replay.add(seen, values, _whole(balances[0]), balances[0].guide)
-        metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
+        metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **self._summary(balances)}
         return metrics | {"replayed": float(again)}
+
+    def _summary(self, balances: list[Balance]) -> dict[str, float]:
+        """`_summary`, and what the next draws are to know of these."""
+        found = _summary(balances)
+        now = distributed.total(distributed.share() * found["impossible"])
+        self.objective.impossible = max(self.objective.impossible, now)
+        return found
 
     def _observations(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], task: int | None = None
@@ -161,13 +171,15 @@ class GFlowNet(Trainer):
         demonstrations(self.replay, seen, model, guide, args, values)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The replay buffer."""
+        """The replay buffer, and what the next draws are to know of the last ones."""
+        impossible = {"impossible": self.objective.impossible}
         if self.replay is None:
-            return {}, {}
+            return {}, impossible
         tensors, own = self.replay.state()
-        return tensors, {"replay": own}
+        return tensors, impossible | {"replay": own}
 
     def restore(self, tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
+        self.objective.impossible = own.get("impossible", 0.0)
         if self.replay is not None and "replay" in own:
             self.replay.restore(tensors, own["replay"])
 

@@ -65,7 +65,7 @@ def carried(run: Run | None, call: Call, values: Mapping[str, Tensor], keep: Col
     index = torch.linspace(0, len(first) - 1, _PARTICLES, device=first.device).round().long()
     some = {name: value[index] for name, value in values.items()}
     before = _sketched(run.model or call.model, run.args, run.kwargs, call.nesting, _PARTICLES, Replay(some))
-    carry = _Carry(before, {name: some[name] for name in names}, Evidence.of(run, call))
+    carry = _Carry(before, {name: some[name] for name in names}, Evidence.of(run, call, before))
     call.trace(carry)
     return carry.kept
 
@@ -114,7 +114,7 @@ class Evidence:
     arguments: tuple[list[Any], list[Any]]  # equal to one of the run's; neither that nor an observation
 
     @classmethod
-    def of(cls, run: Run, call: Call) -> Evidence:
+    def of(cls, run: Run, call: Call, before: Trace) -> Evidence:
         model = run.model or call.model
         old, new = arguments(model, run.args, run.kwargs), arguments(call.model, call.args, call.kwargs)
         kept = [x for x in new if any(equal(x, y) for y in old)]
@@ -122,7 +122,12 @@ class Evidence:
         changed = [
             x for x in new if not any(x is y for y in kept) and not any(_same_memory(x, value) for value in observed)
         ]
-        everything = model == call.model and len(old) == len(new) and all(map(equal, old, new))
+        seen = [n["value"] for n in programs.scored(before).values() if n["is_observed"]]
+
+        def same(x: Any, y: Any) -> bool:  # or an observation that is left out
+            return equal(x, y) or (y is None and any(_same_memory(x, value) for value in seen))
+
+        everything = model == call.model and len(old) == len(new) and all(map(same, old, new))
         return cls(everything, (kept, changed))
 
 

@@ -9,6 +9,10 @@ r"""Twists: scores psi of a prefix by which SMC resamples, looking ahead; the we
   a second argument it gets the values of the sites before it, by name, (particle, *plates, ...) each.  NaN and +inf are
   refused; -inf, psi = 0, takes the smallest positive psi of its plate element.
 
+"stop" and "flow" ask about twice the tokens a particle.  Where a stopped prefix says little of how the text will end
+(the embedded stories, whose object comes last), leave them out: at about 2,000 tokens, 24 seeds of three stories,
+the root mean square error of log Z was 0.43, 0.82, 0.45 without a twist and 0.93, 1.57, 0.92 with "stop".
+
 For a text that has ended, "stop" and "flow" are the factors and observations that follow.  Where a tool is writing, no
 text can stop, and they stay what they were before.
 """

@@ -12,8 +12,9 @@ from ..programs import Program
 from ..query import Query
 from ..weights import weigh
 
-LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED = 0.1, 0.7, 0.5, 0.5
+LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED = 0.1, 0.7, 0.5, 0.25
 SEEN = 5.0  # effective draws of the prior, at least, to say what a guide misses
+ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws after which no more are made; draws over all observations
 REMEDY = (
     "where a condition rules draws out, let a part of the training draws satisfy it: "
     "exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)) with a program masked by allowed=, or "
@@ -32,6 +33,8 @@ def judge(
     model's own draws find and the guide's do not: what a guide has lost does not show in what it draws.
     """
     u, v = (weigh(Query(model, q, args, {}, max_plate_nesting), num_particles).u for q in (guide, None))
+    while 2 * v.numel() <= MOST_DRAWS and bool((v == -torch.inf).any()) and effective(u, v) < ENOUGH:
+        v = torch.cat([v, weigh(Query(model, None, args, {}, max_plate_nesting), len(v)).u])
     khat = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
     khat = khat[~khat.isnan()]
     return {"held_out_missed": missed(u, v)} | ({"held_out_khat": khat.median().item()} if len(khat) else {})
@@ -43,14 +46,24 @@ def missed(u: torch.Tensor, v: torch.Tensor) -> float:
     ``u`` and ``v`` (N, *plates) are log weights of two proposals for the same observations; those of which u finds
     nothing are left out.
     """
-    u, v = u.double().reshape(len(u), -1), v.double().reshape(len(v), -1)
-    log_z = u.logsumexp(0) - math.log(len(u))
-    seen = log_z > -torch.inf
-    ratio = (v - log_z)[:, seen].exp()  # (N, observations)
-    if not ratio.sum() > 0 or ratio.sum() ** 2 / (ratio**2).sum() < SEEN:
+    if effective(u, v) < SEEN:
         return 0.0
+    ratio = _ratios(u, v)
     mean, error = float(ratio.mean()), float(ratio.std() / ratio.numel() ** 0.5)
     return 1 - 1 / mean if mean - 3 * error > 1 else 0.0
+
+
+def effective(u: torch.Tensor, v: torch.Tensor) -> float:
+    """How many effective draws of the second proposal `missed` would speak from."""
+    ratio = _ratios(u, v)
+    return float(ratio.sum() ** 2 / (ratio**2).sum()) if bool(ratio.sum() > 0) else 0.0
+
+
+def _ratios(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """e^v / mean e^u, (N, observations); without the observations of which u finds nothing."""
+    u, v = u.double().reshape(len(u), -1), v.double().reshape(len(v), -1)
+    log_z = u.logsumexp(0) - math.log(len(u))
+    return (v - log_z)[:, log_z > -torch.inf].exp()
 
 
 def reasons(found: dict[str, float]) -> list[str]:
