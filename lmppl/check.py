@@ -128,8 +128,9 @@ def _weigh(
 ) -> Weighted | None:
     """Particles with their u, or a problem."""
     try:
-        weighted = weigh(Query(model, guide, args, kwargs), num_particles)
-        check_axes(model, args, kwargs, weighted)
+        query = Query(model, guide, args, kwargs)
+        weighted = weigh(query, num_particles)
+        check_axes(query, weighted)
         # The prefix axis of the objectives, one more on the left; nothing is scored.
         nesting = weighted.plates.nesting
         programs.trace(

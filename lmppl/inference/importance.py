@@ -49,8 +49,9 @@ class Importance(Particles):
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """The weighted particles for these arguments."""
-        weighted = weigh(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), self.num_particles)
-        check_axes(self.model, args, kwargs, weighted)
+        query = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
+        weighted = weigh(query, self.num_particles)
+        check_axes(query, weighted)
         log_weights = weighted.u - math.log(self.num_particles)
         run = Run(self.model, args, kwargs)
         return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, run, weighted.model)

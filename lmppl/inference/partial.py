@@ -13,9 +13,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .. import text
-from . import programs
 from .explained import check_shapes
 from .programs import Node, Program, Replay
+from .query import Query
 from .sites import is_stepwise, is_text
 
 Pause = Callable[[str, Trace], bool]
@@ -57,12 +57,10 @@ def is_grown(node: Node) -> bool:
 
 
 def advance(
+    query: Query,
     program: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     values: dict[str, Tensor],
     *,
-    nesting: int,
     particles: int,
     texts_only: bool,
     retained: Mapping[str, Tensor] | None = None,
@@ -76,8 +74,8 @@ def advance(
     """
     halt = _Halt(texts_only=texts_only, retained=retained, pause=pause)
     with suppress(_Reached):
-        programs.trace(program, args, kwargs, halt, Replay(values), nesting=nesting, particles=particles)
-    check_shapes(halt.trace, nesting, particles, None)
+        query.trace(program, halt, Replay(values), particles=particles)
+    check_shapes(halt.trace, query.nesting, particles, None)
     return halt.trace, halt.site
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import text
 from . import programs
-from .programs import Node, Program, Replay
+from .programs import Node, Replay
+from .query import Query
 from .sites import innermost, prompt_of
 from .weights import Weighted
 
@@ -24,7 +25,7 @@ class AxesError(ValueError):
 
 
 @torch.no_grad()
-def check_axes(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Weighted) -> None:
+def check_axes(query: Query, weighted: Weighted) -> None:
     """Under Pyro's validation, run the last particle alone and compare its sites with the vectorised run.
 
     A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  Text sites are
@@ -36,7 +37,7 @@ def check_axes(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], we
     nesting = weighted.plates.nesting
     own = {k: v for k, v in weighted.values.items() if k in programs.latents(weighted.guide)}
     alone_values = {k: v[-1:] if k in own else v for k, v in weighted.values.items()}
-    alone = programs.trace(model, args, kwargs, Replay(alone_values), nesting=nesting, particles=1)
+    alone = query.trace(query.model, Replay(alone_values), particles=1)
     for name, node in programs.scored(weighted.model).items():
         other = programs.scored(alone).get(name)
         if other is None or not _same(node, other, nesting):
@@ -47,13 +48,11 @@ def check_axes(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], we
             )
 
 
-def check_axes_once(
-    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Callable[[], Weighted]
-) -> None:
+def check_axes_once(query: Query, weighted: Callable[[], Weighted]) -> None:
     """`check_axes` of a program that is run again and again, the first time."""
-    program = getattr(model, "__func__", model)
+    program = getattr(query.model, "__func__", query.model)
     if is_validation_enabled() and program not in _KNOWN:
-        check_axes(model, args, kwargs, weighted())
+        check_axes(query, weighted())
         _KNOWN.add(program)
 
 

@@ -59,7 +59,7 @@ class Drawn:
             plates = pair.plates(subsampling=True)
             nothing = torch.zeros(self.num_particles)
             weighted = Weighted(nothing, dict(self.values), model, guide, plates)
-            check_axes_once(query.model, query.args, dict(query.kwargs), lambda: weighted)
+            check_axes_once(query, lambda: weighted)
             latents = programs.latents(model).items()
             known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
             log_p = log_density(model, plates, known=known)

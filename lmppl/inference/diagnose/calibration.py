@@ -21,7 +21,8 @@ from ... import text
 from .. import programs
 from ..algorithm import guide_of, on
 from ..posterior.posterior import Posterior
-from ..programs import Program, Replay
+from ..programs import Replay
+from ..query import Query
 from ..resampling import multinomial
 from ..sites import is_text
 from ..smc.bounds import simulate
@@ -111,7 +112,8 @@ def _simulation(
     if posterior.num_particles > MEMBERS:  # -inf stays -inf
         weights = posterior.log_weights.softmax(0).nan_to_num(nan=1 / posterior.num_particles)
         n, draws = n.clamp(max=MEMBERS), posterior.take(multinomial(weights, MEMBERS))
-    looked = _Look(model, guide_of(algorithm), inputs, kwargs, draws, truth, num_particles)
+    nesting = posterior.sites.plates.nesting
+    looked = _Look(Query(model, guide_of(algorithm), inputs, kwargs, nesting), draws, truth, num_particles)
     pool = looked.pool(n, draws, statistics)
     for name, x in pool.statistics.items():
         found.positions.setdefault(name, torch.zeros(0, dtype=torch.float64))
@@ -156,26 +158,22 @@ class _Look:
 
     def __init__(
         self,
-        model: Program,
-        guide: Program | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        query: Query,
         draws: Posterior,
         truth: Mapping[str, Tensor],
         num_particles: int,
     ):
         self.plates, self.n, self.events = draws.sites.plates, draws.num_particles, draws.sites.event_dims
-        nesting, fresh = self.plates.nesting, programs.Draw()
-        proposal = programs.trace(guide or model, args, kwargs, fresh, nesting=nesting, particles=num_particles)
+        proposal = query.trace(query.proposal, programs.Draw(), particles=num_particles)
         own = {}
         for name, value in truth.items():
-            axes = nesting - (value.dim() - self.events[name])
+            axes = query.nesting - (value.dim() - self.events[name])
             own[name] = value.reshape(1, *[1] * axes, *value.shape)
         self.auxiliary = set(programs.latents(proposal)) != set(own)
         anew = {name: proposal.nodes[name]["value"] for name in own} if not self.auxiliary else own
         values = programs.cat_particles([{name: draws.values[name] for name in own}, own, anew])
         total = len(next(iter(values.values())))
-        self.trace = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=total)
+        self.trace = query.trace(query.model, Replay(values), particles=total)
         shape = (total, *self.plates.sizes)
         self.log_p = {
             name: site_log_prob(node, self.plates).expand(1, *shape)[0]
@@ -185,10 +183,10 @@ class _Look:
         prior = self._sum([name for name in self.log_p if name not in self.observed])
         self.log_joint = prior + self._sum(self.observed)
         self.log_q = prior[self.n :]
-        if guide is not None and not self.auxiliary:
+        if query.guide is not None and not self.auxiliary:
             proposed = {name: value[self.n :] for name, value in values.items()}
             particles = total - self.n
-            scored = programs.trace(guide, args, kwargs, Replay(proposed), nesting=nesting, particles=particles)
+            scored = query.trace(query.guide, Replay(proposed), particles=particles)
             log_q = log_density_of_latents(scored, self.plates)
             self.log_q = log_q.expand(1, particles, *self.plates.sizes)[0]
 

@@ -22,6 +22,7 @@ from ..plates import Plates, kept_plates
 from ..posterior.posterior import Posterior
 from ..posterior.run import Run
 from ..programs import Node, Program, Sketch
+from ..query import Query
 from ..sites import text_of
 from ..validation import check_axes
 from ..weights import Weighted, device_of, log_density, scale, site_log_prob
@@ -135,23 +136,23 @@ class Enumeration(OnPrograms):
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Enumerated:
         """The exact posterior for these arguments."""
-        nesting = programs.plate_nesting([self.model], args, kwargs, self.max_plate_nesting)
-        sketch = programs.trace(self.model, args, kwargs, Sketch(), nesting=nesting, particles=1)
-        plates = kept_plates([sketch], nesting, subsampling=False)
+        query = Query(self.model, None, args, kwargs, self.max_plate_nesting)
+        sketch = query.trace(self.model, Sketch(), particles=1)
+        plates = kept_plates([sketch], query.nesting, subsampling=False)
         _refuse_other_plates(sketch, plates)
         subsamples = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
         support = Support(plates, device_of(sketch))
         count = len(programs.latents(sketch))
         while True:
             known, size = subsamples | support.values, len(support)
-            trace, site = advance(self.model, args, kwargs, known, nesting=nesting, particles=size, texts_only=False)
+            trace, site = advance(query, self.model, known, particles=size, texts_only=False)
             if site is None:
                 break
             share = ((1 - self.mass) - support.unexplored).clamp(min=0) / max(1, count - len(support.values))
             support.extend(site["name"], site["fn"], share, self.max_support)
-        return self._weigh(support, trace, args, kwargs)
+        return self._weigh(query, support, trace)
 
-    def _weigh(self, support: Support, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Enumerated:
+    def _weigh(self, query: Query, support: Support, trace: Trace) -> Enumerated:
         plates = support.plates
         latents = programs.latents(trace)
         known = {name: support.log_probs[name] for name in latents}
@@ -163,8 +164,8 @@ class Enumeration(OnPrograms):
                 log_prior = plates.reduce(support.log_probs[name])
                 log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
-        check_axes(self.model, args, kwargs, Weighted(log_weights, programs.values(trace), trace, trace, plates))
-        posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, args, kwargs))
+        check_axes(query, Weighted(log_weights, programs.values(trace), trace, trace, plates))
+        posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, query.args, dict(query.kwargs)))
         unexplored = support.unexplored.to(log_weights.dtype)
         s = _smallest_scale(latents, plates)
         left_out = s * unexplored.log() + self._rest(trace) if s >= 1 else torch.full_like(unexplored, torch.inf)

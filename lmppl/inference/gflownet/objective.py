@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import distributed, programs
 from ..arguments import at_least, instance_of, is_number
 from ..programs import Program, Replay
+from ..query import Query
 from ..sites import is_terminable
 from ..training.schedules import Schedule, at, checked
 from ..validation import check_axes_once
@@ -109,7 +110,7 @@ class Objective(pyro.infer.ELBO):
                 u = torch.zeros(n, device=device_of(target, drawn))
                 return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))
 
-            check_axes_once(model, args, kwargs, whole)
+            check_axes_once(Query(model, guide, args, kwargs, nesting), whole)
         texts = [name for name, node in programs.latents(drawn).items() if is_terminable(node["fn"])]
         sites = texts if self.uses_prefixes and texts else [None]
         return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]

@@ -216,7 +216,7 @@ class _State:
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
         weighted = Weighted(self.density.joint, pair.values, pair.model, self.proposal, self.plates)
-        check_axes(algorithm.model, args, kwargs, weighted)
+        check_axes(self.query, weighted)
 
     def score(self, values: Values) -> dict[str, Tensor]:
         """log p of texts under the model, (N, *plate axes) each."""

@@ -58,10 +58,10 @@ class State:
     def __init__(
         self, smc: Settings, args: tuple[Any, ...], kwargs: dict[str, Any], retained: Mapping[str, Tensor] | None = None
     ):
-        self.smc, self.args, self.kwargs, self.retained = smc, args, kwargs, retained
-        query = Query(smc.model, smc.guide, args, kwargs, smc.max_plate_nesting)
-        self.nesting, sketches = query.nesting, query.sketches
-        self.plates = kept_plates(sketches, self.nesting, subsampling=False)
+        self.smc, self.retained = smc, retained
+        self.query = Query(smc.model, smc.guide, args, kwargs, smc.max_plate_nesting)
+        sketches = self.query.sketches
+        self.plates = kept_plates(sketches, self.query.nesting, subsampling=False)
         self.texts = {name for name, node in programs.latents(sketches[0]).items() if is_grown(node)}
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
@@ -75,7 +75,7 @@ class State:
         while True:
             self.moved = False
             pause = self._pause if self.smc.guide is None else None
-            proposal, site = self._advance(self.smc.guide or self.smc.model, texts_only=True, pause=pause)
+            proposal, site = self._advance(self.query.proposal, texts_only=True, pause=pause)
             if self.moved:
                 continue
             self.proposal, target, met = proposal, proposal, site
@@ -129,11 +129,9 @@ class State:
         pause: Pause | None = None,
     ) -> tuple[Trace, Node | None]:
         return advance(
+            self.query,
             program,
-            self.args,
-            self.kwargs,
             self.values | dict(more or {}),
-            nesting=self.nesting,
             particles=self.smc.num_particles,
             texts_only=texts_only,
             retained=self.retained if texts_only else None,
@@ -225,10 +223,10 @@ class State:
         subsampled = any(f.full_size not in (None, f.size) for node in nodes for f in node["cond_indep_stack"])
         if self.retained is not None and subsampled:
             raise ValueError("model: a plate is subsampled; run it in full, so that the exact sample is of these data")
-        if kept_plates([self.target, self.proposal], self.nesting, subsampling=False) != self.plates:
+        if kept_plates([self.target, self.proposal], self.query.nesting, subsampling=False) != self.plates:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
         weighted = Weighted(self.log_weights, self.values, self.target, self.proposal, self.plates)
-        check_axes(self.smc.model, self.args, self.kwargs, weighted)
+        check_axes(self.query, weighted)
 
 
 def _mismatch(site: Node | None, met: Node | None, target: Trace) -> str:
