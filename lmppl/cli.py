@@ -432,8 +432,9 @@ def _matching(experiment: Experiment, gflownet: Algorithm) -> Match:
     from .inference.algorithm import sized
     from .inference.compare.compare import PILOTS, Meter, particles_within
 
-    n, meter = gflownet.num_particles, Meter([experiment.lm.network])  # type: ignore[attr-defined]
-    tokens = meter(lambda: gflownet.run(*experiment.test))[1] / len(experiment.test[0])
+    meter = Meter([experiment.lm.network])
+    answer, spent, _ = meter(lambda: gflownet.run(*experiment.test))
+    n, tokens = answer.num_particles, spent / len(experiment.test[0])
 
     def match(algorithm: Algorithm, own: Experiment) -> Algorithm:
         meter.watch([own.lm.network])
