@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from lmppl.engine import prompts
+from lmppl.engine.tuning import TUNING
 from lmppl.files import replacing, write
 from lmppl.inference import (
     SMC,
@@ -126,7 +126,7 @@ def _quiet() -> None:
     import transformers
 
     torch.set_num_threads(1)
-    prompts.CAPACITY = 0  # every method pays for the prompts that it reads, at every step
+    TUNING.prompt_tokens = 0  # every method pays for the prompts that it reads, at every step
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

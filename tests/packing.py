@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from lmppl import LanguageModel, text
-from lmppl.engine import scoring
 from lmppl.engine.scoring import score
+from lmppl.engine.tuning import TUNING
 from lmppl.text import PAD
 
 V = 6
@@ -34,12 +34,12 @@ def scored(lm: LanguageModel, context: torch.Tensor, value: torch.Tensor) -> tor
 @contextmanager
 def packing(always: bool):
     """Pack whenever a tree is there at all, or never."""
-    before = scoring._WORTHWHILE
-    scoring._WORTHWHILE = 1e9 if always else -1.0
+    before = TUNING.worthwhile
+    TUNING.worthwhile = 1e9 if always else -1.0
     try:
         yield
     finally:
-        scoring._WORTHWHILE = before
+        TUNING.worthwhile = before
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor
 from lmppl import LanguageModel
 from lmppl.constraints import PrefixConstraint, regex
 from lmppl.constraints.masks import keeps
-from lmppl.distributions import Completion, rules
+from lmppl.distributions import Completion
+from lmppl.engine.tuning import TUNING
 from lmppl.inference import SMC, Enumeration, Importance
 from lmppl.text import PAD, length, pad
 
@@ -38,7 +39,7 @@ def test_a_draw_among_few_tokens_is_that_draw_among_all(allowed, stop, broader, 
     text = Completion(lm, torch.tensor([4, 5]), max_tokens=4, min_tokens=least, stop=stop, allowed=allowed)
     drawn = []
     for few in (0.0, 2.0):
-        monkeypatch.setattr(rules, "_FEW", few)
+        monkeypatch.setattr(TUNING, "few_permitted", few)
         torch.manual_seed(0)
         drawn.append(text.broadened(**broader).sample_and_log_prob((50,)))
     (z, log_p), (other, log_other) = drawn

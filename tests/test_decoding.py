@@ -14,11 +14,11 @@ from tiny import ARCHITECTURES, tiny_lm
 from transformers import DynamicCache
 
 from lmppl.distributions import Completion, NextToken, token_steps
-from lmppl.engine import decoding, room
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import Recomputing, decoder
 from lmppl.engine.scoring import score, supports_trees
 from lmppl.engine.shared_prompts import SharedPrompts
+from lmppl.engine.tuning import TUNING
 from lmppl.text import PAD
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -31,11 +31,11 @@ def test_a_cache_with_room_is_a_cache(arch, monkeypatch):
     """The same logits with reorderings in between; and within the room, keys stay where they are."""
     lm = tiny_lm(arch, vocab=V)
     decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))  # the trial is over
-    monkeypatch.setattr(room, "ROOM", 3)
+    monkeypatch.setattr(TUNING, "room", 3)
     contexts, index = torch.tensor([[2, 3, 4, 5], [5, 3, PAD, PAD]]), torch.tensor([0, 1, 1])
     found, places = [], []
     for few in (0, 1000):
-        monkeypatch.setattr(room, "FEW", few)
+        monkeypatch.setattr(TUNING, "sooner_copied", few)
         steps = Decoder(lm, contexts, index)
         logits = []
         for t in range(9):
@@ -112,7 +112,7 @@ def test_rows_are_drawn_a_few_at_a_time(allowed, monkeypatch):
 
     monkeypatch.setattr(token_steps, "_drawn", counting)
     for most in (2**25, 7 * V):
-        monkeypatch.setattr(token_steps, "LOGITS_AT_ONCE", most)
+        monkeypatch.setattr(TUNING, "logits_at_once", most)
         monkeypatch.setattr(token_steps, "fitting", lambda lm, floats, most: most)
         for d in (
             Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=limits, temperature=temperature, allowed=allowed),
@@ -157,7 +157,7 @@ def test_a_prompt_of_many_rows_is_kept_once(monkeypatch):
     lm = tiny_lm(vocab=V)
     contexts, index = torch.tensor([[2, 3, 4, 5], [5, 3, PAD, PAD]]), torch.tensor([0, 1, 1, 0, 0])
     decoder(lm, contexts, index)
-    monkeypatch.setattr(decoding, "_REPEATED", 12)
+    monkeypatch.setattr(TUNING, "repeated", 12)
     shared, apart = Decoder(lm, contexts, index), Decoder(lm, contexts, index[:-1])
     assert shared.prompts is not None and apart.prompts is None  # 12 tokens repeated, and 8
     shared.select(torch.arange(4))

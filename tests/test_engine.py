@@ -14,10 +14,11 @@ from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine import chunks, scoring, unembedding
+from lmppl.engine import scoring, unembedding
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import decoder
 from lmppl.engine.scoring import supports_trees
+from lmppl.engine.tuning import TUNING
 from lmppl.text import PAD
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -275,8 +276,8 @@ def test_reading_in_parts_is_reading_at_once(dtype, tolerance, packed, monkeypat
     for view in (lm, lm.with_adapter(config), lm.with_adapter(config)):
         found = {}
         for fewest in (24, 2**20):
-            monkeypatch.setattr(chunks, "_CACHE", 0)
-            monkeypatch.setattr(chunks, "_FEWEST", fewest)
+            monkeypatch.setattr(TUNING, "cache", 0)
+            monkeypatch.setattr(TUNING, "fewest", fewest)
             with packing(packed), spied(lm) as sizes:
                 with torch.no_grad():
                     frozen = scored(view, context, y)
@@ -292,8 +293,8 @@ def test_logits_in_parts_are_logits_at_once(monkeypatch):
     lm = tiny_lm("llama", vocab=V)
     context = stopped_prefixes(torch.tensor([2, 3, 4]), torch.randint(1, V, (6, 2, 5)))
     y = torch.tensor([3, 2, 0])
-    monkeypatch.setattr(scoring, "_MANY_LOGITS", 0)
-    monkeypatch.setattr(chunks, "_CACHE", 0)
+    monkeypatch.setattr(TUNING, "many_logits", 0)
+    monkeypatch.setattr(TUNING, "cache", 0)
     found = []
     with torch.no_grad():
         for fewest in (10, 2**20):

@@ -14,6 +14,7 @@ from tiny import tiny_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
+from lmppl.engine.tuning import TUNING
 from lmppl.inference import Enumeration
 from lmppl.inference.enumeration import token_tree
 
@@ -103,8 +104,8 @@ def test_too_many_nodes_to_hold(monkeypatch):
     lm = LMS[0]
     x, y = lm.encode("a"), lm.encode(Y, stop="eos")
     truth = Enumeration(infilling(lm, x, y)).run().log_evidence
-    monkeypatch.setattr(token_tree, "CAPACITY", 1)
-    monkeypatch.setattr(token_tree, "BATCH", 2)
+    monkeypatch.setattr(TUNING, "waiting", 1)
+    monkeypatch.setattr(TUNING, "nodes", 2)
     for mass in (0.9, 1.0):
         found = Enumeration(infilling(lm, x, y), mass=mass, max_support=3).run()
         assert len(found.log_weights) == 3

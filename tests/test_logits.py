@@ -19,6 +19,7 @@ from lmppl import LanguageModel, text
 from lmppl.distributions import Completion, NextToken
 from lmppl.distributions.rules import selected_log_softmax
 from lmppl.engine import scoring, unembedding
+from lmppl.engine.tuning import TUNING
 from lmppl.inference import SMC, Enumeration, Importance
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -45,8 +46,8 @@ class Largest(TorchDispatchMode):
 @contextmanager
 def split(always: bool, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as m:
-        m.setattr(scoring, "_MANY_LOGITS", 0 if always else 10**12)
-        m.setattr(unembedding, "LOGITS_AT_ONCE", BUDGET)
+        m.setattr(TUNING, "many_logits", 0 if always else 10**12)
+        m.setattr(TUNING, "logits_at_once", BUDGET)
         yield
 
 

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.engine import chunks, scoring, unembedding
+from lmppl.engine import scoring, unembedding
+from lmppl.engine.tuning import TUNING
 
 V, BUDGET = 6, 60
 PROMPT = torch.tensor([[2, 3, 4], [4, 5, text.PAD]])
@@ -67,8 +68,8 @@ def test_parts_computed_again_give_the_gradient_of_the_whole(packed, head, layer
     views = three_views()
     lm = views[-1]
     if head == "in chunks":
-        monkeypatch.setattr(scoring, "_MANY_LOGITS", 0)
-        monkeypatch.setattr(unembedding, "LOGITS_AT_ONCE", 10 * V)
+        monkeypatch.setattr(TUNING, "many_logits", 0)
+        monkeypatch.setattr(TUNING, "logits_at_once", 10 * V)
     lm.network.facts["split_head"] = head != "inseparable"
     with packing(packed):
         expected = gradients(views)
@@ -168,10 +169,9 @@ def test_logits_of_all_cache_sized_parts_together_are_bounded(tmp_path, monkeypa
     lm.model.resize_token_embeddings(2048, mean_resizing=False)
     view = adapter(LanguageModel(type(lm.model)(lm.model.config), lm.tokenizer), 0)
     d = Completion(view, PROMPT[:1], max_tokens=4, min_tokens=4)
-    monkeypatch.setattr(chunks, "_CACHE", 0)
-    monkeypatch.setattr(chunks, "_FEWEST", 24)
-    for module in (scoring, unembedding):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**16)
+    monkeypatch.setattr(TUNING, "cache", 0)
+    monkeypatch.setattr(TUNING, "fewest", 24)
+    monkeypatch.setattr(TUNING, "logits_at_once", 2**16)
     z = d.sample((64,))  # 5 x 64 positions of 2,048 words have 10 times as many
 
     def step() -> None:
@@ -180,5 +180,5 @@ def test_logits_of_all_cache_sized_parts_together_are_bounded(tmp_path, monkeypa
 
     step()
     bounded = peak(step, tmp_path / "trace.json")
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 2**30)
+    monkeypatch.setattr(TUNING, "logits_at_once", 2**30)
     assert peak(step, tmp_path / "trace.json") - bounded > 4 * (5 * 64 * 2048 - 2**17)

@@ -21,10 +21,9 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import text
 from ..constraints import Constraint, allowed_at
+from ..engine.tuning import TUNING
 from ..stop_strings import Stops, StopStrings
 from .insertions import Insertions
-
-_FEW = 0.7  # of the vocabulary: with fewer permitted, they are sooner taken out than the others barred
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Rules:
             if barred is not None:
                 barrier = torch.zeros(barred.shape, device=barred.device).masked_fill_(barred, -torch.inf)
                 tokens = (~barred.flatten()).nonzero()[:, 0]
-                if dead is None and self.insertions is None and len(tokens) < _FEW * self.vocab_size:
+                if dead is None and self.insertions is None and len(tokens) < TUNING.few_permitted * self.vocab_size:
                     few = replace(self, stop=self.stop[:0], strings=None, allowed=None, vocab_size=len(tokens)), tokens
             self._cases[case] = barrier, dead, few
         return self._cases[case]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import text
 from ..engine.chunks import fitting
 from ..engine.recomputing import decoder
-from ..engine.unembedding import LOGITS_AT_ONCE
+from ..engine.tuning import TUNING
 from ..language_model import LanguageModel
 from .rules import Rules
 
@@ -91,7 +91,7 @@ class TokenSteps:
     def _in_parts(self, compute: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> list[Tensor]:
         """``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, on no more rows at once than fit."""
         logits = self._logits()
-        at_once = fitting(self.lm, logits.shape[1], max(1, LOGITS_AT_ONCE // logits.shape[1]))
+        at_once = fitting(self.lm, logits.shape[1], max(1, TUNING.logits_at_once // logits.shape[1]))
         if len(logits) <= at_once:
             return list(compute(self.rules, logits, self.prefix, *each))
         rows = torch.arange(len(logits), device=logits.device)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from ..language_model import LanguageModel
-
-_CACHE = 2**20  # floats: about what a processor core's caches hold
-_FEWEST = 256  # tokens that are worth reading the weights for
+from .tuning import TUNING
 
 
 def fitting(lm: LanguageModel, floats: int, most: int) -> int:
@@ -15,7 +13,7 @@ def fitting(lm: LanguageModel, floats: int, most: int) -> int:
     """
     if lm.device.type != "cpu" or is_sharded(lm):  # processes that share weights must make the same passes
         return most
-    return min(most, max(_FEWEST, _CACHE // floats))
+    return min(most, max(TUNING.fewest, TUNING.cache // floats))
 
 
 def is_sharded(lm: LanguageModel) -> bool:

@@ -16,8 +16,7 @@ from .room import make_room
 from .scoring import chunk_rows, supports_trees, with_bos
 from .shared_prompts import SharedPrompts, behind
 from .trials import agree, precise, verified
-
-_REPEATED = 1024  # tokens of a prompt that would be repeated: from here on it pays to share them
+from .tuning import TUNING
 
 
 class Decoder:
@@ -56,7 +55,7 @@ class Decoder:
         self.prompts: SharedPrompts | None = None
         self.mask = None
         if share is None:
-            share = (len(index) - len(contexts)) * width >= _REPEATED and shares_prompts(lm)
+            share = (len(index) - len(contexts)) * width >= TUNING.repeated and shares_prompts(lm)
         if share:
             self.prompts, self.cache = SharedPrompts(self.cache, index, mask), DynamicCache()
             return

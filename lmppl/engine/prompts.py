@@ -21,10 +21,7 @@ from ..adapters import Lock, Network
 from ..language_model import LanguageModel
 from .chunks import is_sharded
 from .trials import agree, verified
-
-CAPACITY = 16_384  # tokens
-_MOST_ROWS = 64  # more distinct prompts than that are texts that grow, not prompts
-_SLACK = 4  # tokens that are sooner read again than kept a second time
+from .tuning import TUNING
 
 Ids = tuple[int, ...]
 Layers = list[tuple[Tensor, Tensor]]  # keys and values (H, A, D) of each layer
@@ -41,7 +38,7 @@ class Prompts:
     """What one network has read; least recently used prompts go first."""
 
     def __init__(self, lock: Lock) -> None:
-        self.capacity = CAPACITY  # 0: nothing is kept
+        self.capacity = TUNING.prompt_tokens  # 0: nothing is kept
         self._lock = lock  # the network's
         self._kept: OrderedDict[Ids, Layers] = OrderedDict()
         self._state: tuple[object, list[Tensor]] | None = None
@@ -72,13 +69,15 @@ class Prompts:
             return self._past(lm, rows, end, exactly)
 
     def _past(self, lm: LanguageModel, rows: Tensor, end: Tensor, exactly: bool) -> Past | None:
-        if not self.capacity or len(rows) > _MOST_ROWS or not int(end.max()) or int(end.sum()) > self.capacity:
+        if not self.capacity or len(rows) > TUNING.most_prompts or not int(end.max()) or int(end.sum()) > self.capacity:
             return None
         if not self._current(lm):
             self.forget()
         wanted = [tuple(r[:n]) for r, n in zip(rows.tolist(), end.tolist(), strict=True)]
         lengths = sorted({len(k) for k in self._kept}, reverse=True)
-        found = [self._longest(ids, [n for n in lengths if n <= len(ids)], 0 if exactly else _SLACK) for ids in wanted]
+        found = [
+            self._longest(ids, [n for n in lengths if n <= len(ids)], 0 if exactly else TUNING.slack) for ids in wanted
+        ]
         self._read(lm, [ids for ids, known in zip(wanted, found, strict=True) if known is None])
         layers = []
         for ids, known in zip(wanted, found, strict=True):

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 32  # tokens
-FEW = 32  # tokens that are sooner copied
+from .tuning import TUNING
 
 
 class Roomy(DynamicLayer):
@@ -25,11 +24,11 @@ class Roomy(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         before = self.keys.shape[-2]
-        if before < FEW:
+        if before < TUNING.sooner_copied:
             return super().update(key_states, value_states)
         after = before + key_states.shape[-2]
         if not self._space or after > self._space[0].shape[-2]:
-            self._space = [pad(x, (0, 0, 0, after - before + ROOM)) for x in (self.keys, self.values)]
+            self._space = [pad(x, (0, 0, 0, after - before + TUNING.room)) for x in (self.keys, self.values)]
         for space, new in zip(self._space, (key_states, value_states), strict=True):
             space[..., before:after, :] = new
         self.keys, self.values = (space[..., :after, :] for space in self._space)

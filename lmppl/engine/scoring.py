@@ -24,16 +24,12 @@ from .chunks import fitting
 from .packing import Run, Tree
 from .tree_attention import windows_seen
 from .trials import agree, precise, verified
-from .unembedding import LOGITS_AT_ONCE, hidden_states, splits, unembed_each
+from .tuning import TUNING
+from .unembedding import hidden_states, splits, unembed_each
 from .views import by_length
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
-
-_LOGIT_BUDGET = 2**28  # floats of logits alive at once
-_MANY_LOGITS = 2**20  # floats of logits from which on it pays to compute only those that are wanted
-_REPEATED = 8  # split where this many tokens go through for each that a part reads again
-_WORTHWHILE = 0.75  # pack when it sends at most this share of the tokens through the network
 
 
 def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
@@ -57,7 +53,7 @@ def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
 
 def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:
     """How many rows of ``tokens_per_row`` tokens fit the token budget."""
-    budget = min(lm.token_budget, _LOGIT_BUDGET // lm.vocab_size)
+    budget = min(lm.token_budget, TUNING.logit_budget // lm.vocab_size)
     return max(1, budget // max(1, tokens_per_row))
 
 
@@ -176,10 +172,10 @@ def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: _Asked) -> It
     at, wanted = at[results], asked.wanted[results]
     readings = _readings(lm, tokens, at, wanted, asked.length[results])
     cost = sum(reading.cost for reading in readings)
-    split = cost * lm.vocab_size > _MANY_LOGITS and splits(lm)
+    split = cost * lm.vocab_size > TUNING.many_logits and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
     if any(reading.tree is not None for reading in readings):
-        most = min(most, max(_fitting(lm), _REPEATED * sum(reading.repeated for reading in readings)))
+        most = min(most, max(_fitting(lm), TUNING.read_again * sum(reading.repeated for reading in readings)))
     if cost > most and grid.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
@@ -224,7 +220,7 @@ def _readings(lm: LanguageModel, tokens: Tensor, at: Tensor, wanted: Tensor, len
         seen = tokens[..., :end]
         plain = len(at.unique()) * end
         tree = Tree(seen) if tokens.shape[0] * tokens.shape[1] > 1 else None
-        if tree is not None and tree.cost <= _WORTHWHILE * plain and supports_trees(lm):
+        if tree is not None and tree.cost <= TUNING.worthwhile * plain and supports_trees(lm):
             first = wanted.new_full((tokens.shape[2],), end - 1)
             tree.recall(view, first.scatter_reduce(0, at % tokens.shape[2], wanted[:, 0], "amin"))
         else:
@@ -244,7 +240,7 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
     for part in reversed(parts):
         tokens, logits = tokens + part.cost, logits + part.wanted.numel() * lm.vocab_size
         again = tokens > budget
-        if found and (again or logits > LOGITS_AT_ONCE):
+        if found and (again or logits > TUNING.logits_at_once):
             part = replace(part, split=splits(lm), again=again, logits_again=True)
         found.append(part)
     return found[::-1]
@@ -260,7 +256,7 @@ def _scores(lm: LanguageModel, part: _Part, head: Head) -> Tensor:
 
     def whole(tokens: Tensor, wanted: Tensor) -> Tensor:
         logits, index = part.read(_logits, tokens, wanted)
-        number = -(-index.numel() * lm.vocab_size // _LOGIT_BUDGET)  # many rows may be read as few
+        number = -(-index.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few
         chunks = zip(index.tensor_split(number), part.rows.tensor_split(number), strict=True)
         return torch.cat([head(precise(logits[i]), rows) for i, rows in chunks])
 

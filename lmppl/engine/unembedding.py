@@ -17,9 +17,7 @@ from ..language_model import LanguageModel
 from .again import again
 from .chunks import fitting
 from .trials import agree, precise, verified
-
-LOGITS_AT_ONCE = 2**25  # floats
-_DISTINCT = 0.75  # below this share of distinct positions it pays to compute each once and copy
+from .tuning import TUNING
 
 
 def decoder(model: Any) -> nn.Module:
@@ -62,11 +60,11 @@ def unembed_each(
 
     def part(states: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         wanted, inverse = torch.unique(index, return_inverse=True)
-        if len(wanted) < _DISTINCT * index.numel() or index.numel() > len(states):
+        if len(wanted) < TUNING.distinct * index.numel() or index.numel() > len(states):
             return head(precise(unembed(lm, states[wanted]))[inverse], rows)
         return head(precise(unembed(lm, states[index.flatten()])).unflatten(0, index.shape), rows)
 
-    most = LOGITS_AT_ONCE // lm.vocab_size
+    most = TUNING.logits_at_once // lm.vocab_size
     if not torch.is_grad_enabled():
         most = fitting(lm, lm.vocab_size, most)
     number = -(-len(rows) // max(1, most // index.shape[1]))

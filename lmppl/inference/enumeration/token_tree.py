@@ -18,13 +18,8 @@ from ... import text
 from ...distributions import Completion
 from ...distributions.arguments import refuse_nan
 from ...engine.scoring import score, with_bos
+from ...engine.tuning import TUNING
 from ..sites import Site, lm_of
-
-BATCH = 4096  # nodes expanded at once in one tree
-EXPANSIONS = 10_000  # nodes that a tree may expand, or 8 times the support asked for where that is more
-CAPACITY = 2**20  # nodes waiting at once, all trees together
-CHILDREN = 2**23  # children looked at at once
-POOLED = 256  # trees with fewer nodes than this between them share one pass
 
 
 class Texts(NamedTuple):
@@ -79,7 +74,7 @@ class Tree:
     ) -> None:
         self.network, self.log_root, self.cell, self.cells = network, log_root, cell, cells
         self.allowance, self.max_support = allowance, max_support
-        self.capacity = max(4 * max_support, CAPACITY // cells)
+        self.capacity = max(4 * max_support, TUNING.waiting // cells)
         # Nodes below the floor are not kept, only their mass.  Lowered if that mass turns out to be needed.
         self.floor = math.log(allowance) - math.log(2**20) if allowance > 0 else -math.inf
         self.capped = False
@@ -120,7 +115,7 @@ class Tree:
             needed = max(int((beyond > 0.5 * self.allowance).sum()), 64)
         else:
             needed = max(self.max_support // 4, 64)
-        n = min(needed, BATCH, len(order))
+        n = min(needed, TUNING.nodes, len(order))
         nodes = Growth(*(x[order[:n]] for x in self.waiting))
         self.waiting = Growth(*(x[order[n:]] for x in self.waiting))
         return nodes
@@ -145,7 +140,7 @@ class Tree:
         over = self.network.is_over(self.row[growth.parent], growth.token, depth, state)
         self.done.append(Growth(*(x[over] for x in growth)))
         self.waiting = Growth(*(torch.cat([a, b[~over]]) for a, b in zip(self.waiting, growth, strict=True)))
-        self.full = self.expanded > max(8 * self.max_support, EXPANSIONS)
+        self.full = self.expanded > max(8 * self.max_support, TUNING.expansions)
         if len(self.waiting.log_p) > self.capacity:
             self._forget()
         elif self.pruned > 0.25 * self.allowance > 0 and not self.capped:
@@ -221,10 +216,12 @@ class Next:
         log_p = torch.cat([nodes.log_p for nodes in batches])
         floor = torch.cat([log_p.new_full((n,), tree.floor) for n, tree in zip(sizes, trees, strict=True)])
         # A pass over one tree's nodes shares its prompt; a few nodes are cheaper all together.
-        groups = [len(row)] if len(row) <= POOLED else sizes
+        groups = [len(row)] if len(row) <= TUNING.pooled else sizes
         found, lost, first = [], torch.zeros_like(log_p), 0
         for size in groups:
-            for at in torch.arange(first, first + size, device=row.device).split(max(1, CHILDREN // self.vocab_size)):
+            for at in torch.arange(first, first + size, device=row.device).split(
+                max(1, TUNING.children // self.vocab_size)
+            ):
                 children = log_p[at, None] + self.log_probs(row[at], prefix[at], depth[at])  # (n, V)
                 keep = children >= floor[at, None]
                 keep &= children > -torch.inf

@@ -1,0 +1,39 @@
+"""Numbers that decide how work is cut up, and never what comes out: in one place, where tests set them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Tuning:
+    """Tokens, rows and floats from which on, or up to which, one way is faster than another, or fits."""
+
+    # How much at once
+    cache: int = 2**20  # floats: about what a processor core's caches hold
+    fewest: int = 256  # tokens that are worth reading the weights for
+    logits_at_once: int = 2**25  # floats of logits that are formed together
+    logit_budget: int = 2**28  # floats of logits alive at once
+    many_logits: int = 2**20  # floats of logits from which on only those that are wanted are formed
+    distinct: float = 0.75  # below this share of distinct positions each is computed once and copied
+    # Packing
+    worthwhile: float = 0.75  # rows are packed where it sends at most this share of the tokens through the network
+    read_again: int = 8  # a pass is split where this many tokens go through for each that a part reads again
+    # Kept prompts
+    prompt_tokens: int = 16_384  # tokens whose keys and values are kept
+    most_prompts: int = 64  # more distinct prompts than that are texts that grow, not prompts
+    slack: int = 4  # tokens that are sooner read again than kept a second time
+    repeated: int = 1024  # tokens of a prompt that would be repeated, from which on it is shared
+    # Growing texts
+    room: int = 32  # tokens that a cache has room for before it is copied
+    sooner_copied: int = 32  # tokens that are sooner copied than given room
+    few_permitted: float = 0.7  # of the vocabulary: with fewer, they are sooner taken out than the others barred
+    # Enumeration
+    nodes: int = 4096  # expanded at once in one tree
+    expansions: int = 10_000  # that a tree may make, or 8 times the support asked for where that is more
+    waiting: int = 2**20  # nodes waiting at once, all trees together
+    children: int = 2**23  # looked at at once
+    pooled: int = 256  # trees with fewer nodes than this between them share one pass
+
+
+TUNING = Tuning()
