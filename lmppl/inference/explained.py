@@ -65,10 +65,14 @@ def _factor(error: Exception) -> str | None:
     while at is not None:
         if at.tb_frame.f_code is pyro.factor.__code__:
             name, given = (at.tb_frame.f_locals[key] for key in ("name", "log_factor"))
-            if isinstance(given, Tensor):
-                given = "NaN for some particles" if bool(given.isnan().any()) else f"a tensor of {given.dtype}"
-            else:
+            if not isinstance(given, Tensor):
                 given = repr(given)
+            elif given.is_complex():
+                given = f"a tensor of {given.dtype}"
+            elif bool(given.isnan().any()):
+                given = "NaN for some particles"
+            else:  # it is none of the factor's
+                return None
             return f"site {name!r}: a factor is a log-probability, a tensor of numbers or -inf, and this one is {given}"
         at = at.tb_next
     return None
