@@ -267,6 +267,21 @@ def test_against_log_z_the_expected_gradient_is_that_of_the_divergence(name):
     assert expected.abs().max() > 1e-2 and (found - expected).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("name", ["squared", "forward_kl", "chi_square", "hellinger"])
+def test_at_the_best_c_the_alpha_divergences_are_descended_but_for_a_factor(name):
+    """E_q r^alpha times the gradient of the spread under q, = grad D_f: at alpha = 1 the best c is log Z itself."""
+    p, d, logits = posterior(0), DIVERGENCES[name], posterior(4).requires_grad_()
+    log_q = logits.log_softmax(0)
+    q, u = log_q.detach().exp(), p + LOG_Z - log_q
+    (found,) = torch.autograd.grad(d.spread(u, q), logits, retain_graph=True)
+    alpha = d.alpha if isinstance(d, AlphaDivergence) else 0.0
+    factor = (q * (alpha * (p - log_q.detach())).exp()).sum()
+    (expected,) = torch.autograd.grad((log_q.exp() * d.f((p - log_q).exp())).sum(), logits)
+    assert (factor * found - expected).abs().max() < 1e-12 and expected.abs().max() > 1e-2
+    if name == "forward_kl":
+        assert d.fit(u, q).item() == pytest.approx(LOG_Z, rel=1e-12)
+
+
 @every_divergence
 @every_balance
 def test_descent_from_anywhere_ends_at_the_posterior(balance, name):

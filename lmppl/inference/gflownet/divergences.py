@@ -14,7 +14,9 @@ samples not differentiated, on-policy,
 since constants times :math:`\nabla \log q` vanish in expectation.  On samples from anywhere else g is a loss still,
 zero where u = c.  Without log Z there is the c that fits the samples best: the loss is then
 :math:`\min_c \sum_n w_n g(u_n - c) / \sum_n w_n`, which does not change where u does by a constant.  At the minimum
-:math:`\sum_n w_n g'(u_n - c) = 0`, so that no gradient through c is needed.
+:math:`\sum_n w_n g'(u_n - c) = 0`, so that no gradient through c is needed.  On-policy, with ever more samples, that
+descends :math:`D_f` still, but for a positive factor, if g is squared or of the alpha family; of the others c is log Z
+only near balance, and far from it what is descended is no :math:`D_f`.
 
 Every g but |x| has g''(0) = 2: near balance all of them are the squared loss.
 
