@@ -121,9 +121,10 @@ def row(name: str, given: bool) -> list[str]:
         values = [f[key] for f in found]
         return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({exact[key]:.2f})"
 
-    modes = " ".join(str(int(f["modes"])) for f in found)
-    return [f"`{name}`, log Z given" if given else f"`{name}`", *map(shown, ("KL(p, q)", "KL(q, p)", "TV")), f"{modes} ({int(exact['modes'])})",
-            *map(shown, ("left", "between", "scale")), f"{noise(name, given):.1f}"]  # fmt: skip
+    kept = " ".join(str(int(f["modes"])) for f in found) + f" ({int(exact['modes'])})"
+    label = f"`{name}`, log Z given" if given else f"`{name}`"
+    distances, masses = map(shown, ("KL(p, q)", "KL(q, p)", "TV")), map(shown, ("left", "between", "scale"))
+    return [label, *distances, kept, *masses, f"{noise(name, given):.1f}"]
 
 
 def main() -> None:
@@ -132,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = time.monotonic()
     rows = [row(name, given) for name in NAMES for given in ([False, True] if name in LOG_Z_GIVEN else [False])]
-    head = ["divergence", "KL(p, q)", "KL(q, p)", "TV", "modes", "mass left", "mass between", "sd of q", "noise"]
+    head = ["divergence", "KL(p, q)", "KL(q, p)", "TV", "modes of 2", "mass left", "mass between", "sd of q", "noise"]
     print(markdown(head, rows))
     p = figures(LOG_P)
     print(f"p: left {p['left']:.2f}, between {p['between']:.3f}, sd {p['scale']:.2f}")

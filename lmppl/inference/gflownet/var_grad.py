@@ -16,8 +16,8 @@ class VarGrad(Objective):
     .. math:: \mathcal L = \min_c \frac1N \sum_n g(u_n - c), \qquad \text{squared: } \frac1N \sum_n (u_n - \bar u)^2
 
     It is trajectory balance with the log Z that fits the batch best; on-policy its gradient is 2(N-1)/N times that of
-    REINFORCE with a leave-one-out baseline and the matched KL (Richter et al. 2020; Zhang et al. 2023).  The
-    alpha-divergences are descended likewise, but for a factor and a bias of order 1/N; of the others the best c is log Z
+    REINFORCE with a leave-one-out baseline and the matched KL (Richter et al. 2020; Zhang et al. 2023).  With an
+    alpha-divergence it descends that one, but for a factor and a bias of order 1/N; of the others the best c is log Z
     near balance only (docs/objectives.md).
     """
 
