@@ -307,7 +307,7 @@ def _train(
 
     def fixed_loss() -> Tensor:
         b = balance(model, guide, args, kwargs, weighted.guide, nesting, n, None)
-        return objective.reduce(objective.residual(b), b, False).mean()
+        return objective.reduce(objective.residual(b), b).mean()
 
     objective = VarGrad(num_particles=n, max_plate_nesting=nesting)
     try:

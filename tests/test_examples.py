@@ -39,3 +39,8 @@ def test_an_example_on_a_pretrained_model_runs(path, smollm2):
 def test_the_readme_shows_the_quickstart():
     readme = (ROOT / "README.md").read_text()
     assert f"```python\n{(ROOT / 'examples' / 'quickstart.py').read_text()}```" in readme
+
+
+def test_the_page_on_extending_shows_the_example():
+    page = (ROOT / "docs" / "extending.md").read_text()
+    assert f"```python\n{(ROOT / 'examples' / 'own_objective.py').read_text()}```" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyro
@@ -65,7 +66,7 @@ def test_linex_near_balance_and_far_from_it():
     def slope(u: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         u.requires_grad_()
         balance = SimpleNamespace(valid=torch.ones(u.shape, dtype=torch.bool), log_p=log_p)
-        loss = Linex().reduce(u, balance, False)
+        loss = Linex().reduce(u, balance)
         return loss.detach(), torch.autograd.grad(loss.sum(), u)[0]
 
     near = 1e-3 * torch.randn(1, 9, 4, generator=g, dtype=torch.float64)
@@ -271,8 +272,8 @@ def test_subtb_says_once_that_it_pools(lm, problem, caplog):
 class Unpooled(SubTB):
     """SubTB as published: pairs within one sample, whatever they identify."""
 
-    def reduce(self, u, balance, identified):
-        return super().reduce(u, balance, True)
+    def reduce(self, u, balance):
+        return super().reduce(u, replace(balance, identifies=True))
 
 
 def tabular(lm: LanguageModel, problem: str) -> tuple[Callable, list[Tensor], Callable[[], float]]:

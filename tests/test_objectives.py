@@ -15,7 +15,16 @@ from reference import Law, Plain, tokens
 from torch import Tensor
 
 from lmppl.distributions import Completion
-from lmppl.inference.gflownet import DetailedBalance, Linex, Objective, PooledVarGrad, SubTB, Tempered, VarGrad
+from lmppl.inference.gflownet import (
+    AlphaDivergence,
+    DetailedBalance,
+    Linex,
+    Objective,
+    PooledVarGrad,
+    SubTB,
+    Tempered,
+    VarGrad,
+)
 from lmppl.text import PAD
 
 # One contract for every objective -------------------------------------------------------------------------------------
@@ -246,6 +255,37 @@ class TestLinex(ObjectiveContract):
         every = torch.stack(list(u.values()))
         log_z = every.exp().mean().log().detach()
         return ((every - log_z).exp() - (every - log_z) - 1).mean()
+
+
+class TestVarGradByChiSquare(ObjectiveContract):
+    def make(self, **kwargs):
+        return VarGrad(divergence="chi_square", **kwargs)
+
+    def by_double_loop(self, u, stop, identified):
+        every = torch.stack(list(u.values()))
+        t = every - (2 * every).exp().mean().log().detach() / 2
+        return (((2 * t).exp() - 1) / 2 - t).mean()
+
+
+class TestDetailedBalanceByAnAlpha(ObjectiveContract):
+    """At alpha = 1/4 the floor of 50 nats is within reach of the exponential."""
+
+    def make(self, **kwargs):
+        return DetailedBalance(divergence=AlphaDivergence(0.25), **kwargs)
+
+    def by_double_loop(self, u, stop, identified):
+        def g(x: Tensor) -> Tensor:
+            return 32 * ((x / 4).exp() - x / 4 - 1)
+
+        losses, ends = [], []
+        for n in {n for n, _ in u}:
+            lengths = sorted(t for m, t in u if m == n)
+            steps = [u[n, j] - u[n, i] for i, j in pairwise_(lengths)]
+            losses.append(sum((g(x) + g(-x)) / 2 for x in steps) / len(steps) if steps else 0.0 * u[n, lengths[0]])
+            ends.append(u[n, lengths[-1]])
+        loss, every = sum(losses) / len(losses), torch.stack(ends)
+        c = 4 * (every / 4).exp().mean().log().detach()
+        return loss if identified else loss + g(every - c).mean()
 
 
 # Training -------------------------------------------------------------------------------------------------------------

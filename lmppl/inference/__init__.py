@@ -4,35 +4,14 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
+from . import gflownet
 from .autoguide import AutoGuide
 from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
 from .compare import Comparison, compare
 from .diagnose import Diagnosis, Finding, diagnose
 from .em import VariationalEM
 from .enumeration import Enumerated, Enumeration
-from .gflownet import (
-    DetailedBalance,
-    EpsilonUniform,
-    Exploration,
-    GFlowNet,
-    HardVarGrad,
-    Linex,
-    LocalSearch,
-    Mixture,
-    Objective,
-    OnPolicy,
-    PooledVarGrad,
-    Prior,
-    Proposal,
-    RelativeTrajectoryBalance,
-    Replay,
-    Searched,
-    Served,
-    SubTB,
-    Tempered,
-    TrajectoryBalance,
-    VarGrad,
-)
+from .gflownet import *  # noqa: F403 - objectives are listed in one place
 from .importance import Importance
 from .markov import Automaton, Markov
 from .metropolis import MarkovChains, MetropolisHastings
@@ -63,52 +42,31 @@ __all__ = [
     "AxesError",
     "Bounds",
     "Comparison",
-    "DetailedBalance",
     "Diagnosis",
     "Divergences",
     "Enumerated",
     "Enumeration",
-    "EpsilonUniform",
-    "Exploration",
     "Finding",
-    "GFlowNet",
-    "HardVarGrad",
     "Importance",
-    "Linex",
-    "LocalSearch",
     "Markov",
     "MarkovChains",
     "MetropolisHastings",
-    "Mixture",
-    "Objective",
-    "OnPolicy",
     "PolicyGradient",
-    "PooledVarGrad",
     "Posterior",
     "Prediction",
     "Predictive",
-    "Prior",
     "Prompting",
-    "Proposal",
-    "RelativeTrajectoryBalance",
-    "Replay",
     "Resampling",
     "ReweightedWakeSleep",
     "Sandwich",
-    "Searched",
     "Sequential",
-    "Served",
     "Sharded",
     "Simulated",
     "SiteMismatch",
     "StopTraining",
-    "SubTB",
     "SupervisedFineTuning",
     "Task",
-    "Tempered",
     "Trainer",
-    "TrajectoryBalance",
-    "VarGrad",
     "VariationalEM",
     "ZeroEvidence",
     "compare",
@@ -121,3 +79,4 @@ __all__ = [
     "simulate",
     "survivors",
 ]
+__all__ += gflownet.__all__

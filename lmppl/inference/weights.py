@@ -147,7 +147,7 @@ def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Balance:
-    """u over the stopped prefixes of one text site, the other sites held: what every objective is a variance of.
+    """u over the stopped prefixes of one text site, the other sites held: what every objective compares.
 
     All are (prefix, particle, *kept).  ``log_p`` is detached; gradients flow through ``log_q``.
     """
@@ -159,13 +159,19 @@ class Balance:
     stop: Tensor  # the guide's own probability of stopping there, detached; 1 where whole samples only are kept
     at: Tensor  # how many tokens the prefix has; 0 where whole samples only are kept
     last: Tensor  # the prefix is the whole sample
-    identifies: bool  # every latent is a text, and each sample keeps a terminable empty prefix
+    identifies: bool  # pairs within one sample do: every latent is a text, each sample keeps a terminable empty prefix
     guide: Trace = field(repr=False)
     plates: Plates = field(repr=False)
 
     @property
     def u(self) -> Tensor:
         return self.log_p - self.log_q
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the guide was called with."""
+        given = self.guide.nodes["_INPUT"]
+        return given["args"], given["kwargs"]
 
 
 def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -> Tensor:

@@ -1,6 +1,10 @@
-"""GFlowNet objectives, one a file, their exploration, and their trainer."""
+"""GFlowNet objectives, one a file, the divergences they compare by, their exploration, and their trainer.
+
+What is listed here is public in `lmppl.inference`.
+"""
 
 from .detailed_balance import DetailedBalance
+from .divergences import DIVERGENCES, AlphaDivergence, Divergence
 from .exploration import EpsilonUniform, Exploration, Mixture, OnPolicy, Prior, Proposal, Tempered
 from .hard_var_grad import HardVarGrad
 from .linex import Linex
@@ -15,7 +19,10 @@ from .trajectory_balance import RelativeTrajectoryBalance, TrajectoryBalance
 from .var_grad import PooledVarGrad, VarGrad
 
 __all__ = [
+    "AlphaDivergence",
+    "DIVERGENCES",
     "DetailedBalance",
+    "Divergence",
     "EpsilonUniform",
     "Exploration",
     "GFlowNet",

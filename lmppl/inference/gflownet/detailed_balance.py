@@ -6,37 +6,38 @@ import torch
 from torch import Tensor
 
 from ..weights import Balance
-from .objective import Objective
-from .var_grad import weighted_variance
+from .divergences import SQUARED, Divergence
+from .objective import Objective, among
 
 
 class DetailedBalance(Objective):
-    r"""Detailed balance: the mean square of the difference of u between *neighbouring* stopped prefixes of one sample.
+    r"""Detailed balance: *neighbouring* stopped prefixes of one sample against each other.
 
-    .. math:: \mathcal L = \frac1m \sum_i (u_{t_{i+1}} - u_{t_i})^2
+    .. math:: \mathcal L = \frac1m \sum_i s(u_{t_{i+1}} - u_{t_i})
 
-    over the m pairs of consecutive terminable prefixes that were kept; `SubTB` over two neighbours is the same thing.
-    With the state flow :math:`F(z_{1..t}) = R(z_{1..t}\,stop) / q(stop \mid z_{1..t})` this is
-    :math:`F(z_{1..t}) \, q(z_{t+1} \mid z_{1..t}) = F(z_{1..t+1})`, the detailed balance of forward-looking flows.
+    over the m pairs of consecutive terminable prefixes that were kept, s as in `SubTB`, squared x^2; `SubTB` over two
+    neighbours is the same thing.  With the state flow :math:`F(z_{1..t}) = R(z_{1..t}\,stop) / q(stop \mid z_{1..t})`
+    this is :math:`F(z_{1..t}) \, q(z_{t+1} \mid z_{1..t}) = F(z_{1..t+1})`, the detailed balance of forward-looking
+    flows.
 
     Like all pairs within one sample, neighbours identify the posterior only if every latent is a text whose *empty*
-    prefix can stop.  Elsewhere the variance of u over whole samples is added, which ties the samples together; a log
-    message says so once.
+    prefix can stop.  Elsewhere the loss of `VarGrad` is added, which ties whole samples together; a log message says so
+    once.
 
     Source: Bengio et al. 2023, "GFlowNet foundations"; Deleu et al. 2022 for states that can all stop.
     """
 
-    def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
-        loss = neighbours(u, balance.valid, balance.at).mean(0)
-        if identified:
+    def reduce(self, u: Tensor, balance: Balance) -> Tensor:
+        loss = neighbours(u, balance.valid, balance.at, self.divergence).mean(0)
+        if balance.identifies:
             return loss
-        self._say_once("pairs within one sample do not identify this posterior; adding the variance across samples")
-        return loss + weighted_variance(u, balance.last.to(u.dtype))
+        self._say_once("pairs within one sample do not identify this posterior; adding the loss across samples")
+        return loss + among(self.divergence, u, balance, balance.last.to(u.dtype))
 
 
-def neighbours(u: Tensor, valid: Tensor, at: Tensor) -> Tensor:
-    """The mean of (u_j - u_i)^2 over consecutive valid prefixes along axis 0, by length: (P, ...) -> (...)."""
+def neighbours(u: Tensor, valid: Tensor, at: Tensor, divergence: Divergence = SQUARED) -> Tensor:
+    """The mean of s(u_j - u_i) over consecutive valid prefixes along axis 0, by length: (P, ...) -> (...)."""
     order = at.masked_fill(~valid, torch.inf).argsort(0)
     u, valid = u.gather(0, order), valid.gather(0, order)
     pair = valid[1:] & valid[:-1]
-    return ((u[1:] - u[:-1]) ** 2 * pair).sum(0) / pair.sum(0).clamp(min=1)
+    return (divergence.pair(u[1:] - u[:-1]) * pair).sum(0) / pair.sum(0).clamp(min=1)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .. import distributed
 from ..weights import Balance
-from .linex import Linex
+from .divergences import LINEX
+from .objective import among
 from .var_grad import VarGrad
 
 
@@ -21,13 +22,18 @@ class HardVarGrad(VarGrad):
     The two agree to second order near balance.  A squared loss pushes at what is impossible with all of ``floor`` nats,
     so that a guide learns that some text is possible and loses the others: in a trial on texts that match a pattern it
     ended, at a loss of 0.08 and an ESS of 0.7, at a total variation of 0.74, `Linex` at 0.03 (docs/constrained.md).
+
+    :raises ValueError: for a divergence, which this objective chooses by the batch.
     """
 
     def __init__(self, **kwargs: Any):
+        if "divergence" in kwargs:
+            raise ValueError(
+                f"divergence: HardVarGrad chooses it by the batch, got {kwargs['divergence']!r}; take "
+                "VarGrad(divergence=...)"
+            )
         super().__init__(**kwargs)
-        self._linex = Linex(num_particles=self.num_particles)
 
-    def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
-        if distributed.everywhere(not bool((balance.valid & (balance.log_p == -float("inf"))).any())):
-            return super().reduce(u, balance, identified)
-        return 2 * self._linex.reduce(u, balance, identified)
+    def reduce(self, u: Tensor, balance: Balance) -> Tensor:
+        possible = distributed.everywhere(not bool((balance.valid & (balance.log_p == -float("inf"))).any()))
+        return among(self.divergence if possible else LINEX, u, balance, balance.valid.to(u.dtype))

@@ -1,15 +1,16 @@
-"""What every GFlowNet objective shares: draw from the guide, compute u, reduce it to a variance."""
+"""What every GFlowNet objective shares: draw from the guide, compute u, compare one u with another."""
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pyro.infer
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import distributed, programs
 from ..arguments import at_least, instance_of, is_number
@@ -19,6 +20,7 @@ from ..sites import is_terminable
 from ..training.schedules import Schedule, at, checked
 from ..validation import check_axes_once
 from ..weights import Balance, Weighted, balance, device_of, kept_plates
+from .divergences import Divergence, mean, named
 from .exploration import Exploration, OnPolicy, Source, Values
 
 log = logging.getLogger("lmppl")
@@ -27,8 +29,9 @@ log = logging.getLogger("lmppl")
 class Objective(pyro.infer.ELBO):
     r"""A loss that is zero, for every set of samples, if and only if the guide is the posterior.
 
-    With :math:`u(z) = \log p(z, observed) - \log q(z)`, each objective is a variance of u over a group of complete
-    traces of *one* observation: q is the posterior exactly where u is the same number, log Z, for every z.
+    With :math:`u(z) = \log p(z, observed) - \log q(z)`, q is the posterior exactly where u is the same number, log Z,
+    for every z.  An objective is a *balance* and a *divergence*: its class says which u of *one* observation are
+    compared (`reduce`), the divergence how.  Squared, it is a variance of u.
 
     Use it as the ``loss`` of `pyro.infer.SVI`, as a module ``objective(model, guide)`` whose call gives a
     differentiable loss, or in `GFlowNet`.
@@ -39,6 +42,8 @@ class Objective(pyro.infer.ELBO):
     :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`; a function of the step anneals it.
     :param floor: a reward of zero counts as this many nats below the group's largest.
     :param max_plate_nesting: guessed where infinite, as in Pyro.
+    :param divergence: how two u are compared: "squared", "forward_kl" or another name in `DIVERGENCES`, or a
+        `Divergence`.  Near balance all are the squared loss.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Objective(pyro.infer.ELBO):
         reward_temperature: Schedule = 1.0,
         floor: float = 50.0,
         max_plate_nesting: int | float = float("inf"),
+        divergence: Divergence | str = "squared",
     ):
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         at_least(self.least_particles, num_particles=num_particles)
@@ -62,6 +68,7 @@ class Objective(pyro.infer.ELBO):
         is_number("positive", lambda x: x > 0, floor=floor)
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
+        self.divergence = named(divergence)
         self.training_step = 0  # what schedules are asked about
         self.impossible = 0.0  # the largest share of reward zero among the draws of a step so far
         self._told: set[str] = set()
@@ -72,11 +79,21 @@ class Objective(pyro.infer.ELBO):
     max_plate_nesting: int | float
 
     @abstractmethod
-    def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
+    def reduce(self, u: Tensor, balance: Balance) -> Tensor:
         """The loss of one site, (*kept), from u (prefix, particle, *kept).
 
-        ``identified`` says whether pairs within one sample suffice: every latent is a text whose empty prefix is kept.
+        ``balance.identifies`` says whether pairs within one sample suffice: every latent, on every process, is a text
+        whose empty prefix is kept and possible.
         """
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the objective itself has to learn; most have nothing."""
+        return iter(())
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """`parameters` for a torch optimiser, with their options; `GFlowNet` adds them to its own."""
+        own = list(self.parameters())
+        return [{"params": own, "weight_decay": 0.0}] if own else []
 
     def draw(
         self,
@@ -138,7 +155,8 @@ class Objective(pyro.infer.ELBO):
         """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
         found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
-        losses = [self.reduce(self.residual(b), b, identified).mean() for b in found]
+        found = [replace(b, identifies=identified) for b in found]
+        losses = [self.reduce(self.residual(b), b).mean() for b in found]
         return torch.stack(losses).mean(), found
 
     def loss_and_balances(
@@ -157,7 +175,11 @@ class Objective(pyro.infer.ELBO):
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, its gradient added to the parameters (what `pyro.infer.SVI` calls)."""
+        """The loss as a number, its gradient added to the parameters (what `pyro.infer.SVI` calls).
+
+        SVI is shown the objective's own parameters, too.
+        """
+        programs.register("objective", self.parameters())
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -170,6 +192,30 @@ class Objective(pyro.infer.ELBO):
         if message not in self._told:
             self._told.add(message)
             log.warning("%s: %s", type(self).__name__, message)
+
+
+def among(divergence: Divergence, u: Tensor, balance: Balance, weight: Tensor) -> Tensor:
+    """The weighted mean of g(u - c) at the c that fits best, of u (prefix, particle, *kept): (*kept).
+
+    Where the divergence asks for at most the floor, c is that of the positive rewards alone, and what q has less of an
+    impossible value than asked for costs nothing.  A group without any positive reward has the loss 0.
+    """
+    positive = balance.log_p > -torch.inf
+    if divergence.at_most:
+        asked = (weight * positive).flatten(0, 1)
+        some = (asked > 0).any(0)
+        c = divergence.fit(u.detach().flatten(0, 1), asked)
+        u = torch.where(positive, u, torch.minimum(u, c)).where(some, 0.0)
+        weight = weight.where(some, 1.0)
+    return divergence.spread(u.flatten(0, 1), weight.flatten(0, 1))
+
+
+def against(divergence: Divergence, u: Tensor, c: Tensor, balance: Balance, weight: Tensor) -> Tensor:
+    """The weighted mean of g(u - c), of u (prefix, particle, *kept) and c (*kept): (*kept); zero rewards as `among`."""
+    delta = u - c
+    if divergence.at_most:
+        delta = torch.where(balance.log_p > -torch.inf, delta, delta.clamp(max=0.0))
+    return mean(divergence.g(delta).flatten(0, 1), weight.flatten(0, 1))
 
 
 def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:

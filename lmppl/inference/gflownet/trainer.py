@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from .objective import Objective
 from .observations import Observations
 from .replay import Replay, demonstrations
 from .search import Searched
-from .trajectory_balance import TrajectoryBalance
 
 DEFAULT_EXPLORATION = Searched(Tempered(temperature=1.5, fraction=0.25))
 
@@ -32,15 +31,16 @@ class GFlowNet(Trainer):
 
     :param model: a Pyro program; its parameters are left alone.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: a variance of u, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for a batch in
-        which some draw has reward zero.
+    :param objective: which u are compared, and how, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for
+        a batch in which some draw has reward zero.
     :param optimizer: a torch optimiser over the guide's parameters, e.g.
-        ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.
+        ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.  What the objective has to learn, such as log Z,
+        joins it: `Objective.param_groups`.
     :param num_particles: samples per observation; default the objective's.
     :param replay: a `Replay` buffer, from which a part of the samples is drawn; None: all are drawn afresh.
-    :param exploration: what to draw training samples from; default a quarter of the particles at temperature 1.5,
-        and half of them found by the model itself once draws are impossible (`Searched`), unless the objective brings
-        its own. None: the guide itself.
+    :param exploration: what to draw training samples from; None: the guide itself.  "default": the objective's own, or
+        where it has none, a quarter of the particles at temperature 1.5, and once draws are impossible half of the
+        particles found by the model itself (`Searched`).
     :param reward_temperature: T in the target p(z, observed)^(1/T), a number or a function of the step; default the
         objective's.
     :param clip: the largest gradient norm.
@@ -75,7 +75,7 @@ class GFlowNet(Trainer):
         optimizer: Optimizer,
         num_particles: int | None = None,
         replay: Replay | None = None,
-        exploration: Exploration | str | None = "default",
+        exploration: Exploration | Literal["default"] | None = "default",
         reward_temperature: Schedule | None = None,
         clip: float = 1.0,
         max_plate_nesting: int | None = None,
@@ -85,7 +85,10 @@ class GFlowNet(Trainer):
             instance_of(Replay, replay=replay)
         if objective is not None:
             instance_of(Objective, objective=objective)
-        if exploration is not None and exploration != "default":
+        if exploration == "default":
+            exploration = objective.exploration if objective is not None else None
+            exploration = DEFAULT_EXPLORATION if exploration is None else exploration
+        elif exploration is not None:
             instance_of(Exploration, exploration=exploration)
         self.replay = replay
         self._of_fit: list[Task] = []
@@ -98,16 +101,12 @@ class GFlowNet(Trainer):
         if reward_temperature is not None:
             name = "reward_temperature"
             self.objective.reward_temperature = checked(reward_temperature, name, lambda t: t > 0, "must be positive")
-        if exploration != "default":
-            self.objective.exploration = exploration  # type: ignore[assignment]
-        elif self.objective.exploration is None:
-            self.objective.exploration = DEFAULT_EXPLORATION
-        if isinstance(self.objective, TrajectoryBalance):
-            known = {id(p) for p in self.parameters}
-            fresh = [p for p in self.objective.parameters() if id(p) not in known]
+        self.objective.exploration = exploration
+        held = {id(p) for p in self.parameters}
+        for group in self.objective.param_groups():
+            fresh = [p for p in group["params"] if id(p) not in held]
             if fresh:
-                group = {"params": fresh, "lr": self.objective.log_z_lr, "weight_decay": 0.0}
-                optimizer.add_param_group(group)
+                optimizer.add_param_group(group | {"params": fresh})
 
     def update(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from ... import text
 from .. import distributed, programs
-from ..programs import Program
 from ..weights import Balance
-from .exploration import Values
-from .objective import Objective
+from .objective import Objective, against
 
 LogZ: TypeAlias = float | Tensor | Callable[..., Tensor] | None
 
 
 class TrajectoryBalance(Objective):
-    r"""Trajectory balance: the mean square of u less a log Z of each observation's own.
+    r"""Trajectory balance: whole samples against a log Z of each observation's own.
 
-    .. math:: \mathcal L = \frac1N \sum_n \big(u(z_n) - \log Z_\psi(x)\big)^2
+    .. math:: \mathcal L = \frac1N \sum_n g\big(u(z_n) - \log Z_\psi(x)\big),
+              \qquad \text{squared: } \big(u(z_n) - \log Z_\psi(x)\big)^2
+
+    At the true log Z its expected gradient, on-policy, is that of :math:`D_f(p, q)`; squared, so it is at any.
 
     :param log_z: None: learned, by a `LogPartition` that reads the guide's first prompt; give its `parameters` to the
         optimiser (`GFlowNet` and `pyro.infer.SVI` do).  Or a number, a tensor (*kept plates), or a function of the
@@ -43,35 +44,26 @@ class TrajectoryBalance(Objective):
             raise ValueError(f"log_z: expected None, a number, a tensor or a function, got {log_z!r}")
         self.learned = LogPartition() if log_z is None else None
         self.log_z, self.log_z_lr = log_z, log_z_lr
-        self._given: Tensor | None = None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What there is to learn of log Z."""
         module = self.learned if self.learned is not None else self.log_z
         return module.parameters() if isinstance(module, nn.Module) else iter(())
 
-    def loss_at(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
-    ) -> tuple[Tensor, list[Balance]]:
-        if self.learned is None:
-            self._given = torch.as_tensor(self.log_z(*args, **kwargs) if callable(self.log_z) else self.log_z)
-        return super().loss_at(model, guide, args, kwargs, values)
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group | {"lr": self.log_z_lr} for group in super().param_groups()]
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """As every objective's; what is learned of log Z is shown to `pyro.infer.SVI`."""
-        programs.register("log_z", self.parameters())
-        return super().loss_and_grads(model, guide, *args, **kwargs)
+    def reduce(self, u: Tensor, balance: Balance) -> Tensor:
+        log_z = self.learned(balance, u) if self.learned is not None else self._given(balance, u)
+        return against(self.divergence, u, log_z, balance, balance.valid.to(u.dtype))
 
-    def reduce(self, u: Tensor, balance: Balance, identified: bool) -> Tensor:
-        if self.learned is not None:
-            log_z = self.learned(balance, u)
-        else:
-            assert self._given is not None
-            log_z = self._given
-            if log_z.dim() and log_z.shape != balance.plates.sizes:
-                raise ValueError(f"log_z: expected the shape {tuple(balance.plates.sizes)}, got {tuple(log_z.shape)}")
-        weight = balance.valid.to(u.dtype)  # (1, particle, *kept)
-        return (weight * (u - log_z) ** 2).sum((0, 1)) / weight.sum((0, 1)).clamp(min=1e-30)
+    def _given(self, balance: Balance, u: Tensor) -> Tensor:
+        args, kwargs = balance.arguments
+        given = self.log_z(*args, **kwargs) if callable(self.log_z) else self.log_z
+        log_z = torch.as_tensor(given, dtype=u.dtype, device=u.device)
+        if log_z.dim() and log_z.shape != balance.plates.sizes:
+            raise ValueError(f"log_z: expected the shape {tuple(balance.plates.sizes)}, got {tuple(log_z.shape)}")
+        return log_z
 
 
 class RelativeTrajectoryBalance(TrajectoryBalance):
