@@ -1,16 +1,31 @@
-"""Every example runs, and the README shows the quickstart as it is."""
+"""Every example runs, the README shows the quickstart as it is, and what the pages say of extensions is so."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lmppl.testing import TextContract
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES, PRETRAINED = (sorted((ROOT / "examples").glob(p)) for p in ("*.py", "pretrained/*.py"))
+
+
+def programs(page: Path) -> dict[str, str]:
+    """The code of each section of a page that has any."""
+    sections = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)[1:]
+    code = {s.splitlines()[0]: "\n".join(re.findall(r"^```python\n(.*?)^```", s, re.DOTALL | re.M)) for s in sections}
+    return {title: program for title, program in code.items() if program}
+
+
+EXTENSIONS = programs(ROOT / "docs" / "extending.md")
+del EXTENSIONS["An objective"]  # it is examples/own_objective.py
 
 
 def run(path: Path, *args: str) -> str:
@@ -44,3 +59,19 @@ def test_the_readme_shows_the_quickstart():
 def test_the_page_on_extending_shows_the_example():
     page = (ROOT / "docs" / "extending.md").read_text()
     assert f"```python\n{(ROOT / 'examples' / 'own_objective.py').read_text()}```" in page
+
+
+@pytest.mark.parametrize("title", EXTENSIONS)
+def test_a_section_on_extensions_runs(title):
+    """Its assertions hold, and so does the contract of a text distribution."""
+    program = EXTENSIONS[title]
+    assert len([line for line in program.splitlines() if line]) <= 40
+    names: dict = {"__name__": "extending"}
+    exec(compile(program, f"docs/extending.md: {title}", "exec"), names)
+    classes = [c for c in names.values() if inspect.isclass(c)]
+    contracts = [c for c in classes if issubclass(c, TextContract) and c is not TextContract]
+    for contract in contracts:
+        for name, test in inspect.getmembers(contract(), inspect.ismethod):
+            if name.startswith("test_"):
+                test(contract().distribution())
+    assert bool(contracts) == ("TextContract" in program)

@@ -15,7 +15,7 @@ def shown(written: str) -> str:
 
 
 def one_line(error: str, above: int | None = None) -> str:
-    """The reason that an error gives.
+    r"""The reason that an error gives.
 
     :param above: how many lines stand above what the user wrote, to say at which of their own; None: they wrote no
         lines.

@@ -98,7 +98,7 @@ class Insertions:
         if not asked:  # which spares most prefixes the decoding
             return ()
         text = self.lm.vocabulary.decode(prefix)
-        for tool in asked:
+        for tool in (t for t in asked if text.endswith(_trigger(t))):
             output = tool(text)
             if not (output is None or isinstance(output, str)):
                 raise ValueError(f"tools: {tool!r} answered {output!r} to {text!r}; expected a string or None")
@@ -112,8 +112,8 @@ class Insertions:
         return ()
 
     def _may_answer(self, tool: Tool, last: int) -> bool:
-        trigger, ending = getattr(tool, "trigger", None), self.lm.vocabulary.ending(last)
-        return not isinstance(trigger, str) or not ending or trigger.endswith(ending)
+        trigger, ending = _trigger(tool), self.lm.vocabulary.ending(last)
+        return not trigger or not ending or trigger.endswith(ending)
 
     def _written(self, prefix: list[int], text: str, output: str) -> Tokens:
         """``output`` as tokens that spell it after ``prefix``; none where the tokenizer cannot write it.
@@ -127,6 +127,12 @@ class Insertions:
             return ()
         spelled = vocabulary.decode([*prefix, *tokens])
         return tokens if spelled == text + output or _dense(spelled) == _dense(text + output) else ()
+
+
+def _trigger(tool: Tool) -> str:
+    """What a text must end with for the tool to be asked; "" where it is asked about all."""
+    trigger = getattr(tool, "trigger", None)
+    return trigger if isinstance(trigger, str) else ""
 
 
 def _dense(text: str) -> str:

@@ -25,7 +25,7 @@ class PrefixScores(NamedTuple):
     """What one pass over a value says of all its prefixes; both (..., W), a column for each length from 0 on."""
 
     log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where it cannot stop
-    stop_log_probs: Tensor  # column t: log p(stop | z_1..z_t); 0 where a stop string has ended the text
+    stop_log_probs: Tensor  # column t: log p(that stop | z_1..z_t); 0 where a stop string has ended the text
 
 
 @runtime_checkable

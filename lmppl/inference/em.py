@@ -86,7 +86,7 @@ class VariationalEM(Trainer):
         e_step = GFlowNet(model, guide, optimizer=torch.optim.AdamW(q.trainable_parameters(), lr=1e-3))
         em = VariationalEM(model, guide, e_step, torch.optim.AdamW(p.trainable_parameters(), lr=1e-3), e_steps=4)
         em.fit(batches, steps=200)
-        em.run(x, y).predict(model, ["true", "false"], x_new, None, sampler="prior")
+        em.run(x, y).predict(model, [" subjective", " objective"], x_new, None, sampler="prior")
     """
 
     def __init__(

@@ -126,7 +126,7 @@ class MetropolisHastings(OnPrograms):
     Example::
 
         posterior = MetropolisHastings(model, num_chains=8, num_samples=500, warmup=100).run(x, y)
-        posterior.rhat["log_joint"], posterior.table("z")
+        posterior.rhat["log_joint"], posterior.table("z", index=0)
     """
 
     def __init__(

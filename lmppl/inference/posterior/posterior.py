@@ -200,8 +200,10 @@ class Posterior:
         Example::
 
             inner = Enumeration(author).run(x)
+
             def reader():
-                z = pyro.sample("z", inner.distribution("z"))
+                with pyro.plate("stories", len(x)):
+                    z = pyro.sample("z", inner.distribution("z"))
         """
         from .nested import marginal
 

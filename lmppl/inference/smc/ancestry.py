@@ -87,7 +87,8 @@ def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, 
 
     Example::
 
-        plot_ancestry(SMC(model, guide, 32).run(x, y).ancestry, "ancestry.png", index=0)
+        posterior = SMC(model, guide, num_particles=32, ess_threshold=1.0).run(x, y)
+        plot_ancestry(posterior.ancestry, "ancestry.png", index=0)
     """
     from matplotlib.collections import LineCollection
     from matplotlib.figure import Figure

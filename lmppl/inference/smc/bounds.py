@@ -82,9 +82,9 @@ class Sandwich:
 
     Example::
 
-        values, observed = simulate(model, x)
-        conditioned = pyro.condition(poutine.uncondition(model), data=observed)
-        bounds = Sandwich(conditioned, guide, num_particles=64, twist="flow").run(x, exact_sample=values)
+        values, observed = simulate(model, x, y)  # of y no more than its shape is used
+        sandwich = Sandwich(model, guide, num_particles=64, twist="flow")
+        bounds = sandwich.run(x, observed["y"], exact_sample=values)
     """
 
     def __init__(
