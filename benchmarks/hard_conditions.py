@@ -114,15 +114,11 @@ def trained(kind: str, how: str, rate: float, steps: int, seed: int, look: bool 
     """One training, judged."""
     pyro.set_rng_seed(seed)
     task = TASKS[kind](kind, seed)
-    guide = task.guide
     if how in ("masked guide", "mixture") and task.masked is None:
-        raise ValueError(f"how: {how!r} needs a pattern")
-    if how == "masked guide":
-        assert task.masked is not None
-        guide = task.masked
-    exploration: Any = {"on-policy": None}.get(how, "default")
-    if how == "mixture":
-        assert task.masked is not None
+        raise ValueError(f"how: {how!r} needs a task with a pattern, got {kind!r}")
+    guide = task.masked or task.guide if how == "masked guide" else task.guide
+    exploration: Any = None if how == "on-policy" else "default"
+    if how == "mixture" and task.masked is not None:
         exploration = Mixture((Tempered(), 0.5), (Proposal(task.masked), 0.5))
     optimizer = torch.optim.AdamW(task.parameters, lr=rate)
     objective = HardVarGrad(floor=12.0) if how == "floor 12" else None
@@ -131,15 +127,17 @@ def trained(kind: str, how: str, rate: float, steps: int, seed: int, look: bool 
     log.addHandler(warned)
     history = gflownet.fit(task.batches, steps=steps, seed=seed, held_out=task.held_out, progress=False)
     log.removeHandler(warned)
-    tv = density_quality(task.exact.run(*task.test), guide, task.test, {}).total_variation
+    exact = task.exact.run(*task.test)
+    tv = density_quality(exact, guide, task.test, {}).total_variation
     row = {
-        "task": kind, "how": how, "learning rate": f"{rate:g}", "steps": steps, "seed": seed,
+        "task": kind, "satisfies": f"{exact.log_evidence.exp().mean():.3f}", "how": how,
+        "learning rate": f"{rate:g}", "steps": steps, "seed": seed,
         "TV": f"{tv.mean():.3f}", "worst": f"{tv.max():.3f}", "warned": "yes" if warned.said else "no",
         "missed": f"{history[-1].get('held_out_missed', float('nan')):.2f}",
         "tokens": gflownet.training_tokens, "seconds": round(time.process_time() - begin),
     }  # fmt: skip
     if look:
-        found = diagnose(gflownet, *task.test[:1] if len(task.test) == 1 else task.test)
+        found = diagnose(gflownet, *task.test)
         row["diagnose"] = ", ".join(f.name for f in found.findings if f.suspect) or "nothing"
     return row
 
