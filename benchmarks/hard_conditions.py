@@ -133,12 +133,14 @@ def trained(kind: str, how: str, rate: float, steps: int, seed: int, look: bool 
         "task": kind, "satisfies": f"{exact.log_evidence.exp().mean():.3f}", "how": how,
         "learning rate": f"{rate:g}", "steps": steps, "seed": seed,
         "TV": f"{tv.mean():.3f}", "worst": f"{tv.max():.3f}", "warned": "yes" if warned.said else "no",
-        "missed": f"{history[-1].get('held_out_missed', float('nan')):.2f}",
+        "lacking": f"{history[-1].get('held_out_lacking', float('nan')):.2f}",
         "tokens": gflownet.training_tokens, "seconds": round(time.process_time() - begin),
     }  # fmt: skip
     if look:
         found = diagnose(gflownet, *task.test)
-        row["diagnose"] = ", ".join(f.name for f in found.findings if f.suspect) or "nothing"
+        row["diagnose"] = ", ".join(f.name for f in found.findings if f.suspect) or (
+            "ok" if found.ok else "not checked"
+        )
     return row
 
 

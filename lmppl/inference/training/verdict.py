@@ -14,7 +14,7 @@ from ..query import Query
 from ..resampling import systematic
 from ..weights import Weighted, log_ratio, pair_densities, weigh
 
-LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED = 0.1, 0.7, 0.5, 0.15
+LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED, MOST_LACKING = 0.1, 0.7, 0.5, 0.25, 0.15
 SEEN = 5.0  # effective draws of the prior, at least, to say what a guide misses
 ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws after which no more are made; draws over all observations
 AGAIN = 32  # of these draws scored under the guide, for each observation
@@ -32,8 +32,8 @@ def judge(
 ) -> dict[str, float]:
     """Means over observations, from draws of the guide and of the model's own latents.
 
-    ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` the larger one of `missed` and `lacking`,
-    shares that the model's own draws find and the guide's do not: what a guide has lost does not show in what it draws.
+    ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` and ``held_out_lacking`` are
+    `missed` and `lacking`, by the model's own draws: what a guide has lost does not show in what it draws.
     """
     query, prior = (Query(model, q, args, {}, max_plate_nesting) for q in (guide, None))
     u, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
@@ -43,8 +43,8 @@ def judge(
         v = torch.cat([v, found[-1].u])
     khat = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
     khat = khat[~khat.isnan()]
-    lost = max(missed(u, v), lacking(query, found, u))
-    return {"held_out_missed": lost} | ({"held_out_khat": khat.median().item()} if len(khat) else {})
+    lost = {"held_out_missed": missed(u, v), "held_out_lacking": lacking(query, found, u)}
+    return lost | ({"held_out_khat": khat.median().item()} if len(khat) else {})
 
 
 def missed(u: torch.Tensor, v: torch.Tensor) -> float:
@@ -107,6 +107,7 @@ def reasons(found: dict[str, float]) -> list[str]:
         ("held_out_khat", lambda x: x > MOST_KHAT, "k-hat is {:.2g}"),
         ("held_out_impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the guide's draws are impossible"),
         ("held_out_missed", lambda x: x > MOST_MISSED, "the guide misses {:.0%} of what the model's own draws find"),
+        ("held_out_lacking", lambda x: x > MOST_LACKING, "the guide gives too little to {:.0%} of the posterior"),
         ("impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the last training draws were impossible"),
     )
     return [told.format(found[name]) for name, bad, told in checks if name in found and bad(found[name])]
