@@ -69,14 +69,17 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
     the posterior are those of ``found``, resampled; 0 where they are too few to speak.
     """
     v, plates = torch.cat([w.u for w in found]).double(), found[0].plates
-    values = programs.cat_particles([w.values for w in found])
-    names = {name for sketch in query.sketches for name in programs.latents(sketch)}
-    if v.shape[1:] != u.shape[1:] or any(programs.latents(s).keys() != names for s in query.sketches):
+    guide, model = query.sketches
+    names = programs.latents(model).keys()
+    frames = [f for node in programs.scored(model).values() for f in node["cond_indep_stack"]]
+    subsampled = any(f.full_size not in (None, f.size) for f in frames)  # each run is of other observations
+    if subsampled or programs.latents(guide).keys() != names or v.shape[1:] != u.shape[1:]:
         return 0.0
+    values = programs.cat_particles([{name: w.values[name] for name in names} for w in found])
     some = (v > -torch.inf).any(0)  # (*plates)
     weights = v.masked_fill(~some, 0.0).softmax(0)
     count = float((1 / (weights**2).sum(0))[some].sum())
-    if count < SEEN or values.keys() != names:
+    if count < SEEN:
         return 0.0
     chosen = systematic(weights, AGAIN)
     again = {name: plates.take(x, chosen) for name, x in values.items()}
