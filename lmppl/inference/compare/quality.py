@@ -73,7 +73,7 @@ def _merged(exact: Posterior) -> tuple[Tensor, Tensor]:
         kind = torch.zeros(int(kinds.max()) + 1, p.shape[1], dtype=torch.long, device=p.device)
         first = kind.scatter_reduce(0, kinds, order, "amin", include_self=False).gather(0, kinds)
         p, again = torch.zeros_like(p).scatter_add_(0, first, p), first != order
-    return tuple(x.reshape(exact.log_weights.shape) for x in (p, again))
+    return p.reshape(exact.log_weights.shape), again.reshape(exact.log_weights.shape)
 
 
 def _reaches_zeros(exact: Posterior, reached: Tensor, outside: Tensor) -> Tensor:

@@ -170,8 +170,9 @@ def diagnose(
 
 def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
     """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
-    nesting = getattr(algorithm, "max_plate_nesting", None)
-    lost = judge(algorithm.model, drift.guide_of(algorithm), args, nesting)["held_out_missed"]
+    nesting, guide = getattr(algorithm, "max_plate_nesting", None), drift.guide_of(algorithm)
+    assert guide is not None
+    lost = judge(algorithm.model, guide, args, nesting)["held_out_missed"]
     meaning = "of the evidence is found by the model's own draws and not by the guide's"
     return Finding("guide misses", f"{lost:.0%}", meaning, lost > MOST_LOST, lost)
 
