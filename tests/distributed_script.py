@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,22 @@ def learned_log_z(out: Path) -> dict[str, Any]:
     optimizer = torch.optim.SGD(task.q.trainable_parameters(), lr=0.1)
     trainer = GFlowNet(task.model, task.guide, TrajectoryBalance(num_particles=4), optimizer=optimizer)
     return found(trainer.fit([task.args], 3, **FIT), trainer.parameters)
+
+
+def searched(out: Path) -> dict[str, Any]:
+    """A condition that two observations have, both with the first process: draws of the model are searched for it."""
+    task = Task()
+    hard = torch.tensor([True, True, False, False, False])
+
+    def model(x: Tensor, y: Tensor, hard: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Completion(task.p, x, **SIZE))
+            twice = (z == task.lm.token_id("a")).sum(-1) == 2
+            pyro.factor("twice", torch.where(twice | ~hard, 0.0, -torch.inf).double())
+
+    trainer = GFlowNet(model, lambda x, y, hard: task.guide(x, y), optimizer=task.optimizer, num_particles=4)
+    history = trainer.fit([(*task.args, hard)], 4, **FIT)
+    return found(history, trainer.parameters) | {"remembered": asdict(trainer.objective.memory)}
 
 
 def policy_gradient(out: Path) -> dict[str, Any]:
@@ -322,6 +339,7 @@ CHECKS = (
     supervised,
     gflownet,
     learned_log_z,
+    searched,
     policy_gradient,
     em_exact,
     em_amortised,

@@ -303,3 +303,21 @@ def test_a_subsampled_plate():
 def test_repetitions_are_at_least_one():
     with pytest.raises(ValueError, match="repetitions"):
         Sandwich(lambda: None, repetitions=0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_inverse_where_a_run_may_find_nothing(n):
+    """Half of the prior is impossible: E[1 / Z-hat(z)] = P(Z-hat > 0) / Z = (1 - 2^-n) / Z, for Z = 3/8."""
+    runs = 20_000
+
+    def model():
+        with pyro.plate("runs", runs):
+            k = pyro.sample("k", dist.Categorical(torch.full((4,), 0.25)))
+            pyro.factor("hard", torch.tensor([1.0, 0.5, 0.0, 0.0]).log()[k])
+
+    pyro.set_rng_seed(n)
+    bounds = Sandwich(model, num_particles=n).run(exact_sample=Enumeration(model).run())
+    possible = (bounds.lower > -torch.inf).double()
+    assert abs(float(possible.mean()) - (1 - 0.5**n)) < 5 * float(possible.std()) / runs**0.5
+    inverse = (-bounds.upper.double()).exp()
+    assert abs(float(inverse.mean()) - (1 - 0.5**n) / 0.375) < 5 * float(inverse.std()) / runs**0.5

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import time
+from collections.abc import Callable
 from functools import partial
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -340,3 +343,32 @@ def test_the_particles_that_cost_the_nearest_to_a_budget_are_found(cost, within)
     n = particles_within(Costly(), 121, meter, pilots=(16, 64), checks=3)
     assert len(tried) <= 5 and abs(tried[n] - 121) == min(abs(c - 121) for c in tried.values())
     assert tried[n] == pytest.approx(121, rel=within)
+
+
+def hard_number() -> None:
+    """Posterior (2/3, 1/3, 0, 0) of four numbers."""
+    k = pyro.sample("k", dist.Categorical(torch.full((4,), 0.25)))
+    pyro.factor("hard", torch.tensor([0.0, -math.log(2), -torch.inf, -torch.inf])[k])
+
+
+def number(*p: float) -> Callable[[], None]:
+    def guide() -> None:
+        pyro.sample("k", dist.Categorical(torch.tensor(p)))
+
+    return guide
+
+
+@pytest.mark.parametrize(("p", "divergence"), [((2 / 3, 1 / 3, 0, 0), 0.0), ((2 / 3, 1 / 3 - 1e-5, 1e-5, 0), math.inf)])
+def test_a_zero_that_a_distribution_writes_as_rounding_is_no_mass(p, divergence):
+    quality = density_quality(Enumeration(hard_number).run(), number(*p), (), {})
+    assert quality.reverse_kl == pytest.approx(divergence, abs=1e-6)
+
+
+def test_an_exact_posterior_of_draws_is_merged_by_value():
+    """Half of the absolute differences between q and the shares of 1,000 draws, whatever their order."""
+    draws = Enumeration(hard_number).run().resample(1000, "multinomial")
+    share = float((draws.samples["k"] == 0).double().mean())
+    quality = density_quality(draws, number(0.5, 0.3, 0.2, 0.0), (), {})
+    expected = 0.5 * (abs(share - 0.5) + abs(1 - share - 0.3) + 0.2)
+    assert float(quality.total_variation) == pytest.approx(expected, abs=1e-6)
+    assert float(quality.outside) == pytest.approx(0.2, abs=1e-6) and bool(quality.reverse_kl.isfinite())

@@ -22,7 +22,7 @@ from lmppl.inference.distributed import world
 from lmppl.randomness import Part
 
 ROOT = Path(__file__).parents[1]
-VERDICT = ("held_out_missed", "held_out_khat")  # of one process alone
+VERDICT = ("held_out_missed", "held_out_lacking", "held_out_khat")  # of one process alone
 NAMES = [check.__name__ for check in script.CHECKS]
 
 

@@ -32,7 +32,7 @@ from lmppl.inference.compare.quality import density_quality
 from lmppl.inference.training.batches import readable
 from lmppl.inference.training.schedules import warmed
 from lmppl.inference.training.trainer import MOST_SKIPPED
-from lmppl.inference.training.verdict import missed
+from lmppl.inference.training.verdict import judge, missed
 
 QUIET = {"progress": False}
 KINDS = (GFlowNet, PolicyGradient, ReweightedWakeSleep, SupervisedFineTuning)
@@ -421,6 +421,26 @@ def test_what_a_guide_misses_is_estimated_from_the_evidence_of_other_draws():
     assert missed(torch.zeros(100, 3), v) == 0.0  # nothing is missed
     assert missed(u, v.masked_fill(torch.arange(100)[:, None] > 0, -math.inf)) == 0.0  # too few to say
     assert missed(torch.full((100, 3), -math.inf), v) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("q", "lost"),
+    [((2 / 3, 1 / 3, 0, 0), 0.0), ((0.9, 0.1, 0, 0), 0.9 - 2 / 3), ((1.0, 0, 0, 0), 1 / 3), ((0, 0, 1.0, 0), 1.0)],
+)
+def test_what_a_guide_lacks_is_its_total_variation_seen_from_the_posterior(q, lost):
+    """Posterior (2/3, 1/3, 0, 0) in each of 20 observations; a standard error is taken off."""
+
+    def model():
+        with pyro.plate("data", 20):
+            k = pyro.sample("k", dist.Categorical(torch.full((4,), 0.25)))
+            pyro.factor("hard", torch.tensor([1.0, 0.5, 0.0, 0.0]).log()[k])
+
+    def guide():
+        with pyro.plate("data", 20):
+            pyro.sample("k", dist.Categorical(torch.tensor(q)))
+
+    pyro.set_rng_seed(0)
+    assert judge(model, guide, (), None)["held_out_lacking"] == pytest.approx(lost, abs=0.05)
 
 
 def test_an_optimizer_that_computes_the_loss_again_is_refused():

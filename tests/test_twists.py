@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 from five_sigma import evidence_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs_by_hand import Program
+from tiny import tiny_lm
 
+from lmppl.distributions import Completion
+from lmppl.inference.enumeration.enumeration import Enumeration
 from lmppl.inference.resampling import SCHEMES
 from lmppl.inference.smc.smc import SMC
 
@@ -108,3 +112,22 @@ def test_a_twist_of_two_arguments_sees_the_sites_before_it():
     SMC(program.model, None, 5, twist=twist).run()
     assert seen[0] == {"prefix": (5, 3, 0)} and seen[1] == {"prefix": (5, 3, 1)}
     assert {"z": (5, 3, 3), "k": (5, 3), "prefix": (5, 3, 0)} in seen
+
+
+def test_a_twist_that_a_third_of_the_particles_win_wrongly_loses_no_others():
+    """40 nats for every "a", which says nothing of what follows: the mean of Z-hat is Z, and sharp."""
+    lm, runs = tiny_lm(vocab=6, dtype=torch.float64), 60
+
+    def model(runs: int) -> None:
+        with pyro.plate("runs", runs):
+            z = pyro.sample("z", Completion(lm, lm.encode(["ab"] * runs), max_tokens=5, min_tokens=5))
+            pyro.sample("y", Completion(lm, lm.join("b", z), max_tokens=2), obs=lm.encode(["b"] * runs, stop="eos"))
+
+    def likes(prefix: torch.Tensor) -> torch.Tensor:
+        return 40.0 * (prefix == lm.token_id("a")).double().sum(-1)
+
+    pyro.set_rng_seed(0)
+    exact = float(Enumeration(model).run(1).log_evidence)
+    ratio = (SMC(model, num_particles=200, twist=likes).run(runs).log_evidence - exact).exp()
+    error = float(ratio.std()) / runs**0.5
+    assert abs(float(ratio.mean()) - 1) < 5 * error and error < 0.1

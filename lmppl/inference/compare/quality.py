@@ -13,9 +13,11 @@ from .. import programs
 from ..enumeration.enumeration import Enumerated
 from ..posterior.posterior import Posterior
 from ..programs import Program, Replay
+from ..sites import text_of
 from ..weights import log_density_of_latents
 
 MODE = 0.02  # a value of at least this posterior probability is a mode
+CLAMPED = 1e-6  # a distribution that is no text may write a probability of zero as the rounding of single precision
 MASS = 1e-4  # probabilities in single precision add up to one within less
 
 
@@ -45,24 +47,41 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
         guide, args, kwargs, Replay(exact.values), nesting=plates.nesting, particles=exact.num_particles
     )
     log_q = log_density_of_latents(run, plates).expand(1, exact.num_particles, *plates.sizes)[0].double()
-    p, log_p = exact.probabilities.double(), exact.log_weights.double().log_softmax(0)
-    inside = exact.log_weights > -torch.inf
+    p, again = _merged(exact)
+    log_p, inside = p.log(), p > 0
+    log_q = log_q.masked_fill(again, -torch.inf)
     q = log_q.exp() * inside  # on S
     mass = q.sum(0).clamp(max=1.0)
     tv = 0.5 * ((q - p).abs().sum(0) + 1 - mass)
     forward = (p * (log_p - log_q)).masked_fill(~inside, 0.0).sum(0)
     within = (q * (log_q - log_p)).masked_fill(q == 0, 0.0).sum(0) / mass - mass.log()  # NaN where mass is 0
     forward, within = (kl.clamp(min=0.0) for kl in (forward, within))  # below zero by rounding alone
-    reverse = within.masked_fill(_reaches_zeros(exact, log_q, 1 - mass), torch.inf)
+    texts = all(text_of(node["fn"]) is not None for node in programs.latents(run).values())
+    least = 0.0 if texts else CLAMPED
+    reverse = within.masked_fill(_reaches_zeros(exact, log_q.exp() > least, 1 - mass), torch.inf)
     return DensityQuality(tv, forward, reverse, _share(p >= MODE, log_q.exp() >= p / 10), 1 - mass, within)
 
 
-def _reaches_zeros(exact: Posterior, log_q: Tensor, outside: Tensor) -> Tensor:
+def _merged(exact: Posterior) -> tuple[Tensor, Tensor]:
+    """Probabilities of which the first of equal values has all, and which the others are, (N, *plates) each."""
+    p = _flat(exact.probabilities.double())
+    if isinstance(exact, Enumerated):  # each value once
+        again = torch.zeros_like(p, dtype=torch.bool)
+    else:
+        kinds = _kinds(exact, exact)[0]  # (N, plates)
+        order = torch.arange(len(p), device=p.device)[:, None].expand_as(kinds)
+        kind = torch.zeros(int(kinds.max()) + 1, p.shape[1], dtype=torch.long, device=p.device)
+        first = kind.scatter_reduce(0, kinds, order, "amin", include_self=False).gather(0, kinds)
+        p, again = torch.zeros_like(p).scatter_add_(0, first, p), first != order
+    return p.reshape(exact.log_weights.shape), again.reshape(exact.log_weights.shape)
+
+
+def _reaches_zeros(exact: Posterior, reached: Tensor, outside: Tensor) -> Tensor:
     """Whether q has mass on values whose p is known to be zero: all that lies outside a complete enumeration."""
     if not isinstance(exact, Enumerated):  # draws: a value that is not among them may be possible
         return torch.zeros_like(outside, dtype=torch.bool)
     ruled_out = (exact.log_weights == -torch.inf) & (exact.log_prior > -torch.inf)  # a row of padding has no prior
-    return (ruled_out & (log_q > -torch.inf)).any(0) | (exact.unexplored == 0) & (outside > MASS)
+    return (ruled_out & reached).any(0) | (exact.unexplored == 0) & (outside > MASS)
 
 
 def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:

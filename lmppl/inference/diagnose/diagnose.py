@@ -19,12 +19,14 @@ from ..arguments import at_least, is_integer
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from ..smc.smc import Sequential
+from ..training.verdict import judge
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
 
 LEVEL = 0.02  # how often calibration, all statistics together, finds fault with a correct algorithm
 WORST, ON_AVERAGE = 5, 10  # independent draws that the worst run, and the runs on average, should be worth
+MOST_LOST = 0.25  # of the evidence: the share that a trained guide may miss
 ENOUGH = 20  # data sets, plate elements counted singly, that can acquit
 
 
@@ -117,7 +119,8 @@ def diagnose(
       log p(z, observed); how often texts have each token; how many draws are equal.  One test for all (`pools`).
     - An evidence sandwich on the same data: :math:`E[\log \hat Z] \le \log Z \le E[\log \frac1N (w(z^*) + \sum w_n)]`,
       the true latents z* among the N = ``num_particles`` of the upper bound; from below draws of the proposal alone.
-    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop.
+    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop; and
+      which share of the evidence it misses, by the model's own draws.
 
     What could not be checked is a finding too, and `Diagnosis.ok` is then false; what fails is suspect.
 
@@ -160,7 +163,18 @@ def diagnose(
             result.drifts = drift.drifts(algorithm.guide, answers[0], args, kwargs)
             for d in result.drifts:
                 result.findings.append(Finding(d.name, f"{d.proposed:.3g} -> {d.posterior:.3g}", d.meaning, d.suspect))
+            if not kwargs:
+                result.findings.append(_judge_guide(algorithm, args))
     return result
+
+
+def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
+    """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
+    nesting, guide = getattr(algorithm, "max_plate_nesting", None), drift.guide_of(algorithm)
+    assert guide is not None
+    lost = judge(algorithm.model, guide, args, nesting)["held_out_missed"]
+    meaning = "of the evidence is found by the model's own draws and not by the guide's"
+    return Finding("guide misses", f"{lost:.0%}", meaning, lost > MOST_LOST, lost)
 
 
 def _missing(why: str) -> Finding:

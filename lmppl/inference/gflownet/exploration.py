@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.poutine import Trace
 from torch import Tensor
 
 from .. import programs
@@ -20,11 +21,19 @@ Values: TypeAlias = dict[str, Tensor]
 
 
 @dataclass
-class Source:
-    """What samples can be drawn from: the programs, their arguments, and the step of the training.
+class Memory:
+    """What an objective remembers of its steps: a part of a training's state."""
 
-    All draws for one loss share one subsample.  ``impossible``: the largest share of
-    reward zero among the draws of a step so far.
+    impossible: float = 0.0  # the largest share of reward zero among a step's draws; 1 if an observation had no others
+    fruitless: int = 0  # searches in a row that found nothing
+    rest: int = 0  # steps until the next search
+
+
+@dataclass
+class Source:
+    """What samples can be drawn from: the programs, their arguments, the step of the training and what is remembered.
+
+    All draws for one loss share one subsample.
     """
 
     model: Program
@@ -34,17 +43,21 @@ class Source:
     nesting: int
     step: int = 0
     subsamples: Values = field(default_factory=dict)
-    impossible: float = 0.0
+    memory: Memory = field(default_factory=Memory)
 
     def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
         """Latent values (particle, *plate axes, *event) of one run of ``program``."""
-        handlers = (Draw(temper), Replay(self.subsamples))
+        return self.run(program, num_particles, Draw(temper))[1]
+
+    def run(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
+        """One run of ``program``, and its latent values."""
+        handlers = (draw, Replay(self.subsamples))
         run = programs.trace(
             program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=num_particles
         )  # fmt: skip
         drawn = {name: node["value"] for name, node in programs.latents(run).items()}
         self.subsamples |= {n: v for n, v in programs.values(run).items() if n not in drawn}
-        return drawn
+        return run, drawn
 
 
 class Exploration(ABC):

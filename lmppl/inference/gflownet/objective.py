@@ -21,7 +21,7 @@ from ..training.schedules import Schedule, at, checked
 from ..validation import check_axes_once
 from ..weights import Balance, Weighted, balance, device_of, kept_plates
 from .divergences import Divergence, mean, named
-from .exploration import Exploration, OnPolicy, Source, Values
+from .exploration import Exploration, Memory, OnPolicy, Source, Values
 
 log = logging.getLogger("lmppl")
 
@@ -70,7 +70,7 @@ class Objective(pyro.infer.ELBO):
         self.floor = floor
         self.divergence = named(divergence)
         self.training_step = 0  # what schedules are asked about
-        self.impossible = 0.0  # the largest share of reward zero among the draws of a step so far
+        self.memory = Memory()  # what the next draws are to know of the last ones
         self._told: set[str] = set()
         self._guessed: tuple[Program, Program, int] | None = None
 
@@ -107,7 +107,7 @@ class Objective(pyro.infer.ELBO):
         """Training samples: the values of every latent (and of subsamples, perhaps given), particles leading."""
         nesting = self.nesting(model, guide, args, kwargs)
         own = dict(subsamples or {})
-        source = Source(model, guide, args, kwargs, nesting, self.training_step, own, self.impossible)
+        source = Source(model, guide, args, kwargs, nesting, self.training_step, own, self.memory)
         with torch.no_grad():
             drawn = (self.exploration or OnPolicy()).draw(source, num_particles or self.num_particles)
         return drawn | source.subsamples
@@ -154,10 +154,19 @@ class Objective(pyro.infer.ELBO):
     ) -> tuple[Tensor, list[Balance]]:
         """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
         found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
+        self._remember(found)
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
         found = [replace(b, identifies=identified) for b in found]
         losses = [self.reduce(self.residual(b), b).mean() for b in found]
         return torch.stack(losses).mean(), found
+
+    def _remember(self, found: list[Balance]) -> None:
+        """How hard it is to draw what is possible."""
+        dead = [whole(b) == -torch.inf for b in found]
+        share = distributed.total(distributed.share() * sum(d.double().mean().item() for d in dead) / len(dead))
+        if not distributed.everywhere(not any(bool(d.all(0).any()) for d in dead)):  # an observation without any
+            share = 1.0
+        self.memory.impossible = max(self.memory.impossible, share)
 
     def loss_and_balances(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -225,6 +234,11 @@ def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:
     least = torch.minimum(largest - floor, log_p.masked_fill(zero, torch.inf).amin(dims, keepdim=True))
     least = least.masked_fill(largest == -torch.inf, -floor)
     return torch.where(zero, least, log_p)
+
+
+def whole(b: Balance) -> Tensor:
+    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide says they are impossible."""
+    return b.log_p.detach().masked_fill(~b.last, -torch.inf).amax(0)
 
 
 def _with_rewards(b: Balance) -> Balance:

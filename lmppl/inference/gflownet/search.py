@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from .. import programs
+from .. import distributed, programs
 from ..arguments import at_least, instance_of
-from ..programs import Replay
+from ..programs import Draw
 from ..resampling import systematic
 from ..weights import kept_plates, log_weight_of_prior
 from .exploration import Exploration, Source, Values
 
 HARD = 0.25  # the share of impossible draws in a step from which on one searches
+MOST_REST = 63  # steps between searches that find nothing
 
 
 class Searched(Exploration):
     r"""Another exploration; once its draws are impossible, half of the particles are found by the model itself.
 
-    From the first step on of which more than a quarter of the draws had reward zero, half of every observation's
-    particles are resampled from N tries of the model's latent sites by what follows them,
+    From the first step on of which more than a quarter of the draws had reward zero, or all those of one observation,
+    half of every observation's particles are resampled from N tries of the model's latent sites by what follows them,
 
     .. math:: z_n \sim p(z), \qquad P(z_n) \propto p(observed \mid z_n), \qquad N \le tries \cdot num\_particles,
 
     that is by importance sampling, which rejects where a condition is hard.  A guide learns a condition from draws that
     satisfy it; one that is trained on its own draws alone seldom sees any, and may lose what it has not drawn.  An
-    observation for which nothing is found keeps the draws of the other exploration.  Nothing is searched if the guide
-    has latent sites that the model has not.
+    observation for which nothing is found keeps the draws of the other exploration.  After a search that finds nothing
+    for any observation the next 1, 3, 7, ... up to 63 steps do without: what is too rare to be found costs little.
+    Nothing is searched if the guide has latent sites that the model has not.
 
     :param otherwise: what the other particles are drawn from, and all of them where draws are possible.
     :param tries: of the model, for each particle at most; a quarter of them first, the others where some observation
@@ -38,43 +41,52 @@ class Searched(Exploration):
         self.otherwise, self.tries = otherwise, tries
 
     def draw(self, source: Source, num_particles: int) -> Values:
-        share = num_particles // 2 if source.impossible > HARD else 0
-        drawn = self.otherwise.draw(source, num_particles)
-        found = self._found(source, drawn, share) if share else None
-        if found is None:
+        drawn, memory, share = self.otherwise.draw(source, num_particles), source.memory, num_particles // 2
+        if not share or memory.impossible <= HARD:
             return drawn
-        return programs.cat_particles([{name: v[share:] for name, v in drawn.items()}, found])
+        if memory.rest:
+            memory.rest -= 1
+            return drawn
+        (sketch,) = programs.sketches([source.model], source.args, source.kwargs)
+        if programs.latents(sketch).keys() != drawn.keys():
+            return drawn
+        found = self._found(source, drawn, share)
+        memory.fruitless = 0 if found is not None else memory.fruitless + 1
+        memory.rest = min(2**memory.fruitless - 1, MOST_REST)
+        return drawn if found is None else programs.cat_particles([_part(drawn, share, None), found])
 
     def _found(self, source: Source, drawn: Values, share: int) -> Values | None:
-        """``share`` particles that are possible; those of ``drawn`` for observations that have none."""
+        """``share`` possible particles; those of ``drawn`` for observations that have none, None if all have none."""
+        most = self.tries * len(next(iter(drawn.values())))
         pool: list[Values] = []
-        count = max(1, self.tries * len(next(iter(drawn.values()))) // 4)
-        for _ in range(4):
-            pool.append(source.draw(source.model, count))
-            if pool[0].keys() != drawn.keys():
-                return None
-            values = programs.cat_particles(pool)
-            run = programs.trace(
-                source.model,
-                source.args,
-                source.kwargs,
-                Replay(values | source.subsamples),
-                nesting=source.nesting,
-                particles=len(pool) * count,
-            )
+        weights: list[Tensor] = []  # (n, *kept)
+        for n in _quarters(most):
+            draw = Draw()
+            run, values = source.run(source.model, n, draw)
             plates = kept_plates([run], source.nesting)
-            log_w = log_weight_of_prior(run, plates)[0].expand(len(pool) * count, *plates.sizes)
-            some = (log_w > -torch.inf).any(0)  # (*kept)
-            if bool(some.all()):
+            pool.append(values)
+            weights.append(log_weight_of_prior(run, plates, draw.log_probs)[0].expand(n, *plates.sizes))
+            some = (torch.cat(weights) > -torch.inf).any(0)  # (*kept)
+            if distributed.everywhere(bool(some.all())):
                 break
-        chosen = systematic(log_w.masked_fill(~some, 0.0).softmax(0), share)
-        own = {name: v[:share] for name, v in drawn.items()}
-        found = {name: plates.take(v, chosen) for name, v in values.items()}
-        own, found = (
-            {name: v[a : a + share] for name, v in programs.cat_particles([own, found]).items()} for a in (0, share)
-        )  # texts are as wide as one another
+        if distributed.everywhere(not bool(some.any())):
+            return None
+        chosen = systematic(torch.cat(weights).masked_fill(~some, 0.0).softmax(0), share)
+        found = {name: plates.take(v, chosen) for name, v in programs.cat_particles(pool).items()}
+        both = programs.cat_particles([_part(drawn, 0, share), found])  # texts are as wide as one another
+        own, found = _part(both, 0, share), _part(both, share, None)
         where = plates.spread(some[None])
         return {
-            name: torch.where(where.reshape(*where.shape, *[1] * (v.dim() - where.dim())), v, own[name].expand_as(v))
+            name: torch.where(where.reshape(*where.shape, *[1] * (v.dim() - where.dim())), v, own[name])
             for name, v in found.items()
         }
+
+
+def _quarters(n: int) -> list[int]:
+    """n in at most four parts."""
+    size = -(-n // 4)
+    return [min(size, n - begin) for begin in range(0, n, size)]
+
+
+def _part(values: Values, begin: int, end: int | None) -> Values:
+    return {name: v[begin:end] for name, v in values.items()}

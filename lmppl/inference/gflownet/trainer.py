@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import distributed, programs
+from .. import programs
 from ..arguments import at_least, instance_of
 from ..programs import Program
 from ..training.schedules import Schedule, checked
 from ..training.trainer import Task, Trainer, standard_deviation
 from ..weights import Balance
-from .exploration import Exploration, Tempered
+from .exploration import Exploration, Memory, Tempered
 from .hard_var_grad import HardVarGrad
-from .objective import Objective
+from .objective import Objective, whole
 from .observations import Observations
 from .replay import Replay, demonstrations
 from .search import Searched
@@ -93,6 +94,7 @@ class GFlowNet(Trainer):
         self.replay = replay
         self._of_fit: list[Task] = []
         self.objective = copy.copy(objective) if objective is not None else HardVarGrad()
+        self.objective.memory = Memory()
         if max_plate_nesting is not None:
             self.objective.max_plate_nesting = max_plate_nesting
         if num_particles is not None:
@@ -115,7 +117,7 @@ class GFlowNet(Trainer):
         if self.replay is None:
             values = self.objective.draw(model, guide, args, kwargs)
             loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
-            return {"loss": loss.item(), "grad_norm": self.descend(loss), **self._summary(balances)}
+            return {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
         seen = self._observations(model, guide, args, kwargs)
         n = self.objective.num_particles
         again = self.replay.available(seen, n, step)
@@ -126,16 +128,9 @@ class GFlowNet(Trainer):
             stored = {name: v.to(fresh[name].device) for name, v in stored.items()}
             values |= programs.cat_particles([fresh, stored])
         loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
-        self.replay.add(seen, values, _whole(balances[0]), balances[0].guide)
-        metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **self._summary(balances)}
+        self.replay.add(seen, values, whole(balances[0]), balances[0].guide)
+        metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
         return metrics | {"replayed": float(again)}
-
-    def _summary(self, balances: list[Balance]) -> dict[str, float]:
-        """`_summary`, and what the next draws are to know of these."""
-        found = _summary(balances)
-        now = distributed.total(distributed.share() * found["impossible"])
-        self.objective.impossible = max(self.objective.impossible, now)
-        return found
 
     def _observations(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], task: int | None = None
@@ -171,27 +166,22 @@ class GFlowNet(Trainer):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The replay buffer, and what the next draws are to know of the last ones."""
-        impossible = {"impossible": self.objective.impossible}
+        memory = {"memory": asdict(self.objective.memory)}
         if self.replay is None:
-            return {}, impossible
+            return {}, memory
         tensors, own = self.replay.state()
-        return tensors, impossible | {"replay": own}
+        return tensors, memory | {"replay": own}
 
     def restore(self, tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
-        self.objective.impossible = own.get("impossible", 0.0)
+        self.objective.memory = Memory(**own.get("memory", {}))
         if self.replay is not None and "replay" in own:
             self.replay.restore(tensors, own["replay"])
 
 
-def _whole(b: Balance) -> Tensor:
-    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide says they are impossible."""
-    return b.log_p.detach().masked_fill(~b.last, -torch.inf).amax(0)
-
-
 def _summary(balances: list[Balance]) -> dict[str, float]:
     """Of the whole training draws sd(u), and the share of reward zero."""
-    whole = [b.u.detach().masked_fill(~b.last, -float("inf")).amax(0) for b in balances]  # (particle, *kept)
+    us = [b.u.detach().masked_fill(~b.last, -float("inf")).amax(0) for b in balances]  # (particle, *kept)
     return {
-        "sd_u": sum(standard_deviation(u).mean().item() for u in whole) / len(whole),
-        "impossible": sum((_whole(b) == -torch.inf).double().mean().item() for b in balances) / len(balances),
+        "sd_u": sum(standard_deviation(u).mean().item() for u in us) / len(us),
+        "impossible": sum((whole(b) == -torch.inf).double().mean().item() for b in balances) / len(balances),
     }

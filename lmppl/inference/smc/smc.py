@@ -57,7 +57,7 @@ class Sequential(Posterior):
         if not self.ancestry:
             return torch.full_like(self.log_evidence, torch.nan)
         khat = khat_of_scores(self.ancestry)
-        return khat.nan_to_num(-torch.inf).amax(0).masked_fill(khat.isnan().all(0), torch.nan)
+        return khat.nan_to_num(-torch.inf, neginf=-torch.inf).amax(0).masked_fill(khat.isnan().all(0), torch.nan)
 
     @property
     def suspect(self) -> Tensor:

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from .. import programs
 from ..posterior.log_weights import pareto_khat
 from ..programs import Program
 from ..query import Query
-from ..weights import weigh
+from ..resampling import systematic
+from ..weights import Weighted, log_ratio, pair_densities, weigh
 
-LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED = 0.1, 0.7, 0.5, 0.25
+LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED, MOST_LACKING = 0.1, 0.7, 0.5, 0.25, 0.15
 SEEN = 5.0  # effective draws of the prior, at least, to say what a guide misses
 ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws after which no more are made; draws over all observations
+AGAIN = 32  # of these draws scored under the guide, for each observation
 REMEDY = (
     "where a condition rules draws out, let a part of the training draws satisfy it: "
     "exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)) with a program masked by allowed=, or "
@@ -29,15 +32,19 @@ def judge(
 ) -> dict[str, float]:
     """Means over observations, from draws of the guide and of the model's own latents.
 
-    ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` the share of the evidence that the
-    model's own draws find and the guide's do not: what a guide has lost does not show in what it draws.
+    ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` and ``held_out_lacking`` are
+    `missed` and `lacking`, by the model's own draws: what a guide has lost does not show in what it draws.
     """
-    u, v = (weigh(Query(model, q, args, {}, max_plate_nesting), num_particles).u for q in (guide, None))
+    query, prior = (Query(model, q, args, {}, max_plate_nesting) for q in (guide, None))
+    u, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
+    v = found[0].u
     while 2 * v.numel() <= MOST_DRAWS and bool((v == -torch.inf).any()) and effective(u, v) < ENOUGH:
-        v = torch.cat([v, weigh(Query(model, None, args, {}, max_plate_nesting), len(v)).u])
+        found.append(weigh(prior, len(v)))
+        v = torch.cat([v, found[-1].u])
     khat = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
     khat = khat[~khat.isnan()]
-    return {"held_out_missed": missed(u, v)} | ({"held_out_khat": khat.median().item()} if len(khat) else {})
+    lost = {"held_out_missed": missed(u, v), "held_out_lacking": lacking(query, found, u)}
+    return lost | ({"held_out_khat": khat.median().item()} if len(khat) else {})
 
 
 def missed(u: torch.Tensor, v: torch.Tensor) -> float:
@@ -51,6 +58,36 @@ def missed(u: torch.Tensor, v: torch.Tensor) -> float:
     ratio = _ratios(u, v)
     mean, error = float(ratio.mean()), float(ratio.std() / ratio.numel() ** 0.5)
     return 1 - 1 / mean if mean - 3 * error > 1 else 0.0
+
+
+def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
+    r"""The share of the posterior to which the guide gives too little, less a standard error:
+
+    .. math:: E_{p(z \mid y)} \max(0, 1 - e^{\log \hat Z - u(z)}),
+
+    the total variation where :math:`\hat Z`, the mean of e^u over the guide's draws (N, *plates), is Z.  The draws of
+    the posterior are those of ``found``, resampled; 0 where they are too few to speak.
+    """
+    v, plates = torch.cat([w.u for w in found]).double(), found[0].plates
+    guide, model = query.sketches
+    names = programs.latents(model).keys()
+    frames = [f for node in programs.scored(model).values() for f in node["cond_indep_stack"]]
+    subsampled = any(f.full_size not in (None, f.size) for f in frames)  # each run is of other observations
+    if subsampled or programs.latents(guide).keys() != names or v.shape[1:] != u.shape[1:]:
+        return 0.0
+    values = programs.cat_particles([{name: w.values[name] for name in names} for w in found])
+    some = (v > -torch.inf).any(0)  # (*plates)
+    weights = v.masked_fill(~some, 0.0).softmax(0)
+    count = float((1 / (weights**2).sum(0))[some].sum())
+    if count < SEEN:
+        return 0.0
+    chosen = systematic(weights, AGAIN)
+    again = {name: plates.take(x, chosen) for name, x in values.items()}
+    pair = query.at(again, particles=AGAIN)
+    log_w = log_ratio(*pair_densities(pair, pair.plates())).expand(1, AGAIN, *u.shape[1:])[0].double()
+    log_z = u.double().logsumexp(0) - math.log(len(u))
+    short = (1 - (log_z - log_w).exp()).clamp(min=0.0)[:, some]
+    return max(0.0, float(short.mean() - short.std() / min(count, short.numel()) ** 0.5))
 
 
 def effective(u: torch.Tensor, v: torch.Tensor) -> float:
@@ -73,6 +110,7 @@ def reasons(found: dict[str, float]) -> list[str]:
         ("held_out_khat", lambda x: x > MOST_KHAT, "k-hat is {:.2g}"),
         ("held_out_impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the guide's draws are impossible"),
         ("held_out_missed", lambda x: x > MOST_MISSED, "the guide misses {:.0%} of what the model's own draws find"),
+        ("held_out_lacking", lambda x: x > MOST_LACKING, "the guide gives too little to {:.0%} of the posterior"),
         ("impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the last training draws were impossible"),
     )
     return [told.format(found[name]) for name, bad, told in checks if name in found and bad(found[name])]
