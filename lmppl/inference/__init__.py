@@ -53,7 +53,7 @@ from .smc import (
     simulate,
     survivors,
 )
-from .training import StopTraining, Task, Trainer
+from .training import EarlyStopping, StopTraining, Task, Trainer
 from .validation import AxesError
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "DetailedBalance",
     "Diagnosis",
     "Divergences",
+    "EarlyStopping",
     "Enumerated",
     "Enumeration",
     "EpsilonUniform",
