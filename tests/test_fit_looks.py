@@ -228,7 +228,7 @@ def test_fit_says_whether_it_has_converged(tmp_path):
     task, log = Task(), tmp_path / "log.jsonl"
     exact = Enumeration(task.model).run(*task.args)
     history = task.gflownet(num_particles=32).fit(
-        [task.args], 300, held_out=task.args, evaluate_every=50, exact_sample=exact, log=log, **QUIET
+        [task.args], 180, held_out=task.args, evaluate_every=30, exact_sample=exact, log=log, **QUIET
     )
     looks = [m for m in history if "verdict" in m]
     assert len(looks) == 6 and looks[-1]["verdict"] == "converged"
@@ -240,15 +240,15 @@ def test_fit_says_whether_it_has_converged(tmp_path):
 
 
 def test_both_bounds_hold_on_average():
-    """Of 400 evaluations of a guide that is far off; each mean within 5 standard errors of its side."""
+    """Of 144 evaluations of a guide that is far off; each mean within 5 standard errors of its side."""
     task = Task()
     exact, trainer = Enumeration(task.model).run(*task.args), task.gflownet()
     torch.manual_seed(3)
-    found = [trainer.evaluate(*task.args, num_particles=4, exact_sample=exact) for _ in range(400)]
+    found = [trainer.evaluate(*task.args, num_particles=4, exact_sample=exact) for _ in range(144)]
     log_z = float(exact.log_evidence.mean())
     for name, sign in (("log_z", -1), ("log_z_model", -1), ("log_z_above", 1)):
         x = torch.tensor([f[f"held_out_{name}"] for f in found]).double()
-        assert sign * (float(x.mean()) - log_z) > -5 * float(x.std()) / 20, name
+        assert sign * (float(x.mean()) - log_z) > -5 * float(x.std()) / 12, name
 
 
 def test_a_look_costs_at_most_twice_an_importance_run():

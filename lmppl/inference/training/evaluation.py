@@ -114,8 +114,9 @@ class Looks:
             found |= self.judge()
         if "held_out_sd_u" in found:
             said = verdict(found, self.before)
-            seen = {name: found[name] for name in ("held_out_sd_u", "held_out_impossible") if name in found}
-            self.before = [*self.before, seen][-REMEMBERED:]
+            names = ("held_out_sd_u", "held_out_impossible")
+            seen: dict[str, float] = {name: found[name] for name in names if name in found}
+            self.before = (self.before + [seen])[-REMEMBERED:]
             found["verdict"] = said
         return found
 

@@ -73,7 +73,7 @@ class Scheduled:
     """
 
     def __init__(self, scheduler: LRScheduler | Sequence[LRScheduler], optimizers: Sequence[Optimizer]):
-        self.schedulers = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
+        self.schedulers: list[Any] = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler]
         for one in self.schedulers:
             _check(one, optimizers)
         if len({id(one.optimizer) for one in self.schedulers}) < len(self.schedulers):
