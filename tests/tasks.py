@@ -52,3 +52,7 @@ class Task:
 
     def gflownet(self, lr: float = 1e-2, **kwargs) -> GFlowNet:
         return self.trainer(GFlowNet, lr, **kwargs)
+
+    def values(self) -> list[Tensor]:
+        """The guide's parameters as they are."""
+        return [p.detach().clone() for p in self.q.trainable_parameters()]

@@ -334,7 +334,7 @@ def test_iterators_go_on_and_end_in_one_line():
 @pytest.mark.parametrize(
     ("batches", "said"),
     [
-        (TensorDataset(torch.arange(3)), "DataLoader"),
+        (TensorDataset(torch.arange(0)), "nothing in a TensorDataset"),
         (torch.arange(3), "a Tensor"),
         ((torch.arange(3), torch.arange(3)), r"write a list of them, \[\(x, y\)\]"),
         ([torch.arange(3)], "a Tensor"),

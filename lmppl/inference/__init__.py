@@ -32,7 +32,7 @@ from .smc import (
     simulate,
     survivors,
 )
-from .training import StopTraining, Task, Trainer
+from .training import EarlyStopping, StopTraining, Task, Trainer
 from .validation import AxesError
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "Divergences",
+    "EarlyStopping",
     "Enumerated",
     "Enumeration",
     "Finding",

@@ -73,7 +73,7 @@ def steps_by_itself(**given: Any) -> None:
             kind = type(optimizer).__name__
             raise ValueError(f"{name}: expected a torch.optim.Optimizer instance, got {kind}")
         try:
-            inspect.signature(optimizer.step).bind()
+            inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler has wrapped optimizer.step
         except TypeError as error:
             raise ValueError(
                 f"{name}: {type(optimizer).__name__} computes the loss again within a step, which draws anew; take one "

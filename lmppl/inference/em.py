@@ -305,12 +305,19 @@ class VariationalEM(Trainer):
         posterior: Posterior = self.e_step.run(*args, **draws, **kwargs)
         return posterior
 
-    def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
+    @property
+    def accumulates(self) -> bool:
+        return False
+
+    def evaluate(
+        self, *args: Any, num_particles: int = 64, exact_sample: Any = None, **kwargs: Any
+    ) -> dict[str, float]:
         """The log evidence of these observations, and what a training E-step says of its guide."""
         if not isinstance(self.e_step, Trainer):
             return {"held_out_log_evidence": distributed.total(self.run(*args, **kwargs).log_evidence.sum().item())}
         found = distributed.total(self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item())
-        return {"held_out_log_evidence": found, **super().evaluate(*args, num_particles=num_particles, **kwargs)}
+        options: dict[str, Any] = {"num_particles": num_particles, "exact_sample": exact_sample}
+        return {"held_out_log_evidence": found, **super().evaluate(*args, **options, **kwargs)}
 
     def judge(self, *args: Any) -> dict[str, float]:
         return super().judge(*args) if isinstance(self.e_step, Trainer) else {}

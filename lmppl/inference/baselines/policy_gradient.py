@@ -111,6 +111,10 @@ class PolicyGradient(Trainer):
         self.kl = checked(kl, "kl", lambda b: b >= 0, "must not be negative")
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
 
+    @property
+    def accumulates(self) -> bool:
+        return self.epochs == 1
+
     def update(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
     ) -> dict[str, float]:

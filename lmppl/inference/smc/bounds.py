@@ -12,6 +12,7 @@ Monte Carlo); with twisted SMC: Zhao et al. 2024.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,6 +201,16 @@ def divergences(
         elbo,
         eubo,
     )
+
+
+@torch.no_grad()
+def upper_bound(query: Query, u: Tensor, exact_sample: ExactSample) -> Tensor:
+    """Of log Z, (*plates), too high on average: an exact sample in the place of one of the proposal's N draws.
+
+    ``u`` (N, *plates) are the log weights of the draws.
+    """
+    exact = _log_weights(query, _draw(exact_sample, 1), 1)
+    return torch.cat([exact, u[1:].expand(len(u) - 1, *exact.shape[1:])]).logsumexp(0) - math.log(len(u))
 
 
 def _draw(exact_sample: ExactSample, n: int) -> Mapping[str, Tensor]:

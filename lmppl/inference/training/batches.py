@@ -3,40 +3,90 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-EXPECTED = "a list of tuples of arguments, [(x, y), ...], a DataLoader, or a function of the step"
+from ..arguments import at_least
+from ..programs import Program
+
+Batches: TypeAlias = Iterable[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]] | Dataset[Any]
+BATCH_SIZE = 8  # of a Dataset
+EXPECTED = "a list of tuples of arguments, [(x, y), ...], a DataLoader, a Dataset, or a function of the step"
 
 
-def readable(batches: Any, seed: int = 0) -> Any:
+class Task(NamedTuple):
+    """One of several problems that share an adapter: their steps take turns."""
+
+    model: Program
+    guide: Program
+    batches: Batches
+
+    def batch(self, step: int) -> tuple[Any, ...]:
+        batches: Any = self.batches
+        return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
+
+
+def readable(batches: Any, seed: int = 0, batch_size: int | None = None) -> Any:
     """A sequence, or a function of the step, that gives the batches of whatever ``batches`` is.
 
-    Several tasks, ``(model, guide, batches)`` each, are read one by one.
+    Several tasks, ``(model, guide, batches)`` each, are read one by one.  ``batch_size`` is that of a `Dataset`.
 
     :raises ValueError: saying what to write instead, where no batches can be found.
     """
     if isinstance(batches, type) or batches is None or isinstance(batches, Tensor | Mapping | str | bytes):
         raise ValueError(f"batches: expected {EXPECTED}, got {_name(batches)}")
+    if batch_size is not None:
+        at_least(1, batch_size=batch_size)
     if isinstance(batches, Dataset):
-        raise ValueError(
-            f"batches: {_name(batches)} holds single observations; put them together, DataLoader(dataset, batch_size=8)"
-        )
+        return Stream(loader(batches, batch_size or BATCH_SIZE), seed)
+    if batch_size is not None and not _has_a_dataset(batches):
+        raise ValueError(f"batch_size: it is that of a Dataset; {_name(batches)} has batches already")
     if callable(batches):
         _takes_a_step(batches)
         return batches
     if hasattr(batches, "__getitem__") and hasattr(batches, "__len__"):
         if len(batches) and all(map(is_task, batches)):
-            return [(model, guide, readable(own, seed)) for model, guide, own in batches]
+            return [
+                (model, guide, readable(own, seed, batch_size if isinstance(own, Dataset) else None))
+                for model, guide, own in batches
+            ]
         _hold_arguments(batches)
         return batches
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches: expected {EXPECTED}, got {batches!r}")
     return Stream(batches, seed)
+
+
+def loader(dataset: Dataset[Any], batch_size: int) -> DataLoader[Any]:
+    """An ordinary DataLoader: observations shuffled if they can be, put together by torch's ``default_collate``.
+
+    :raises ValueError: where there are no observations, or, when it is read, where they cannot be put together.
+    """
+    if isinstance(dataset, Sized) and not len(dataset):
+        raise ValueError(f"batches: there is nothing in {_name(dataset)}")
+    shuffle = not isinstance(dataset, IterableDataset)
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=_collated)
+
+
+def _collated(observations: list[Any]) -> Any:
+    try:
+        return default_collate(observations)
+    except (RuntimeError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"batches: the observations of a Dataset cannot be put together ({said}); pad texts to one length, "
+            "lmppl.text.pad, or give DataLoader(dataset, collate_fn=...) with a function of your own"
+        ) from error
+
+
+def _has_a_dataset(batches: Any) -> bool:
+    """Whether one of several tasks has its observations in a Dataset."""
+    found: Any = batches if isinstance(batches, list | tuple) and all(map(is_task, batches)) else ()
+    return any(isinstance(own, Dataset) for _, _, own in found)
 
 
 def is_task(found: Any) -> bool:

@@ -4,58 +4,44 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ...randomness import Part, forked
 from .. import distributed, programs
 from ..algorithm import OnPrograms
 from ..arguments import at_least, is_integer, is_path, is_program, steps_by_itself
 from ..importance import Importance
-from ..posterior.posterior import Posterior, effective_sample_size
+from ..posterior.posterior import Posterior
 from ..programs import Program
 from ..query import Query
 from ..sharded import plate_of
-from ..sites import text_of
-from ..weights import weigh
-from . import checkpoint as checkpoints
-from .batches import arguments, is_task, readable
-from .identity import digest, fingerprint, name_of, settings
+from ..smc.bounds import ExactSample
+from .batches import Batches, Task, is_task, readable
+from .descent import Descent
+from .evaluation import Looks, check_exact, examine
+from .evaluation import standard_deviation as standard_deviation
+from .identity import settings
+from .loop import MOST_SKIPPED as MOST_SKIPPED
+from .loop import Loop
 from .ownership import Owners
+from .rates import Rates, Scheduled, Warmed
 from .record import Record
-from .schedules import warmed
-from .verdict import REMEDY, judge, reasons
+from .saving import Saving, data_and_networks, seeded
+from .stopping import Callback, EarlyStopping, Stops
+from .stopping import StopTraining as StopTraining
+from .trackers import DIRECTORY, Trackers
+from .verdict import judge, warn
 
 Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
-Batches: TypeAlias = Iterable[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]]
-MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 
 logger = logging.getLogger("lmppl")
-
-
-class StopTraining(StopIteration):
-    """Raised by a callback of `Trainer.fit`: training ends after this step, as if it had been the last one."""
-
-
-class Task(NamedTuple):
-    """One of several problems that share an adapter: their steps take turns."""
-
-    model: Program
-    guide: Program
-    batches: Batches
-
-    def batch(self, step: int) -> tuple[Any, ...]:
-        batches: Any = self.batches
-        return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
 
 
 class Trainer(OnPrograms, ABC):
@@ -97,6 +83,7 @@ class Trainer(OnPrograms, ABC):
         self._dims: dict[tuple[Program, Program], int] = {}
         self._unchecked: Owners | None = None  # until the optimiser is seen to hold what a loss reaches
         self._watched: dict[tuple[Program, Program], frozenset[int]] = {}  # with which of Pyro's parameters
+        self._descent = Descent()
         self._alike = False  # whether all processes are known to have the same parameters
 
     @abstractmethod
@@ -112,24 +99,20 @@ class Trainer(OnPrograms, ABC):
     def descend(self, loss: Tensor) -> float:
         """One step of the optimiser down this loss; the norm of its gradient before clipping.
 
+        In a `fit` that accumulates, down the mean of the losses of several batches: NaN until the last one.
+
         :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then as before.
         :raises ValueError: where the optimiser does not hold what the loss reaches.
         """
         if self._unchecked is not None:
             self._unchecked.check_loss(loss, self.parameters)
             self._unchecked = None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = distributed.share() * loss
-        if not math.isfinite(value := distributed.total(loss.item())):
-            raise FloatingPointError(f"the loss is {value}; nothing was updated")
-        loss.backward()
-        distributed.sum_gradients(self.parameters)
-        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)).item()
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError(f"the loss is {value}, its gradient's norm {norm}; nothing was updated")
-        self.optimizer.step()
-        return norm
+        return self._descent.down(loss, self.optimizer, self.parameters, self.clip)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether an update may be of several batches: whether `update` calls `descend` once."""
+        return True
 
     def watch(
         self,
@@ -206,11 +189,19 @@ class Trainer(OnPrograms, ABC):
             self.training_tokens += distributed.total(sum(network.tokens_scored for network in networks) - before)
             return distributed.average(metrics)
 
-    def _held_out(self, args: tuple[Any, ...]) -> dict[str, float]:
+    def _held_out(self, args: tuple[Any, ...], exact_sample: Any = None) -> dict[str, float]:
         """`evaluate`, each process on its part."""
+        dim = self._plate(self.model, self.guide, args, {}, lambda batch: batch[: len(args)])
+        given = () if exact_sample is None or distributed.world().size == 1 else (dict(exact_sample),)
+        with distributed.shard((*args, *given), dim, few=True) as own:
+            exact = {} if exact_sample is None else {"exact_sample": own[-1] if given else exact_sample}
+            return distributed.average(self.evaluate(*own[: len(args)], **exact))
+
+    def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
+        """`judge`, each process on its part."""
         dim = self._plate(self.model, self.guide, args, {}, lambda batch: batch)
         with distributed.shard(args, dim, few=True) as own:
-            return distributed.average(self.evaluate(*own))
+            return distributed.average(self.judge(*own))
 
     def _plate(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: Arguments
@@ -238,8 +229,14 @@ class Trainer(OnPrograms, ABC):
         checkpoint: str | Path | None = None,
         checkpoint_every: int = 100,
         progress: bool = True,
-        callback: Callable[[int, dict[str, float]], None] | None = None,
+        callback: Callback | None = None,
         identity: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        accumulate: int = 1,
+        stop: EarlyStopping | Callback | None = None,
+        trackers: Sequence[Any] | None = None,
+        exact_sample: ExactSample | None = None,
     ) -> list[dict[str, float]]:
         """``steps`` updates: the learning rate rises to what was set in ``warmup`` steps, then falls on a line to zero.
 
@@ -248,16 +245,18 @@ class Trainer(OnPrograms, ABC):
 
         Started by `torchrun`, every process is given the same batches and takes its part of each one's observations,
         the first axis of every argument; metrics and gradients are those of the whole batch, and the first process
-        alone writes and shows progress (``callback`` is called on all). See docs/scale.md.
+        alone writes and shows progress (``callback`` is called on all). See docs/scale.md, and docs/training.md for
+        every option.
 
-        :param batches: tuples of arguments, taken in turn; a `DataLoader` or anything else to iterate over, read again
-            when it ends (an iterator cannot be); or a function of the step.  Or several ``(model, guide, batches)``
-            that share the parameters, whose steps take turns.
-        :param warmup: at most half of the steps.
+        :param batches: tuples of arguments, taken in turn; a `DataLoader`, a torch `Dataset` of observations (shuffled,
+            and put together by torch's own collation), or anything else to iterate over, read again when it ends (an
+            iterator cannot be); or a function of the step.  Or several ``(model, guide, batches)`` that share the
+            parameters, whose steps take turns.
+        :param warmup: at most half of the steps; without a say where there is a ``scheduler``.
         :param seed: each step draws from a generator seeded by (seed, step), so that a resumed run repeats an
             uninterrupted one; the caller's generator is left as it was.
-        :param held_out: arguments on which on-policy sd(u), zero at the posterior, ESS/N, lengths and stop
-            probabilities are measured.
+        :param held_out: arguments on which the guide is judged every ``evaluate_every`` steps, see `evaluate`; its
+            ``verdict`` is "converged", "improving" or "suspect: ", and why.
         :param log: a file that gets a JSON line every step; a resumed run cuts off what was not saved, so that its log
             is that of an uninterrupted run.
         :param checkpoint: a directory, written every ``checkpoint_every`` steps, at the beginning, at the end and on
@@ -270,6 +269,16 @@ class Trainer(OnPrograms, ABC):
         :param identity: what else the run is of, {"model": "infilling", ...}, numbers and strings.  A checkpoint is
             taken up by a run of the same identity, trainer and settings, programs by their names, seed, data, language
             model (base weights that do not train) and optimisers; by any other number of steps.
+        :param batch_size: observations a batch, where a Dataset has them; 8 by default.
+        :param scheduler: one of torch's (transformers' are) over the trainer's optimiser, or one for each of several,
+            stepped after every update, saved and restored; in place of the built-in warm-up and decay.
+        :param accumulate: k batches an update, whose gradient is their mean; a function of the step is then one of the
+            number of the batch.  Metrics are means, too.
+        :param stop: an `EarlyStopping`, or another function like ``callback``, called after it.
+        :param trackers: what shows the metrics, too: names that accelerate knows, ["tensorboard"], whose files go to a
+            folder "trackers" beside the log, or instances of its ``GeneralTracker``.
+        :param exact_sample: latents of ``held_out`` that are exact draws of its posterior, (*plates, ...) by site, the
+            ones that `simulate` drew it with for instance, or an exact `Posterior`: log Z is then bounded from above.
         :returns: the metrics of every step run by this call.
 
         At the end a warning says where the guide is not the posterior (most of the last training draws were impossible;
@@ -279,112 +288,57 @@ class Trainer(OnPrograms, ABC):
         :raises ValueError: where checkpoint or log are of another run, damaged, or no such files (nothing is changed);
             where there are no batches; where the optimiser holds parameters of the model, or not all of the guide's.
         :raises FloatingPointError: where nothing was updated in `MOST_SKIPPED` steps in a row.
+        :raises ImportError: for a tracker that is not installed.
         :raises LockedError: an OSError, where another process trains into them.
         """
         is_integer(seed=seed)
-        at_least(1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every)
+        at_least(
+            1, steps=steps, evaluate_every=evaluate_every, checkpoint_every=checkpoint_every, accumulate=accumulate
+        )
         at_least(0, warmup=warmup)
         is_path(**{name: path for name, path in (("log", log), ("checkpoint", checkpoint)) if path is not None})
-        if callback is not None and not callable(callback):
-            raise ValueError(f"callback: expected a function of the step and its metrics, got {callback!r}")
         if held_out is not None and not isinstance(held_out, tuple | list):
             raise ValueError(f"held_out: expected the arguments of model and guide, a tuple (x, y), got {held_out!r}")
+        check_exact(exact_sample, held_out)
         for name, value in (identity or {}).items():
             if not isinstance(value, bool | int | float | str | None):
                 raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
-        tasks = self._tasks(readable(batches, seed))
+        if accumulate > 1 and not self.accumulates:
+            raise ValueError(
+                f"accumulate: {type(self).__name__} as it is set makes several updates of one batch, each of its own "
+                "gradient; give larger batches instead"
+            )
+        held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        stops = Stops(callback, stop, held, held_out is not None)
+        of: dict[str, Any] = {**(identity or {}), **settings(self), "seed": seed}
+        rates: Rates = Warmed(self.optimizers, steps, warmup)
+        if scheduler is not None:
+            rates = scheduled = Scheduled(scheduler, self.optimizers)
+            of["scheduler"] = scheduled.names
+        if accumulate > 1:
+            of["accumulate"] = accumulate
+        kind = type(self).__name__
+        where = Path(log or checkpoint or "run").absolute().parent / DIRECTORY
+        shown = Trackers(trackers, where, kind, {**of, "steps": steps})
+        tasks = self._tasks(readable(batches, seed, batch_size))
         self.history = []
         if checkpoint is not None:
             self._refuse(tasks, seed)
-        with Record(log, checkpoint) as record:
-            of = self._identity(tasks, seed, identity) if record.where is not None else {}
-            start = self._take_up(record, of)
-            groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-            rates = [group.get("initial_lr", group["lr"]) for group in groups]
-            first = distributed.world().rank == 0
-            bar = Progress(
-                TextColumn(type(self).__name__), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(), disable=not (progress and first),
-            )  # fmt: skip
-            with bar, forked(), _kept(groups, rates):
-                shown = bar.add_task("", total=steps, completed=start)
-                for step in range(start, steps):
-                    torch.manual_seed(seed * 1_000_003 + step)
-                    for group, rate in zip(groups, rates, strict=True):
-                        group["lr"] = rate * warmed(step, steps, warmup)
-                    task = tasks[step % len(tasks)]
-                    metrics = self._tried(task, task.batch(step // len(tasks)), step)
-                    if held_out is not None and ((step + 1) % evaluate_every == 0 or step + 1 == steps):
-                        metrics |= self._held_out(held_out)
-                        if step + 1 == steps:
-                            metrics |= self._judged(held_out)
-                    self.history.append(metrics)
-                    stopped = False
-                    try:
-                        stopped = callback is not None and _stops(callback, step, metrics)
-                    finally:
-                        record.write(step, metrics)
-                    told = record.told()
-                    if told or stopped or (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                        for group, rate in zip(groups, rates, strict=True):
-                            group["lr"] = rate
-                        self._save(record, step + 1, of)
-                    if told:
-                        record.end(told)
-                    bar.update(shown, advance=1, description=_shown(metrics))
-                    if stopped:
-                        break
-            if self.history:
-                self._say(self.history)
-            return self.history
-
-    def _identity(self, tasks: list[Task], seed: int, given: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What a run is of."""
-        of = {**(given or {}), **settings(self), "seed": seed}
-        data: list[Any] = []
-        networks: list[Any] = []
-        with forked():
-            for i, task in enumerate(tasks):
-                torch.manual_seed(seed * 1_000_003)
-                batch = task.batch(0)
-                data.append(batch if callable(task.batches) else list(task.batches))
-                of |= {f"program {i}": name_of(task.model), f"guide {i}": name_of(task.guide)}
-                networks += programs.networks(task.model, self.arguments(batch, {}), {})
-                networks += programs.networks(task.guide, self.arguments(batch, {}), {})
-        distinct = {id(network): network for network in networks}.values()
-        trained = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
-        return of | {"data": digest(data), "language model": fingerprint(distinct, trained)}
-
-    def _take_up(self, record: Record, of: dict[str, Any]) -> int:
-        """The step to go on from: that of the checkpoint, if there is one."""
-        start, saved = 0, None
-        if record.where is not None and checkpoints.exists(record.where):
-            saved, tensors = checkpoints.load(record.where, self.optimizers, of)
-            start, self.training_tokens = saved["step"], saved["training_tokens"]
-            self.restore(tensors, saved.get("own", {}))
-        if not distributed.agree(start):
-            raise ValueError("checkpoint: not all processes find the same one; they need a file system in common")
-        record.begin(saved)
-        if saved is None:
-            self._save(record, 0, of)  # from now on the directory is this run's
-        return start
-
-    def _save(self, record: Record, step: int, of: dict[str, Any]) -> None:
-        if record.where is not None:
-            tensors, own = self.state()
-            extra = {"of": of, "training_tokens": self.training_tokens, "own": own, "log": record.log}
-            checkpoints.save(record.where, self.optimizers, step, extra, tensors)
-
-    def _say(self, history: list[dict[str, float]]) -> None:
-        """A warning where training has not found the posterior."""
-        recent = [metrics["impossible"] for metrics in history[-10:] if "impossible" in metrics]
-        found = history[-1] | ({"impossible": sum(recent) / len(recent)} if recent else {})
-        if why := reasons(found):
-            logger.warning("%s: the guide is not the posterior: %s. %s", type(self).__name__, ", ".join(why), REMEDY)
-
-    def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
-        """`judge`, by one process alone: a verdict is about draws of all observations."""
-        return self.judge(*args) if distributed.world().size == 1 else {}
+        asked = tuple(held_out or ())
+        evaluate = None if held_out is None else lambda: self._held_out(asked, exact_sample)
+        looks = Looks(evaluate, lambda: self._judged(asked), evaluate_every, steps)
+        with Record(log, checkpoint) as record, shown, forked():
+            if record.where is not None:
+                of |= data_and_networks(self, tasks, seed)
+            saving = Saving(self, record, of, {"scheduler": rates, "stop": stops, "looks": looks})
+            start = saving.take_up()
+            Loop(
+                self._counted, self._descent, tasks, steps, seed, accumulate, rates, looks, stops, record, saving,
+                shown, self.history, checkpoint_every,
+            ).run(start, kind, progress)  # fmt: skip
+        if self.history:
+            warn(kind, self.history)
+        return self.history
 
     def judge(self, *args: Any) -> dict[str, float]:
         """How near the guide is to the posterior of these observations, see `verdict.judge`."""
@@ -394,23 +348,8 @@ class Trainer(OnPrograms, ABC):
         """Refuse a wrong optimiser before anything is written."""
         with forked():
             for task in tasks:
-                torch.manual_seed(seed * 1_000_003)
+                seeded(seed, 0)
                 self.watch(task.model, task.guide, self.arguments(task.batch(0), {}), {})
-
-    def _tried(self, task: Task, batch: tuple[Any, ...], step: int) -> dict[str, float]:
-        """The metrics of a step, also of one that could update nothing."""
-        try:
-            return self._counted(task, batch, {}, step)
-        except FloatingPointError as error:
-            before = ["skipped" in metrics for metrics in self.history[1 - MOST_SKIPPED :]]
-            if len(before) == MOST_SKIPPED - 1 and all(before):
-                raise FloatingPointError(
-                    f"{MOST_SKIPPED} steps in a row, the last one {step}, could update nothing: {error}; lower the "
-                    "learning rate, load the weights in float32, and look for factors that are NaN or infinite"
-                ) from error
-            if not (before and before[-1]):
-                logger.warning("step %d is skipped: %s", step, error)
-            return {"loss": math.nan, "skipped": 1.0}
 
     def _tasks(self, batches: Any) -> list[Task]:
         if callable(batches):
@@ -427,34 +366,23 @@ class Trainer(OnPrograms, ABC):
         """Take up what `state` gave."""
         return None
 
-    @torch.no_grad()
-    def evaluate(self, *args: Any, num_particles: int = 64, **kwargs: Any) -> dict[str, float]:
-        """On-policy draws of the guide on these observations: sd(u), ESS/N, impossible ones, and how its texts end.
+    def evaluate(
+        self, *args: Any, num_particles: int = 64, exact_sample: ExactSample | None = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """How near the guide is to the posterior, from its own draws and half as many of the model's latents.
 
-        ``held_out_length`` is the mean number of tokens before the stop, ``held_out_stop`` the guide's mean probability
-        of stopping where its texts did stop; both over all texts, and absent where no latent text has a stop.
+        Means over observations, each name after ``held_out_``:
+
+        - ``sd_u``, zero at the posterior; ``ess``, of N; ``impossible``, the share of the guide's draws of reward zero;
+          ``khat``, the median of Pareto k-hat, absent where undefined;
+        - ``log_z`` in nats, too low on average, by the guide's draws; ``log_z_model``, likewise, by the model's;
+          ``log_z_above``, too high on average, and ``gap``, its distance from ``log_z``, where an exact draw of the
+          posterior is given;
+        - ``missed``, the share of the evidence that the model's draws find and the guide's do not, zero unless sure;
+        - ``length``, the mean number of tokens before the stop, ``stop``, the guide's mean probability of stopping
+          where its texts did stop; both over all texts, and absent where no latent text has a stop.
         """
-        weighted = weigh(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), num_particles)
-        u = weighted.u
-        metrics = {
-            "held_out_sd_u": standard_deviation(u).mean().item(),
-            "held_out_ess": (effective_sample_size(u) / len(u)).mean().item(),
-            "held_out_impossible": (u == -torch.inf).double().mean().item(),
-        }
-        length, stop = [], []
-        for node in programs.latents(weighted.guide).values():
-            site = text_of(node["fn"])
-            if site is not None and site.terminable:
-                end = site.ending(node["value"]).at
-                log_stop = site.prefix_scores(node["value"]).stop_log_probs
-                length.append(end.double().mean())
-                stop.append(log_stop.gather(-1, end[..., None]).exp().double().mean())
-        if length:
-            metrics |= {
-                "held_out_length": torch.stack(length).mean().item(),
-                "held_out_stop": torch.stack(stop).mean().item(),
-            }
-        return metrics
+        return examine(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), num_particles, exact_sample)
 
     def sized(self, num_particles: int) -> Self:
         """The same trainer, whose answers have this many particles where `run` is not told otherwise."""
@@ -467,36 +395,3 @@ class Trainer(OnPrograms, ABC):
         """The posterior given ``args``, by importance sampling from the guide as it now is; 64 particles by default."""
         n, nesting = self.draws if num_particles is None else num_particles, self.max_plate_nesting
         return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)
-
-
-def standard_deviation(u: Tensor) -> Tensor:
-    """Of u over axis 0, of the finite entries."""
-    keep = u.isfinite()
-    n = keep.sum(0).clamp(min=1)
-    mean = u.where(keep, torch.zeros_like(u)).sum(0) / n
-    return (((u - mean) ** 2).where(keep, torch.zeros_like(u)).sum(0) / n).sqrt()
-
-
-def _stops(callback: Callable[[int, dict[str, float]], None], step: int, metrics: dict[str, float]) -> bool:
-    """Whether the callback ends the training; on several processes all end when one of them does."""
-    try:
-        callback(step, metrics)
-        stopped = False
-    except StopIteration:
-        stopped = True
-    return not distributed.agree(stopped) or stopped
-
-
-def _shown(metrics: Mapping[str, Any]) -> str:
-    """What the progress bar says: numbers, not what else a callback has added."""
-    return "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, int | float))[:60]
-
-
-@contextmanager
-def _kept(groups: list[dict[str, Any]], rates: list[float]) -> Iterator[None]:
-    """The learning rates afterwards as they were."""
-    try:
-        yield
-    finally:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate

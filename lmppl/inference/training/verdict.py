@@ -1,20 +1,27 @@
-"""What to say of a guide when its training has ended: whether it is the posterior, and what to do where it is not."""
+"""What to say of a guide, while it is trained and at the end: whether it is the posterior, and what to do if not."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .. import programs
+from .. import distributed, programs
 from ..posterior.log_weights import pareto_khat
 from ..programs import Program
 from ..query import Query
 from ..resampling import systematic
 from ..weights import Weighted, log_ratio, pair_densities, weigh
 
+logger = logging.getLogger("lmppl")
+
 LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED, MOST_LACKING = 0.1, 0.7, 0.5, 0.25, 0.15
+MOST_GAP = 1.0  # nats between the bounds of log Z
+ENOUGH_ESS, SURE_ESS = 0.5, 0.9  # of N: the weights agree; they agree whatever else moves
+FALLS = 0.9  # sd(u) falls, if it is now less than this much of what it was
 SEEN = 5.0  # effective draws of the prior, at least, to say what a guide misses
 ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws after which no more are made; draws over all observations
 AGAIN = 32  # of these draws scored under the guide, for each observation
@@ -30,21 +37,30 @@ REMEDY = (
 def judge(
     model: Program, guide: Program, args: tuple[Any, ...], max_plate_nesting: int | None, num_particles: int = 128
 ) -> dict[str, float]:
-    """Means over observations, from draws of the guide and of the model's own latents.
+    """Means over observations, from draws of the guide and of the model's own latents; of all processes' observations.
 
     ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` and ``held_out_lacking`` are
     `missed` and `lacking`, by the model's own draws: what a guide has lost does not show in what it draws.
     """
     query, prior = (Query(model, q, args, {}, max_plate_nesting) for q in (guide, None))
-    u, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
-    v = found[0].u
+    own, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
+    u, v = of_all(own), of_all(found[0].u)
     while 2 * v.numel() <= MOST_DRAWS and bool((v == -torch.inf).any()) and effective(u, v) < ENOUGH:
         found.append(weigh(prior, len(v)))
-        v = torch.cat([v, found[-1].u])
-    khat = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
-    khat = khat[~khat.isnan()]
-    lost = {"held_out_missed": missed(u, v), "held_out_lacking": lacking(query, found, u)}
-    return lost | ({"held_out_khat": khat.median().item()} if len(khat) else {})
+        v = torch.cat([v, of_all(found[-1].u)])
+    return {"held_out_missed": missed(u, v), "held_out_lacking": lacking(query, found, own)} | khat(u)
+
+
+def of_all(u: torch.Tensor) -> torch.Tensor:
+    """Log weights (N, observations) of the observations of all processes."""
+    return torch.cat(distributed.gather(u.reshape(len(u), -1).cpu()), 1)
+
+
+def khat(u: torch.Tensor) -> dict[str, float]:
+    """The median of Pareto k-hat over observations, from log weights (N, *plates); nothing where it is undefined."""
+    found = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
+    found = found[~found.isnan()]
+    return {"held_out_khat": found.median().item()} if len(found) else {}
 
 
 def missed(u: torch.Tensor, v: torch.Tensor) -> float:
@@ -103,7 +119,32 @@ def _ratios(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (v - log_z)[:, log_z > -torch.inf].exp()
 
 
-def reasons(found: dict[str, float]) -> list[str]:
+def verdict(found: Mapping[str, float], before: Sequence[Mapping[str, float]]) -> str:
+    """In a word, whether the guide is the posterior: "converged", "improving", or "suspect: " and why.
+
+    - *converged*: half of the draws or more are effective, and nothing else speaks against it;
+    - *improving*: sd(u), or the share of impossible draws, has fallen by a tenth since the look three looks ago;
+    - *suspect*: neither; or the weights agree, and something else is wrong: modes that the guide has lost.
+
+    ``found`` is what was measured on held-out observations now, ``before`` what was at the looks before.
+    """
+    ess, why = found["held_out_ess"], reasons(found)
+    if ess >= SURE_ESS and not why:
+        return "converged"
+    falls = bool(before) and _falls(found, before[0])
+    if falls and not (ess >= ENOUGH_ESS and why):
+        return "improving"
+    if ess >= ENOUGH_ESS and not why:
+        return "converged"
+    return f"suspect: {why[0] if why else f'the effective sample size is {ess:.2g} of 1'}"
+
+
+def _falls(now: Mapping[str, float], before: Mapping[str, float]) -> bool:
+    (sd, impossible), (old_sd, old) = ([x["held_out_sd_u"], x["held_out_impossible"]] for x in (now, before))
+    return impossible < FALLS * old or (impossible <= old and sd < FALLS * old_sd)
+
+
+def reasons(found: Mapping[str, float]) -> list[str]:
     """Why these numbers are not those of a posterior."""
     checks = (
         ("held_out_ess", lambda x: x < LEAST_ESS, "the effective sample size is {:.2g} of 1"),
@@ -111,6 +152,15 @@ def reasons(found: dict[str, float]) -> list[str]:
         ("held_out_impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the guide's draws are impossible"),
         ("held_out_missed", lambda x: x > MOST_MISSED, "the guide misses {:.0%} of what the model's own draws find"),
         ("held_out_lacking", lambda x: x > MOST_LACKING, "the guide gives too little to {:.0%} of the posterior"),
+        ("held_out_gap", lambda x: x > MOST_GAP, "the bounds of log Z are {:.2g} nats apart"),
         ("impossible", lambda x: x > MOST_IMPOSSIBLE, "{:.0%} of the last training draws were impossible"),
     )
     return [told.format(found[name]) for name, bad, told in checks if name in found and bad(found[name])]
+
+
+def warn(name: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """Say so where training has not found the posterior."""
+    recent = [metrics["impossible"] for metrics in history[-10:] if "impossible" in metrics]
+    found = {**history[-1], **({"impossible": sum(recent) / len(recent)} if recent else {})}
+    if why := reasons(found):
+        logger.warning("%s: the guide is not the posterior: %s. %s", name, ", ".join(why), REMEDY)
