@@ -107,7 +107,7 @@ def names(max_tokens: int = 1) -> dict[str, Any]:
         with pyro.plate("stories", len(x)):
             pyro.sample("z", distributions.Completion(lm, x, max_tokens=max_tokens))
 
-    x, y = lm.encode(["once", "the"]), lm.encode([["a", "b"], ["c"]], stop="eos")
+    x, y = lm.encode(["once", "the"]), lm.encode(["ab", "c"], stop="eos")
     optimizer = torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)
     context = {name: getattr(m, name) for m in (constraints, distributions, inference) for name in m.__all__}
     context |= {"torch": torch, "pyro": pyro, "poutine": poutine, "lmppl": lmppl, "text": text, "embedded": embedded}
