@@ -143,7 +143,7 @@ def test_planted_words_are_there(tiny):
 
 def test_slots_are_all_the_texts_and_nothing_else(tiny):
     lm, x = tiny
-    slots = Slots(lm, ["ab", "bc", ["."]], [["c"], ["."]])
+    slots = Slots(lm, [["a", "b"], ["b", "c"], ["."]], [["c"], ["."]])
     texts = slots.texts()
     assert sorted(lm.decode(texts)) == sorted(["ab.", "ac.", "bb.", "bc.", "c."])
     assert slots.accepts(texts).all() and not slots.accepts(lm.encode(["a.", "ab", "cb.", "ca", "abb."])).any()

@@ -90,7 +90,7 @@ def test_as_b_grows_what_the_other_prompt_says_least_is_all_that_is_left(tiny, l
 def test_what_is_impossible_after_both_stays_impossible(tiny):
     """0^a / 0^b counts as 0, not as no number."""
     lm, *args = tiny
-    task = Contrastive(lm, max_tokens=MAX_TOKENS, allowed=Slots(lm, ["ab", ["c"], ["."]]))
+    task = Contrastive(lm, max_tokens=MAX_TOKENS, allowed=Slots(lm, [["a", "b"], ["c"], ["."]]))
     values = {"z": lm.encode(["ac.", "cc."])[:, None].expand(2, 2, -1)}
     run = trace(task.model, tuple(args), {}, Replay(values), nesting=1, particles=2)
     assert run.log_prob_sum() == -torch.inf

@@ -14,7 +14,7 @@ from ..plates import Plates, kept_plates
 from ..programs import Draw, Program, Replay, SiteMismatch
 from ..query import Pair, Query
 from ..validation import check_axes_once
-from ..weights import Weighted, log_density, log_density_of_latents
+from ..weights import Weighted, device_of, log_density, log_density_of_latents
 
 Values = Mapping[str, Tensor]
 
@@ -57,7 +57,7 @@ class Drawn:
             model = query.trace(query.model, replay, particles=self.num_particles)
             pair = Pair(query, guide, model, self.num_particles).matched()
             plates = pair.plates(subsampling=True)
-            nothing = torch.zeros(self.num_particles)
+            nothing = torch.zeros(self.num_particles, device=device_of(model, guide))
             weighted = Weighted(nothing, dict(self.values), model, guide, plates)
             check_axes_once(query, lambda: weighted)
             latents = programs.latents(model).items()

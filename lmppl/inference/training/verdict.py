@@ -58,7 +58,7 @@ def of_all(u: torch.Tensor) -> torch.Tensor:
 
 def khat(u: torch.Tensor) -> dict[str, float]:
     """The median of Pareto k-hat over observations, from log weights (N, *plates); nothing where it is undefined."""
-    found = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()])
+    found = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()], device=u.device)
     found = found[~found.isnan()]
     return {"held_out_khat": found.median().item()} if len(found) else {}
 
@@ -94,7 +94,7 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
     values = programs.cat_particles([{name: w.values[name] for name in names} for w in found])
     some = (v > -torch.inf).any(0)  # (*plates)
     weights = v.masked_fill(~some, 0.0).softmax(0)
-    count = float((1 / (weights**2).sum(0))[some].sum())
+    count = distributed.total(float((1 / (weights**2).sum(0))[some].sum()))  # of all processes, like the shares
     if count < SEEN:
         return 0.0
     chosen = systematic(weights, AGAIN)
@@ -102,7 +102,8 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
     pair = query.at(again, particles=AGAIN)
     log_w = log_ratio(*pair_densities(pair, pair.plates())).expand(1, AGAIN, *u.shape[1:])[0].double()
     log_z = u.double().logsumexp(0) - math.log(len(u))
-    short = (1 - (log_z - log_w).exp()).clamp(min=0.0)[:, some]
+    short = of_all((1 - (log_z - log_w).exp()).clamp(min=0.0).masked_fill(~some, torch.nan))
+    short = short[:, ~short.isnan().all(0)]
     return max(0.0, float(short.mean() - short.std() / min(count, short.numel()) ** 0.5))
 
 
