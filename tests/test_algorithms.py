@@ -128,7 +128,10 @@ problems = st.builds(
 )
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+SLOW = {"Metropolis, prior", "Metropolis, guide"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(a, marks=pytest.mark.slow) if a in SLOW else a for a in ALGORITHMS])
 @settings(max_examples=8)
 @given(problem=problems, seed=st.integers(0, 99))
 def test_answers_are_those_of_enumeration(name, problem, seed):

@@ -48,6 +48,7 @@ def test_list_names_the_models(tmp_path):
     assert run.returncode == 0 and "infilling" in run.stdout
 
 
+@pytest.mark.slow
 def test_compare_train_and_sample(tmp_path, lmppl):
     run = lmppl("compare", "infilling", "--steps", "3", "--particles", "8", "--out", "out")
     assert run.returncode == 0, run.stderr

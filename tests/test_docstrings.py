@@ -67,6 +67,7 @@ ASKED = {name: doc for name, (doc, _) in DOCUMENTED.items() if ">>>" in doc}
 
 
 def shortened(code: str) -> str:
+    code = re.sub(r"(\.fit\(\w+, )\d+", r"\g<1>4", code)
     return re.sub(r"\b(steps|num_samples|warmup)=\d+", r"\1=4", code)
 
 

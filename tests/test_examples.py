@@ -15,6 +15,7 @@ from lmppl.testing import TextContract
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, PRETRAINED = (sorted((ROOT / "examples").glob(p)) for p in ("*.py", "pretrained/*.py"))
+SLOW = {"local_and_global", "own_objective"}
 
 
 def programs(page: Path) -> dict[str, str]:
@@ -36,7 +37,9 @@ def run(path: Path, *args: str) -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
+)
 def test_an_example_runs(path):
     printed = run(path)
     if path.stem == "quickstart":

@@ -254,6 +254,7 @@ def test_local_search_moves_every_site(lm):
     assert float((fell[0] - fell[1]).mean()) > 5 * float((fell[0] - fell[1]).std()) / 500**0.5
 
 
+@pytest.mark.slow
 def test_training_with_local_search_and_replay_reaches_the_posterior(lm):
     guide_lm, found = adapted(lm), PROBLEMS["one text"](lm)
     guide = lm_guide(guide_lm)

@@ -224,6 +224,7 @@ def test_the_verdict(found, before, said):
     assert verdict(GOOD | found, [GOOD | x for x in before]).startswith(said)
 
 
+@pytest.mark.slow
 def test_fit_says_whether_it_has_converged(tmp_path):
     task, log = Task(), tmp_path / "log.jsonl"
     exact = Enumeration(task.model).run(*task.args)
@@ -239,6 +240,7 @@ def test_fit_says_whether_it_has_converged(tmp_path):
     assert abs(looks[-1]["held_out_log_z"] - log_z) < 0.1 and abs(looks[-1]["held_out_gap"]) < 0.2
 
 
+@pytest.mark.slow
 def test_both_bounds_hold_on_average():
     """Of 144 evaluations of a guide that is far off; each mean within 5 standard errors of its side."""
     task = Task()

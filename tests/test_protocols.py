@@ -135,7 +135,7 @@ def test_an_algorithm_within_another_is_judged_on_the_right_model():
             {f.name: f.figure for f in d.findings if f.name.startswith(("SBC", "evidence"))} for d in (inner, outer)
         ]
         assert rows[0] == rows[1] and rows[0]
-    exact = diagnose(Sharded(Enumeration(model)), X, simulations=40, num_particles=8)
+    exact = diagnose(Sharded(Enumeration(model)), X, simulations=20, num_particles=8)
     assert all(f.suspect is not True for f in exact.findings)
 
 

@@ -113,6 +113,7 @@ def test_a_resumed_run_with_replay_repeats_an_uninterrupted_one(tmp_path, priori
     assert json.loads((tmp_path / "c" / "training.json").read_text())["own"]["replay"]["texts"] == ["z"]
 
 
+@pytest.mark.slow
 def test_two_tasks_share_an_adapter_and_a_buffer_and_a_resumed_run_repeats(tmp_path):
     """Two models over the same prompts and observations, so that only the task tells their keys apart."""
 

@@ -245,6 +245,7 @@ def test_what_is_not_there_may_be_impossible_or_undefined(lm, kind):
 # Training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_training_reaches_the_exact_posterior(lm, kind):
     found = TREES["a goes on" if kind in (VarGrad, SubTB) else "the empty thought goes on"](lm)
