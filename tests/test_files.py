@@ -34,7 +34,7 @@ def survived(tmp_path_factory):
     """What `killed_script` found."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
     command = [sys.executable, str(HERE / "killed_script.py"), str(tmp_path_factory.mktemp("killed"))]
-    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=500)
+    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-5000:]
     return dict(json.loads(line) for line in run.stdout.splitlines())
 
