@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from lmppl import files
+from . import files
 
 # What transformers reads, or goes on without in silence.
 CONFIGURATIONS = ("config.json", "generation_config.json")

@@ -96,17 +96,20 @@ def assert_same_run(a, b) -> None:
     assert all(torch.equal(x.chosen, y.chosen) and x.token == y.token for x, y in both)
 
 
+SAMPLERS = (
+    partial(Importance, num_particles=16),
+    partial(SMC, num_particles=16, ess_threshold=1.0),
+    partial(SMC, num_particles=16, twist="stop"),
+    partial(SMC, num_particles=16, twist="flow"),
+    partial(MetropolisHastings, num_chains=8, num_samples=4, warmup=4),
+)
+
+
 @pytest.mark.parametrize("name", ALIKE)
 def test_a_wrapped_text_is_the_text_to_every_sampler(name):
     """Draw for draw: weights, evidence and resamplings of SMC, strings and tables."""
     wrapped, plain = ALIKE[name]
-    for make in (
-        partial(Importance, num_particles=16),
-        partial(SMC, num_particles=16, ess_threshold=1.0),
-        partial(SMC, num_particles=16, twist="stop"),
-        partial(MetropolisHastings, num_chains=8, num_samples=4, warmup=4),
-        Enumeration,
-    ):
+    for make in (*SAMPLERS, Enumeration):
         a, b = (seeded(lambda p=p, make=make: make(p).run()) for p in (wrapped, plain))
         assert_same_run(a, b)
         assert dict(a.table("z", 0)) == pytest.approx(dict(b.table("z", 0)))
@@ -144,12 +147,7 @@ STACKED = {
 @pytest.mark.parametrize("name", STACKED)
 def test_several_texts_of_one_value_are_those_of_a_plate(name):
     wrapped, plain = STACKED[name]
-    for make in (
-        partial(Importance, num_particles=16),
-        partial(SMC, num_particles=16, ess_threshold=1.0),
-        partial(SMC, num_particles=16, twist="flow"),
-        partial(MetropolisHastings, num_chains=8, num_samples=4, warmup=4),
-    ):
+    for make in SAMPLERS:
         a, b = (seeded(lambda p=p, make=make: make(p).run()) for p in (wrapped, plain))
         assert a.samples["z"].shape == (len(a.samples["z"]), 2, 4)
         assert_same_run(a, b)

@@ -67,6 +67,11 @@ class Site:
         return self.stepwise or (hasattr(self.fn, "regrow") and hasattr(self.fn, "token_log_probs"))
 
     @property
+    def broadens(self) -> bool:
+        """Whether the texts can be drawn from a broader distribution, ``fn.broadened(temperature, epsilon)``."""
+        return hasattr(self.fn, "broadened")
+
+    @property
     def min_tokens(self) -> Tensor:
         """The fewest tokens before a stop, as far as they are known; broadcasts with ``shape``."""
         least = getattr(self.fn, "min_tokens", None)

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ...files import save_figure
+from ..algorithm import guide_of
 from ..arguments import at_least, is_integer
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
@@ -170,7 +171,7 @@ def diagnose(
 
 def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
     """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
-    nesting, guide = getattr(algorithm, "max_plate_nesting", None), drift.guide_of(algorithm)
+    nesting, guide = getattr(algorithm, "max_plate_nesting", None), guide_of(algorithm)
     assert guide is not None
     lost = judge(algorithm.model, guide, args, nesting)["held_out_missed"]
     meaning = "of the evidence is found by the model's own draws and not by the guide's"

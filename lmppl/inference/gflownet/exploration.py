@@ -120,7 +120,7 @@ class _Broadened(Exploration):
 
         def temper(site: Site) -> TorchDistribution:
             each = amount.reshape(*amount.shape, *[1] * site.stacked)
-            return self.broaden(site.fn, each) if hasattr(site.fn, "broadened") else site.fn
+            return self.broaden(site.fn, each) if site.broadens else site.fn
 
         return source.draw(source.guide, num_particles, temper if kept < num_particles else None)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ... import text
 from .. import distributed, programs
+from ..sites import lm_of, prompt_of
 from ..weights import Balance
 from .objective import Objective, against
 
@@ -111,10 +112,11 @@ class LogPartition(nn.Module):
         """(*plate axes, features) of the prompts of the guide's first text."""
         fn = next(iter(programs.latents(balance.guide).values()))["fn"]
         nesting = balance.plates.nesting
-        if not hasattr(fn, "prompt") or fn.prompt.shape[: -1 - nesting].numel() > 1:
+        prompt = prompt_of(fn) if fn.event_dim <= 1 else None  # of several texts of one value, none
+        if prompt is None or prompt.shape[: -1 - nesting].numel() > 1:
             return None
-        prompt = fn.prompt.reshape(fn.prompt.shape[-1 - nesting :])  # (*plate axes, L)
-        embedded = fn.lm.network.model.get_input_embeddings()(prompt.clamp(min=0)).float()
+        prompt = prompt.reshape(prompt.shape[-1 - nesting :])  # (*plate axes, L)
+        embedded = lm_of(fn).network.model.get_input_embeddings()(prompt.clamp(min=0)).float()
         real = (prompt != text.PAD)[..., None]
         mean = (embedded * real).sum(-2) / real.sum(-2).clamp(min=1)
         generator = torch.Generator().manual_seed(0)
