@@ -50,10 +50,10 @@ from lmppl.inference import (
     dreams,
     few_shot,
 )
-from lmppl.inference.algorithm import sized
-from lmppl.inference.compare.compare import Meter, particles_within
-from lmppl.inference.compare.comparison import Comparison, Row, averaged
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.compare import Meter, particles_within
+from lmppl.inference.judging.comparison import Comparison, Row, averaged
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.posterior.algorithm import sized
 from lmppl.models import Experiment, Recipe, infilling
 
 RATES = 1e-3, 3e-3

@@ -33,7 +33,7 @@ from lmppl import LanguageModel, text
 from lmppl.constraints import Constraint, regex
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, HardVarGrad, Mixture, Proposal, Tempered, diagnose
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import constrained
 from lmppl.models.experiment import linear_layers
 

@@ -57,7 +57,7 @@ def train(name: str, seed: int, tokens: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     import transformers
 
-    from lmppl.inference.compare.quality import density_quality
+    from lmppl.inference.judging.quality import density_quality
     from lmppl.models import Recipe, infilling
 
     transformers.logging.set_verbosity_error()

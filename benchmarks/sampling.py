@@ -29,8 +29,8 @@ from tokenizers import Tokenizer, models
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
-from lmppl.inference.resampling import SCHEMES, systematic
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.core.resampling import SCHEMES, systematic
+from lmppl.inference.samplers.smc.smc import SMC
 
 REQUIRED = {"sampling": 1.1, "SMC": 1.0}
 LONG, REQUIRED_AFTER_LONG = 100, 1.3  # tokens of a prompt, and what is required after it

@@ -32,7 +32,7 @@ from benchmarks.sampling import language_model, network, timed
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.inference import GFlowNet, SubTB, VarGrad
-from lmppl.inference.gflownet.sub_tb import pairwise
+from lmppl.inference.training.gflownet.sub_tb import pairwise
 
 STOP = 1
 TOLERANCE = 1e-4

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.inference import GFlowNet, Sharded
-from lmppl.inference.distributed import world
+from lmppl.inference.processes.distributed import world
 
 device = "cpu"
 if torch.cuda.is_available():

@@ -17,14 +17,15 @@ from rich.table import Table
 from torch import Tensor
 
 from . import text
-from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad, programs
-from .inference.arguments import at_least
-from .inference.programs import Node, Program, Replay
-from .inference.query import Query
-from .inference.sites import is_terminable, lm_of, text_of, texts_of
-from .inference.training.ownership import Owners
-from .inference.validation import check_axes
-from .inference.weights import Weighted, balance, site_log_prob, weigh
+from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad
+from .inference.core import programs
+from .inference.core.arguments import at_least
+from .inference.core.programs import Node, Program, Replay
+from .inference.core.query import Query
+from .inference.core.sites import is_terminable, lm_of, text_of, texts_of
+from .inference.core.validation import check_axes
+from .inference.core.weights import Weighted, balance, site_log_prob, weigh
+from .inference.training.loop.ownership import Owners
 
 Axes = list[tuple[str, int]]
 HARDLY_EVER = 1e-4  # a stop less probable than this at every position

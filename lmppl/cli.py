@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
     from collections.abc import Callable
 
     from .inference import Comparison, Posterior, Trainer
-    from .inference.algorithm import Algorithm
+    from .inference.posterior.algorithm import Algorithm
     from .models import Experiment
 
     Match = Callable[[Algorithm, Experiment], Algorithm]
@@ -140,8 +140,8 @@ def compare_command(
     import torch
 
     from .inference import compare
-    from .inference.algorithm import sized
-    from .inference.compare.comparison import FILES
+    from .inference.judging.comparison import FILES
+    from .inference.posterior.algorithm import sized
 
     _set_threads(threads)
     make = partial(_experiment, model, lm, data, seed, setting, options, device, dtype)
@@ -199,7 +199,7 @@ def train_command(
     Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
     """
     _set_threads(threads)
-    from .inference.distributed import world
+    from .inference.processes.distributed import world
 
     experiment = _experiment(model, lm, data, seed, setting, options, device, dtype)
     _claim(out)
@@ -386,8 +386,8 @@ def _trainer(name: str, experiment: Experiment) -> Trainer:
 
 
 def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int) -> None:
-    from .inference.training import checkpoint as checkpoints
-    from .inference.training.log import Log
+    from .inference.training.loop import checkpoint as checkpoints
+    from .inference.training.loop.log import Log
 
     if checkpoints.exists(out / "training"):
         raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
@@ -402,7 +402,7 @@ def _train(trainer: Trainer, experiment: Experiment, exact: Posterior | None, st
 def _claim(out: Path) -> None:
     """Before anything is trained, refuse a directory in which others have files of the names that will be written."""
     from .adapters import CONFIG, WEIGHTS
-    from .inference.training.log import Log
+    from .inference.training.loop.log import Log
 
     claim(out, [CURVE])
     claim(out / "adapter", [CONFIG, WEIGHTS])
@@ -411,7 +411,7 @@ def _claim(out: Path) -> None:
 
 def _data_of(path: Path | None) -> dict[str, str]:
     """What tells data files apart: what is in them."""
-    from .inference.training.identity import digest
+    from .inference.training.loop.identity import digest
 
     if path is None:
         return {}
@@ -429,8 +429,8 @@ def _save(experiment: Experiment, out: Path) -> None:
 
 def _matching(experiment: Experiment, gflownet: Algorithm) -> Match:
     """What gives an algorithm as many particles as cost the GFlowNet's tokens a query."""
-    from .inference.algorithm import sized
-    from .inference.compare.compare import PILOTS, Meter, particles_within
+    from .inference.judging.compare import PILOTS, Meter, particles_within
+    from .inference.posterior.algorithm import sized
 
     meter = Meter([experiment.lm.network])
     answer, spent, _ = meter(lambda: gflownet.run(*experiment.test))
@@ -464,7 +464,7 @@ def _candidates(chosen: list[str], experiment: Experiment, gflownet: Algorithm, 
 
 
 def _density_tv(exact: Posterior, experiment: Experiment) -> float:
-    from .inference.compare.quality import density_quality
+    from .inference.judging.quality import density_quality
 
     return float(density_quality(exact, experiment.guide, experiment.test, {}).total_variation.mean())
 
@@ -472,7 +472,7 @@ def _density_tv(exact: Posterior, experiment: Experiment) -> float:
 def _annotate(result: Comparison, experiment: Experiment, exact: Posterior | None) -> None:
     """Say what the figures are of, and how much of the posterior the enumeration may lack."""
     from .inference import Importance
-    from .inference.compare.quality import outside_mass
+    from .inference.judging.quality import outside_mass
 
     count = len(experiment.test[0])
     result.notes.insert(0, f"Target: {experiment.target}. {count} unseen observations; |error| and KL in nats.")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import text
 from .distributions.protocols import PrefixScores, Stepwise, Terminable, Text
-from .inference.sites import exactly, text_of
+from .inference.core.sites import exactly, text_of
 from .text import PAD
 
 MOST = 20_000  # texts that `support` looks at

@@ -36,7 +36,7 @@ from lmppl.inference import (
     TrajectoryBalance,
     VariationalEM,
 )
-from lmppl.inference.distributed import world
+from lmppl.inference.processes.distributed import world
 
 SIZE = {"max_tokens": 2}
 ADAM = torch.optim.Adam

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.inference.baselines.densities import Drawn
+from lmppl.inference.training.densities import Drawn
 
 
 def still(parameters, **kwargs) -> dict:

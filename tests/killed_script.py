@@ -29,7 +29,7 @@ from tiny import tiny_lm
 
 from lmppl import LanguageModel
 from lmppl.inference import Importance, Posterior, Trainer
-from lmppl.inference.training import checkpoint
+from lmppl.inference.training.loop import checkpoint
 
 CALLS = {
     os: ["replace", "rename", "fsync", "mkdir", "rmdir", "unlink", "open", "truncate", "ftruncate", "write"],

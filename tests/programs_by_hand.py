@@ -13,7 +13,7 @@ from ngrams import ngram_lm, written_lm
 from torch import Tensor
 
 from lmppl.distributions import Completion
-from lmppl.inference.enumeration.enumeration import Enumerated, Enumeration
+from lmppl.inference.samplers.enumeration.enumeration import Enumerated, Enumeration
 
 V = 4  # <eos> . a b
 EOS, DOT, A, B = range(V)

@@ -7,8 +7,8 @@ import torch
 from programs_by_hand import Program
 
 from lmppl import text
-from lmppl.inference.smc.ancestry import Resampling, lineages, plot_ancestry, survivors
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.samplers.smc.ancestry import Resampling, lineages, plot_ancestry, survivors
+from lmppl.inference.samplers.smc.smc import SMC
 
 
 def watched(scheme: str = "systematic", threshold: float = 1.0, N: int = 7, runs: int = 5):

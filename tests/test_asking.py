@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from lmppl.inference.gflownet.asking import BadAnswer, ask
+from lmppl.inference.training.gflownet.asking import BadAnswer, ask
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 Behaviour = Callable[[socket.socket, threading.Event], None]

@@ -11,8 +11,9 @@ from pyro.infer import SVI
 from tiny import tiny_lm
 
 from lmppl.distributions import Completion
-from lmppl.inference import SMC, AutoGuide, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay, programs
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference import SMC, AutoGuide, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay
+from lmppl.inference.core import programs
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models.infilling import Infilling
 
 CONFIG = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")

@@ -13,9 +13,9 @@ from lmppl import LanguageModel, constraints, text
 from lmppl.adapters import CheckpointError
 from lmppl.distributions import Completion, NextToken
 from lmppl.inference import Importance
-from lmppl.inference.gflownet import PooledVarGrad, SubTB, Tempered, VarGrad
+from lmppl.inference.core.programs import SiteMismatch
 from lmppl.inference.posterior.posterior import ZeroEvidence
-from lmppl.inference.programs import SiteMismatch
+from lmppl.inference.training.gflownet import PooledVarGrad, SubTB, Tempered, VarGrad
 from lmppl.text import PAD
 
 V = 6

@@ -25,8 +25,8 @@ from lmppl.inference import (
     dreams,
     few_shot,
 )
-from lmppl.inference.baselines.densities import Drawn, log_likelihood
-from lmppl.inference.query import Query
+from lmppl.inference.core.query import Query
+from lmppl.inference.training.densities import Drawn, log_likelihood
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.enumeration.enumeration import Enumeration
+from lmppl.inference.judging.quality import density_quality
 from lmppl.inference.posterior.posterior import Posterior
-from lmppl.inference.smc.bounds import Bounds, Sandwich, divergences, simulate
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.samplers.enumeration.enumeration import Enumeration
+from lmppl.inference.samplers.smc.bounds import Bounds, Sandwich, divergences, simulate
+from lmppl.inference.samplers.smc.smc import SMC
 
 RUNS = 400
 KINDS = {
@@ -153,7 +153,7 @@ def test_the_posterior_as_proposal_leaves_no_gap(threshold):
 
 def test_the_retained_particle_is_kept_to_its_end(monkeypatch):
     """Particle 0 of a conditional run is the exact sample, whatever was resampled."""
-    import lmppl.inference.smc.bounds as module
+    import lmppl.inference.samplers.smc.bounds as module
 
     program = Program(2, runs=50)
     sample = exact_of(program).resample(1)

@@ -14,7 +14,8 @@ from tiny import tiny_lm, tiny_tokenizer
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.inference import SMC, AutoGuide, Enumeration, programs
+from lmppl.inference import SMC, AutoGuide, Enumeration
+from lmppl.inference.core import programs
 from lmppl.text import PAD
 
 # One token a character: "<eos>" ends each turn, "u" and "v" open those of the user and of the model.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmppl import cli
-from lmppl.inference.training import checkpoint
+from lmppl.inference.training.loop import checkpoint
 
 FILE = "adapter_model.safetensors"
 STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"

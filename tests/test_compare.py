@@ -20,9 +20,9 @@ from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, compare
-from lmppl.inference.algorithm import sized
-from lmppl.inference.compare.compare import Meter, particles_within
-from lmppl.inference.compare.quality import density_quality, draw_quality, modes_drawn, outside_mass
+from lmppl.inference.judging.compare import Meter, particles_within
+from lmppl.inference.judging.quality import density_quality, draw_quality, modes_drawn, outside_mass
+from lmppl.inference.posterior.algorithm import sized
 
 
 @pytest.fixture(scope="module")

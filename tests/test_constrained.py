@@ -19,8 +19,8 @@ from lmppl import LanguageModel, cli, text
 from lmppl.constraints import Slots, regex
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, Importance, Mixture, OnPolicy
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.gflownet.exploration import Source
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.training.gflownet.exploration import Source
 from lmppl.models import EXPERIMENTS, Constrained, Recipe
 from lmppl.models.classifier import TokenClassifier, read_labelled
 from lmppl.models.constrained import PATTERN, ContainsWords, Planted, rest_of_story

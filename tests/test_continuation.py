@@ -13,7 +13,7 @@ from tiny import tiny_lm
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, Importance
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Continuation, Recipe, continuation, decoding, measures
 from lmppl.models.experiment import split
 

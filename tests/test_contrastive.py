@@ -15,8 +15,8 @@ from tiny import tiny_lm
 from lmppl import cli
 from lmppl.constraints import Slots
 from lmppl.inference import Enumeration, GFlowNet, Importance
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.programs import Replay, trace
+from lmppl.inference.core.programs import Replay, trace
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Contrastive, Recipe
 from lmppl.models.contrastive import DIFFER, read_pairs
 

@@ -22,7 +22,7 @@ from lmppl.constraints import Check, every, grammar, regex, without
 from lmppl.constraints.masks import keeps
 from lmppl.distributions import Completion, DeadEnd
 from lmppl.inference import SMC, GFlowNet, Importance, MetropolisHastings, PooledVarGrad, VarGrad, ZeroEvidence
-from lmppl.inference.gflownet import Tempered
+from lmppl.inference.training.gflownet import Tempered
 from lmppl.text import PAD, length
 
 # -- text constraints ------------------------------------------------------------------------------------------------

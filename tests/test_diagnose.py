@@ -22,13 +22,14 @@ from benchmarks.diagnose_rates import CASES, rate
 from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sharded, diagnose, programs
-from lmppl.inference.diagnose.calibration import calibrate, position
-from lmppl.inference.diagnose.evidence import winnings
-from lmppl.inference.diagnose.pools import Pool, judge, member_weights, ranks
-from lmppl.inference.plates import kept_plates
-from lmppl.inference.programs import Replay
-from lmppl.inference.weights import log_density
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sharded, diagnose
+from lmppl.inference.core import programs
+from lmppl.inference.core.plates import kept_plates
+from lmppl.inference.core.programs import Replay
+from lmppl.inference.core.weights import log_density
+from lmppl.inference.judging.calibration import calibrate, position
+from lmppl.inference.judging.evidence import winnings
+from lmppl.inference.judging.pools import Pool, judge, member_weights, ranks
 
 CELLS = 40  # a plate element is a data set of its own
 X = P.encode(["a", "", "ba", "c"] * 10)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from lmppl import randomness
 from lmppl.inference import Importance, Sharded
-from lmppl.inference.distributed import world
+from lmppl.inference.processes.distributed import world
 from lmppl.randomness import Part
 
 ROOT = Path(__file__).parents[1]

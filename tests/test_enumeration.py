@@ -16,7 +16,7 @@ from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, Importance, ZeroEvidence
-from lmppl.inference.compare import quality
+from lmppl.inference.judging import quality
 
 RULES = st.fixed_dictionaries(
     {},

@@ -16,7 +16,7 @@ from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.engine.tuning import TUNING
 from lmppl.inference import Enumeration
-from lmppl.inference.enumeration import token_tree
+from lmppl.inference.samplers.enumeration import token_tree
 
 
 @settings(max_examples=40)

@@ -27,11 +27,12 @@ from lmppl.inference import (
     Tempered,
     VarGrad,
 )
-from lmppl.inference.gflownet import local_search
-from lmppl.inference.gflownet.exploration import Source, Values
-from lmppl.inference.metropolis.kernels import density
-from lmppl.inference.query import Query
-from lmppl.inference.training.schedules import linear
+from lmppl.inference.core.programs import Values
+from lmppl.inference.core.query import Query
+from lmppl.inference.samplers.metropolis.kernels import density
+from lmppl.inference.training.gflownet import local_search
+from lmppl.inference.training.gflownet.exploration import Source
+from lmppl.inference.training.loop.schedules import linear
 from lmppl.text import equal
 
 N = 3000

@@ -21,8 +21,8 @@ from tiny import tiny_lm
 
 from lmppl import files
 from lmppl.inference import Importance, Posterior
-from lmppl.inference.compare.comparison import Comparison, Row
-from lmppl.inference.training import checkpoint
+from lmppl.inference.judging.comparison import Comparison, Row
+from lmppl.inference.training.loop import checkpoint
 from lmppl.locks import LockedError, locked
 
 HERE = Path(__file__).parent

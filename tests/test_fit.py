@@ -23,8 +23,8 @@ from lmppl.inference import (
     VariationalEM,
     dreams,
 )
-from lmppl.inference.training.batches import readable
-from lmppl.inference.training.schedules import warmed
+from lmppl.inference.training.loop.batches import readable
+from lmppl.inference.training.loop.schedules import warmed
 
 QUIET = {"progress": False}
 KINDS = {

@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker
 from tasks import Task
 
 from lmppl.inference import EarlyStopping, Enumeration, StopTraining
-from lmppl.inference.training.verdict import verdict
+from lmppl.inference.training.loop.verdict import verdict
 
 QUIET = {"progress": False}
 

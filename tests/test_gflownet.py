@@ -11,8 +11,8 @@ from tasks import Task
 
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.training import checkpoint as checkpoints
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.training.loop import checkpoint as checkpoints
 
 
 def test_training_reaches_the_exact_posterior():

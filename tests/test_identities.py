@@ -29,7 +29,7 @@ from lmppl.inference import (
     TrajectoryBalance,
     VarGrad,
 )
-from lmppl.inference.gflownet.sub_tb import pairwise
+from lmppl.inference.training.gflownet.sub_tb import pairwise
 
 
 def test_vargrad_is_reinforce_with_a_leave_one_out_baseline(lm):
@@ -142,7 +142,7 @@ def test_subtb_as_lam_vanishes_is_detailed_balance(lm):
     g = torch.Generator().manual_seed(1)
     u, valid = torch.randn(5, 4, generator=g, dtype=torch.float64), torch.ones(5, 4, dtype=torch.bool)
     at = torch.arange(5.0, dtype=torch.float64)[:, None].expand(5, 4)
-    from lmppl.inference.gflownet.detailed_balance import neighbours
+    from lmppl.inference.training.gflownet.detailed_balance import neighbours
 
     assert (pairwise(u, valid, at, 1e-12) - neighbours(u, valid, at)).abs().max() < 1e-9
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ LAYERS = {
     "command_help": 7,
     "cli": 8,
 }
+# The same inside `inference`, one after the other.
+WINGS = ["core", "posterior", "processes", "samplers", "training", "judging"]
 
 
 @pytest.mark.parametrize("name", ["models", "inference"])
@@ -50,28 +53,40 @@ def test_the_links_show_the_packages_and_cannot_be_imported(name):
     assert run.returncode == 1 and f"ImportError: import lmppl.{name}, not {name}" in run.stderr
 
 
-def imported(tree: ast.AST, module: tuple[str, ...]) -> set[str]:
-    """The parts of lmppl that a module imports, relatively or not; ``module`` is its path below the repository."""
-    parts = set()
+def imported(tree: ast.AST, module: tuple[str, ...], package: tuple[str, ...]) -> set[str]:
+    """The parts of a package that a module imports, relatively or not; ``module`` is its path below the repository."""
+    found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*module[: -node.level], *(node.module.split(".") if node.module else [])]
-            node = ast.ImportFrom(module=".".join(base), names=node.names, level=0)
         if isinstance(node, ast.Import):
-            parts |= {name.name.split(".")[1] for name in node.names if name.name.startswith("lmppl.")}
-        elif isinstance(node, ast.ImportFrom) and node.module == "lmppl":
-            parts |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lmppl."):
-            parts.add(str(node.module).split(".")[1])
-    return parts & set(LAYERS)
+            found += [name.name.split(".") for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = [*module[: -node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            found += [[*base, name.name] for name in node.names]
+    depth = len(package)
+    return {name[depth] for name in found if tuple(name[:depth]) == package and len(name) > depth}
+
+
+def arrows(root: Path) -> Iterator[tuple[str, str, Path]]:
+    """A part of a package, another part that it imports, and the file that does so."""
+    for path in sorted(root.rglob("*.py")):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        tree, module = ast.parse(path.read_text()), path.relative_to(ROOT).with_suffix("").parts
+        for other in imported(tree, module, root.relative_to(ROOT).parts) - {part}:
+            yield part, other, path.relative_to(ROOT)
 
 
 def test_arrows_run_downward_only():
-    for path in sorted((ROOT / "lmppl").rglob("*.py")):
-        part = path.relative_to(ROOT / "lmppl").parts[0].removesuffix(".py")
-        if part not in LAYERS:
-            continue
-        module = path.relative_to(ROOT).with_suffix("").parts
-        for other in imported(ast.parse(path.read_text()), module) - {part}:
+    for part, other, path in arrows(ROOT / "lmppl"):
+        if part in LAYERS and other in LAYERS:
             lazy = (part, other) == ("language_model", "embedded")
-            assert LAYERS[other] <= LAYERS[part] or lazy, f"{path.relative_to(ROOT)} imports lmppl.{other}"
+            assert LAYERS[other] <= LAYERS[part] or lazy, f"{path} imports lmppl.{other}"
+
+
+def test_the_wings_of_inference_need_only_those_before_them():
+    """Also in functions: no circle hides in a lazy import."""
+    assert {path.name for path in (ROOT / "lmppl/inference").iterdir()} - {"__pycache__"} == {*WINGS, "__init__.py"}
+    for part, other, path in arrows(ROOT / "lmppl" / "inference"):
+        if part != "__init__":
+            assert other in WINGS, f"{path} imports {other} from lmppl.inference"
+            assert WINGS.index(other) < WINGS.index(part), f"{path} imports lmppl.inference.{other}"

@@ -18,11 +18,11 @@ from torch import Tensor
 from lmppl import LanguageModel, text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference.importance import Importance
-from lmppl.inference.markov import Automaton, Markov
-from lmppl.inference.resampling import SCHEMES
-from lmppl.inference.smc.bounds import Sandwich
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.core.resampling import SCHEMES
+from lmppl.inference.samplers.importance import Importance
+from lmppl.inference.samplers.markov import Automaton, Markov
+from lmppl.inference.samplers.smc.bounds import Sandwich
+from lmppl.inference.samplers.smc.smc import SMC
 
 V = 5  # <eos> . a b c
 EOS, DOT, A, B, C = range(V)

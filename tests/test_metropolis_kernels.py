@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion
-from lmppl.inference.metropolis.kernels import accept, independence, regrow
-from lmppl.inference.query import Query
+from lmppl.inference.core.query import Query
+from lmppl.inference.samplers.metropolis.kernels import accept, independence, regrow
 from lmppl.text import PAD
 
 LM = tiny_lm(vocab=4, dtype=torch.float64)

@@ -15,7 +15,7 @@ from reference import Law, Plain, tokens
 from torch import Tensor
 
 from lmppl.distributions import Completion
-from lmppl.inference.gflownet import (
+from lmppl.inference.training.gflownet import (
     AlphaDivergence,
     DetailedBalance,
     Linex,

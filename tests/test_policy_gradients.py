@@ -12,9 +12,9 @@ from four_texts import One, close, gradient, still
 from problems import adapted, lm_guide, one_text
 
 from lmppl.inference import PolicyGradient, VarGrad
-from lmppl.inference.baselines import policy_gradient
-from lmppl.inference.baselines.densities import Densities, Drawn
-from lmppl.inference.plates import Plates
+from lmppl.inference.core.plates import Plates
+from lmppl.inference.training import policy_gradient
+from lmppl.inference.training.densities import Densities, Drawn
 
 TARGETS = [("likelihood", 1.0, 1.0), ("likelihood", 0.5, 1.0), ("likelihood", 1.0, 2.0), ("joint", 2.0, 1.0)]
 

@@ -24,7 +24,7 @@ from lmppl.inference import (
     VariationalEM,
     diagnose,
 )
-from lmppl.inference.algorithm import Algorithm, Sampler, on, sized
+from lmppl.inference.posterior.algorithm import Algorithm, Sampler, on, sized
 
 LM = tiny_lm(vocab=5, dtype=torch.float64)
 X, Y, OTHER = torch.tensor([[2], [3]]), torch.tensor([[3, 0], [2, 0]]), torch.tensor([[1, 0], [4, 0]])

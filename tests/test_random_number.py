@@ -19,7 +19,7 @@ from lmppl import LanguageModel, cli, embedded
 from lmppl.distributions import Completion
 from lmppl.embedded import Bounds, build, numbers
 from lmppl.inference import Enumeration, Importance, VarGrad
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, RandomNumber, Recipe
 from lmppl.models.random_number import (
     BOUNDS_RECIPE,

@@ -12,8 +12,9 @@ from tables import Table
 
 from lmppl import text
 from lmppl.distributions import Completion
-from lmppl.inference import GFlowNet, OnPolicy, Replay, programs
-from lmppl.inference.weights import log_density
+from lmppl.inference import GFlowNet, OnPolicy, Replay
+from lmppl.inference.core import programs
+from lmppl.inference.core.weights import log_density
 
 # What is stored and what is drawn ---------------------------------------------------------------------------------
 

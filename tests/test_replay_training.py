@@ -12,7 +12,7 @@ from stored import Problem, contents, log_joint
 
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, Replay
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 
 # The model's parameters -------------------------------------------------------------------------------------------
 

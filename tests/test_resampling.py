@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmppl.inference.resampling import SCHEMES, conditional
+from lmppl.inference.core.resampling import SCHEMES, conditional
 
 WEIGHTS = st.lists(st.floats(0, 1), min_size=1, max_size=12).filter(lambda w: sum(w) > 1e-3)
 

@@ -11,7 +11,7 @@ import torch
 from tasks import Task
 
 from lmppl.inference import GFlowNet, ReweightedWakeSleep, SubTB, VarGrad
-from lmppl.inference.training.identity import digest
+from lmppl.inference.training.loop.identity import digest
 from lmppl.locks import LockedError
 
 

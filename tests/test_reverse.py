@@ -9,7 +9,7 @@ from reference import Law, Plain, tokens
 from tiny import tiny_lm
 
 from lmppl.inference import Enumeration, Importance
-from lmppl.inference.compare.quality import density_quality, outside_mass
+from lmppl.inference.judging.quality import density_quality, outside_mass
 from lmppl.models import EXPERIMENTS, Reverse
 
 MAX_TOKENS = 2

@@ -11,7 +11,7 @@ from looser_guides import A, D, prior
 from problems import adapted
 
 from lmppl.inference import GFlowNet, HardVarGrad, OnPolicy, Searched, Tempered
-from lmppl.inference.gflownet.exploration import Memory, Source
+from lmppl.inference.training.gflownet.exploration import Memory, Source
 
 P = torch.tensor([0.03, 0.27, 0.3, 0.4])
 EOS = prior().lm.tokenizer.eos_token_id

@@ -24,9 +24,9 @@ from lmppl import LanguageModel
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Served
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.gflownet.exploration import Source
-from lmppl.inference.sites import text_of
+from lmppl.inference.core.sites import text_of
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.training.gflownet.exploration import Source
 from lmppl.text import length
 
 

@@ -27,7 +27,7 @@ from lmppl.inference import (
     SubTB,
     VarGrad,
 )
-from lmppl.inference.sites import text_of
+from lmppl.inference.core.sites import text_of
 from lmppl.testing import TextContract
 
 LM = tiny_lm("gpt2", vocab=5)

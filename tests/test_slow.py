@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmppl.inference import SMC, Importance, MetropolisHastings, compare, diagnose
-from lmppl.inference.algorithm import sized
-from lmppl.inference.compare.compare import Meter, particles_within
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.compare import Meter, particles_within
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.posterior.algorithm import sized
 from lmppl.models import infilling
 
 pytestmark = pytest.mark.slow

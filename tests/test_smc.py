@@ -13,8 +13,8 @@ from pyro import poutine
 from tiny import ARCHITECTURES, tiny_lm
 from torch import Tensor
 
-from lmppl.inference.resampling import SCHEMES
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.core.resampling import SCHEMES
+from lmppl.inference.samplers.smc.smc import SMC
 
 # -- evidence --------------------------------------------------------------------------------------------------------
 

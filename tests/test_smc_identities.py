@@ -15,9 +15,9 @@ from tiny import ARCHITECTURES, tiny_lm
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
+from lmppl.inference.core.programs import SiteMismatch
 from lmppl.inference.posterior.posterior import ZeroEvidence
-from lmppl.inference.programs import SiteMismatch
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.samplers.smc.smc import SMC
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 

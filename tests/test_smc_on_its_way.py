@@ -15,8 +15,8 @@ from programs_by_hand import Program, contains
 from test_smc_programs import hidden_markov
 
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Sandwich, compare, diagnose
-from lmppl.inference.gflownet import GFlowNet
 from lmppl.inference.posterior.log_weights import pareto_khat
+from lmppl.inference.training.gflownet import GFlowNet
 
 
 def by_loop(posterior):

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from lmppl.inference import SMC, Importance, Sandwich
-from lmppl.inference.resampling import SCHEMES
+from lmppl.inference.core.resampling import SCHEMES
 
 STEPS = 5
 MOVE, SEEN = torch.tensor([0.3, 0.7]), torch.tensor([0.05, 0.9])

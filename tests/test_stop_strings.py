@@ -34,10 +34,10 @@ from lmppl.inference import (
     SiteMismatch,
     SubTB,
     VarGrad,
-    programs,
 )
-from lmppl.inference.sites import text_of
-from lmppl.inference.weights import balance
+from lmppl.inference.core import programs
+from lmppl.inference.core.sites import text_of
+from lmppl.inference.core.weights import balance
 from lmppl.stop_strings import StopStrings
 from lmppl.text import PAD
 

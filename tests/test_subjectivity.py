@@ -21,7 +21,7 @@ from lmppl.distributions import Completion
 from lmppl.embedded import Sentence, subjectivity
 from lmppl.embedded.subjectivity import IDLE, LABELS, REASONS, STOP
 from lmppl.inference import Enumeration, VariationalEM
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Recipe, Subjectivity
 from lmppl.models.subjectivity import _scores, allowed_words, experiment, read_data, read_sentences
 

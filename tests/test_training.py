@@ -28,11 +28,11 @@ from lmppl.inference import (
     VarGrad,
     VariationalEM,
 )
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.training.batches import readable
-from lmppl.inference.training.schedules import warmed
+from lmppl.inference.judging.quality import density_quality
+from lmppl.inference.training.loop.batches import readable
+from lmppl.inference.training.loop.schedules import warmed
+from lmppl.inference.training.loop.verdict import judge, missed
 from lmppl.inference.training.trainer import MOST_SKIPPED
-from lmppl.inference.training.verdict import judge, missed
 
 QUIET = {"progress": False}
 KINDS = (GFlowNet, PolicyGradient, ReweightedWakeSleep, SupervisedFineTuning)

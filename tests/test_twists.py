@@ -12,9 +12,9 @@ from programs_by_hand import Program
 from tiny import tiny_lm
 
 from lmppl.distributions import Completion
-from lmppl.inference.enumeration.enumeration import Enumeration
-from lmppl.inference.resampling import SCHEMES
-from lmppl.inference.smc.smc import SMC
+from lmppl.inference.core.resampling import SCHEMES
+from lmppl.inference.samplers.enumeration.enumeration import Enumeration
+from lmppl.inference.samplers.smc.smc import SMC
 
 KINDS = {
     "one text": {"observes": False, "switches": False, "continues": False},

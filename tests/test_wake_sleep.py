@@ -15,11 +15,11 @@ from tasks import Task
 
 from lmppl.distributions import Completion
 from lmppl.inference import ReweightedWakeSleep, dreams
-from lmppl.inference.baselines import reweighted_wake_sleep
-from lmppl.inference.baselines.densities import Densities, Drawn
-from lmppl.inference.baselines.reweighted_wake_sleep import wake_loss
-from lmppl.inference.plates import Plates
-from lmppl.inference.query import Query
+from lmppl.inference.core.plates import Plates
+from lmppl.inference.core.query import Query
+from lmppl.inference.training import reweighted_wake_sleep
+from lmppl.inference.training.densities import Densities, Drawn
+from lmppl.inference.training.reweighted_wake_sleep import wake_loss
 
 
 def test_the_wake_gradient_is_the_plain_formula(lm):

@@ -14,7 +14,7 @@ from lmppl import embedded
 from lmppl.distributions import Completion
 from lmppl.embedded import Question
 from lmppl.inference import Enumeration, PolicyGradient, Posterior
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment
 from lmppl.models.arithmetic import (
     EMBEDDED_RECIPE,

@@ -16,7 +16,7 @@ from torch import Tensor
 from lmppl.distributions import Completion
 from lmppl.files import replacing
 from lmppl.inference import Enumeration, Posterior
-from lmppl.inference.compare.quality import density_quality
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, continuation, decoding, measures
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict

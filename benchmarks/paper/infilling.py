@@ -14,8 +14,8 @@ from torch import Tensor
 from lmppl import LanguageModel, embedded
 from lmppl.distributions import Completion
 from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, few_shot
-from lmppl.inference.compare.quality import density_quality
-from lmppl.inference.programs import Program
+from lmppl.inference.core.programs import Program
+from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, Infilling, infilling, measures
 from lmppl.models.experiment import TEST_OBSERVATIONS
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from lmppl import embedded
 from lmppl.distributions import Completion
 from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, dreams
-from lmppl.inference.compare.quality import density_quality, draw_quality
-from lmppl.inference.programs import Program
+from lmppl.inference.core.programs import Program
+from lmppl.inference.judging.quality import density_quality, draw_quality
 from lmppl.models import Experiment, measures, reverse
 from lmppl.models.experiment import TEST_OBSERVATIONS
 

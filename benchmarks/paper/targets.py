@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lmppl.inference import SMC, Enumeration, Importance, PolicyGradient, Posterior
-from lmppl.inference.algorithm import sized
-from lmppl.inference.compare.compare import Meter, particles_within
-from lmppl.inference.compare.quality import density_quality, draw_quality
-from lmppl.inference.programs import Program, Replay, trace
+from lmppl.inference.core.programs import Program, Replay, trace
+from lmppl.inference.judging.compare import Meter, particles_within
+from lmppl.inference.judging.quality import density_quality, draw_quality
+from lmppl.inference.posterior.algorithm import sized
 from lmppl.models import Experiment
 
 from .study import Figures

@@ -4,21 +4,20 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
-from . import gflownet
-from .autoguide import AutoGuide
-from .baselines import PolicyGradient, Prompting, ReweightedWakeSleep, SupervisedFineTuning, dreams, few_shot
-from .compare import Comparison, compare
-from .diagnose import Diagnosis, Finding, diagnose
-from .em import VariationalEM
-from .enumeration import Enumerated, Enumeration
-from .gflownet import *  # noqa: F403 - objectives are listed in one place
-from .importance import Importance
-from .markov import Automaton, Markov
-from .metropolis import MarkovChains, MetropolisHastings
+from .core.autoguide import AutoGuide
+from .core.programs import SiteMismatch
+from .core.validation import AxesError
+from .judging.compare import compare
+from .judging.comparison import Comparison
+from .judging.diagnose import Diagnosis, Finding, diagnose
 from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
-from .programs import SiteMismatch
-from .sharded import Sharded
-from .smc import (
+from .processes.sharded import Sharded
+from .samplers.enumeration import Enumerated, Enumeration
+from .samplers.importance import Importance
+from .samplers.markov import Automaton, Markov
+from .samplers.metropolis import MarkovChains, MetropolisHastings
+from .samplers.prompting import Prompting, few_shot
+from .samplers.smc import (
     SMC,
     Bounds,
     Divergences,
@@ -32,8 +31,12 @@ from .smc import (
     simulate,
     survivors,
 )
-from .training import EarlyStopping, StopTraining, Task, Trainer
-from .validation import AxesError
+from .training import EarlyStopping, StopTraining, Task, Trainer, gflownet
+from .training.em import VariationalEM
+from .training.gflownet import *  # noqa: F403 - objectives are listed in one place
+from .training.policy_gradient import PolicyGradient
+from .training.reweighted_wake_sleep import ReweightedWakeSleep
+from .training.supervised import SupervisedFineTuning, dreams
 
 __all__ = [
     "AutoGuide",

@@ -26,7 +26,7 @@ from ..distributions import Completion
 from ..embedded import Question
 from ..embedded.arithmetic import ANSWER, MAX_TOKENS
 from ..inference import Enumeration, GFlowNet, Mixture, OnPolicy, Prior, Replay, SupervisedFineTuning, VarGrad
-from ..inference.training.schedules import linear
+from ..inference.training.loop.schedules import linear
 from ..language_model import LanguageModel
 from ..text import length
 from ..tools import Calculator, evaluate

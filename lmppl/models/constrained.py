@@ -27,8 +27,8 @@ from ..distributions import Completion
 from ..distributions.table import TextTable
 from ..embedded.stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS
 from ..inference import Enumeration, Exploration, Mixture, Proposal, Tempered
-from ..inference.gflownet.exploration import Source, Values
-from ..inference.programs import Program
+from ..inference.core.programs import Program, Values
+from ..inference.training.gflownet.exploration import Source
 from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
 from .classifier import TokenClassifier, read_labelled

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import embedded
 from ..catalogue import SETTINGS
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
-from ..inference.programs import Program
+from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
 

@@ -23,7 +23,7 @@ from ..distributions import Completion
 from ..embedded import Bounds
 from ..embedded.numbers import FIXED, MAX_TOKENS
 from ..inference import Enumeration, Linex, Mixture, Prior, Replay, Tempered, VarGrad
-from ..inference.training.schedules import linear
+from ..inference.training.loop.schedules import linear
 from ..language_model import LanguageModel
 from .data_files import read_lines
 from .experiment import Experiment, Recipe, embedded_splits, paper_setting

@@ -15,9 +15,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ... import text
-from .. import programs
-from ..programs import Node, Program, Replay, Sketch
-from ..sites import innermost, prompt_of
+from ..core import programs
+from ..core.programs import Node, Program, Replay, Sketch
+from ..core.sites import innermost, prompt_of
 from .run import Run, arguments, equal, fits
 
 _PARTICLES = 64  # by which distributions are compared

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import text
-from ..resampling import systematic
+from ..core.resampling import systematic
 
 if TYPE_CHECKING:
     from .posterior import Posterior

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import files, text
 from ...adapters import first_line
-from ..plates import Plates
+from ..core.plates import Plates
 from .posterior import Posterior, Sites
 from .run import Run
 

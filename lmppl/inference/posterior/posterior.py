@@ -14,12 +14,12 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ...distributions import Table
-from .. import programs
-from ..arguments import at_least, is_path, one_of, plate_element
-from ..plates import Plates
-from ..programs import Program
-from ..resampling import SCHEMES
-from ..sites import lm_of, text_of
+from ..core import programs
+from ..core.arguments import at_least, is_path, one_of, plate_element
+from ..core.plates import Plates
+from ..core.programs import Program
+from ..core.resampling import SCHEMES
+from ..core.sites import lm_of, text_of
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
 from .run import Run
 

@@ -12,13 +12,13 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .. import programs
-from ..arguments import at_least, is_program
-from ..partial import only
-from ..plates import Plates, kept_plates
-from ..programs import Program, Replay
-from ..sites import lm_of, text_of
-from ..weights import site_log_prob
+from ..core import programs
+from ..core.arguments import at_least, is_program
+from ..core.partial import only
+from ..core.plates import Plates, kept_plates
+from ..core.programs import Program, Replay
+from ..core.sites import lm_of, text_of
+from ..core.weights import site_log_prob
 from .carried import Call, carried
 from .log_weights import normalised
 from .posterior import Index, Posterior

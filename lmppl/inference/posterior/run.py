@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..packed import pack, unpack
-from ..programs import Program
+from ..core.packed import pack, unpack
+from ..core.programs import Program
 
 
 @dataclass(frozen=True)

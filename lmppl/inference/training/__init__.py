@@ -1,7 +1,7 @@
 """What all that trains a guide shares: the loop, its checkpoints, numbers that change on the way."""
 
-from .batches import Task
-from .stopping import EarlyStopping, StopTraining
+from .loop.batches import Task
+from .loop.stopping import EarlyStopping, StopTraining
 from .trainer import Trainer
 
 __all__ = ["EarlyStopping", "StopTraining", "Task", "Trainer"]

@@ -14,30 +14,31 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ...randomness import Part, forked
-from .. import distributed, programs
-from ..algorithm import OnPrograms
-from ..arguments import at_least, is_integer, is_path, is_program, steps_by_itself
-from ..importance import Importance
+from ..core import programs
+from ..core.arguments import at_least, is_integer, is_path, is_program, steps_by_itself
+from ..core.programs import Program
+from ..core.query import Query
+from ..posterior.algorithm import OnPrograms
 from ..posterior.posterior import Posterior
-from ..programs import Program
-from ..query import Query
-from ..sharded import plate_of
-from ..smc.bounds import ExactSample
-from .batches import Batches, Task, is_task, readable
-from .descent import Descent
-from .evaluation import Looks, check_exact, examine
-from .evaluation import standard_deviation as standard_deviation
-from .identity import settings
-from .loop import MOST_SKIPPED as MOST_SKIPPED
-from .loop import Loop
-from .ownership import Owners
-from .rates import Rates, Scheduled, Warmed
-from .record import Record
-from .saving import Saving, data_and_networks, seeded
-from .stopping import Callback, EarlyStopping, Stops
-from .stopping import StopTraining as StopTraining
-from .trackers import DIRECTORY, Trackers
-from .verdict import judge, warn
+from ..processes import distributed
+from ..processes.sharded import plate_of
+from ..samplers.importance import Importance
+from ..samplers.smc.bounds import ExactSample
+from .loop.batches import Batches, Task, is_task, readable
+from .loop.descent import Descent
+from .loop.evaluation import Looks, check_exact, examine
+from .loop.evaluation import standard_deviation as standard_deviation
+from .loop.identity import settings
+from .loop.loop import MOST_SKIPPED as MOST_SKIPPED
+from .loop.loop import Loop
+from .loop.ownership import Owners
+from .loop.rates import Rates, Scheduled, Warmed
+from .loop.record import Record
+from .loop.saving import Saving, data_and_networks, seeded
+from .loop.stopping import Callback, EarlyStopping, Stops
+from .loop.stopping import StopTraining as StopTraining
+from .loop.trackers import DIRECTORY, Trackers
+from .loop.verdict import judge, warn
 
 Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
 

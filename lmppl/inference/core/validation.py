@@ -1,0 +1,76 @@
+"""Finding programs that are not written for leading axes: one particle alone must weigh what it weighs among many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor
+
+from ... import text
+from . import programs
+from .programs import Node, Replay
+from .query import Query
+from .sites import innermost, prompt_of
+from .weights import Weighted
+
+_KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
+
+
+class AxesError(ValueError):
+    """A model's density of one particle depends on the other particles."""
+
+
+@torch.no_grad()
+def check_axes(query: Query, weighted: Weighted) -> None:
+    """Under Pyro's validation, run the last particle alone and compare its sites with the vectorised run.
+
+    A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  Text sites are
+    compared by their prompts, which costs the network nothing.
+    """
+    n = weighted.u.shape[0]
+    if not is_validation_enabled() or n == 1:
+        return
+    nesting = weighted.plates.nesting
+    own = {k: v for k, v in weighted.values.items() if k in programs.latents(weighted.guide)}
+    alone_values = {k: v[-1:] if k in own else v for k, v in weighted.values.items()}
+    alone = query.trace(query.model, Replay(alone_values), particles=1)
+    for name, node in programs.scored(weighted.model).items():
+        other = programs.scored(alone).get(name)
+        if other is None or not _same(node, other, nesting):
+            raise AxesError(
+                f"model: site {name!r} is not written for a particle axis: the last of {n} particles has another "
+                "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
+                "and build prompts with lm.join or lm.fill"
+            )
+
+
+def check_axes_once(query: Query, weighted: Callable[[], Weighted]) -> None:
+    """`check_axes` of a program that is run again and again, the first time."""
+    program = getattr(query.model, "__func__", query.model)
+    if is_validation_enabled() and program not in _KNOWN:
+        check_axes(query, weighted())
+        _KNOWN.add(program)
+
+
+def _same(node: Node, alone: Node, nesting: int) -> bool:
+    among, single = prompt_of(node["fn"]), prompt_of(alone["fn"])
+    if among is not None and single is not None:
+        right = nesting + max(1, node["fn"].event_dim)
+        among = _last(among.expand(*innermost(node["fn"]).batch_shape, -1), right)
+        single = _last(single.expand(*innermost(alone["fn"]).batch_shape, -1), right)
+        return bool(text.equal(among, single).all())
+    try:
+        among = _last(node["fn"].log_prob(node["value"]), nesting)
+        single = _last(alone["fn"].log_prob(alone["value"]), nesting)
+        return torch.allclose(among, single, rtol=1e-3, atol=1e-4, equal_nan=True)
+    except RuntimeError:  # shapes that do not fit are a difference too
+        return False
+
+
+def _last(x: Tensor, right: int) -> Tensor:
+    """The last particle of (particle, *right axes); a tensor without a particle axis is every particle's."""
+    return x[-1:] if x.dim() > right else x[None]

@@ -1,0 +1,300 @@
+r"""The heart: the log importance weight of complete latent values, for any model and guide.
+
+.. math:: u(z) = \log p(z, observed) - \log q(z)
+
+log p is Pyro's log_prob of the model's sites, with scale and mask, factors and observations included.  log q is the
+*unscaled* density that produced the values, mask kept.  Shapes: particles lead, then the *kept plates*, those that
+enclose every latent, observation and factor; along them weights stay separate and subsampling is divided out.
+Everything else is summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+
+from ... import randomness
+from . import programs
+from .plates import Plates, kept_plates
+from .programs import Node, Program, Replay
+from .query import Pair, Query
+from .sites import Site, is_terminable, text_of, texts_of
+
+
+def scale(node: Node, plates: Plates) -> Any:
+    """A site's scale, the kept plates' subsampling divided out: a datum's evidence is its own."""
+    result: Any = node["scale"]
+    for f in node["cond_indep_stack"]:
+        if f.name in plates.names and f.full_size not in (None, f.size):
+            result = result * f.size / f.full_size
+    return result
+
+
+def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
+    """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
+    log_prob = _log_prob(node) if log_prob is None else log_prob
+    there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # where the site is not there, anything goes
+    if there.numel() and not (highest := float(there.max())) < torch.inf:  # NaN is the maximum wherever there is one
+        raise ValueError(f"site {node['name']!r}: its log-probability is {highest}; expected a number or -inf")
+    return term(node, plates, log_prob, scaled=scaled)
+
+
+def _log_prob(node: Node) -> Tensor:
+    try:
+        log_prob: Tensor = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+    except ValueError as error:  # a value outside the support: Pyro's validation does not say where
+        if str(error).startswith("Expected value argument"):
+            raise ValueError(f"site {node['name']!r}: {error}") from error
+        raise
+    return log_prob
+
+
+def term(node: Node, plates: Plates, log_prob: Tensor, *, scaled: bool) -> Tensor:
+    """`site_log_prob` of a log-probability that may be NaN."""
+    return plates.reduce(scale_and_mask(log_prob, scale(node, plates) if scaled else 1.0, node["mask"]))
+
+
+def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None = None) -> Tensor:
+    """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
+    known = known or {}
+    sites = programs.scored(trace).items()
+    return _total((site_log_prob(node, plates, known.get(name)) for name, node in sites), plates, device_of(trace))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Particles and their log weights ``u`` (particle, *kept), with the traces and plates they came from."""
+
+    u: Tensor
+    values: dict[str, Tensor]
+    model: Trace
+    guide: Trace
+    plates: Plates
+
+
+@torch.no_grad()
+def weigh(query: Query, num_particles: int) -> Weighted:
+    """Draw particles from the guide (or the model's own latent sites) and weigh them."""
+    draw = programs.Draw()
+    pair = query.run(draw, particles=num_particles).matched()
+    plates = pair.plates()
+    if query.guide is None:
+        log_weight = log_weight_of_prior(pair.model, plates, draw.log_probs)
+    else:
+        log_weight = log_ratio(*pair_densities(pair, plates, draw.log_probs))
+    u = log_weight.expand(1, num_particles, *plates.sizes)[0]
+    return Weighted(u, pair.values, pair.model, pair.proposal, plates)
+
+
+def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, where it is at hand."""
+    return log_density(pair.model, plates), log_density_of_latents(pair.proposal, plates, known)
+
+
+def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
+    """log q: the unscaled density of the guide's latent sites."""
+    known = known or {}
+    sites = programs.latents(guide).items()
+    terms = (site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites)
+    return _total(terms, plates, device_of(guide))
+
+
+def device_of(*traces: Trace) -> torch.device | None:
+    """Where the values of these traces are; None where there are none."""
+    values = (node["value"] for trace in traces for node in programs.scored(trace).values())
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
+
+
+def _total(terms: Iterable[Tensor], plates: Plates, device: torch.device | None = None) -> Tensor:
+    """The sum of terms (prefix, particle, *kept), each of size 1 or full."""
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total + term
+    return torch.zeros(1, 1, *plates.sizes, device=device) if total is None else total
+
+
+def log_weight_of_prior(trace: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
+    """u where the model proposes its own latents: a latent site of scale 1 cancels and is never scored."""
+    known = known or {}
+    latents = programs.latents(trace)
+    terms = []
+    for name, node in programs.scored(trace).items():
+        if name not in latents:
+            terms.append(site_log_prob(node, plates))
+        elif isinstance(s := scale(node, plates), Tensor) or abs(s - 1.0) > 1e-12:
+            log_p = known[name] if name in known else node["fn"].log_prob(node["value"])
+            terms.append(
+                log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
+            )
+        elif name in known and bool((dead := known[name] == -torch.inf).any()):  # a text that could not go on
+            terms.append(site_log_prob(node, plates, torch.zeros_like(known[name]).masked_fill(dead, -torch.inf)))
+    return _total(terms, plates, device_of(trace))
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log p - log q, where p = 0 wins over q = 0 (a value that the guide, too, says is impossible)."""
+    return (log_p - log_q).masked_fill(log_p == -torch.inf, -torch.inf)
+
+
+# -- the prefix axis -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Balance:
+    """u over the stopped prefixes of one text site, the other sites held: what every objective compares.
+
+    All are (prefix, particle, *kept).  ``log_p`` is detached; gradients flow through ``log_q``.
+    """
+
+    site: str | None
+    log_p: Tensor
+    log_q: Tensor
+    valid: Tensor  # the prefix exists and the guide can stop there
+    stop: Tensor  # the guide's own probability of stopping there, detached; 1 where whole samples only are kept
+    at: Tensor  # how many tokens the prefix has; 0 where whole samples only are kept
+    last: Tensor  # the prefix is the whole sample
+    identifies: bool  # pairs within one sample do: every latent is a text, each sample keeps a terminable empty prefix
+    guide: Trace = field(repr=False)
+    plates: Plates = field(repr=False)
+
+    @property
+    def u(self) -> Tensor:
+        return self.log_p - self.log_q
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the guide was called with."""
+        given = self.guide.nodes["_INPUT"]
+        return given["args"], given["kwargs"]
+
+
+def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -> Tensor:
+    """Prefix lengths (P, ...): all of 0..width-1, or ``count`` of them per text, the first possible and the last kept.
+
+    ``end`` and ``first`` (...): the length of the text, and of its shortest terminable prefix.
+    """
+    if count is None or count >= width:
+        return torch.arange(width, device=end.device).view(-1, *[1] * end.dim()).expand(-1, *end.shape)
+    between = randomness.uniform((max(0, count - 2), *end.shape), device=end.device)
+    span = (end - first - 1).clamp(min=0)  # the lengths strictly between, drawn in strata so that few coincide
+    strata = torch.arange(len(between), device=end.device).view(-1, *[1] * end.dim())
+    inner = first + 1 + ((strata + between) / max(1, len(between)) * span).long()
+    at = torch.cat([first[None], inner, end[None]]) if count > 1 else end[None]
+    # A length that occurs twice counts once: the repeats are moved past the end, where they are not valid.
+    at, _ = at.sort(0)
+    repeated = torch.cat([torch.zeros_like(at[:1], dtype=torch.bool), at[1:] == at[:-1]])
+    return at.masked_fill(repeated, width)
+
+
+def balance(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    drawn: Trace,
+    nesting: int,
+    num_particles: int,
+    site: str | None,
+    num_prefixes: int | None = None,
+) -> Balance:
+    """u at the stopped prefixes of ``site``'s texts: one pass of the guide with gradient, one of the model without.
+
+    ``drawn`` is a vectorised trace of the guide; ``site=None`` keeps whole samples only (P = 1), and so does a particle
+    in which the site is masked.
+    """
+    held = programs.values(drawn)
+    if site is None:
+        P, where = 1, None
+    else:
+        texts, value = texts_of(drawn.nodes[site]), held[site]
+        width, ending = texts.width, texts.ending(value)
+        end, stopped = ending.at, ending.ended  # (particle, *plate axes, *stacked)
+        first = torch.minimum(texts.min_tokens.expand(end.shape), end)
+        at = choose_prefixes(end, first, num_prefixes, width)  # (P, particle, *plate axes, *stacked)
+        P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
+        held[site] = programs.cut(value, ending, at)
+    extra: dict[str, Tensor] = {}
+    shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
+
+    guide_trace = programs.trace(guide, args, kwargs, Replay(held), **shape)
+    with torch.no_grad():
+        model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
+    programs.match(model_trace, guide_trace)
+    if site is not None and site in model_trace.nodes:
+        _same_stop_strings(site, text_of(model_trace.nodes[site]["fn"]), texts)
+    plates = kept_plates([model_trace, guide_trace], nesting)
+    if site is not None and where is not None:
+        texts = texts_of(guide_trace.nodes[site])
+        # (P, particle, *plate axes, *stacked), from scores that are alike for all P
+        log_q_site, stop_site = (_at(x, where) for x in texts.prefix_scores(value))
+        extra = {site: texts.lift(log_q_site)}
+    log_q = log_density_of_latents(guide_trace, plates, extra)
+    with torch.no_grad():
+        if site is not None and where is not None:
+            # An auxiliary site may be the guide's alone; a text of the model's that scores no prefixes, scores texts.
+            other = text_of(model_trace.nodes[site]["fn"]) if site in model_trace.nodes else None
+            extra = {}
+            if other is not None and other.terminable:
+                extra = {site: other.lift(_at(other.prefix_scores(value).log_probs, where))}
+        log_p = log_density(model_trace, plates, known=extra)
+        full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
+        if where is None:
+            last = torch.ones(full, dtype=torch.bool, device=log_p.device)
+            stop, tokens = torch.ones(full, device=log_p.device), torch.zeros(full, device=log_p.device)
+            valid = log_q != -torch.inf
+        else:
+            # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
+            def total(x: Tensor) -> Tensor:  # of all texts of a particle
+                return plates.reduce(texts.total(x.double()))
+
+            valid = (total((at <= end) & stopped) > 0) & (log_q != -torch.inf)
+            last = total(at < end) == 0
+            mask = texts.there(guide_trace.nodes[site]["mask"])
+            valid = valid & (total(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
+            if mask is not None:
+                valid = valid & (last | (total(mask.expand(torch.broadcast_shapes(mask.shape, end.shape))) > 0))
+            # A text that is not there has ended for certain.
+            stop = total(scale_and_mask(stop_site.detach(), 1.0, mask)).exp()
+            tokens = total(where)
+    valid = valid.expand(full)
+    return Balance(
+        site=site,
+        log_p=log_p.expand(full),
+        log_q=log_q.expand(full).masked_fill(~valid, 0.0),
+        valid=valid,
+        stop=stop.expand(full),
+        at=tokens.expand(full),
+        last=last.expand(full) & valid,
+        identifies=all(is_terminable(n["fn"]) for n in programs.latents(drawn).values())
+        and where is not None
+        and bool(((at == 0) & (log_q_site != -torch.inf)).any(0).all()),
+        guide=guide_trace,
+        plates=plates,
+    )
+
+
+def _same_stop_strings(site: str, model: Site | None, guide: Site) -> None:
+    """Raise SiteMismatch where a text would end by another string in the model: its prefixes are not the guide's."""
+    if model is None:
+        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, and none in the model")
+    given = [{x for x in texts.stop_argument if isinstance(x, str)} for texts in (model, guide)]
+    if given[0] != given[1]:
+        raise programs.SiteMismatch(
+            f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "
+            f"{sorted(given[0])}; give both the same"
+        )
+
+
+def _at(prefix_scores: Tensor, where: Tensor) -> Tensor:
+    """Column ``where`` (P, particle, ...) of scores (P, particle, ..., W) that are the same for every P."""
+    by_prefix = prefix_scores[0].movedim(-1, 0)  # (W, particle, ...)
+    missing = int(where.max()) + 1 - by_prefix.shape[0]
+    if missing > 0:  # a model that allows fewer tokens than the guide: impossible there
+        by_prefix = torch.cat([by_prefix, by_prefix.new_full((missing, *by_prefix.shape[1:]), -torch.inf)])
+    return by_prefix.gather(0, where.expand(-1, *by_prefix.shape[1:]))

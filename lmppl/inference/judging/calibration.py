@@ -1,0 +1,250 @@
+r"""Simulation-based calibration: where the truth lies among posterior draws, on data drawn from the model.
+
+With :math:`(z^*, y) \sim p(z, y)`, z* is itself a draw of p(z | y), so its position among draws of the posterior, by
+any statistic of (z, y), is uniform.  Source: Talts, Betancourt, Simpson, Vehtari and Gelman 2018; statistics that
+depend on the data, without which the prior passes for a posterior: Modrák et al. 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ... import text
+from ..core import programs
+from ..core.programs import Replay
+from ..core.query import Query
+from ..core.resampling import multinomial
+from ..core.sites import is_text
+from ..core.weights import log_density_of_latents, log_ratio, site_log_prob
+from ..posterior.algorithm import guide_of, on
+from ..posterior.posterior import Posterior
+from ..samplers.smc.bounds import simulate
+from .pools import MEMBERS, Pool, alike, member_weights
+
+Statistic = Callable[[dict[str, Tensor]], Tensor]
+Simulate = Callable[[tuple[Any, ...], dict[str, Tensor]], tuple[Any, ...]]
+
+
+class NotChecked(ValueError):
+    """Calibration is not possible for this model, or not without something that the caller knows."""
+
+
+@dataclass
+class Calibration:
+    """What simulated data say of an algorithm, D = data sets * plate elements of them.
+
+    ``positions[statistic]`` (D) lie in [0, 1], NaN where the algorithm found zero evidence.  ``lowers`` (D) is its log
+    evidence, NaN where it estimates none; from draws of its proposal come ``proposed`` and ``uppers`` (D): too low and
+    too high on average, in nats; NaN where the proposal has auxiliary sites.
+    """
+
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    lowers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    proposed: Tensor = field(default_factory=lambda: torch.zeros(0))
+    uppers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    pools: list[Pool] = field(default_factory=list, repr=False)
+    error: Exception | None = None  # what ended it before its time
+
+
+@torch.no_grad()
+def calibrate(
+    algorithm: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    simulations: int,
+    num_particles: int,
+    to_args: Simulate | None = None,
+    statistics: Mapping[str, Statistic] | None = None,
+) -> Calibration:
+    """Run the algorithm on ``simulations`` data sets drawn from its model.
+
+    :param num_particles: of the bounds of each evidence.
+    :param to_args: the arguments with simulated observations in them.  None: the model itself is made to observe them,
+        which a guide would not see.
+
+    What goes wrong on simulated data, in whatever way, ends the calibration and is its ``error``.
+
+    :raises NotChecked: for a model that cannot be simulated forward, and for a guide without ``to_args``.
+    """
+    if guide_of(algorithm) is not None and to_args is None:
+        raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
+    if simulations:
+        try:
+            simulate(algorithm.model, *args, **kwargs)
+        except ValueError as error:
+            raise NotChecked(str(error)) from error
+    found = Calibration()
+    for _ in range(simulations):
+        try:
+            _simulation(found, algorithm, args, kwargs, num_particles, to_args, statistics or {})
+        except Exception as error:  # whatever it is: an algorithm that fails on data of its own model is no sound one
+            found.error = error
+            break
+    return found
+
+
+def _simulation(
+    found: Calibration,
+    algorithm: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_particles: int,
+    to_args: Simulate | None,
+    statistics: Mapping[str, Statistic],
+) -> None:
+    """One data set more."""
+    truth, observed = simulate(algorithm.model, *args, **kwargs)
+    if to_args is not None:
+        model, inputs = algorithm.model, to_args(args, observed)
+    else:
+        model, inputs = pyro.condition(poutine.uncondition(algorithm.model), data=observed), args
+    posterior = on(algorithm, model).run(*inputs, **kwargs)
+    n, draws = effective(posterior), posterior
+    if posterior.num_particles > MEMBERS:  # -inf stays -inf
+        weights = posterior.log_weights.softmax(0).nan_to_num(nan=1 / posterior.num_particles)
+        n, draws = n.clamp(max=MEMBERS), posterior.take(multinomial(weights, MEMBERS))
+    nesting = posterior.sites.plates.nesting
+    looked = _Look(Query(model, guide_of(algorithm), inputs, kwargs, nesting), draws, truth, num_particles)
+    pool = looked.pool(n, draws, statistics)
+    for name, x in pool.statistics.items():
+        found.positions.setdefault(name, torch.zeros(0, dtype=torch.float64))
+        found.positions[name] = torch.cat([found.positions[name], position(x, pool.weights)])
+    proposed, upper = looked.bounds()
+    found.lowers, found.proposed, found.uppers = (
+        torch.cat([old, new.flatten().double().cpu()])
+        for old, new in (
+            (found.lowers, posterior.log_evidence), (found.proposed, proposed), (found.uppers, upper)
+        )
+    )  # fmt: skip
+    found.pools.append(pool)
+
+
+def effective(posterior: Posterior) -> Tensor:
+    """What draws are worth in independent ones, (*plates): infinitely many where they are the posterior itself.
+
+    Markov chains that are too short to tell, or never move, are worth one draw each.
+    """
+    if hasattr(posterior, "unexplored"):
+        return torch.full_like(posterior.log_evidence, torch.inf)
+    return posterior.ess.nan_to_num(nan=float(getattr(posterior, "num_chains", 1)))
+
+
+def position(x: Tensor, weights: Tensor) -> Tensor:
+    r"""Where the truth, the last of a pool's members (n + 1, C), lies among them, (C): uniform if it is one of them.
+
+    .. math:: F(t^*-) + U P(t = t^*), \qquad U \sim \mathrm{Uniform}(0, 1)
+
+    ``weights`` as in `member_weights`; ties are broken at random.  NaN where the truth is alone.
+    """
+    drawn, true = x.double(), x[-1].double()
+    same = alike(true, drawn)
+    below = (weights * ((drawn < true) & ~same)).sum(0)
+    ties = (weights * same).sum(0)
+    u = torch.rand(true.shape, dtype=weights.dtype, device=weights.device)
+    return (below + u * ties).masked_fill(weights[-1] == 1, torch.nan).cpu()
+
+
+class _Look:
+    """One run of the model at draws (N), the truth, and ``num_particles`` draws of the proposal, in this order."""
+
+    def __init__(
+        self,
+        query: Query,
+        draws: Posterior,
+        truth: Mapping[str, Tensor],
+        num_particles: int,
+    ):
+        self.plates, self.n, self.events = draws.sites.plates, draws.num_particles, draws.sites.event_dims
+        proposal = query.trace(query.proposal, programs.Draw(), particles=num_particles)
+        own = {}
+        for name, value in truth.items():
+            axes = query.nesting - (value.dim() - self.events[name])
+            own[name] = value.reshape(1, *[1] * axes, *value.shape)
+        self.auxiliary = set(programs.latents(proposal)) != set(own)
+        anew = {name: proposal.nodes[name]["value"] for name in own} if not self.auxiliary else own
+        values = programs.cat_particles([{name: draws.values[name] for name in own}, own, anew])
+        total = len(next(iter(values.values())))
+        self.trace = query.trace(query.model, Replay(values), particles=total)
+        shape = (total, *self.plates.sizes)
+        self.log_p = {
+            name: site_log_prob(node, self.plates).expand(1, *shape)[0]
+            for name, node in programs.scored(self.trace).items()
+        }
+        self.observed = [n for n, node in programs.scored(self.trace).items() if node["is_observed"]]
+        prior = self._sum([name for name in self.log_p if name not in self.observed])
+        self.log_joint = prior + self._sum(self.observed)
+        self.log_q = prior[self.n :]
+        if query.guide is not None and not self.auxiliary:
+            proposed = {name: value[self.n :] for name, value in values.items()}
+            particles = total - self.n
+            scored = query.trace(query.guide, Replay(proposed), particles=particles)
+            log_q = log_density_of_latents(scored, self.plates)
+            self.log_q = log_q.expand(1, particles, *self.plates.sizes)[0]
+
+    def _sum(self, names: list[str]) -> Tensor:
+        zero = torch.zeros(len(next(iter(self.log_p.values()))), *self.plates.sizes)
+        return sum((self.log_p[name].to(zero.device) for name in names), zero.double())
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        r"""Log evidence estimated from the proposal, and with the truth in the place of a draw, (*plates) each.
+
+        .. math:: E[\log \frac1M \sum_m w_m] \le \log Z \le E[\log \frac1M (w(z^*) + \sum_{m > 1} w_m)]
+        """
+        if self.auxiliary:  # the truth has no value for them
+            return (torch.full(self.plates.sizes, torch.nan),) * 2
+        u = log_ratio(self.log_joint[self.n :].to(self.log_q.device), self.log_q.double())
+        own, anew = u[:1], u[1:]
+        mean = math.log(len(anew))
+        return anew.logsumexp(0) - mean, torch.cat([own, anew[1:]]).logsumexp(0) - mean
+
+    def pool(self, n: Tensor, draws: Posterior, more: Mapping[str, Statistic]) -> Pool:
+        """The draws, worth n, and the truth."""
+        plates, members = self.plates, self.n + 1
+        shape = (members, *plates.sizes)
+        found, samples, texts = {}, {}, {}
+        log_densities = {"log p(z, observed)"}
+        for name, node in programs.scored(self.trace).items():
+            if name in self.observed:
+                continue
+            samples[name] = plates.lead(node["value"], node["fn"].event_dim)[:members]
+            if is_text(node["fn"]):
+                found[f"length of {name}"] = _summed(text.length(samples[name]), plates.sizes)
+                found[f"log p({name})"] = self.log_p[name][:members]
+                log_densities.add(f"log p({name})")
+                texts[name] = _full(samples[name], shape)
+            elif not node["fn"].event_dim:
+                found[name] = _summed(samples[name], plates.sizes)
+        if self.observed:
+            found["log p(observed)"] = self._sum(self.observed)[:members]
+            log_densities.add("log p(observed)")
+            found["log p(z, observed)"] = self.log_joint[:members]
+        found |= {name: statistic(samples).expand(shape) for name, statistic in more.items()}
+        weights = member_weights(draws.log_weights.reshape(self.n, -1), n.flatten())
+        rows = torch.cat([_full(x, shape).double() for x in samples.values()], -1)
+        kinds = torch.unique(rows.flatten(0, -2), dim=0, return_inverse=True)[1].view(members, -1)
+        return Pool(
+            weights.cpu(),
+            {name: x.double().reshape(members, -1).cpu() for name, x in found.items()},
+            frozenset(log_densities),
+            {name: x.reshape(members, -1, x.shape[-1]).cpu() for name, x in texts.items()},
+            kinds.cpu(),
+        )
+
+
+def _full(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(N + 1, *plates, others) with every plate in full and the others together: (N + 1, *plates, K)."""
+    return x.expand(*shape, *x.shape[len(shape) :]).reshape(*shape, -1)
+
+
+def _summed(x: Tensor, plates: tuple[int, ...]) -> Tensor:
+    """(N + 1, *plates, others) -> (N + 1, *plates)."""
+    return x.reshape(*x.shape[: 1 + len(plates)], -1).sum(-1).expand(len(x), *plates)

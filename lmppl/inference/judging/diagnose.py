@@ -1,0 +1,307 @@
+"""`diagnose`: one call that says whether an algorithm's answers can be trusted, where the truth is not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ...files import save_figure
+from ..core.arguments import at_least, is_integer
+from ..posterior.algorithm import guide_of
+from ..posterior.log_weights import smallest_sample
+from ..posterior.posterior import Posterior
+from ..samplers.smc.smc import Sequential
+from ..training.loop.verdict import judge
+from . import drift, pools
+from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
+from .evidence import judge_evidence
+
+LEVEL = 0.02  # how often calibration, all statistics together, finds fault with a correct algorithm
+WORST, ON_AVERAGE = 5, 10  # independent draws that the worst run, and the runs on average, should be worth
+MOST_LOST = 0.25  # of the evidence: the share that a trained guide may miss
+ENOUGH = 20  # data sets, plate elements counted singly, that can acquit
+
+
+@dataclass
+class Finding:
+    """A figure, what it means, and whether it is suspect; None: not judged.  Not ``checked``: it should have been."""
+
+    name: str
+    figure: str
+    meaning: str
+    suspect: bool | None
+    value: float | None = None
+    checked: bool = True
+
+
+@dataclass
+class Diagnosis:
+    """What `diagnose` found; `print` and `plot` it, or take its `to_json`."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    posterior: Posterior | None = field(default=None, repr=False)
+    calibration: Calibration = field(default_factory=Calibration, repr=False)
+    drifts: list[drift.Drift] = field(default_factory=list, repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is suspect, and all was checked that was asked for."""
+        return not any(f.suspect or not f.checked for f in self.findings)
+
+    def __getitem__(self, name: str) -> Finding:
+        return next(f for f in self.findings if f.name == name)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the verdict as a table."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for title in ("", "figure", "verdict"):
+            table.add_column(title, no_wrap=True)
+        table.add_column("what it means")
+        for f in self.findings:
+            verdict = "[bold red]suspect[/]" if f.suspect else "" if f.suspect is None else "[green]ok[/]"
+            verdict = verdict if f.checked or f.suspect else "[yellow]not checked[/]"
+            name, figure, meaning = (part.replace("[", r"\[") for part in (f.name, f.figure, f.meaning))
+            table.add_row(name, figure, verdict, meaning)
+        console = console or Console()
+        console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False, markup=False)
+        suspects = "; ".join(f.name for f in self.findings if f.suspect)
+        unchecked = "; ".join(f.name for f in self.findings if not f.checked)
+        console.print(f"Suspect: {suspects}" if suspects else "Nothing suspect.", markup=False)
+        if unchecked:
+            console.print(f"Not checked: {unchecked}", markup=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Findings, notes and the figures behind the plot; numbers that are not finite are None."""
+        return {
+            "ok": self.ok,
+            "findings": [_finite(asdict(f)) for f in self.findings],
+            "notes": self.notes,
+            "positions": {name: _numbers(x) for name, x in self.calibration.positions.items()},
+            "log_evidence_bounds": [_numbers(self.calibration.lowers), _numbers(self.calibration.uppers)],
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Write a PNG: calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's."""
+        from .plot import draw
+
+        save_figure(draw(self), path)
+
+
+def diagnose(
+    algorithm: Any,
+    *args: Any,
+    seed: int = 0,
+    repetitions: int = 5,
+    simulations: int = 100,
+    num_particles: int = 64,
+    simulate: Simulate | None = None,
+    statistics: Mapping[str, Statistic] | None = None,
+    **kwargs: Any,
+) -> Diagnosis:
+    r"""Say whether an algorithm's answers to these arguments, and to data like them, can be trusted.
+
+    - ESS and Pareto k-hat of the weights, the worst of ``repetitions`` runs, and the spread of the evidence over them;
+      of `SMC`, whether half of the runs of an observation are `Sequential.suspect`.
+    - Simulation-based calibration on ``simulations`` data sets drawn from the model: the true latents must be a random
+      member of the pool that they and the posterior's draws make.  Statistics: ranks and spread of each text's length
+      and log p, of each number, of log p(observed) given the latents, without which the prior would pass, and of
+      log p(z, observed); how often texts have each token; how many draws are equal.  One test for all (`pools`).
+    - An evidence sandwich on the same data: :math:`E[\log \hat Z] \le \log Z \le E[\log \frac1N (w(z^*) + \sum w_n)]`,
+      the true latents z* among the N = ``num_particles`` of the upper bound; from below draws of the proposal alone.
+    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop; and
+      which share of the evidence it misses, by the model's own draws.
+
+    What could not be checked is a finding too, and `Diagnosis.ok` is then false; what fails is suspect.
+
+    :param algorithm: anything with ``run(*args) -> Posterior`` and, for more than its weights, ``model`` and ``guide``.
+    :param simulations: 0: no calibration, and none is missed.
+    :param simulate: ``(args, observed) -> args`` puts simulated observations, by site, into the arguments; needed where
+        there is a guide, because it reads them there.
+    :param statistics: more of them, by name: functions of the latents ``{site: (n, *plates, ...)}`` to (n, *plates).
+
+    It costs ``repetitions + simulations`` runs, and a simulation reads the texts of at most 128 draws and of
+    ``num_particles`` others.  A correct algorithm with exact draws is found suspect by calibration in 2 of 100 seeds.
+
+    Example::
+
+        diagnosis = diagnose(Importance(model, guide), x, y, simulate=lambda args, observed: (args[0], observed["y"]))
+        diagnosis.print()
+        diagnosis.plot("diagnosis.png")
+    """
+    is_integer(seed=seed)
+    at_least(1, repetitions=repetitions, num_particles=num_particles)
+    at_least(0, simulations=simulations)
+    if not hasattr(algorithm, "run"):
+        raise ValueError(f"algorithm: {type(algorithm).__name__} has no run(*args)")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        answers = [algorithm.run(*args, **kwargs) for _ in range(repetitions)]
+        result = Diagnosis(posterior=answers[0])
+        _judge_weights(result, answers)
+        if not hasattr(algorithm, "model"):
+            result.findings.append(_missing("the algorithm shows no model"))
+            return result
+        options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
+        try:
+            result.calibration = calibrate(algorithm, args, kwargs, simulations=simulations, **options)
+        except NotChecked as error:
+            if simulations:
+                result.findings.append(_missing(str(error)))
+        _judge_calibration(result)
+        if drift.is_trained(algorithm, args, kwargs) and bool((answers[0].log_evidence != -torch.inf).all()):
+            result.drifts = drift.drifts(algorithm.guide, answers[0], args, kwargs)
+            for d in result.drifts:
+                result.findings.append(Finding(d.name, f"{d.proposed:.3g} -> {d.posterior:.3g}", d.meaning, d.suspect))
+            if not kwargs:
+                result.findings.append(_judge_guide(algorithm, args))
+    return result
+
+
+def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
+    """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
+    nesting, guide = getattr(algorithm, "max_plate_nesting", None), guide_of(algorithm)
+    assert guide is not None
+    lost = judge(algorithm.model, guide, args, nesting)["held_out_missed"]
+    meaning = "of the evidence is found by the model's own draws and not by the guide's"
+    return Finding("guide misses", f"{lost:.0%}", meaning, lost > MOST_LOST, lost)
+
+
+def _missing(why: str) -> Finding:
+    return Finding("calibration", "-", why, None, checked=False)
+
+
+def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
+    """ESS, k-hat, spread of the evidence; or, for an enumeration, what it left out."""
+    first = answers[0]
+    if hasattr(first, "unexplored"):
+        left = float(first.unexplored.max())
+        meaning = "prior mass that the enumeration left out"
+        result.findings.append(Finding("unexplored", f"{left:.2g}", meaning, left > 0.01, left))
+        return
+    n = first.num_particles
+    ess = torch.stack([a.ess for a in answers])
+    if _never_moved(answers) or bool(ess.isnan().any()):
+        result.findings.append(_undefined_ess(answers))
+    else:
+        least, mean = float(ess.min()), float(ess.mean(0).min())
+        meaning = f"at worst {n} particles are worth {least:.1f} independent draws"
+        suspect = least < min(WORST, n / 2) or mean < min(ON_AVERAGE, n / 2)
+        result.findings.append(Finding("ESS / N", f"{least / n:.3f}", meaning, suspect, least / n))
+    result.findings += _judge_ways([a for a in answers if isinstance(a, Sequential)])
+    evidence = torch.stack([a.log_evidence for a in answers]).double()  # (repetition, *plates)
+    if bool(evidence.isnan().any()):  # the weights are no importance weights
+        return
+    # One estimate spreads by some 0.2: the median of the runs, and of many plate elements the upper quartile.
+    khats = torch.stack([a.khat for a in answers]).nanmedian(0).values.flatten()
+    khats = khats[~khats.isnan()]
+    if len(khats):
+        k = float(khats.sort().values[(3 * len(khats)) // 4 if len(khats) > 1 else 0])
+        if k < 0.5:
+            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are alike"
+        elif k < 1:
+            meaning = f"heavy tail: an average needs some {smallest_sample(k):,.0f} particles"
+        else:
+            meaning = "heavy tail: no number of particles will do"
+        if k >= 0.7:
+            meaning += "; the proposal misses posterior mass"
+        result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7, k))
+    else:
+        result.findings.append(Finding("Pareto k-hat", "-", "not defined: too few distinct weights", None))
+    low, spread = evidence.mean(0), evidence.std(0).amax() if len(evidence) > 1 else torch.tensor(torch.nan)
+    result.findings.append(
+        Finding(
+            "log evidence",
+            f"{float(low.mean()):.3f} +- {float(spread):.3f}",
+            "nats; its spread over runs is small" if float(spread) <= 1 else "nats; runs differ in what they find",
+            None if bool(spread.isnan()) and bool(low.isfinite().all()) else not float(spread) <= 1.0,
+            float(low.mean()),
+        )
+    )
+
+
+def _judge_ways(answers: list[Sequential]) -> list[Finding]:
+    """Of SMC, what was lost on the way: the weights at the end do not show it.
+
+    `Sequential.suspect` draws a line that single runs may cross: the share of the runs has to be a half.
+    """
+    if not answers:
+        return []
+    n = answers[0].num_particles
+    least, survive = (float(torch.stack([getattr(a, x) for a in answers]).min()) for x in ("min_ess", "survival"))
+    share = float(torch.stack([a.suspect for a in answers]).double().mean(0).max())
+    meaning = f"at worst {least:.1f} of {n} particles speak for all on the way; {survive:.1%} of the first survive"
+    return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
+
+
+def _never_moved(answers: list[Posterior]) -> bool:
+    """Whether Markov chains stay where they started, all of them; at different values they have an ESS of sorts."""
+    accepted = [float(x.max()) for a in answers for x in getattr(a, "acceptance", {}).values()]
+    return bool(accepted) and max(accepted) == 0
+
+
+def _undefined_ess(answers: list[Posterior]) -> Finding:
+    """Markov chains without an effective sample size: too short, or without a move."""
+    if _never_moved(answers):
+        return Finding("ESS / N", "-", "no chain ever moved", True)
+    chains = getattr(answers[0], "num_chains", None)
+    short = chains is not None and answers[0].num_particles < 4 * chains
+    why = "fewer than 4 draws a chain" if short else "all draws are alike"
+    return Finding("ESS / N", "-", f"not defined: {why}", None, checked=not short)
+
+
+def _judge_calibration(result: Diagnosis) -> None:
+    """What the simulated data say, as far as they go, and why they go no further."""
+    found = result.calibration
+    if found.error is not None:
+        said = " ".join(f"{type(found.error).__name__}: {found.error}".split())
+        meaning = f"failed on simulated data set {len(found.pools) + 1}: {said}"
+        result.findings.append(Finding("calibration", "-", meaning, True, checked=False))
+    if not found.pools:
+        return
+    result.findings += [Finding(*row) for row in judge_evidence(found)]
+    lost = int((found.lowers == -torch.inf).sum())
+    if lost:
+        meaning = "simulated data sets for which nothing possible was found"
+        result.findings.append(Finding("zero evidence", f"{lost}", meaning, True, lost))
+    few = len(found.lowers) < ENOUGH
+    for name, verdict in pools.judge(found.pools).items():
+        suspect = None if few and verdict.p >= LEVEL else verdict.p < LEVEL
+        meaning = "too few data sets to judge" if suspect is None else "as it should be"
+        meaning = _meaning(verdict, name, result.posterior) if suspect else meaning
+        row = Finding(f"SBC: {name}", f"p = {verdict.p:.2g}", meaning, suspect, verdict.p, checked=suspect is not None)
+        result.findings.append(row)
+
+
+def _meaning(verdict: pools.Verdict, name: str, posterior: Posterior | None) -> str:
+    """In words, how the truth differs from the draws."""
+    less, more = verdict.z < 0, verdict.z > 0
+    if verdict.function == "rank":
+        return f"the posterior's values are too {'high' if less else 'low'}"
+    if verdict.function == "spread":
+        return f"the posterior is too {'narrow' if more else 'wide'} in it"
+    if verdict.function == "share":
+        return "the draws are too much alike" if less else "the draws repeat themselves too little"
+    assert posterior is not None
+    token = int(verdict.function)
+    string = posterior.sites.decoders[name.removeprefix("tokens of ")](torch.tensor([token]))
+    return f"the posterior has the token {token}, {string!r}, too {'often' if less else 'seldom'}"
+
+
+def _numbers(x: Tensor) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in x.tolist()]
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,0 +1,1 @@
+"""Algorithms that train nothing: importance sampling, SMC, Markov chains, enumeration, prompting."""

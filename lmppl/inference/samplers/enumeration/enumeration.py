@@ -1,0 +1,320 @@
+"""Enumeration: the exact posterior, or as much of it as is asked for, with a certified interval for the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions import Unit
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from .... import text
+from ....distributions import Completion
+from ...core import programs
+from ...core.arguments import at_least, is_program
+from ...core.partial import advance
+from ...core.plates import Plates, kept_plates
+from ...core.programs import Node, Program, Sketch
+from ...core.query import Query
+from ...core.sites import text_of
+from ...core.validation import check_axes
+from ...core.weights import Weighted, device_of, log_density, scale, site_log_prob
+from ...posterior.algorithm import OnPrograms
+from ...posterior.posterior import Posterior
+from ...posterior.run import Run
+from .token_tree import Texts, dtype_of, explore, most_probable
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Enumerated(Posterior):
+    """The posterior's support with its exact weights: `log_weights` are log p(z, observed), -inf at padding.
+
+    Plate elements with fewer values than the largest repeat their first value, at weight zero.
+    """
+
+    unexplored: Tensor  # (*plates) prior mass of what is not in the support; 0 where the enumeration is complete
+    log_evidence_bounds: tuple[Tensor, Tensor]  # (*plates) each: the log evidence lies in between
+    log_prior: Tensor = field(repr=False)  # (K, *plates), -inf at padding
+
+    @property
+    def khat(self) -> Tensor:
+        """NaN: these are no draws."""
+        return torch.full_like(self.log_evidence, torch.nan)
+
+    def log_prob(self, values: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """The log posterior of given values of every latent site (of the only one, as a tensor).
+
+        Values are shaped as in `samples`, (n, *plates, ...) -> (n, *plates), or without the leading axis.  A value
+        outside the support has -inf where the enumeration is complete and NaN where it is not: it was not looked at.
+        """
+        names = list(self.samples)
+        if isinstance(values, Tensor):
+            if len(names) != 1:
+                raise ValueError(f"values: the posterior has the sites {names}; give a dict")
+            values = {names[0]: values}
+        if set(values) != set(names):
+            raise ValueError(f"values: expected the sites {names}, got {list(values)}")
+        for name, value in values.items():
+            if name in self.sites.decoders and value.is_floating_point():
+                raise ValueError(f"values: those of {name!r} are {value.dtype}, expected a text, a LongTensor")
+        single = values[names[0]].dim() < self.samples[names[0]].dim()
+        known, asked = [], []
+        for name in names:
+            support, value = self.samples[name], values[name][None] if single else values[name]
+            if self.sites.event_dims[name] == 1 and name in self.sites.decoders:
+                width = max(int(text.length(x).max()) if x.numel() else 0 for x in (support, value))
+                support, value = text.pad(support, width), text.pad(value, width)
+            try:
+                value = value.expand(len(value), *support.shape[1:])
+            except RuntimeError as error:
+                expected = f"(n, *{tuple(support.shape[1:])})"
+                raise ValueError(f"values: those of {name!r} are {tuple(value.shape)}, expected {expected}") from error
+            right = self.log_evidence.dim() + 1
+            known.append(support.flatten(right) if support.dim() > right else support[..., None])
+            asked.append(value.flatten(right) if value.dim() > right else value[..., None])
+        shape = (len(asked[0]), *self.log_evidence.shape)
+        cells = self.log_evidence.numel()
+        rows, queries = (torch.cat(x, -1).reshape(len(x[0]), cells, -1) for x in (known, asked))  # (K or n, cells, D)
+        log_p = (self.log_weights - self.log_evidence).reshape(self.num_particles, -1)
+        outside = torch.where(self.unexplored > 0, torch.nan, -torch.inf).flatten()
+        result = log_p.new_empty(len(queries), cells)
+        for c in range(cells):
+            real = self.log_prior.reshape(self.num_particles, -1)[:, c] > -torch.inf
+            both = torch.cat([rows[real, c], queries[:, c]])
+            _, kind = torch.unique(both, dim=0, return_inverse=True)
+            table = log_p.new_full((len(both),), float(outside[c]))
+            table[kind[: int(real.sum())]] = log_p[real, c]
+            result[:, c] = table[kind[int(real.sum()) :]]
+        result = result.view(shape)
+        return result[0] if single else result
+
+
+class Enumeration(OnPrograms):
+    r"""The exact posterior, by best-first search of the prior's joint token tree.
+
+    .. math:: \log w(z) = \log p(z, observed), \qquad \log Z = \log \sum_z w(z)
+
+    Latent sites are taken in program order: a text site is searched token by token, the most probable prefix first; an
+    ordinary site with a finite support multiplies the values found so far.  Plate elements are searched separately.
+
+    :param model: a Pyro program, all of whose latent sites are discrete and lie in the kept plates only.
+    :param max_support: the most values kept for one plate element; the search of a text site gives up after expanding
+        8 times as many prefixes (10,000 at least), and says what it left out.
+    :param mass: how much of the prior to explore; 1: all of it.
+    :param factor_bound: an upper bound of the log of the product of the model's factors and continuous observations,
+        a number or (*plates); without it they may be anything, and the evidence has no upper bound.
+    :param max_plate_nesting: guessed where not given.
+
+    The result's ``unexplored`` is the prior mass left out, ``log_evidence_bounds`` a certified interval: with scales
+    :math:`s \ge 1` on the latent sites what was left out adds at most :math:`e^{bound}\,unexplored^{\min s}`, since
+    :math:`\sum p^s \le (\sum p)^s`; with s < 1 it may add anything.
+
+    ``run(*args)`` raises ValueError for a latent site that is continuous or has an infinite support, a latent site in
+    a plate that does not enclose every site, and a subsampled plate of that kind.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        *,
+        max_support: int = 100_000,
+        mass: float = 1.0,
+        factor_bound: float | Tensor | None = None,
+        max_plate_nesting: int | None = None,
+    ):
+        is_program(model=model)
+        at_least(1, max_support=max_support)
+        if not 0 < mass <= 1:
+            raise ValueError(f"mass: must lie in (0, 1], got {mass}")
+        self.model, self.max_support, self.mass = model, max_support, mass
+        self.factor_bound, self.max_plate_nesting = factor_bound, max_plate_nesting
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> Enumerated:
+        """The exact posterior for these arguments."""
+        query = Query(self.model, None, args, kwargs, self.max_plate_nesting)
+        sketch = query.trace(self.model, Sketch(), particles=1)
+        plates = kept_plates([sketch], query.nesting, subsampling=False)
+        _refuse_other_plates(sketch, plates)
+        subsamples = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
+        support = Support(plates, device_of(sketch))
+        count = len(programs.latents(sketch))
+        while True:
+            known, size = subsamples | support.values, len(support)
+            trace, site = advance(query, self.model, known, particles=size, texts_only=False)
+            if site is None:
+                break
+            share = ((1 - self.mass) - support.unexplored).clamp(min=0) / max(1, count - len(support.values))
+            support.extend(site["name"], site["fn"], share, self.max_support)
+        return self._weigh(query, support, trace)
+
+    def _weigh(self, query: Query, support: Support, trace: Trace) -> Enumerated:
+        plates = support.plates
+        latents = programs.latents(trace)
+        known = {name: support.log_probs[name] for name in latents}
+        real = support.log_joint > -torch.inf  # (K, *plates)
+        log_weights = log_density(trace, plates, known=known | _observed_texts(trace, plates, real))
+        for name, node in latents.items():
+            if node["mask"] is not None:
+                # Masked: the site's density does not count, its values still come from the prior.
+                log_prior = plates.reduce(support.log_probs[name])
+                log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
+        log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
+        check_axes(query, Weighted(log_weights, programs.values(trace), trace, trace, plates))
+        posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, query.args, dict(query.kwargs)))
+        unexplored = support.unexplored.to(log_weights.dtype)
+        s = _smallest_scale(latents, plates)
+        left_out = s * unexplored.log() + self._rest(trace) if s >= 1 else torch.full_like(unexplored, torch.inf)
+        left_out = left_out.masked_fill(unexplored == 0, -torch.inf)
+        return Enumerated(
+            values=posterior.values,
+            log_weights=log_weights,
+            log_evidence=posterior.log_evidence,
+            sites=posterior.sites,
+            unexplored=unexplored,
+            log_evidence_bounds=(posterior.log_evidence, torch.logaddexp(posterior.log_evidence, left_out)),
+            log_prior=support.log_joint.to(log_weights.dtype),
+        )
+
+    def _rest(self, trace: Trace) -> Tensor | float:
+        """A bound of the log of everything but the latent sites: probabilities are at most 1."""
+        if all(_is_probability(n) for n in programs.scored(trace).values() if n["is_observed"]):
+            return 0.0
+        return torch.inf if self.factor_bound is None else torch.as_tensor(self.factor_bound)
+
+
+class Support:
+    """Joint values of the latent sites met so far, for every plate element (*cell*), with their prior."""
+
+    def __init__(self, plates: Plates, device: torch.device | None = None):
+        self.plates = plates
+        self.axes = [1] * plates.nesting
+        for d, n in zip(plates.dims, plates.sizes, strict=True):
+            self.axes[d] = n
+        self.values: dict[str, Tensor] = {}  # (K, *plate axes, *event)
+        self.log_probs: dict[str, Tensor] = {}  # (K, *plate axes)
+        self.log_joint = torch.zeros(1, *plates.sizes, dtype=torch.float64, device=device)
+        self.unexplored = torch.zeros(plates.sizes, dtype=torch.float64, device=device)
+
+    def __len__(self) -> int:
+        return len(self.log_joint)
+
+    def extend(self, name: str, fn: Any, allowance: Tensor, max_support: int) -> None:
+        """Add a site: every value found so far goes on with each of its own."""
+        site = text_of(fn)
+        if site is not None and site.stacked:
+            raise ValueError(
+                f"site {name!r}: its value is several texts (.to_event), which are joint and too many to enumerate; "
+                "give each a site, or use Importance or SMC"
+            )
+        log_root = self.log_joint.reshape(len(self), -1)  # (K, cells)
+        if site is not None and site.stepwise:
+            found = explore(site, log_root, allowance.flatten(), max_support)
+            event_dim, dtype = 1, dtype_of(site)
+        else:
+            found = _multiply(name, fn, log_root, allowance.flatten(), max_support)
+            event_dim, dtype = fn.event_dim, found[0].log_p.dtype
+        sizes = torch.tensor([len(f.root) for f in found], device=log_root.device)
+        size, cells = max(int(sizes.max()), 1), len(found)
+        row = torch.arange(size, device=log_root.device)[:, None]  # cells with fewer values repeat their first one
+        real = row < sizes  # (size, cells)
+        filler = torch.where(real, row, 0).unbind(1)
+        root, value, log_p, joint = (
+            torch.stack([_first_or(x, i) for x, i in zip(column, filler, strict=True)], 1)
+            for column in list(zip(*found, strict=True))[:4]
+        )  # (size, cells, ...)
+        cell = torch.arange(cells, device=root.device)
+        for known in (self.values, self.log_probs):
+            for other, old in known.items():
+                flat = old.reshape(len(old), cells, *old.shape[1 + len(self.axes) :])
+                known[other] = flat[root, cell].view(size, *self.axes, *flat.shape[2:])
+        self.values[name] = value.view(size, *self.axes, *value.shape[value.dim() - event_dim :])
+        self.log_probs[name] = log_p.to(dtype).view(size, *self.axes)
+        self.log_joint = joint.masked_fill(~real, -torch.inf).view(size, *self.plates.sizes)
+        left_out = torch.tensor([f.left_out for f in found], dtype=torch.float64, device=root.device)
+        self.unexplored = self.unexplored + left_out.view(self.plates.sizes)
+
+
+def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
+    """Every root with every value of an ordinary site's finite support."""
+    try:
+        if not fn.has_enumerate_support:
+            raise NotImplementedError
+        support = fn.enumerate_support(expand=False)  # (S, 1, ..., *event)
+    except NotImplementedError:
+        raise ValueError(
+            f"site {name!r}: {type(fn).__name__} has no finite support, so that it cannot be enumerated; observe it, "
+            "or use Importance or SMC"
+        ) from None
+    count, cells = len(support), log_root.shape[1]
+    event = support.shape[support.dim() - fn.event_dim :]
+    log_p = fn.log_prob(support).expand(count, *fn.batch_shape).reshape(count, -1, cells)  # (S, K, cells)
+    value = support.expand(count, *fn.batch_shape, *event).reshape(count, -1, cells, *event)
+    found = []
+    for c in range(cells):
+        joint = (log_root[:, c] + log_p[:, :, c].double()).flatten()  # (S * K)
+        possible = (joint > -torch.inf).nonzero()[:, 0]
+        kept, left_out = most_probable(joint[possible], float(allowance[c]), max_support)
+        which, root = possible[kept] // len(log_root), possible[kept] % len(log_root)
+        found.append(Texts(root, value[which, root, c], log_p[which, root, c], joint[possible[kept]], left_out))
+    return found
+
+
+def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Tensor]:
+    """log p of observed texts, (K, *plate axes), at real values only and those of one length together: far cheaper."""
+    known: dict[str, Tensor] = {}
+    for name, node in programs.scored(trace).items():
+        fn, value = node["fn"], node["value"]
+        if not node["is_observed"] or type(fn) is not Completion or fn.prompt.shape[:-1] != fn.batch_shape:
+            continue
+        shape = fn.batch_shape
+        cells = torch.arange(real[0].numel(), device=real.device).view(real.shape[1:])
+        row_real = plates.spread(real).expand(shape).flatten()
+        row_cell = plates.spread(cells[None]).expand(shape).flatten()
+        prompt, value = fn.prompt.flatten(0, -2), value.expand(*shape, -1).flatten(0, -2)
+        log_prob: Tensor | None = None
+        for c in range(real[0].numel()):  # one element at a time: its rows share a prompt
+            rows = (row_real & (row_cell == c)).nonzero()[:, 0]
+            rows = rows[text.length(prompt[rows]).argsort()]
+            if not len(rows):
+                continue
+            own = fn.rows(rows).log_prob(value[rows])
+            log_prob = own.new_full(row_real.shape, -torch.inf) if log_prob is None else log_prob
+            log_prob[rows] = own
+        if log_prob is not None:
+            known[name] = log_prob.view(shape)
+    return known
+
+
+def _first_or(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]``; zeros where there is nothing at all."""
+    return x[index] if len(x) else x.new_zeros(len(index), *x.shape[1:])
+
+
+def _refuse_other_plates(trace: Trace, plates: Plates) -> None:
+    for name, node in programs.latents(trace).items():
+        for f in node["cond_indep_stack"]:
+            if f.vectorized and f.name not in (*plates.names, programs.PARTICLES):
+                raise ValueError(
+                    f"site {name!r}: it lies in the plate {f.name!r}, which does not enclose every latent, observation "
+                    "and factor, so that its values are joint over the plate and too many to enumerate; put every site "
+                    "into the plate, or use Importance or SMC"
+                )
+
+
+def _smallest_scale(latents: dict[str, Node], plates: Plates) -> float:
+    """min(s) over the latent sites; a masked site keeps its prior, s = 1."""
+    smallest = torch.inf
+    for node in latents.values():
+        s = float(torch.as_tensor(scale(node, plates), dtype=torch.float64).min())
+        smallest = min(smallest, s if node["mask"] is None else min(s, 1.0))
+    return smallest
+
+
+def _is_probability(node: Node) -> bool:
+    """Whether a site's density is a probability, at most 1."""
+    return not isinstance(node["fn"], Unit) and bool(node["fn"].support.is_discrete)

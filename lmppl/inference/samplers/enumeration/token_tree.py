@@ -1,0 +1,310 @@
+"""Best-first search of a text site's token tree: the most probable texts of a prior, and the mass of all the others.
+
+A *node* is an unfinished text; its children are its continuations by one token.  The most probable nodes of all trees
+are expanded together, one network pass for each batch, so that after every pass the finished texts above the most
+probable node left are the most probable of all texts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .... import text
+from ....distributions import Completion
+from ....distributions.arguments import refuse_nan
+from ....engine.scoring import score, with_bos
+from ....engine.tuning import TUNING
+from ...core.sites import Site, lm_of
+
+
+class Texts(NamedTuple):
+    """The texts found for one plate element, the most probable first."""
+
+    root: Tensor  # (n,) which root each text continues
+    value: Tensor  # (n, *event)
+    log_p: Tensor  # (n,) log p(text | root), in double precision
+    joint: Tensor  # (n,) the same with the root's own log-probability
+    left_out: float  # the mass of all texts of these roots that are not among them
+
+
+class Growth(NamedTuple):
+    """Children of expanded nodes: which node (an index into a tree's pool), by which token, at what joint log p."""
+
+    parent: Tensor
+    token: Tensor
+    log_p: Tensor
+
+
+def dtype_of(site: Site) -> torch.dtype:
+    """Of the log-probabilities of a text."""
+    lm = lm_of(site.fn)
+    return torch.float64 if lm is None else torch.promote_types(lm.dtype, torch.float32)
+
+
+def explore(site: Site, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
+    """The texts of a text site for each plate element, until what is left out is within the ``allowance``.
+
+    The site's flattened batch is (K * cells); ``log_root`` (K, cells) is each root's log-probability (-inf: none);
+    ``allowance`` (cells) the mass that may be left out.
+    """
+    network = Network(site) if isinstance(site.fn, Completion) else Stepped(site)
+    cells = log_root.shape[1]
+    trees = [Tree(network, log_root[:, c], c, cells, float(allowance[c]), max_support) for c in range(cells)]
+    while active := [tree for tree in trees if not tree.finished]:
+        batches = [tree.take() for tree in active]
+        for tree, growth in zip(active, network.grow(active, batches), strict=True):
+            tree.add(growth)
+    return [tree.texts(log_root[:, c]) for c, tree in enumerate(trees)]
+
+
+class Tree:
+    """The token tree of one plate element.
+
+    Invariant: mass of all roots = finished texts + nodes waiting + pruned mass (+ dead ends of a constraint).
+    A node's tokens are those of its parent in the pool of expanded nodes, and one more (PAD for a root).
+    """
+
+    def __init__(
+        self, network: Next, log_root: Tensor, cell: int, cells: int, allowance: float, max_support: int
+    ) -> None:
+        self.network, self.log_root, self.cell, self.cells = network, log_root, cell, cells
+        self.allowance, self.max_support = allowance, max_support
+        self.capacity = max(4 * max_support, TUNING.waiting // cells)
+        # Nodes below the floor are not kept, only their mass.  Lowered if that mass turns out to be needed.
+        self.floor = math.log(allowance) - math.log(2**20) if allowance > 0 else -math.inf
+        self.capped = False
+        self._start()
+
+    def _start(self) -> None:
+        device = self.log_root.device
+        roots = (self.log_root > -torch.inf).nonzero()[:, 0]
+        self.row = roots * self.cells + self.cell  # (E,) pool: which row of the batch each expanded node continues
+        self.prefix = torch.full((len(roots), self.network.limit), text.PAD, device=device)  # (E, W)
+        self.depth = torch.zeros_like(roots)
+        self.state = torch.zeros_like(roots)  # (E,) of the stop strings
+        self.waiting = Growth(
+            *(torch.empty(0, dtype=d, device=device) for d in (torch.long, torch.long, torch.float64))
+        )
+        self.done: list[Growth] = []
+        self.pruned, self.expanded, self.full = 0.0, 0, False
+        seeds = Growth(torch.arange(len(roots), device=device), torch.full_like(roots, text.PAD), self.log_root[roots])
+        self.add(seeds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the rest is within the allowance, or the support is full: `max_support` texts beat every node."""
+        log_p = self.waiting.log_p
+        if not len(log_p) or self.full:
+            return True
+        left = float(log_p.exp().sum()) + self.pruned
+        if left <= self.allowance:
+            return True
+        best = log_p.max()
+        return sum(int((d.log_p >= best).sum()) for d in self.done) >= self.max_support
+
+    def take(self) -> Growth:
+        """Remove the most probable nodes from those waiting: what the allowance cannot cover, at least a few."""
+        log_p, order = self.waiting.log_p.sort(descending=True)
+        if self.allowance > 0:
+            beyond = log_p.exp().flip(0).cumsum(0).flip(0) + self.pruned  # mass that this node and all below it hold
+            needed = max(int((beyond > 0.5 * self.allowance).sum()), 64)
+        else:
+            needed = max(self.max_support // 4, 64)
+        n = min(needed, TUNING.nodes, len(order))
+        nodes = Growth(*(x[order[:n]] for x in self.waiting))
+        self.waiting = Growth(*(x[order[n:]] for x in self.waiting))
+        return nodes
+
+    def expand(self, nodes: Growth) -> Tensor:
+        """Move nodes to the pool; their indices there."""
+        prefix, depth = self.prefix[nodes.parent], self.depth[nodes.parent]
+        grown = (nodes.token != text.PAD).nonzero()[:, 0]
+        prefix[grown, depth[grown]] = nodes.token[grown]
+        depth[grown] += 1
+        first = len(self.row)
+        self.expanded += len(nodes.token)
+        self.row = torch.cat([self.row, self.row[nodes.parent]])
+        self.state = torch.cat([self.state, self.network.state(self.state[nodes.parent], nodes.token)])
+        self.prefix, self.depth = torch.cat([self.prefix, prefix]), torch.cat([self.depth, depth])
+        return torch.arange(first, len(self.row), device=prefix.device)
+
+    def add(self, growth: Growth) -> None:
+        """Sort children into finished texts, nodes worth keeping, and pruned mass."""
+        depth = self.depth[growth.parent] + (growth.token != text.PAD)
+        state = self.network.state(self.state[growth.parent], growth.token)
+        over = self.network.is_over(self.row[growth.parent], growth.token, depth, state)
+        self.done.append(Growth(*(x[over] for x in growth)))
+        self.waiting = Growth(*(torch.cat([a, b[~over]]) for a, b in zip(self.waiting, growth, strict=True)))
+        self.full = self.expanded > max(8 * self.max_support, TUNING.expansions)
+        if len(self.waiting.log_p) > self.capacity:
+            self._forget()
+        elif self.pruned > 0.25 * self.allowance > 0 and not self.capped:
+            self.floor -= math.log(256)
+            self._start()
+
+    def _forget(self) -> None:
+        """Too many nodes to hold: drop the less probable half, keeping its mass; it is not looked for again."""
+        log_p, order = self.waiting.log_p.sort(descending=True)
+        kept = self.capacity // 2
+        self.pruned += float(log_p[kept:].exp().sum())
+        self.floor, self.capped = max(self.floor, float(log_p[kept - 1])), True
+        self.waiting = Growth(*(x[order[:kept]] for x in self.waiting))
+
+    def texts(self, log_root: Tensor) -> Texts:
+        """The finished texts: the most probable first, as many as the allowance asks for, at most `max_support`."""
+        done = Growth(*(torch.cat(parts) for parts in zip(*self.done, strict=True)))
+        left = float(self.waiting.log_p.exp().sum()) + self.pruned
+        kept, left = most_probable(done.log_p, self.allowance, self.max_support, left)
+        parent, token = done.parent[kept], done.token[kept]
+        root = self.row[parent] // self.cells
+        value = torch.nn.functional.pad(self.prefix[parent], (0, 2), value=text.PAD)  # room for token and stop
+        at = self.depth[parent]
+        value.scatter_(1, at[:, None], token[:, None])
+        at = at + (token != text.PAD)
+        value = self.network.with_stop(value, token, at, self.network.state(self.state[parent], token))
+        joint = done.log_p[kept]
+        return Texts(root, text.pad(value, self.network.width), joint - log_root[root], joint, left)
+
+
+class Next:
+    """What a text distribution says of the next token after many prefixes."""
+
+    certain_stop = False  # the stop after the last token is certain: nothing to ask
+
+    def __init__(self, site: Site):
+        self.site = site
+        self.stop, self.strings = site.stops
+        self.width, self.vocab_size = site.width, site.fn.vocab_size
+        self.max_tokens = site.max_tokens.expand(site.shape).flatten()
+        self.limit = int(self.max_tokens.max())  # tokens of the longest prefix
+
+    @abstractmethod
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
+        """log p(v | prefix) for each node and token v, (n, V) in double precision; ``row`` of the flattened batch."""
+
+    def state(self, before: Tensor, token: Tensor) -> Tensor:
+        """The stop strings' states after one token more."""
+        return before if self.strings is None else self.strings.after(before, token)
+
+    def is_over(self, row: Tensor, token: Tensor, depth: Tensor, state: Tensor) -> Tensor:
+        """Whether texts of ``depth`` tokens, the last one ``token``, are finished."""
+        over = torch.isin(token, self.stop) if self.stop.numel() else torch.zeros_like(token, dtype=torch.bool)
+        if self.certain_stop or not self.stop.numel():
+            over = over | (depth >= self.max_tokens[row])
+        return over if self.strings is None else over | self.strings.final[state]
+
+    def with_stop(self, value: Tensor, last: Tensor, length: Tensor, state: Tensor) -> Tensor:
+        """The certain stop appended to texts that end without one."""
+        if self.certain_stop:
+            open_ended = last != self.stop[0]
+            short = (open_ended if self.strings is None else open_ended & ~self.strings.final[state]).nonzero()[:, 0]
+            value[short, length[short]] = self.stop[0]
+        return value
+
+    def grow(self, trees: list[Tree], batches: list[Growth]) -> list[Growth]:
+        """The children of a batch of nodes of each tree; those below a tree's floor are pruned."""
+        pools = [tree.expand(nodes) for tree, nodes in zip(trees, batches, strict=True)]
+        sizes = [len(pool) for pool in pools]
+        row = torch.cat([tree.row[pool] for tree, pool in zip(trees, pools, strict=True)])
+        prefix = torch.cat([tree.prefix[pool] for tree, pool in zip(trees, pools, strict=True)])
+        depth = torch.cat([tree.depth[pool] for tree, pool in zip(trees, pools, strict=True)])
+        log_p = torch.cat([nodes.log_p for nodes in batches])
+        floor = torch.cat([log_p.new_full((n,), tree.floor) for n, tree in zip(sizes, trees, strict=True)])
+        # A pass over one tree's nodes shares its prompt; a few nodes are cheaper all together.
+        groups = [len(row)] if len(row) <= TUNING.pooled else sizes
+        found, lost, first = [], torch.zeros_like(log_p), 0
+        for size in groups:
+            for at in torch.arange(first, first + size, device=row.device).split(
+                max(1, TUNING.children // self.vocab_size)
+            ):
+                children = log_p[at, None] + self.log_probs(row[at], prefix[at], depth[at])  # (n, V)
+                keep = children >= floor[at, None]
+                keep &= children > -torch.inf
+                lost[at] = children.exp().masked_fill(keep, 0.0).sum(1)
+                node, token = keep.nonzero().unbind(1)
+                found.append(Growth(at[node], token, children[node, token]))
+            first += size
+        every = Growth(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        growths, first = [], 0
+        for tree, pool, size in zip(trees, pools, sizes, strict=True):
+            tree.pruned += float(lost[first : first + size].sum())
+            lower, upper = torch.searchsorted(every.parent, torch.tensor([first, first + size], device=row.device))
+            parent, token, joint = (x[lower:upper] for x in every)
+            growths.append(Growth(pool[parent - first], token, joint))
+            first += size
+        return growths
+
+
+class Network(Next):
+    """That of a `Completion`, many prefixes in a pass."""
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        fn = site.fn
+        self.lm, self.rules = fn.lm, fn._rules(site.shape)
+        batch = fn.prompt.shape[:-1]
+        prompts = fn.prompt.reshape(batch.numel(), fn.prompt.shape[-1])
+        # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
+        self.prompts = prompts if self.lm.adds_bos else with_bos(self.lm, prompts)
+        # Which prompt each row of the flattened batch continues.
+        self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(site.shape).flatten()
+        # With one stop and no constraint it is certain after the last token.
+        self.certain_stop = self.stop.numel() == 1 and fn.allowed is None
+
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
+        depth, order = depth.sort(stable=True)  # so that passes hold texts of one length
+        row, prefix = row[order], prefix[order]
+        context = text.cat(self.prompts[self.prompt[row]], prefix)
+        next_token = context.new_zeros(1)  # stands for the token to come; its value does not matter
+
+        def head(logits: Tensor, rows: Tensor) -> Tensor:
+            own = logits[:, 0]  # (r, V)
+            result = torch.empty_like(own, dtype=torch.float64)
+            for t in depth[rows].unique().tolist():
+                these = (depth[rows] == t).nonzero()[:, 0]
+                nodes = rows[these]
+                rules = self.rules.select(row[nodes])
+                result[these] = rules.log_probs(own[these, None], prefix[nodes], t)[:, 0].double()
+            return result
+
+        with torch.no_grad():
+            log_probs = score(self.lm, context, next_token, head)
+        refuse_nan(log_probs)
+        return torch.empty_like(log_probs).index_copy_(0, order, log_probs)
+
+
+class Stepped(Next):
+    """That of any other text that is drawn token by token."""
+
+    def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
+        result = torch.empty(len(row), self.vocab_size, dtype=torch.float64, device=prefix.device)
+        for t in depth.unique().tolist():
+            nodes = (depth == t).nonzero()[:, 0]
+            steps = self.site.steps()
+            steps.select(row[nodes])
+            for token in prefix[nodes, :t].unbind(1):
+                steps.append(token)
+            tokens = torch.arange(self.vocab_size, device=prefix.device)
+            result[nodes] = torch.stack([steps.score(v.expand(len(nodes))) for v in tokens], 1).double()
+        refuse_nan(result)
+        return result
+
+
+def most_probable(log_p: Tensor, allowance: float, max_support: int, left: float = 0.0) -> tuple[Tensor, float]:
+    """Indices of the fewest entries that leave out at most ``allowance``, most probable first, and the mass left out.
+
+    ``left`` is the mass that is out already.
+    """
+    order = log_p.argsort(descending=True, stable=True)
+    p = log_p[order].exp()
+    n = len(order)
+    if allowance > 0:
+        beyond = p.flip(0).cumsum(0).flip(0) + left  # left out if the list ended before this entry
+        n = max(int((beyond > allowance).sum()), 1)
+    n = min(n, max_support)
+    return order[:n], left + float(p[n:].sum())

@@ -1,0 +1,252 @@
+r"""Exact inference where the prior is Markov: dynamic programming over texts far too many to enumerate.
+
+The latent text z has the prior of a `Completion` whose language model looks back k tokens at most, and is weighed by a
+factor psi that a finite automaton computes while it reads z.  With s the last k tokens, a the automaton's state and t
+the number of tokens so far,
+
+.. math:: \beta_t(s, a) = \sum_v p_t(v \mid s) \begin{cases} final(a) & v \text{ stops} \\
+          step(a, v) \, \beta_{t+1}(s v, a v) & \text{else} \end{cases}
+
+is the expected factor of a text that has come there: the optimal twist.  Z = beta_0 at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ... import text
+from ...distributions import Completion
+from ...engine.scoring import score, with_bos
+
+STATES = 2**24  # (state, automaton state, token) triples looked at for one position
+
+
+@dataclass(frozen=True)
+class Automaton:
+    r"""A factor of a text, by a deterministic automaton that reads its tokens, the stop not included.
+
+    .. math:: \log \psi(z) = \sum_{t=1}^{n} step[a_{t-1}, z_t] + final[a_n], \qquad a_t = next[a_{t-1}, z_t], \; a_0 = 0
+
+    ``next`` (A, V) LongTensor; ``step`` (A, V) and ``final`` (A,) logarithms, -inf allowed.  ``f * g`` is the product
+    of two factors.
+    """
+
+    next: Tensor
+    step: Tensor
+    final: Tensor
+
+    def __post_init__(self) -> None:
+        A, V = self.next.shape
+        if self.step.shape != (A, V) or self.final.shape != (A,):
+            raise ValueError(
+                f"step, final: expected the shapes {(A, V)} and {(A,)} of next, got {tuple(self.step.shape)} and "
+                f"{tuple(self.final.shape)}"
+            )
+        if bool(((self.next < 0) | (self.next >= A)).any()):
+            raise ValueError(f"next: its states must lie in 0..{A - 1}")
+
+    @classmethod
+    def counting(cls, log_weights: Tensor) -> Automaton:
+        """A product over tokens: each occurrence of token v multiplies by exp log_weights[v], (V,)."""
+        step = log_weights.double()[None]
+        return cls(torch.zeros_like(step, dtype=torch.long), step, step.new_zeros(1))
+
+    @classmethod
+    def containing(cls, token: int, vocab_size: int, present: float = 0.0, absent: float = -math.inf) -> Automaton:
+        """exp present where the text contains the token, exp absent where it does not."""
+        following = torch.tensor([[0], [1]]).repeat(1, vocab_size)
+        following[0, token] = 1
+        final = torch.tensor([absent, present], dtype=torch.float64)
+        return cls(following, final.new_zeros(2, vocab_size), final)
+
+    @classmethod
+    def ending(cls, log_weights: Tensor, empty: float = -math.inf) -> Automaton:
+        """exp log_weights[v] for the last token v, (V,); exp empty for the empty text."""
+        V = len(log_weights)
+        final = torch.cat([torch.tensor([empty], dtype=torch.float64), log_weights.double()])
+        return cls(torch.arange(1, V + 1).expand(V + 1, V), final.new_zeros(V + 1, V), final)
+
+    def __mul__(self, other: Automaton) -> Automaton:
+        (A, V), B = self.next.shape, len(other.final)
+        return Automaton(
+            (self.next[:, None] * B + other.next).reshape(A * B, V),
+            (self.step[:, None] + other.step).reshape(A * B, V),
+            (self.final[:, None] + other.final).flatten(),
+        )
+
+    def read(self, value: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+        """The state after the tokens before the first stop, and the product of steps so far: (..., L) -> (...) each."""
+        state = torch.zeros(value.shape[:-1], dtype=torch.long, device=value.device)
+        total = torch.zeros(value.shape[:-1], dtype=torch.float64, device=value.device)
+        going = torch.ones_like(state, dtype=torch.bool)
+        for token in value.unbind(-1):
+            going = going & (token != text.PAD) & ~torch.isin(token, stop)
+            token = token.clamp(min=0)
+            total = torch.where(going, total + self.step[state, token], total)
+            state = torch.where(going, self.next[state, token], state)
+        return state, total
+
+    def log_factor(self, value: Tensor, stop: Tensor) -> Tensor:
+        """log psi of texts (..., L) -> (...), for a model's `pyro.factor`; ``stop`` are the ids that end them."""
+        state, total = self.read(value, stop)
+        return total + self.final[state]
+
+
+class Markov:
+    r"""The exact posterior of one text under a Markov prior and an automaton's factor.
+
+    .. math:: p(z \mid \psi) = p(z) \, \psi(z) / Z
+
+    :param prior: a `Completion` of one prompt (no batch), with token sets but no callable as ``allowed``.
+    :param factor: psi.
+    :param order: how many tokens back the language model looks; by default its configuration's ``order``.
+
+    :raises ValueError: where the language model looks further back than ``order``, and where there are too many states.
+
+    Everything is in double precision.  Cost: the states are read by the network once; then
+    max_tokens x states x automaton states x vocabulary.
+
+    Example::
+
+        factor = Automaton.containing(lm.token_id("a"), lm.vocab_size)
+        exact = Markov(Completion(lm, "b", max_tokens=30), factor)
+        exact.log_evidence, exact.sample(100), exact.marginals
+    """
+
+    def __init__(self, prior: Completion, factor: Automaton, order: int | None = None):
+        order = getattr(prior.lm.model.config, "order", None) if order is None else order
+        if not isinstance(order, int) or order < 0:
+            raise ValueError(f"order: expected how many tokens back the language model looks, got {order}")
+        self.order: int = order
+        if prior.batch_shape or prior.prompt.dim() != 1:
+            raise ValueError(f"prior: expected one prompt, got the batch shape {tuple(prior.batch_shape)}")
+        if callable(prior.allowed) and not isinstance(prior.allowed, Tensor):
+            raise ValueError("prior: a constraint by a function of the prefix is not Markov; use a factor")
+        if prior.stop_strings is not None:
+            raise ValueError("prior: a stop string reads several tokens of the text; use Enumeration or SMC")
+        if prior.tools:
+            raise ValueError("prior: a tool reads the whole text, so that it is not Markov; use Enumeration or SMC")
+        if factor.next.shape[1] != prior.lm.vocab_size:
+            raise ValueError(f"factor: it reads {factor.next.shape[1]} tokens, the model has {prior.lm.vocab_size}")
+        self.prior, self.factor = prior, factor
+        self.width = prior.event_shape[0]
+        self.next, logits = self._states()  # (S, V) each
+        (S, V), A = logits.shape, len(factor.final)
+        if S * A * V > STATES:
+            raise ValueError(f"order, factor: {S} x {A} states are too many")
+        rules, none = prior._rules(torch.Size()), torch.empty(S, 0, dtype=torch.long)
+        self.stops = torch.isin(torch.arange(V), prior.stop)
+        beta = factor.final.expand(S, A) if not len(prior.stop) else factor.final.new_full((S, A), -math.inf)
+        steps, betas = [], [beta]
+        for t in range(self.width - 1, -1, -1):
+            log_p = rules.log_probs(logits[:, None], none, t)[:, 0].double()
+            ahead = factor.step + beta[self.next[:, None], factor.next]  # (S, A, V)
+            joint = log_p[:, None] + torch.where(self.stops, factor.final[:, None], ahead)
+            beta = joint.logsumexp(-1)  # (S, A)
+            steps.append(joint)
+            betas.append(beta)
+        self.log_joint = torch.stack(steps[::-1])  # (width, S, A, V): beta_t split by the next token
+        self.log_beta = torch.stack(betas[::-1])  # (width + 1, S, A)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log Z = log E_prior psi, in nats."""
+        return self.log_beta[0, 0, 0]
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor:
+        """Exact posterior draws, (n, *event), by forward sampling. Raises ValueError where Z = 0."""
+        law = self._next_token
+        state = automaton = torch.zeros(n, dtype=torch.long)
+        going = torch.ones(n, dtype=torch.bool)
+        columns = []
+        for t in range(self.width):
+            token = torch.multinomial(law[t, state, automaton].where(going[:, None], torch.ones(())), 1)[:, 0]
+            columns.append(token.masked_fill(~going, text.PAD))
+            going = going & ~self.stops[token]
+            state, automaton = self.next[state, token], self.factor.next[automaton, token]
+        return torch.stack(columns, -1)
+
+    @cached_property
+    def marginals(self) -> Tensor:
+        """P(token t is v), (*event, V), by forward-backward; the stop is a token too.
+
+        Row t sums to the probability that the text has at least t tokens before its stop.
+        """
+        law = self._next_token
+        T, S, A, V = law.shape
+        here = law.new_zeros(S, A)
+        here[0, 0] = 1.0
+        target = (self.next[:, None] * A + self.factor.next).flatten()  # (S A V)
+        rows = []
+        for t in range(T):
+            move = here[..., None] * law[t]  # (S, A, V)
+            rows.append(move.sum((0, 1)))
+            going = (move * ~self.stops).flatten()
+            here = torch.zeros(S * A, dtype=law.dtype).index_add(0, target, going).view(S, A)
+        return torch.stack(rows)
+
+    def log_psi(self, prefix: Tensor) -> Tensor:
+        """log E[psi(z) | z begins with prefix], (..., t) -> (...): the optimal twist of `SMC`."""
+        stop, t = self.prior.stop, prefix.shape[-1]
+        automaton, total = self.factor.read(prefix, stop)
+        ended = torch.isin(prefix, stop).any(-1)
+        state = torch.zeros_like(automaton)
+        for token in prefix.unbind(-1):
+            state = self.next[state, token.clamp(min=0)]  # past the end it does not matter
+        return total + torch.where(ended, self.factor.final[automaton], self.log_beta[t][state, automaton])
+
+    @cached_property
+    def _next_token(self) -> Tensor:
+        """p(next token | t, state, automaton state; psi), (width, S, A, V); even where nothing is possible."""
+        if self.log_evidence == -torch.inf:
+            raise ValueError("factor: it rules every text out; there is no posterior")
+        dead = (self.log_beta[:-1] == -torch.inf)[..., None]
+        return self.log_joint.masked_fill(dead, 0.0).softmax(-1)
+
+    @torch.no_grad()
+    def _states(self) -> tuple[Tensor, Tensor]:
+        """The states met from the prompt on, 0 first: their successors and logits, (S, V) each."""
+        lm, k = self.prior.lm, self.order
+        V = lm.vocab_size
+
+        def state(tokens: tuple[int, ...]) -> tuple[int, ...]:
+            return tokens[len(tokens) - k :] if len(tokens) > k else tokens
+
+        start = tuple(with_bos(lm, self.prior.prompt).tolist())
+        known: dict[tuple[int, ...], int] = {state(start): 0}
+        texts: list[tuple[int, ...]] = [()]
+        following = []
+        for path in texts:  # breadth first: the list grows while it is read
+            row = []
+            for v in range(V):
+                longer = (*path, v)
+                key = state(start + longer)
+                if key not in known:
+                    known[key] = len(texts)
+                    texts.append(longer)
+                row.append(known[key])
+            following.append(row)
+            if len(texts) * V > STATES:
+                raise ValueError(f"order: {k} tokens of {V} give too many states")
+        width = max(len(path) for path in texts)
+        shortest = torch.tensor([p + (text.PAD,) * (width - len(p)) for p in texts], dtype=torch.long)
+        logits = self._logits(self.prior.prompt, shortest)
+        full = torch.tensor([len(key) == k for key in known])
+        if bool(full.any()):
+            keys = torch.tensor([key for key in known if len(key) == k], dtype=torch.long).view(int(full.sum()), k)
+            detour = torch.cat([keys.flip(0)[:, :1] if k else keys, keys], 1)  # another history, the same last k tokens
+            if not torch.allclose(self._logits(detour, keys[:, :0]), logits[full], rtol=1e-3, atol=1e-3):
+                raise ValueError(f"order: the language model looks further back than {k} tokens")
+        return torch.tensor(following), logits
+
+    def _logits(self, prompt: Tensor, after: Tensor) -> Tensor:
+        """The network's logits (S, V) once it has read the prompt and ``after`` (S, L)."""
+        end = text.length(after)
+        value = text.cat(after, after.new_zeros(1))  # the last token stands for the one to come
+        return score(self.prior.lm, prompt, value, lambda logits, rows: logits[torch.arange(len(rows)), end[rows]])

@@ -1,0 +1,301 @@
+"""Markov chain Monte Carlo over latent texts, with its diagnostics."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .... import text
+from ...core import programs
+from ...core.arguments import at_least, is_program
+from ...core.plates import Plates
+from ...core.programs import Program, Replay
+from ...core.query import Query
+from ...core.sites import is_text
+from ...core.validation import check_axes
+from ...core.weights import Weighted
+from ...posterior.algorithm import OnPrograms
+from ...posterior.posterior import Posterior, scorer
+from ...posterior.run import Run
+from .kernels import Density, Proposal, Values, accept, draw, independence, regrowth, select
+
+MOVES = ("regrowth", "independence")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MarkovChains(Posterior):
+    """Equally weighted draws of several Markov chains: N = chains x draws, one chain after another.
+
+    ``log_evidence`` is NaN: Metropolis does not estimate it.  A draw of probability zero has weight zero; where all
+    are, log_evidence is -inf and there is no posterior to speak of.
+    """
+
+    log_joint: Tensor = field(repr=False)  # (chain, draw, *plates): log p(z, observed)
+    acceptance: dict[str, Tensor]  # by move, (*plates): the share accepted after warm-up; "swap" among temperatures
+
+    @property
+    def num_chains(self) -> int:
+        return self.log_joint.shape[0]
+
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
+        """What diagnostics look at, (chain, draw, *plates, ...): the log joint, every text's tokens, stop included, and
+        the sites that are numbers, whole.
+        """
+        chains = self.log_joint.shape[:2]
+        found = {"log_joint": self.log_joint}
+        for name, value in self.values.items():
+            if name in self.sites.decoders:
+                length = self.sites.plates.reduce(text.length(value).double())[0]
+                found[f"length({name})"] = length.view(self.log_joint.shape)
+            elif name in self.samples:
+                found[name] = self.samples[name].unflatten(0, chains)
+        return found
+
+    @cached_property
+    def rhat(self) -> dict[str, Tensor]:
+        """arviz's rank-normalised split R-hat of each statistic, (*plates, ...); above 1.01 the chains have not mixed.
+
+        NaN with fewer than two chains of four draws, and for a statistic that never changes; inf where chains are
+        stuck at different values.
+        """
+        return {name: _arviz("rhat", x) for name, x in self.statistics.items()}
+
+    @cached_property
+    def mcmc_ess(self) -> dict[str, Tensor]:
+        """arviz's bulk effective sample size of each statistic, (*plates, ...): what they are worth in draws."""
+        return {name: _arviz("ess", x) for name, x in self.statistics.items()}
+
+    @property
+    def ess(self) -> Tensor:
+        """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation; 0 where all
+        draws have probability zero.
+        """
+        kept = self.log_evidence.dim()
+        found = [
+            x.nan_to_num(nan=torch.inf).flatten(kept).amin(-1) if x.dim() > kept else x for x in self.mcmc_ess.values()
+        ]
+        ess = torch.stack([x.masked_fill(x == torch.inf, torch.nan) for x in found])
+        least = ess.nan_to_num(nan=torch.inf).amin(0)
+        least = torch.where(ess.isnan().all(0), torch.nan, least)
+        return least.masked_fill(self.log_evidence == -torch.inf, 0.0)
+
+    @property
+    def khat(self) -> Tensor:
+        """NaN: the weights are equal."""
+        return torch.full_like(self.log_evidence, torch.nan)
+
+    def take(self, chosen: Tensor) -> Posterior:
+        """Draws ``chosen`` (n, *plates), equally weighted and no longer chains."""
+        return Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide).take(chosen)
+
+
+class MetropolisHastings(OnPrograms):
+    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are in `metropolis.kernels`.
+
+    The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
+    or rejects by itself.  Chains start from the guide (or the prior), and their first ``warmup`` moves are forgotten.
+
+    :param model: a Pyro program.
+    :param guide: what proposes, with the model's latent sites; None: the model's own latent sites.
+    :param num_chains: independent chains.
+    :param num_samples: draws kept of each chain, one every ``thin`` moves; N = num_chains x num_samples.
+    :param moves: "regrowth" (one latent site a move, each as often), "independence" (all of them), or a dict of their
+        probabilities.
+    :param temperatures: None, or 1 = T_1 < T_2 < ..., parallel tempering: every chain has a copy at each temperature,
+
+        .. math:: \pi_k(z) \propto p(z)\, p(observed \mid z)^{1/T_k}
+
+        and after each move neighbours try to exchange their states; draws come from T_1.  Only observations and factors
+        are tempered: a language model's own temper leads into gibberish of any length, while T = inf is the prior,
+        which a proposal from the prior draws exactly.
+    :param max_plate_nesting: guessed where not given.
+
+    ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
+    not enclose every site.
+
+    Source: Hastings 1970; tempering: Geyer 1991.
+
+    Example::
+
+        posterior = MetropolisHastings(model, num_chains=8, num_samples=500, warmup=100).run(x, y)
+        posterior.rhat["log_joint"], posterior.table("z", index=0)
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None = None,
+        *,
+        num_chains: int = 4,
+        num_samples: int = 250,
+        warmup: int = 100,
+        thin: int = 1,
+        moves: str | Mapping[str, float] = "regrowth",
+        temperatures: Sequence[float] | None = None,
+        max_plate_nesting: int | None = None,
+    ):
+        is_program(model=model, guide=model if guide is None else guide)
+        at_least(1, num_chains=num_chains, num_samples=num_samples, thin=thin)
+        at_least(0, warmup=warmup)
+        moves = {moves: 1.0} if isinstance(moves, str) else dict(moves)
+        if not set(moves) <= set(MOVES) or min(moves.values(), default=-1.0) < 0 or sum(moves.values()) <= 0:
+            raise ValueError(f"moves: expected one of {MOVES} or a dict of their probabilities, got {moves}")
+        ladder = [1.0] if temperatures is None else [float(t) for t in temperatures]
+        if ladder[:1] != [1.0] or any(not a < b for a, b in zip(ladder, ladder[1:], strict=False)):
+            raise ValueError(f"temperatures: expected 1 = T_1 < T_2 < ..., got {temperatures}")
+        self.model, self.guide, self.moves, self.temperatures = model, guide, moves, ladder
+        self.num_chains, self.num_samples, self.warmup, self.thin = num_chains, num_samples, warmup, thin
+        self.max_plate_nesting = max_plate_nesting
+
+    def sized(self, num_particles: int) -> Self:
+        """The same algorithm with this many draws, as many or fewer chains, after as large a share of warm-up."""
+        at_least(1, num_particles=num_particles)
+        other = copy.copy(self)
+        other.num_chains = min(self.num_chains, num_particles)
+        other.num_samples = num_particles // other.num_chains
+        other.warmup = round(self.warmup * other.num_samples / self.num_samples)
+        return other
+
+    @torch.no_grad()
+    def run(self, *args: Any, **kwargs: Any) -> MarkovChains:
+        """The chains' draws for these arguments."""
+        state = _State(self, args, kwargs)
+        for _ in range(self.warmup):
+            state.step()
+        state.tally = {}
+        draws: list[Values] = []
+        log_joint = []
+        for _ in range(self.num_samples):
+            for _ in range(self.thin):
+                state.step()
+            draws.append({name: v[: self.num_chains] for name, v in state.values.items()})
+            log_joint.append(state.density.joint[: self.num_chains])
+        return self._posterior(state, draws, torch.stack(log_joint, 1))
+
+    def _posterior(self, state: _State, draws: list[Values], log_joint: Tensor) -> MarkovChains:
+        values = {name: _stack([d[name] for d in draws], name in state.texts) for name in draws[0]}
+        possible = (log_joint > -torch.inf).flatten(0, 1)  # (chain x draw, *kept)
+        count = possible.sum(0)
+        log_weights = torch.where(possible, -count.clamp(min=1).to(log_joint.dtype).log(), -torch.inf)
+        run = Run(self.model, state.query.args, dict(state.query.kwargs))
+        plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide, run)
+        return MarkovChains(
+            values=values,
+            log_weights=log_weights,
+            log_evidence=torch.where(count > 0, torch.nan, -torch.inf),
+            sites=replace(plain.sites, score=lambda: state.score(values)),
+            guide=self.guide,
+            log_joint=log_joint,
+            acceptance={move: accepted / tried for move, (accepted, tried) in state.tally.items()},
+        )
+
+
+class _State:
+    """The chains between two moves; chain c at temperature k is particle ``k * num_chains + c``."""
+
+    def __init__(self, algorithm: MetropolisHastings, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.algorithm = algorithm
+        ladder = algorithm.temperatures
+        self.chains = len(ladder) * algorithm.num_chains
+        self.query = Query(algorithm.model, algorithm.guide, args, kwargs, algorithm.max_plate_nesting)
+        pair, start = draw(self.query, self.chains, {})
+        self.proposal = pair.matched().proposal
+        self.plates: Plates = start.plates
+        self.values, self.density, self.log_q = start.values, start.density, start.log_q
+        self.subsamples = {n: v for n, v in programs.values(self.proposal).items() if n not in self.values}
+        self.texts = {n for n, node in programs.latents(self.proposal).items() if is_text(node["fn"])}
+        beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
+        self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
+        self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
+        weighted = Weighted(self.density.joint, pair.values, pair.model, self.proposal, self.plates)
+        check_axes(self.query, weighted)
+
+    def score(self, values: Values) -> dict[str, Tensor]:
+        """log p of texts under the model, (N, *plate axes) each."""
+        n = len(next(iter(values.values())))
+        trace = self.query.trace(self.query.model, Replay(values | self.subsamples), particles=n)
+        return scorer(trace, list(self.texts))()
+
+    def step(self) -> None:
+        """One move of every chain, and one attempt to exchange neighbouring temperatures."""
+        moves = self.algorithm.moves
+        move = list(moves)[int(torch.multinomial(torch.tensor(list(moves.values())), 1))]
+        if move == "regrowth":
+            site = list(self.values)[int(torch.randint(len(self.values), ()))]
+            self._accept(move, regrowth(self.query, self.chains, self.values | self.subsamples, site))
+        else:
+            self._accept(move, independence(self.query, self.chains, self.values, self.log_q, self.subsamples))
+        if len(self.algorithm.temperatures) > 1:
+            self._swap()
+
+    def _accept(self, move: str, new: Proposal) -> None:
+        log_old, log_new = (d.tempered(self.beta) for d in (self.density, new.density))
+        accepted = accept(log_old, log_new, new.log_ratio)
+        self.values = select(self.plates, accepted, new.values, self.values)
+        self.density = new.density.where(accepted, self.density)
+        # An independence move knows q of all sites, before and after; a regrowth of one site does not.
+        self.log_q = None if new.log_q is None else torch.where(accepted, new.log_q, new.log_q + new.log_ratio)
+        self._count(move, accepted[: self.algorithm.num_chains])
+
+    def _count(self, move: str, accepted: Tensor) -> None:
+        total, tried = self.tally.get(move, (0, 0))
+        self.tally[move] = total + accepted.sum(0), tried + len(accepted)
+
+    def _swap(self) -> None:
+        r"""Neighbours k, k+1 exchange states with probability
+        :math:`\min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))`:
+        first the pairs (0, 1), (2, 3), .., then (1, 2), (3, 4), ..
+        """
+        K, C = len(self.algorithm.temperatures), self.algorithm.num_chains
+        beta = self.beta.unflatten(0, (K, C))
+        for first in range(min(2, K - 1)):
+            likelihood = self.density.likelihood.masked_fill(self.density.prior == -torch.inf, -torch.inf)
+            likelihood = likelihood.unflatten(0, (K, C))
+            cold, hot = slice(first, K - 1, 2), slice(first + 1, K, 2)
+            log_ratio = (beta[cold] - beta[hot]) * (likelihood[hot] - likelihood[cold])  # (pair, chain, *kept)
+            swapped = torch.rand(log_ratio.shape, dtype=torch.float64, device=log_ratio.device).log() < log_ratio
+            index = torch.arange(K * C, device=beta.device).view(K, C, *[1] * len(self.plates.sizes))
+            index = index.expand(K, C, *self.plates.sizes)
+            chosen = index.clone()
+            chosen[cold] = torch.where(swapped, index[hot], index[cold])
+            chosen[hot] = torch.where(swapped, index[cold], index[hot])
+            self._reorder(chosen.flatten(0, 1))
+            self._count("swap", swapped.flatten(0, 1))
+
+    def _reorder(self, chosen: Tensor) -> None:
+        """Particle n becomes particle ``chosen[n]``, (particle, *kept)."""
+        self.values = {name: self.plates.take(v, chosen) for name, v in self.values.items()}
+        self.density = Density(*(x.gather(0, chosen) for x in self.density))
+        self.log_q = None if self.log_q is None else self.log_q.gather(0, chosen)
+
+
+def _stack(values: list[Tensor], is_text: bool) -> Tensor:
+    """Draws (chain, ...) as one tensor (chain x draw, ...)."""
+    if is_text:
+        width = max(v.shape[-1] for v in values)
+        values = [text.pad(v, width) for v in values]
+    return torch.stack(values, 1).flatten(0, 1)
+
+
+def _arviz(name: str, statistic: Tensor) -> Tensor:
+    """A diagnostic of (chain, draw, *plates) by arviz, (*plates); NaN for what never changes."""
+    chains, draws = statistic.shape[:2]
+    if draws < 4 or (chains < 2 and name == "rhat"):
+        return torch.full(statistic.shape[2:], torch.nan, dtype=torch.float64)
+    import arviz  # slow to import, and only needed here
+
+    with warnings.catch_warnings():
+        # Division by a variance of zero; and more chains than draws are no mistake here.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        dataset = arviz.convert_to_dataset({"x": statistic.double().cpu().numpy()})
+        found = torch.from_numpy(getattr(arviz, name)(dataset)["x"].values.copy())
+    return found.masked_fill((statistic == statistic[0, 0]).all(0).all(0).cpu(), torch.nan)

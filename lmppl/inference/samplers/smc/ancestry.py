@@ -1,0 +1,111 @@
+"""Particle ancestry: which particle of SMC descends from which, and a plot of the lines of descent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ....files import save_figure
+from ...core.arguments import plate_element
+from ...posterior.log_weights import effective_sample_size, pareto_khat
+
+
+class Resampling(NamedTuple):
+    """Before token ``token`` (from 0) of ``site``, particle n became particle ``chosen[n]``, all (N, *plates).
+
+    A site that is no text has token 0 alone.  Plate elements that were not resampled have ``chosen[n] = n``.
+    ``log_scores`` are the log W psi by which it was done; where psi is the optimal twist, their sum over particles
+    estimates the evidence already.  ``twisted``: there was a psi, and W alone had the other half of the say.
+    """
+
+    site: str
+    token: int
+    chosen: Tensor
+    log_scores: Tensor
+    twisted: bool = False
+
+    @property
+    def resampled(self) -> Tensor:
+        """The plate elements in which particles were, (*plates)."""
+        return (self.chosen.diff(dim=0) != 1).any(0) | (self.chosen[0] != 0)
+
+
+Ancestry: TypeAlias = tuple[Resampling, ...]
+
+
+def lineages(ancestry: Ancestry) -> Tensor:
+    """Each final particle's ancestor before every resampling, (R, N, *plates); row r indexes that time's particles.
+
+    .. math:: A_R(n) = chosen_R(n), \\qquad A_r(n) = chosen_r(A_{r+1}(n))
+
+    The distinct entries of row r are the ancestors that survive.  Raises ValueError where nothing was resampled.
+    """
+    if not ancestry:
+        raise ValueError("ancestry: nothing was resampled, so every particle is its own ancestor")
+    line, rows = None, []
+    for event in reversed(ancestry):
+        line = event.chosen if line is None else event.chosen.gather(0, line)
+        rows.append(line)
+    return torch.stack(rows[::-1])
+
+
+def survivors(ancestry: Ancestry) -> Tensor:
+    r"""How many particles of the time before each resampling have a descendant at the end, (R, *plates).
+
+    .. math:: |\{A_r(n) : n = 1, \dots, N\}|, \text{ with A as in `lineages`}
+    """
+    ordered, _ = lineages(ancestry).sort(1)
+    return 1 + (ordered.diff(dim=1) != 0).sum(1)
+
+
+def ess_of_scores(ancestry: Ancestry) -> Tensor:
+    r"""The effective sample size of the scores at each resampling, (R, *plates); inf where there was none.
+
+    .. math:: (\sum_n W^n \psi^n)^2 / \sum_n (W^n \psi^n)^2
+    """
+    return torch.stack([effective_sample_size(e.log_scores).masked_fill(~e.resampled, torch.inf) for e in ancestry])
+
+
+def khat_of_scores(ancestry: Ancestry) -> Tensor:
+    """Pareto k-hat of the scores at each resampling, (R, *plates); NaN where there was none, or too few particles."""
+    rows = []
+    for event in ancestry:
+        scores, resampled = event.log_scores.reshape(len(event.log_scores), -1), event.resampled.flatten()
+        khat = [pareto_khat(scores[:, i]) if resampled[i] else torch.nan for i in range(len(resampled))]
+        rows.append(torch.tensor(khat, device=scores.device).view(event.resampled.shape))
+    return torch.stack(rows)
+
+
+def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, ...] | None = None) -> None:
+    """Draw the lines of descent of one plate element as a PNG, written whole or not at all.
+
+    A column holds the particles before a resampling (the last: at the end); lines with a descendant at the end are
+    bold.  ``index`` picks a plate element and is needed where there is more than one.
+
+    Example::
+
+        posterior = SMC(model, guide, num_particles=32, ess_threshold=1.0).run(x, y)
+        plot_ancestry(posterior.ancestry, "ancestry.png", index=0)
+    """
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    line = lineages(ancestry)  # (R, N, *plates)
+    at: tuple[int | slice, ...] = (slice(None), *plate_element(index, line.shape[2:]))
+    rounds, particles = line.shape[:2]
+    figure = Figure(figsize=(1.5 + 0.5 * rounds, 1.2 + 0.12 * particles), layout="constrained")
+    axis = figure.subplots()
+    for r, event in enumerate(ancestry):
+        parent = event.chosen[at].tolist()
+        alive = set(range(particles)) if r == rounds - 1 else set(line[r + 1][at].tolist())
+        for bold in (False, True):
+            lines = [[(r, m), (r + 1, n)] for n, m in enumerate(parent) if (n in alive) == bold]
+            style = {"colors": "C0", "linewidths": 1.4} if bold else {"colors": "0.8", "linewidths": 0.6}
+            axis.add_collection(LineCollection(lines, zorder=1 + bold, **style))
+    axis.set_xticks(range(rounds + 1), [*(f"{e.site} {e.token}" for e in ancestry), "end"], rotation=90, fontsize=7)
+    axis.set(xlim=(-0.2, rounds + 0.2), ylim=(particles - 0.5, -0.5), xlabel="before token", ylabel="particle")
+    axis.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)

@@ -1,0 +1,107 @@
+"""Draws of a guide and their densities: what every baseline makes its loss of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import programs
+from ..core.plates import Plates, kept_plates
+from ..core.programs import Draw, Program, Replay, SiteMismatch
+from ..core.query import Pair, Query
+from ..core.validation import check_axes_once
+from ..core.weights import Weighted, device_of, log_density, log_density_of_latents
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Log-densities (particle, *kept) of particles; gradients flow through ``log_q`` alone."""
+
+    log_p: Tensor  # log p(z, observed)
+    log_prior: Tensor  # log p(z): the model's latent sites, unscaled
+    log_q: Tensor
+    plates: Plates
+
+    @property
+    def u(self) -> Tensor:
+        return self.log_p - self.log_q.detach()
+
+
+class Drawn:
+    """Particles of a guide, which can be scored as often as its parameters change.
+
+    :param values: what to score instead of fresh draws: latents and subsamples, particles leading.
+    """
+
+    def __init__(self, query: Query, num_particles: int, values: Values | None = None):
+        self.query, self.num_particles = query, num_particles
+        if values is None:
+            with torch.no_grad():
+                values = programs.values(query.trace(query.proposal, Draw(), particles=num_particles))
+        self.values = values
+
+    def densities(self) -> Densities:
+        """One pass of the guide with gradient, one of the model without.
+
+        :raises SiteMismatch: where model and guide do not fit.
+        """
+        query, replay = self.query, Replay(self.values)
+        guide = query.trace(query.proposal, replay, particles=self.num_particles)
+        with torch.no_grad():
+            model = query.trace(query.model, replay, particles=self.num_particles)
+            pair = Pair(query, guide, model, self.num_particles).matched()
+            plates = pair.plates(subsampling=True)
+            nothing = torch.zeros(self.num_particles, device=device_of(model, guide))
+            weighted = Weighted(nothing, dict(self.values), model, guide, plates)
+            check_axes_once(query, lambda: weighted)
+            latents = programs.latents(model).items()
+            known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
+            log_p = log_density(model, plates, known=known)
+            log_prior = log_density_of_latents(model, plates, known)
+        log_q = log_density_of_latents(guide, plates)
+        log_p, log_prior, log_q = (self._each(x, plates) for x in (log_p, log_prior, log_q))
+        return Densities(log_p, log_prior, log_q, plates)
+
+    def log_q(self, plates: Plates) -> Tensor:
+        """The guide's log-densities (particle, *kept) as it now is, with gradient."""
+        guide = self.query.trace(self.query.proposal, Replay(self.values), particles=self.num_particles)
+        return self._each(log_density_of_latents(guide, plates), plates)
+
+    def _each(self, x: Tensor, plates: Plates) -> Tensor:
+        return x.expand(1, self.num_particles, *plates.sizes)[0]
+
+
+def log_likelihood(
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    values: Values,
+    max_plate_nesting: int | None = None,
+) -> Tensor:
+    """log q (*kept) of given latent values, each as the guide itself would draw it, with gradient.
+
+    :raises SiteMismatch: where a latent site of the guide has no value, or a value no site.
+    :raises ValueError: where a value is impossible under the guide.
+    """
+    nesting = programs.plate_nesting([guide], args, kwargs, max_plate_nesting)
+    run = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=1)
+    latents = programs.latents(run)
+    for name in latents:
+        if name not in values:
+            raise SiteMismatch(f"guide: its latent site {name!r} has no value; there are values of {list(values)}")
+    for name in values:
+        if name not in run.nodes:
+            raise SiteMismatch(f"guide: it has no site {name!r}, of which there is a value; it has {list(latents)}")
+    log_q = log_density_of_latents(run, kept_plates([run], nesting))[0, 0]
+    if bool((log_q == -torch.inf).any()):
+        raise ValueError(
+            f"the values of {list(values)} are impossible under the guide; texts must end with their stop token and be "
+            "no longer than its max_tokens"
+        )
+    return log_q

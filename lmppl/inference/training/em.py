@@ -1,0 +1,359 @@
+"""`VariationalEM`: latents inferred with the model frozen, then the model's parameters raised under them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..core import programs
+from ..core.arguments import steps_by_itself
+from ..core.programs import Program, Replay, Sketch, parameters_of
+from ..posterior.algorithm import on, sized
+from ..posterior.posterior import Posterior
+from ..processes import distributed
+from .loop.ownership import Owners, trainable_of
+from .surrogate import Surrogate, frozen_but, subsampling
+from .trainer import Task, Trainer
+
+MOST_HALVINGS = 40
+
+
+class VariationalEM(Trainer):
+    r"""Learns a model's own parameters theta together with the posterior of its latents.
+
+    .. math:: \log p_\theta(y) \ge E_q[\log p_\theta(z, y) - \log q(z)]
+
+    E-step: q approaches p(z | y) with theta frozen, by any algorithm of the package.  M-step: the optimiser climbs
+
+    .. math:: Q(\theta) = \sum_i s_i \sum_n w_{ni} \log p_\theta(z_{ni}, y_i)
+
+    with the E-step's particles z and normalised weights w held; i runs over the kept plates, and an element of a
+    subsample counts :math:`s_i` = full size / size times.  Under an exact posterior the gradient is that of log p(y)
+    (Fisher's identity), and with ``backtrack=True`` too log p(y) never falls.
+
+    :param model: a Pyro program with trainable parameters.
+    :param guide: what a training E-step trains; None: the E-step's own, if it has one.
+    :param e_step: a `Trainer` (`GFlowNet`, `ReweightedWakeSleep`, ...), updated ``e_steps`` times a round, whose guide
+        then proposes ``num_particles``; or any algorithm with ``.run(*args) -> Posterior`` (`Enumeration`, `SMC`,
+        `Importance`, `MetropolisHastings`).
+    :param m_optimizer: a torch optimiser over theta.  A likelihood and a guide on one base are two adapters of it.
+    :param m_steps: steps of it a round, on the same particles.
+    :param weighted: weigh a trained guide's particles by their importance, :math:`w_n \propto e^{u(z_n)}`: the default,
+        because then the M-step forgives what the guide has not learned yet (its gradient tends to that of log p(y) as N
+        grows, whatever q is), and where q is the posterior nothing changes.  False: w = 1/N as in Hu et al. 2024, the
+        gradient of the ELBO, for guides so far off that a single particle has all the weight.
+    :param backtrack: halve each step of the optimiser until Q does not fall; at worst nothing moves.
+    :param exact: an algorithm, as `Enumeration(model)`, whose evidence is logged as ``log_likelihood``.
+    :param clip: the largest gradient norm of the M-step; by default any.
+    :param max_particles: how many particles are scored at a time, which bounds the memory of the M-step.
+    :param max_plate_nesting: guessed where not given.
+
+    ``step`` is one round.  Its metrics are sums over the data, before the M-step: ``surrogate`` (Q), ``log_evidence``
+    (exact with `Enumeration`; of a guide's particles the importance-weighted bound), ``elbo`` (mean u over the guide's
+    draws, else ``log_evidence``), ``gap`` (``log_likelihood``, else ``log_evidence``, less ``elbo``), ``grad_norm``;
+    with ``backtrack`` the ``gain`` in Q and the ``halvings``; those of a training E-step, ``e_`` before their names.
+    What the E-step does not estimate is left out.  ``fit`` is that of `Trainer`: the learning rates of both optimisers
+    decay to zero, both are in the checkpoint.  A replay buffer of the E-step forgets its rewards by itself when theta
+    moves.
+
+    :raises ValueError: where E-step and M-step would move each other's parameters, where theta has no part in the
+        model, and for a subsampled plate that does not enclose every site.
+    :raises FloatingPointError: where Q or its gradient is not finite; that step moves nothing.
+
+    Sources: Neal and Hinton 1998; Hu et al. 2024, Section 3.4; Burda et al. 2016 for the weights.
+
+    Example::
+
+        q = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+        p = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+
+        def model(x, y):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", Completion(lm, x, max_tokens=5))
+                pyro.sample("y", Completion(p, p.join(x, z), max_tokens=1), obs=y)
+
+        def guide(x, y):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", Completion(q, q.join(y, x), max_tokens=5))
+
+        e_step = GFlowNet(model, guide, optimizer=torch.optim.AdamW(q.trainable_parameters(), lr=1e-3))
+        em = VariationalEM(model, guide, e_step, torch.optim.AdamW(p.trainable_parameters(), lr=1e-3), e_steps=4)
+        em.fit(batches, steps=200)
+        em.run(x, y).predict(model, [" subjective", " objective"], x_new, None, sampler="prior")
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program | None,
+        e_step: Any,
+        m_optimizer: Optimizer,
+        *,
+        e_steps: int = 1,
+        m_steps: int = 1,
+        num_particles: int = 16,
+        weighted: bool = True,
+        backtrack: bool = False,
+        exact: Any = None,
+        clip: float = math.inf,
+        max_particles: int = 256,
+        max_plate_nesting: int | None = None,
+    ):
+        steps_by_itself(m_optimizer=m_optimizer)
+        for name, algorithm in {"e_step": e_step, "exact": exact}.items():
+            if algorithm is not None or name == "e_step":
+                _check(name, algorithm, model)
+        own = getattr(e_step, "guide", None)
+        if guide is not None and own is not None and guide != own:
+            raise ValueError("guide: it is another than the one that e_step was built with")
+        counts = dict(e_steps=e_steps, m_steps=m_steps, num_particles=num_particles, max_particles=max_particles)
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name}: must be at least 1, got {count}")
+        if not weighted and not isinstance(e_step, Trainer):
+            raise ValueError("weighted: only the particles of a trained guide can go without their weights")
+        super().__init__(
+            model, guide or own or model, optimizer=m_optimizer, clip=clip, max_plate_nesting=max_plate_nesting
+        )
+        self.e_step, self.exact = e_step, exact
+        self.e_steps, self.m_steps = e_steps, m_steps
+        self.num_particles, self.max_particles = num_particles, max_particles
+        self.weighted, self.backtrack = weighted, backtrack
+
+    def update(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
+    ) -> dict[str, float]:
+        """One round: the E-step's updates if it trains, its posterior, the M-step."""
+        metrics: dict[str, float] = {}
+        given = self.arguments(args, kwargs)
+        sketch = self._sketch(model, guide, given, kwargs)
+        if isinstance(self.e_step, Trainer):
+            for k in range(self.e_steps):
+                found = self.e_step.update(model, guide, args, kwargs, step * self.e_steps + k)
+            metrics = {f"e_{name}": value for name, value in found.items()}
+        chosen = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
+        pinned = _pinned(model, chosen), _pinned(guide, chosen)
+        posterior = self._infer(self.e_step, *pinned, given, kwargs)
+        metrics |= self._evidence(posterior, sketch, *pinned, given, kwargs)
+        log_weights = posterior.log_weights
+        if not self.weighted:
+            log_weights = torch.where(log_weights > -torch.inf, 0.0, log_weights)
+        surrogate = Surrogate.of(
+            pinned[0], given, kwargs, posterior, log_weights, subsampling(sketch, posterior.sites.plates)
+        )
+        return metrics | self._ascend(surrogate, parameters_of(sketch))
+
+    def _sketch(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """The model's sites with its plates subsampled, the network not asked; checks who moves what on the way."""
+        nesting = programs.plate_nesting([guide, model], args, kwargs, self.max_plate_nesting)
+        shape = {"nesting": nesting, "particles": 1}
+        with torch.no_grad():
+            q = programs.trace(guide, args, kwargs, Sketch(), **shape)
+            p = programs.trace(model, args, kwargs, Sketch(), Replay(programs.values(q)), **shape)
+        if isinstance(self.e_step, Trainer):
+            theta, phi = _ids(self.parameters), _ids(self.e_step.parameters)
+            if (theta & phi) | (theta & _ids(parameters_of(q))):
+                raise ValueError(
+                    "m_optimizer: it holds parameters of the guide, so that the M-step would move q; give the "
+                    "likelihood an adapter of its own: lm.with_adapter(config)"
+                )
+            if phi & _ids(parameters_of(p)):
+                raise ValueError(
+                    "e_step: its optimizer holds parameters of the model, so that the E-step would move p; give the "
+                    "guide an adapter of its own: lm.with_adapter(config)"
+                )
+        return p
+
+    def _infer(
+        self, algorithm: Any, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Posterior:
+        """The algorithm's posterior for this model and, if it has one, this guide."""
+        algorithm = on(algorithm, model, guide)
+        if isinstance(algorithm, Trainer):
+            algorithm = algorithm.sized(self.num_particles)
+        with torch.no_grad():
+            posterior: Posterior = algorithm.run(*args, **kwargs)
+        return posterior
+
+    def _evidence(
+        self,
+        posterior: Posterior,
+        sketch: Trace,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, float]:
+        """Bounds and estimates of log p(y), summed over the data; what is undefined is left out."""
+
+        def total(x: Tensor) -> float:
+            return distributed.total(x.sum().item() * subsampling(sketch, posterior.sites.plates))
+
+        found = {"log_evidence": total(posterior.log_evidence)}
+        found["elbo"] = found["log_evidence"]
+        if isinstance(self.e_step, Trainer):
+            found["elbo"] = total(posterior.log_weights.mean(0) + math.log(posterior.num_particles))
+        if self.exact is not None:
+            found["log_likelihood"] = total(self._infer(self.exact, model, guide, args, kwargs).log_evidence)
+        found["gap"] = found.get("log_likelihood", found["log_evidence"]) - found["elbo"]
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    def _ascend(self, surrogate: Surrogate, known: list[Tensor]) -> dict[str, float]:
+        """The M-step."""
+        metrics: dict[str, float] = {}
+        halvings, start = 0, distributed.total(surrogate.value(self.max_particles)) if self.backtrack else math.nan
+        now = start
+        for _ in range(self.m_steps):
+            self.optimizer.zero_grad(set_to_none=True)
+            with frozen_but(known, self.parameters):
+                value = distributed.total(surrogate.backward(self.parameters, self.max_particles))
+            distributed.sum_gradients(self.parameters)
+            norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
+            if not (math.isfinite(value) and bool(norm.isfinite())):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise FloatingPointError(f"Q is {value}, its gradient's norm {norm.item()}; nothing was updated")
+            before = [p.detach().clone() for p in self.parameters] if self.backtrack else []
+            self.optimizer.step()
+            if self.backtrack:
+                now, halved = self._halve(surrogate, now, before)
+                halvings += halved
+            metrics = {"loss": -value, "surrogate": value, "grad_norm": norm.item()} | metrics
+        if self.backtrack:
+            metrics |= {"gain": now - start, "halvings": float(halvings)}
+        return metrics
+
+    @torch.no_grad()
+    def _halve(self, surrogate: Surrogate, value: float, before: list[Tensor]) -> tuple[float, int]:
+        """Halve the way from ``before`` until Q is at least ``value``; Q there, and how often that was."""
+        way = [p - old for p, old in zip(self.parameters, before, strict=True)]
+        for halvings in range(MOST_HALVINGS):
+            found = distributed.total(surrogate.value(self.max_particles))
+            if found >= value:
+                return found, halvings
+            for p, old, whole in zip(self.parameters, before, way, strict=True):
+                p.copy_(old + whole * 0.5 ** (halvings + 1))
+        for p, old in zip(self.parameters, before, strict=True):
+            p.copy_(old)
+        return value, MOST_HALVINGS
+
+    # -- as a Trainer --------------------------------------------------------------------------------------------------
+
+    def watch(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        optimizer: str = "m_optimizer",
+    ) -> None:
+        """Refuse an E-step's optimiser as the E-step does, and an M-step's that holds a part only of what is to learn.
+
+        Of an adapter of the model: all of it or nothing; of Pyro's parameters in the model: all.
+        """
+        with torch.no_grad(), torch.random.fork_rng():
+            self._sketch(model, guide, args, kwargs)  # refuses what both would move
+        if isinstance(self.e_step, Trainer):
+            self.e_step.watch(model, guide, args, kwargs, "e_step: its optimizer")
+        theta = _ids(self.parameters)
+        q, p = programs.sketches([guide, model], args, kwargs)
+        lms = {id(lm): lm for lm in programs.language_models(p).values()}
+        views = [lm.trainable_parameters() for lm in lms.values()]
+        begun = [x for own in views if theta & _ids(own) for x in own]
+        shared = set() if guide == model else _ids(trainable_of(q))
+        stored = [x for x in trainable_of(p) if id(x) in _ids(programs.stored()) - shared]
+        Owners.of(model, guide, args, kwargs).check_model([*begun, *stored], self.parameters, optimizer)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        return [self.optimizer, *(self.e_step.optimizers if isinstance(self.e_step, Trainer) else [])]
+
+    @property
+    def density(self) -> Program:
+        """The program whose density approximates the posterior, where the E-step has one."""
+        found: Program = self.e_step.density
+        return found
+
+    def arguments(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        return self.e_step.arguments(batch, kwargs) if isinstance(self.e_step, Trainer) else batch
+
+    def fit(self, batches: Any, steps: int, *, warmup: int = 0, **kwargs: Any) -> list[dict[str, float]]:
+        """``steps`` rounds, each on one batch; everything else as in `Trainer.fit`."""
+        return super().fit(batches, steps, warmup=warmup, **kwargs)
+
+    def on(self, model: Program, guide: Program | None = None) -> VariationalEM:
+        other = super().on(model, guide)
+        if self.guide is self.model:  # it has none
+            other.guide = model
+        other.e_step = on(self.e_step, model, guide)
+        return other
+
+    def sized(self, num_particles: int) -> VariationalEM:
+        other = copy.copy(self)
+        other.e_step = sized(self.e_step, num_particles)
+        return other
+
+    def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
+        """The E-step's posterior given ``args``, under the model as it now is."""
+        draws = {} if num_particles is None else {"num_particles": num_particles}
+        posterior: Posterior = self.e_step.run(*args, **draws, **kwargs)
+        return posterior
+
+    @property
+    def accumulates(self) -> bool:
+        return False
+
+    def evaluate(
+        self, *args: Any, num_particles: int = 64, exact_sample: Any = None, **kwargs: Any
+    ) -> dict[str, float]:
+        """The log evidence of these observations, and what a training E-step says of its guide."""
+        if not isinstance(self.e_step, Trainer):
+            return {"held_out_log_evidence": distributed.total(self.run(*args, **kwargs).log_evidence.sum().item())}
+        found = distributed.total(self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item())
+        options: dict[str, Any] = {"num_particles": num_particles, "exact_sample": exact_sample}
+        return {"held_out_log_evidence": found, **super().evaluate(*args, **options, **kwargs)}
+
+    def judge(self, *args: Any) -> dict[str, float]:
+        return super().judge(*args) if isinstance(self.e_step, Trainer) else {}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.e_step.state() if isinstance(self.e_step, Trainer) else ({}, {})
+
+    def restore(self, tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
+        if isinstance(self.e_step, Trainer):
+            self.e_step.restore(tensors, own)
+
+    def _tasks(self, batches: Any) -> list[Task]:
+        if isinstance(self.e_step, Trainer):
+            self.e_step._tasks(batches)  # whose replay buffer tells them apart
+        return super()._tasks(batches)
+
+
+def _pinned(program: Program, subsamples: Mapping[str, Tensor]) -> Program:
+    """The program with these subsamples of its plates."""
+
+    def pinned(*args: Any, **kwargs: Any) -> Any:
+        with Replay(subsamples):
+            return program(*args, **kwargs)
+
+    return pinned
+
+
+def _ids(parameters: list[Tensor]) -> set[int]:
+    return {id(p) for p in parameters}
+
+
+def _check(name: str, algorithm: Any, model: Program) -> None:
+    if not callable(getattr(algorithm, "run", None)):
+        raise ValueError(
+            f"{name}: expected a Trainer or an algorithm with .run(*args) -> Posterior, got {type(algorithm).__name__}"
+        )
+    if getattr(algorithm, "model", None) != model:
+        raise ValueError(f"{name}: it was built with another model")

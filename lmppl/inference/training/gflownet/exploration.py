@@ -1,0 +1,190 @@
+"""What to draw training samples from instead of the guide: u may be evaluated on any z."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.poutine import Trace
+from torch import Tensor
+
+from ...core import programs
+from ...core.arguments import is_program
+from ...core.programs import Draw, Program, Replay, Temper, Values
+from ...core.sites import Site
+from ..loop.schedules import Schedule, at, checked
+
+
+@dataclass
+class Memory:
+    """What an objective remembers of its steps: a part of a training's state."""
+
+    impossible: float = 0.0  # the largest share of reward zero among a step's draws; 1 if an observation had no others
+    fruitless: int = 0  # searches in a row that found nothing
+    rest: int = 0  # steps until the next search
+
+
+@dataclass
+class Source:
+    """What samples can be drawn from: the programs, their arguments, the step of the training and what is remembered.
+
+    All draws for one loss share one subsample.
+    """
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    nesting: int
+    step: int = 0
+    subsamples: Values = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
+
+    def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
+        """Latent values (particle, *plate axes, *event) of one run of ``program``."""
+        return self.run(program, num_particles, Draw(temper))[1]
+
+    def run(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
+        """One run of ``program``, and its latent values."""
+        handlers = (draw, Replay(self.subsamples))
+        run = programs.trace(
+            program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=num_particles
+        )  # fmt: skip
+        drawn = {name: node["value"] for name, node in programs.latents(run).items()}
+        self.subsamples |= {n: v for n, v in programs.values(run).items() if n not in drawn}
+        return run, drawn
+
+
+class Exploration(ABC):
+    """A way to draw training samples."""
+
+    @abstractmethod
+    def draw(self, source: Source, num_particles: int) -> Values:
+        """``num_particles`` values of every latent site."""
+
+
+class OnPolicy(Exploration):
+    """The guide itself: z ~ q."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(source.guide, num_particles)
+
+
+class Prior(Exploration):
+    """The model's own latent sites, unconditioned: z ~ p(z)."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(source.model, num_particles)
+
+
+class Proposal(Exploration):
+    """Any program with the guide's latent sites, called with the same arguments.
+
+    Example::
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((OnPolicy(), 0.5), (Proposal(masked), 0.5)))
+    """
+
+    def __init__(self, program: Program):
+        is_program(program=program)
+        self.program = program
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        return source.draw(self.program, num_particles)
+
+
+class _Broadened(Exploration):
+    """The guide, its texts drawn more broadly in the last ``fraction`` of the particles."""
+
+    def __init__(self, amount: Schedule, fraction: Schedule):
+        self.amount = amount
+        self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
+
+    neutral = 0.0  # the amount that changes nothing
+
+    @staticmethod
+    @abstractmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        """The distribution ``fn`` of a text, broader by ``amount`` (particle, *1s)."""
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        amount = torch.full((num_particles,), self.neutral)  # goes where the text is drawn
+        kept = num_particles - round(at(self.fraction, source.step) * num_particles)
+        amount[kept:] = at(self.amount, source.step)
+        amount = amount.view(-1, *[1] * source.nesting)  # (particle, *plate axes)
+
+        def temper(site: Site) -> TorchDistribution:
+            each = amount.reshape(*amount.shape, *[1] * site.stacked)
+            return self.broaden(site.fn, each) if site.broadens else site.fn
+
+        return source.draw(source.guide, num_particles, temper if kept < num_particles else None)
+
+
+class Tempered(_Broadened):
+    r"""The last ``fraction`` of the particles are drawn with every token's temperature raised to ``temperature``.
+
+    .. math:: z_t \sim q(z_t \mid z_{<t})^{1/T} / \textstyle\sum_v q(v \mid z_{<t})^{1/T}
+
+    :raises ValueError: for a fraction outside [0, 1] or a temperature that is not positive.
+    """
+
+    neutral = 1.0
+
+    def __init__(self, temperature: Schedule = 1.5, fraction: Schedule = 0.25):
+        super().__init__(checked(temperature, "temperature", lambda t: t > 0, "must be positive"), fraction)
+
+    @staticmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        return fn.broadened(temperature=amount)
+
+
+class EpsilonUniform(_Broadened):
+    r"""The last ``fraction`` of the particles draw each token, with probability ``epsilon``, evenly from those allowed.
+
+    .. math:: z_t \sim (1 - \epsilon) \, q(z_t \mid z_{<t}) + \epsilon / |allowed|
+
+    :raises ValueError: for an epsilon or a fraction outside [0, 1].
+    """
+
+    def __init__(self, epsilon: Schedule = 0.05, fraction: Schedule = 1.0):
+        super().__init__(checked(epsilon, "epsilon", lambda e: 0 <= e <= 1, "must lie in [0, 1]"), fraction)
+
+    @staticmethod
+    def broaden(fn: Any, amount: Tensor) -> TorchDistribution:
+        return fn.broadened(epsilon=amount)
+
+
+class Mixture(Exploration):
+    """Several explorations, each for its share of the particles.
+
+    :param parts: pairs (exploration, weight); weights need not sum to one, and may be schedules.  Shares are rounded so
+        that their number is exact.
+
+    Example::
+
+        Mixture((OnPolicy(), 0.5), (Tempered(2.0, fraction=1.0), 0.25), (Prior(), 0.25))
+    """
+
+    def __init__(self, *parts: tuple[Exploration, Schedule]):
+        if not parts:
+            raise ValueError("parts: a mixture needs at least one (exploration, weight)")
+        for part in parts:
+            if not isinstance(part, tuple | list) or len(part) != 2 or not isinstance(part[0], Exploration):
+                raise ValueError(f"parts: expected pairs (exploration, weight), got {part!r}")
+        self.parts = [(e, checked(w, "weight", lambda x: x >= 0, "must not be negative")) for e, w in parts]
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        weights = [at(w, source.step) for _, w in self.parts]
+        if sum(weights) <= 0:
+            raise ValueError("parts: the weights of a mixture must not all be zero")
+        drawn, first, share = [], 0, 0.0
+        for (exploration, _), weight in zip(self.parts, weights, strict=True):
+            share += weight / sum(weights)
+            last = round(share * num_particles)
+            if last > first:
+                drawn.append(exploration.draw(source, last - first))
+            first = last
+        return programs.cat_particles(drawn)

@@ -1,0 +1,66 @@
+"""Local search: training samples moved towards higher rewards."""
+
+from __future__ import annotations
+
+from ...core import programs
+from ...core.arguments import at_least, instance_of
+from ...core.programs import Values
+from ...core.query import Query
+from ...samplers.metropolis.kernels import density, regrow
+from ..loop.schedules import Schedule, at, checked
+from .exploration import Exploration, OnPolicy, Source
+
+
+class LocalSearch(Exploration):
+    r"""Another exploration, the last ``fraction`` of its particles moved by Metropolis, target p(z, observed)^(1/T).
+
+    A move drops the end of one latent text, from a uniform place on, lets the guide grow another (an ordinary latent is
+    redrawn whole), and accepts with probability
+
+    .. math:: \min\Big(1, \Big(\frac{p(z', y)}{p(z, y)}\Big)^{1/T} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
+
+    for every particle and observation by itself; see `metropolis.kernels`.  Each costs about what a fresh draw and
+    its reward cost; the moves' rewards are used for acceptance only.
+
+    :param base: what the particles start from; default the guide.
+    :param moves: of each particle.
+    :param fraction: of the particles that move, a number or a function of the step.
+    :param temperature: T, likewise.
+    :raises ValueError: for moves < 1, a fraction outside [0, 1], a temperature that is not positive; when it draws, for
+        a subsampled plate that does not enclose every site.
+
+    Source: Kim et al. 2024, "Local search GFlowNets".
+
+    Example::
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=LocalSearch(Tempered(), moves=2))
+    """
+
+    def __init__(
+        self,
+        base: Exploration | None = None,
+        moves: int = 2,
+        fraction: Schedule = 0.5,
+        temperature: Schedule = 1.0,
+    ):
+        at_least(1, moves=moves)
+        self.base, self.moves = base or OnPolicy(), moves
+        instance_of(Exploration, base=self.base)
+        self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
+        self.temperature = checked(temperature, "temperature", lambda t: t > 0, "must be positive")
+
+    def draw(self, source: Source, num_particles: int) -> Values:
+        start = self.base.draw(source, num_particles)
+        n = round(at(self.fraction, source.step) * num_particles)
+        if not n:
+            return start
+        still = {name: v[: num_particles - n] for name, v in start.items()}
+        values = {name: v[num_particles - n :] for name, v in start.items()} | source.subsamples
+        query = Query(source.model, source.guide, source.args, source.kwargs, source.nesting)
+        log_p = density(query, n, values).joint
+        temperature = at(self.temperature, source.step)
+        for _ in range(self.moves):
+            move = regrow(query, values, log_p, temperature=temperature)
+            values, log_p = move.values, move.log_p
+        moved = {name: values[name] for name in start}
+        return programs.cat_particles([still, moved]) if n < num_particles else moved

@@ -1,0 +1,253 @@
+"""What every GFlowNet objective shares: draw from the guide, compute u, compare one u with another."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyro.infer
+import torch
+from torch import Tensor, nn
+
+from ...core import programs
+from ...core.arguments import at_least, instance_of, is_number
+from ...core.programs import Program, Replay, Values
+from ...core.query import Query
+from ...core.sites import is_terminable
+from ...core.validation import check_axes_once
+from ...core.weights import Balance, Weighted, balance, device_of, kept_plates
+from ...processes import distributed
+from ..loop.schedules import Schedule, at, checked
+from .divergences import Divergence, mean, named
+from .exploration import Exploration, Memory, OnPolicy, Source
+
+log = logging.getLogger("lmppl")
+
+
+class Objective(pyro.infer.ELBO):
+    r"""A loss that is zero, for every set of samples, if and only if the guide is the posterior.
+
+    With :math:`u(z) = \log p(z, observed) - \log q(z)`, q is the posterior exactly where u is the same number, log Z,
+    for every z.  An objective is a *balance* and a *divergence*: its class says which u of *one* observation are
+    compared (`reduce`), the divergence how.  Squared, it is a variance of u.
+
+    Use it as the ``loss`` of `pyro.infer.SVI`, as a module ``objective(model, guide)`` whose call gives a
+    differentiable loss, or in `GFlowNet`.
+
+    :param num_particles: samples per observation.
+    :param prefixes: "all", or how many prefixes of each text to use; the first possible and the whole text always are.
+    :param exploration: what to draw from instead of the guide (off-policy is free); None: the guide.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`; a function of the step anneals it.
+    :param floor: a reward of zero counts as this many nats below the group's largest.
+    :param max_plate_nesting: guessed where infinite, as in Pyro.
+    :param divergence: how two u are compared: "squared", "forward_kl" or another name in `DIVERGENCES`, or a
+        `Divergence`.  Near balance all are the squared loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_particles: int = 16,
+        prefixes: int | str = "all",
+        exploration: Exploration | None = None,
+        reward_temperature: Schedule = 1.0,
+        floor: float = 50.0,
+        max_plate_nesting: int | float = float("inf"),
+        divergence: Divergence | str = "squared",
+    ):
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        at_least(self.least_particles, num_particles=num_particles)
+        if prefixes != "all" and (not isinstance(prefixes, int) or prefixes < 2):
+            raise ValueError(f"prefixes: expected 'all' or an integer >= 2, got {prefixes!r}")
+        self.prefixes = None if prefixes == "all" else int(prefixes)
+        if exploration is not None:
+            instance_of(Exploration, exploration=exploration)
+        self.exploration = exploration
+        is_number("positive", lambda x: x > 0, floor=floor)
+        self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
+        self.floor = floor
+        self.divergence = named(divergence)
+        self.training_step = 0  # what schedules are asked about
+        self.memory = Memory()  # what the next draws are to know of the last ones
+        self._told: set[str] = set()
+        self._guessed: tuple[Program, Program, int] | None = None
+
+    uses_prefixes = True
+    least_particles = 1
+    max_plate_nesting: int | float
+
+    @abstractmethod
+    def reduce(self, u: Tensor, balance: Balance) -> Tensor:
+        """The loss of one site, (*kept), from u (prefix, particle, *kept).
+
+        ``balance.identifies`` says whether pairs within one sample suffice: every latent, on every process, is a text
+        whose empty prefix is kept and possible.
+        """
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the objective itself has to learn; most have nothing."""
+        return iter(())
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """`parameters` for a torch optimiser, with their options; `GFlowNet` adds them to its own."""
+        own = list(self.parameters())
+        return [{"params": own, "weight_decay": 0.0}] if own else []
+
+    def draw(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        num_particles: int | None = None,
+        subsamples: Values | None = None,
+    ) -> Values:
+        """Training samples: the values of every latent (and of subsamples, perhaps given), particles leading."""
+        nesting = self.nesting(model, guide, args, kwargs)
+        own = dict(subsamples or {})
+        source = Source(model, guide, args, kwargs, nesting, self.training_step, own, self.memory)
+        with torch.no_grad():
+            drawn = (self.exploration or OnPolicy()).draw(source, num_particles or self.num_particles)
+        return drawn | source.subsamples
+
+    def balances(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
+    ) -> list[Balance]:
+        """u at these values: a `Balance` for each text site, one site cut at a time."""
+        nesting = self.nesting(model, guide, args, kwargs)
+        n = self.num_particles
+        with torch.no_grad():
+            drawn = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=n)
+
+            def whole() -> Weighted:
+                target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=n)
+                programs.match(target, drawn)
+                u = torch.zeros(n, device=device_of(target, drawn))
+                return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))
+
+            check_axes_once(Query(model, guide, args, kwargs, nesting), whole)
+        texts = [name for name, node in programs.latents(drawn).items() if is_terminable(node["fn"])]
+        sites = texts if self.uses_prefixes and texts else [None]
+        return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
+
+    def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many axes the plates take: as given, or guessed once for each pair of programs."""
+        if (given := programs.given_nesting(self.max_plate_nesting)) is not None:
+            return given
+        if self._guessed is None or self._guessed[0] is not model or self._guessed[1] is not guide:
+            self._guessed = (model, guide, programs.plate_nesting([guide, model], args, kwargs))
+        return self._guessed[2]
+
+    def residual(self, b: Balance) -> Tensor:
+        """u of the tempered target; gradients through log q only. Where there is no balance term, it is 0.
+
+        A reward of zero counts as ``floor`` nats below the group's largest (or as its smallest positive one, if that is
+        less); positive rewards count as they are, however small, so that the posterior is where the loss vanishes.
+        """
+        log_p = (b.log_p / at(self.reward_temperature, self.training_step)).masked_fill(~b.valid, -torch.inf)
+        return (floored(log_p, self.floor, (0, 1)) - b.log_q).masked_fill(~b.valid, 0.0)
+
+    def loss_at(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
+    ) -> tuple[Tensor, list[Balance]]:
+        """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
+        found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
+        self._remember(found)
+        identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
+        found = [replace(b, identifies=identified) for b in found]
+        losses = [self.reduce(self.residual(b), b).mean() for b in found]
+        return torch.stack(losses).mean(), found
+
+    def _remember(self, found: list[Balance]) -> None:
+        """How hard it is to draw what is possible."""
+        dead = [whole(b) == -torch.inf for b in found]
+        share = distributed.total(distributed.share() * sum(d.double().mean().item() for d in dead) / len(dead))
+        if not distributed.everywhere(not any(bool(d.all(0).any()) for d in dead)):  # an observation without any
+            share = 1.0
+        self.memory.impossible = max(self.memory.impossible, share)
+
+    def loss_and_balances(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, list[Balance]]:
+        """`loss_at` samples drawn for the occasion."""
+        return self.loss_at(model, guide, args, kwargs, self.draw(model, guide, args, kwargs))
+
+    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a tensor; call ``.backward()`` on it."""
+        return self.loss_and_balances(model, guide, *args, **kwargs)[0]
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number."""
+        with torch.no_grad():
+            return self.differentiable_loss(model, guide, *args, **kwargs).item()
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, its gradient added to the parameters (what `pyro.infer.SVI` calls).
+
+        SVI is shown the objective's own parameters, too.
+        """
+        programs.register("objective", self.parameters())
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return loss.item()
+
+    def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError("GFlowNet objectives run vectorised; see balances()")
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            log.warning("%s: %s", type(self).__name__, message)
+
+
+def among(divergence: Divergence, u: Tensor, balance: Balance, weight: Tensor) -> Tensor:
+    """The weighted mean of g(u - c) at the c that fits best, of u (prefix, particle, *kept): (*kept).
+
+    Where the divergence asks for at most the floor, c is that of the positive rewards alone, and what q has less of an
+    impossible value than asked for costs nothing.  A group without any positive reward has the loss 0.
+    """
+    positive = balance.log_p > -torch.inf
+    if divergence.at_most:
+        asked = (weight * positive).flatten(0, 1)
+        some = (asked > 0).any(0)
+        c = divergence.fit(u.detach().flatten(0, 1), asked)
+        u = torch.where(positive, u, torch.minimum(u, c)).where(some, 0.0)
+        weight = weight.where(some, 1.0)
+    return divergence.spread(u.flatten(0, 1), weight.flatten(0, 1))
+
+
+def against(divergence: Divergence, u: Tensor, c: Tensor, balance: Balance, weight: Tensor) -> Tensor:
+    """The weighted mean of g(u - c), of u (prefix, particle, *kept) and c (*kept): (*kept); zero rewards as `among`."""
+    delta = u - c
+    if divergence.at_most:
+        delta = torch.where(balance.log_p > -torch.inf, delta, delta.clamp(max=0.0))
+    return mean(divergence.g(delta).flatten(0, 1), weight.flatten(0, 1))
+
+
+def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:
+    """-inf counts as ``floor`` below the largest along ``dims``, or as the smallest finite number, if that is less."""
+    zero = log_p == -torch.inf
+    largest = log_p.amax(dims, keepdim=True)
+    least = torch.minimum(largest - floor, log_p.masked_fill(zero, torch.inf).amin(dims, keepdim=True))
+    least = least.masked_fill(largest == -torch.inf, -floor)
+    return torch.where(zero, least, log_p)
+
+
+def whole(b: Balance) -> Tensor:
+    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide says they are impossible."""
+    return b.log_p.detach().masked_fill(~b.last, -torch.inf).amax(0)
+
+
+def _with_rewards(b: Balance) -> Balance:
+    """Without the observations of which every draw has reward zero: what all lack says nothing, and teaches nothing."""
+    some = (b.valid & (b.log_p > -torch.inf)).any(0).any(0)  # (*kept)
+    return b if bool(some.all()) else replace(b, valid=b.valid & some)
+
+
+def _empty_is_possible(b: Balance) -> bool:
+    """Whether the model, too, gives every sample's empty prefix a positive reward."""
+    return not bool((b.valid & (b.at == 0) & (b.log_p == -torch.inf)).any())

@@ -1,0 +1,317 @@
+"""Replay: training values met before, kept for each observation and used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro.poutine import Trace
+from rapidfuzz.distance import Levenshtein
+from torch import Tensor
+
+from .... import text
+from ...core import programs
+from ...core.arguments import at_least, is_number
+from ...core.observations import Observations, Tokens, merge, observe, split, tokens_of
+from ...core.programs import Program, Sketch, Values, parameters_of
+from ...core.sites import text_of
+from ...core.weights import log_density
+from ...processes import distributed
+from ..loop.schedules import Schedule, at, checked
+
+PRIORITIES = ("reward", "recency", "both")
+
+
+@dataclass
+class Entry:
+    """One value of all latents of one observation."""
+
+    values: Values  # (*other plate axes, *event) by site, on the CPU
+    log_p: float  # log p(z, observed); NaN where the model has changed since
+
+
+class Replay:
+    r"""A buffer of latent values for each observation, a ``fraction`` of every batch of particles drawn from it.
+
+    Off-policy is free: u may be evaluated on any z, so that what was once found can be trained on again.  Of N
+    particles, ``r = min(round(fraction * N), N - 1, what every observation of the batch has stored)`` are replayed; the
+    others are drawn afresh, and stored once their log p(z, observed) is known.  It is known from the loss: storing
+    costs no pass through the network, and replayed values have theirs computed anew, so that rewards are never stale.
+
+    :param capacity: values per observation.
+    :param fraction: of the particles, a number or a function of the step.
+    :param priority: "reward": drawn without replacement in proportion to p(z, observed)^(1/temperature), the smallest
+        leaves first; "recency": the newest are drawn, the oldest leaves first; "both": half and half.
+    :param temperature: of the priority by reward; a number or a function of the step.
+    :param min_distance: a value as near as this to a better one is dropped; normalised edit distance between the tokens
+        of all texts, in which a number of an ordinary latent counts as a token.  0: duplicates only.
+    :param key: what identifies an observation.  None: a hash of the prompts of model and guide that depend on no latent
+        and of the observed values, for each element of the kept plates.  Or a function of the program's arguments that
+        answers a sequence of strings or numbers, one for each plate element in row-major order.
+    :param max_observations: how many observations are remembered; the one unseen for longest is forgotten.
+
+    On several processes every one has the whole buffer: what each found is told to all.
+
+    Priorities by reward are forgotten when parameters of the model change: values whose log p is unknown are as likely
+    as the average one, and leave first.
+
+    :raises ValueError: naming the argument that is out of range.
+
+    Example::
+
+        gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay(capacity=64, min_distance=0.1))
+        gflownet.demonstrate(x, y, values={"z": " He took the bread."})
+    """
+
+    def __init__(
+        self,
+        capacity: int = 64,
+        fraction: Schedule = 0.25,
+        priority: str = "reward",
+        temperature: Schedule = 1.0,
+        min_distance: float = 0.0,
+        key: Callable[..., Iterable[Any]] | None = None,
+        max_observations: int | None = None,
+    ):
+        at_least(1, capacity=capacity)
+        if max_observations is not None:
+            at_least(1, max_observations=max_observations)
+        if priority not in PRIORITIES:
+            raise ValueError(f"priority: expected one of {', '.join(PRIORITIES)}, got {priority!r}")
+        is_number("a number in [0, 1)", lambda x: 0 <= x < 1, min_distance=min_distance)
+        if key is not None and not callable(key):
+            raise ValueError(f"key: expected a function of the program's arguments, got {key!r}")
+        self.capacity, self.priority, self.min_distance = capacity, priority, min_distance
+        self.fraction = checked(fraction, "fraction", lambda f: 0 <= f <= 1, "must lie in [0, 1]")
+        self.temperature = checked(temperature, "temperature", lambda t: t > 0, "must be positive")
+        self.key, self.max_observations = key, max_observations
+        self._stored: dict[str, dict[Tokens, Entry]] = {}  # both oldest first
+        self._texts: set[str] = set()  # the sites that are texts
+        self._parameters: dict[int, tuple[list[Tensor], list[int]]] = {}  # of each task's model, and their versions
+
+    def __len__(self) -> int:
+        """How many values are stored, of all observations."""
+        return sum(map(len, self._stored.values()))
+
+    def invalidate(self, task: int | None = None) -> None:
+        """Forget how good the stored values are (of one task, or of all); the values stay."""
+        for key, entries in self._stored.items():
+            if task is None or key.startswith(f"{task}:"):
+                for entry in entries.values():
+                    entry.log_p = float("nan")
+
+    def observations(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        nesting: int,
+        task: int = 0,
+    ) -> Observations:
+        """The keys of a batch's observations, found without asking the network."""
+        seen, target = observe(model, guide, args, kwargs, nesting, task, self.key)
+        self._notice(task, target)
+        keys, rank = distributed.gather(seen.keys), distributed.world().rank
+        if len(keys) > 1:
+            seen = replace(seen, elsewhere=(sum(keys[:rank], ()), sum(keys[rank + 1 :], ())))
+        return seen
+
+    def available(self, seen: Observations, num_particles: int, step: int) -> int:
+        """How many of the particles can be replayed."""
+        before, after = seen.elsewhere
+        stored = min((len(self._stored.get(key, ())) for key in before + seen.keys + after), default=0)
+        return min(round(at(self.fraction, step) * num_particles), num_particles - 1, stored)
+
+    def draw(self, seen: Observations, num_particles: int, step: int) -> Values:
+        """Stored values of every latent, (particle, *plate axes, *event), no two alike in one plate element."""
+        temperature = at(self.temperature, step)
+        before, after = seen.elsewhere  # chosen for them too, so that the random numbers are those of one process
+        every = before + seen.keys + after
+        chosen = [self._choose(list(self._stored[key].values()), num_particles, temperature) for key in every]
+        chosen = chosen[len(before) : len(before) + len(seen.keys)]
+        drawn = {}
+        for name, (event_dim, _) in seen.sites.items():
+            values = [entry.values[name] for entries in chosen for entry in entries]
+            stacked = _stack(values).unflatten(0, (len(chosen), num_particles)).transpose(0, 1)
+            drawn[name] = merge(stacked, seen.plates, event_dim)
+        return drawn
+
+    def _choose(self, entries: list[Entry], n: int, temperature: float) -> list[Entry]:
+        newest = {"reward": 0, "recency": n, "both": n // 2}[self.priority]
+        entries = entries[::-1]
+        recent, others = entries[:newest], entries[newest:]
+        logits = torch.tensor([entry.log_p for entry in others], dtype=torch.float64) / temperature
+        known = logits[~logits.isnan()]
+        average = known.logsumexp(0) - torch.tensor(len(known)).log() if len(known) else torch.tensor(0.0)
+        logits = torch.where(logits.isnan(), average, logits)
+        gumbel = -torch.empty_like(logits).exponential_().log()  # the n largest: draws without replacement
+        return recent + [others[i] for i in (logits + gumbel).topk(n - newest).indices.tolist()]
+
+    def add(self, seen: Observations, values: Values, log_p: Tensor, guide: Trace | None = None) -> None:
+        """Store values (n, *plate axes, *event) with their log p(z, observed) (n, *kept), or refresh what is known.
+
+        A value that is stored already gets its new log p and keeps its age; one of probability zero is removed.  In
+        ``guide``, a trace at these values, masks say which sites a particle has: masked ones do not tell values apart.
+        """
+        parts = {name: split(values[name], seen.plates, event_dim).cpu() for name, (event_dim, _) in seen.sites.items()}
+        told = [
+            tokens_of(
+                parts[name], event_dim, is_text, None if guide is None else guide.nodes[name]["mask"], seen.plates
+            )
+            for name, (event_dim, is_text) in seen.sites.items()
+        ]  # by site, particle and observation
+        self._texts |= {name for name, (_, is_text) in seen.sites.items() if is_text}
+        rewards = log_p.reshape(len(log_p), len(seen.keys)).tolist()
+        found = [
+            (
+                key,
+                [
+                    (
+                        tuple(token for site in told for token in site[n][k]),
+                        {name: part[n, k] for name, part in parts.items()},
+                        row[k],
+                    )
+                    for n, row in enumerate(rewards)
+                ],
+            )
+            for k, key in enumerate(seen.keys)
+        ]
+        for key, rows in [pair for of_process in distributed.gather(found) for pair in of_process]:
+            entries = self._stored.pop(key, {})
+            self._stored[key] = entries  # the newest observation
+            for tokens, value, reward in rows:
+                self._insert(entries, tokens, value, reward)
+            self._evict(entries)
+        while self.max_observations is not None and len(self._stored) > self.max_observations:
+            self._stored.pop(next(iter(self._stored)))
+
+    def _insert(self, entries: dict[Tokens, Entry], tokens: Tokens, value: Values, log_p: float) -> None:
+        if not log_p > -float("inf"):
+            entries.pop(tokens, None)
+        elif tokens in entries:
+            entries[tokens].log_p = log_p
+        else:
+            d = self.min_distance
+            near = [t for t in entries if Levenshtein.normalized_distance(t, tokens, score_cutoff=d) <= d] if d else []
+            if any(entries[t].log_p >= log_p for t in near):
+                return
+            for t in near:
+                del entries[t]
+            own = {name: (_trim(v) if name in self._texts else v).clone() for name, v in value.items()}
+            entries[tokens] = Entry(own, log_p)
+
+    def _evict(self, entries: dict[Tokens, Entry]) -> None:
+        excess = len(entries) - self.capacity
+        if excess <= 0:
+            return
+        order = list(entries)  # the oldest first
+        if self.priority != "recency":
+            safe = self.capacity // 2 if self.priority == "both" else 0
+            order = order[: len(order) - safe]  # the newest stay, whatever their reward
+            log_p = {t: entries[t].log_p for t in order}
+            order.sort(key=lambda t: log_p[t] if log_p[t] == log_p[t] else -float("inf"))
+        for tokens in order[:excess]:
+            del entries[tokens]
+
+    def _notice(self, task: int, model: Trace) -> None:
+        """Invalidate a task's rewards where parameters of its model have changed since it was last looked at."""
+        parameters = parameters_of(model)
+        versions = [p._version for p in parameters]
+        before = self._parameters.get(task)
+        if before is not None and not (
+            len(before[0]) == len(parameters)
+            and all(a is b for a, b in zip(before[0], parameters, strict=True))
+            and before[1] == versions
+        ):
+            self.invalidate(task)
+        self._parameters[task] = (parameters, versions)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What is stored, as tensors and as what JSON can hold."""
+        for task, (parameters, versions) in self._parameters.items():
+            if [p._version for p in parameters] != versions:
+                self.invalidate(task)
+        tensors: dict[str, Tensor] = {}
+        for i, entries in enumerate(self._stored.values()):
+            tensors[f"replay.{i}"] = torch.tensor([e.log_p for e in entries.values()], dtype=torch.float64)
+            for name in next(iter(entries.values())).values if entries else ():
+                tensors[f"replay.{i}.{name}"] = _stack([e.values[name] for e in entries.values()])
+        tokens = [[list(t) for t in entries] for entries in self._stored.values()]
+        return tensors, {"keys": list(self._stored), "tokens": tokens, "texts": sorted(self._texts)}
+
+    def restore(self, tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self._stored, self._parameters, self._texts = {}, {}, set(own["texts"])
+        for i, key in enumerate(own["keys"]):
+            prefix = f"replay.{i}."
+            sites = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+            self._stored[key] = {
+                tuple(tokens): Entry({n: _trim(v[j]) if n in self._texts else v[j] for n, v in sites.items()}, log_p)
+                for j, (tokens, log_p) in enumerate(zip(own["tokens"][i], tensors[f"replay.{i}"].tolist(), strict=True))
+            }
+
+
+def _trim(value: Tensor) -> Tensor:
+    """Texts without the columns in which there is only padding."""
+    return value[..., : int(text.length(value).max())]
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    """Values of one site as one tensor, texts padded to the longest."""
+    width = max(v.shape[-1] for v in values) if values[0].dim() else 0
+    return torch.stack([v if not v.dim() or v.shape[-1] == width else text.pad(v, width) for v in values])
+
+
+@torch.no_grad()
+def demonstrations(
+    replay: Replay,
+    seen: Observations,
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    values: Mapping[str, Any],
+) -> None:
+    """Store values of latent sites with their log p(z, observed), one pass of the model; see `GFlowNet.demonstrate`."""
+    nesting = seen.plates.nesting
+    sketch = programs.trace(guide, args, {}, Sketch(), nesting=nesting, particles=1)
+    given: Values = {}
+    for name, value in values.items():
+        if name not in seen.sites:
+            raise ValueError(f"values: {name!r} is none of the latent sites {list(seen.sites)}")
+        fn = sketch.nodes[name]["fn"]
+        value = value if isinstance(value, Tensor) else _complete(fn, value)
+        while value.dim() < 1 + nesting + fn.event_dim:
+            value = value[None]
+        batch = value.shape[: value.dim() - fn.event_dim]
+        try:
+            given[name] = value.expand(*torch.broadcast_shapes(batch, fn.batch_shape), *value.shape[len(batch) :])
+        except RuntimeError as error:
+            raise ValueError(
+                f"values: those of {name!r} have the shape {tuple(batch)}, expected (n, *{tuple(fn.batch_shape[1:])})"
+            ) from error
+    counts = {len(value) for value in given.values()} - {1}
+    if len(counts) > 1:
+        raise ValueError(f"values: the sites have {sorted(counts)} demonstrations; expected one number, or 1")
+    n = max(counts, default=1)
+    given = {name: value.expand(n, *value.shape[1:]) for name, value in given.items()}
+    shape = {"nesting": nesting, "particles": n}
+    drawn = programs.trace(guide, args, {}, programs.Draw(), programs.Replay(given | seen.subsamples), **shape)
+    held = programs.values(drawn)
+    target = programs.trace(model, args, {}, programs.Replay(held), **shape)
+    log_p = log_density(target, seen.plates)[0].expand(n, *seen.plates.sizes)
+    if bool((log_p == -torch.inf).any()):
+        raise ValueError("values: the model says that some of these are impossible, given the observations")
+    replay.add(seen, held, log_p, drawn)
+
+
+def _complete(fn: Any, strings: Any) -> Tensor:
+    """Strings as texts of a site: encoded, with its stop where it is missing."""
+    site = text_of(fn)
+    if site is None:
+        raise ValueError("values: strings are for texts only")
+    return site.complete(strings)

@@ -1,0 +1,120 @@
+"""Supervised fine-tuning: maximum likelihood of given latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..core import programs
+from ..core.programs import Program
+from .densities import log_likelihood
+from .trainer import Trainer
+
+Examples: TypeAlias = Callable[..., tuple[tuple[Any, ...], Mapping[str, Tensor]]]
+
+
+class SupervisedFineTuning(Trainer):
+    r"""Trains the guide on latents that somebody wrote down.
+
+    .. math:: \mathcal L = -\log q(z \mid x, y), \qquad (x, z, y) \text{ an example}
+
+    averaged over the guide's kept plates: the cross-entropy of whole texts, longer ones weighing more.  On exact draws
+    of the posterior it converges to it; on data it learns how the data were written, whatever the model says.
+
+    :param model: a Pyro program; not used in training, only in `run` and `evaluate`.
+    :param guide: a Pyro program with the model's latent sites.
+    :param optimizer: a torch optimiser over the guide's trainable parameters.
+    :param examples: called with a batch, it answers (arguments of model and guide, values of the latent sites); by
+        default the last item of a batch is the dict of values, and what comes before it are the arguments.  Values are
+        shaped as the guide would draw them, (*plates, ...), and texts end with their stop.
+    :param clip: the largest gradient norm.
+    :param max_plate_nesting: guessed where not given.
+
+    ``held_out`` of `fit` and what `run` is asked about are arguments of the model, without latents.
+
+    :raises ValueError: in a step, for latents without a value, values without a site, and impossible values.
+
+    Example::
+
+        tuning = SupervisedFineTuning(model, guide, optimizer=optimizer)
+        tuning.fit([(x, y, {"z": z})], steps=100, held_out=(x, y))
+        SupervisedFineTuning(model, guide, optimizer=optimizer, examples=lambda x, z, y: ((x, y), {"z": z}))
+        SupervisedFineTuning(model, guide, optimizer=optimizer, examples=dreams(model))  # the sleep phase
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        *,
+        optimizer: Optimizer,
+        examples: Examples | None = None,
+        clip: float = 1.0,
+        max_plate_nesting: int | None = None,
+    ):
+        super().__init__(model, guide, optimizer=optimizer, clip=clip, max_plate_nesting=max_plate_nesting)
+        self.examples: Examples = _last_is_values if examples is None else examples
+
+    def arguments(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        with torch.random.fork_rng(devices=[]):
+            return self.examples(*batch, **kwargs)[0]
+
+    def update(
+        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
+    ) -> dict[str, float]:
+        given, values = self.examples(*args, **kwargs)
+        loss = -log_likelihood(guide, given, kwargs, values, self.max_plate_nesting).mean()
+        return {"loss": loss.item(), "grad_norm": self.descend(loss)}
+
+
+def _last_is_values(*batch: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Mapping[str, Tensor]]:
+    if not batch or not isinstance(batch[-1], Mapping):
+        raise ValueError(
+            "examples: the last item of a batch must be a dict of latent values, unless a function tells them apart"
+        )
+    return batch[:-1], batch[-1]
+
+
+def dreams(model: Program) -> Examples:
+    r"""A function that runs the model forward, :math:`(z, y') \sim p`, and puts the dreamt y' in the place of y.
+
+    It finds each observation among the arguments by identity: an observed site must observe an argument itself, as in
+    ``pyro.sample("y", ..., obs=y)`` of ``model(x, y)``.  A dreamt text is as long as the model lets it be under the
+    arguments given: with ``max_tokens=length(y), stop=None``, as long as the y that it takes the place of.  For several
+    dreams of each observation, repeat the arguments.
+
+    :raises ValueError: when called, where an observation is no argument, or the model has a factor: that has no forward
+        run.
+
+    Example::
+
+        (x, dreamt), values = dreams(model)(x, y)
+    """
+
+    @torch.no_grad()
+    def simulate(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+            run = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+        dreamt, values = list(args), {}
+        for name, node in programs.latents(run).items():
+            if not node["infer"].get("was_observed"):
+                values[name] = node["value"]
+                continue
+            if node["infer"].get("_deterministic"):
+                continue
+            where = [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
+            if not where:
+                raise ValueError(
+                    f"simulate: what the site {name!r} observes is none of the arguments, or it is a factor, which has "
+                    "no forward run; write a function of your own"
+                )
+            for i in where:
+                dreamt[i] = node["value"]
+        return tuple(dreamt), values
+
+    return simulate
