@@ -4,22 +4,20 @@ A name of the package is imported when it is first asked for, so that what needs
 ``lmppl --help``, does not wait for one.
 """
 
-import sys
 from importlib import import_module
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lmppl import text
-    from lmppl.check import check
+    from lmppl.inference.judging.check import check
     from lmppl.language_model import LanguageModel
 
 __version__ = "0.1.0"
 
 __all__ = ["LanguageModel", "check", "text"]
 
-_HOMES = {"LanguageModel": "lmppl.language_model", "check": "lmppl.check"}
+_HOMES = {"LanguageModel": "lmppl.language_model", "check": "lmppl.inference.judging.check"}
 _MODULES = {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}
 
 
@@ -36,13 +34,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, *_MODULES})
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Whoever imports the module lmppl.check has it bound here, where the function of that name belongs.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -12,6 +12,7 @@ import pyro
 import pytest
 import torch
 from hypothesis import settings
+from paths import SHARED
 from plate_of_three import exact, particles  # noqa: F401  fixtures of the tests of posteriors
 from precision import double
 from problems import VOCAB
@@ -82,7 +83,7 @@ def lm() -> LanguageModel:
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """A trained checkpoint from outside the package: $LMPPL_TEST_CHECKPOINT, else ../shared/lms/stories."""
-    beside = Path(__file__).parents[2] / "shared" / "lms" / "stories"
+    beside = SHARED / "lms" / "stories"
     path = Path(os.environ.get("LMPPL_TEST_CHECKPOINT", beside))
     if not (path / "config.json").is_file():
         pytest.skip(f"no checkpoint at {path}; set LMPPL_TEST_CHECKPOINT")

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from lmppl.testing import TextContract
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES, PRETRAINED = (sorted((ROOT / "examples").glob(p)) for p in ("*.py", "pretrained/*.py"))
 SLOW = {"local_and_global", "own_objective"}
 

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from matplotlib.figure import Figure
+from paths import ROOT, SCRIPTS
 from safetensors.torch import save_file
 from tiny import tiny_lm
 
@@ -25,16 +26,15 @@ from lmppl.inference.judging.comparison import Comparison, Row
 from lmppl.inference.training.loop import checkpoint
 from lmppl.locks import LockedError, locked
 
-HERE = Path(__file__).parent
 LORA = peft.LoraConfig(r=2, target_modules="all-linear")
 
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory):
     """What `killed_script` found."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    command = [sys.executable, str(HERE / "killed_script.py"), str(tmp_path_factory.mktemp("killed"))]
-    run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=900)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{ROOT}"}
+    command = [sys.executable, str(SCRIPTS / "killed_script.py"), str(tmp_path_factory.mktemp("killed"))]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-5000:]
     return dict(json.loads(line) for line in run.stdout.splitlines())
 
@@ -140,7 +140,7 @@ def test_a_lock_says_who_holds_it_and_ends_with_the_process(tmp_path):
         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", holder, str(path)], cwd=HERE.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", holder, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdout is not None and process.stdout.readline() == b"held\n"
     says = f"{tmp_path} is in use by process {process.pid} on .* since 2"

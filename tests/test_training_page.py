@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+from paths import ROOT
+
+PAGE = ROOT / "docs" / "training.md"
 
 
 def test_the_page_of_training_runs(tmp_path, monkeypatch, capsys):

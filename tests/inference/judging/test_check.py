@@ -14,8 +14,8 @@ from tiny import tiny_lm
 
 import lmppl
 from lmppl import LanguageModel, text
-from lmppl.check import Report
 from lmppl.distributions import Completion
+from lmppl.inference.judging.check import Report
 
 
 class Pair:

@@ -16,16 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from . import text
-from .inference import AxesError, PooledVarGrad, Posterior, SiteMismatch, VarGrad
-from .inference.core import programs
-from .inference.core.arguments import at_least
-from .inference.core.programs import Node, Program, Replay
-from .inference.core.query import Query
-from .inference.core.sites import is_terminable, lm_of, text_of, texts_of
-from .inference.core.validation import check_axes
-from .inference.core.weights import Weighted, balance, site_log_prob, weigh
-from .inference.training.loop.ownership import Owners
+from ... import text
+from ..core import programs
+from ..core.arguments import at_least
+from ..core.programs import Node, Program, Replay, SiteMismatch
+from ..core.query import Query
+from ..core.sites import is_terminable, lm_of, text_of, texts_of
+from ..core.validation import AxesError, check_axes
+from ..core.weights import Weighted, balance, site_log_prob, weigh
+from ..posterior import Posterior
+from ..training.gflownet import PooledVarGrad, VarGrad
+from ..training.loop.ownership import Owners
 
 Axes = list[tuple[str, int]]
 HARDLY_EVER = 1e-4  # a stop less probable than this at every position

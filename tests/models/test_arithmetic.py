@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from math import log
-from pathlib import Path
 from random import Random
 
 import pyro
 import pytest
 import torch
+from paths import SHARED
 from precision import single
 from pyro import poutine
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,7 +33,7 @@ from lmppl.models.arithmetic import (
     teach,
 )
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "arithmetic"
+REAL = SHARED / "data" / "arithmetic"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no arithmetic files in {REAL}")
 SUM = Question((6, 0, 4), "--")
 

@@ -138,6 +138,14 @@ def test_answers_are_those_of_enumeration(name, problem, seed):
     check_against_enumeration(name, problem, seed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+@settings(max_examples=40)
+@given(problem=problems, seed=st.integers(100, 999))
+def test_answers_are_those_of_enumeration_on_more_examples(name, problem, seed):
+    check_against_enumeration(name, problem, seed)
+
+
 def check_against_enumeration(name: str, problem: Problem, seed: int) -> None:
     """The mean over independent runs of an unbiased estimate is within 5 standard errors of the truth.
 

@@ -1,4 +1,4 @@
-"""Everything public with its signature, one a line: `python tests/public_names.py` writes public_names.txt anew."""
+"""Everything public with its signature, one a line; run as a program, it writes public_names.txt anew."""
 
 from __future__ import annotations
 

