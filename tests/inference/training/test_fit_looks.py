@@ -8,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate.logging import get_logger
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from tasks import Task
 
@@ -141,6 +143,22 @@ class Notes(GeneralTracker):
         self.finished += 1
 
 
+def test_a_tracker_may_write_to_accelerates_log():
+    """W&B's does when it starts; the log of accelerate fails in a process that it does not know."""
+
+    class Talking(Notes):
+        main_process_only = False  # else accelerate makes itself known
+
+        def start(self):
+            get_logger("lmppl").debug("started")
+            super().start()
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    task, notes = Task(), Talking()
+    task.gflownet().fit([task.args], 1, trackers=[notes], **QUIET)
+    assert [line["step"] for line in notes.lines] == [0]
+
+
 def test_a_tracker_is_told_what_the_log_is(tmp_path):
     task, notes, log = Task(), Notes(), tmp_path / "log.jsonl"
     task.gflownet().fit(
@@ -187,7 +205,6 @@ def test_a_tracker_that_is_not_installed_is_told(tmp_path):
 
 
 def test_tensorboard_writes_beside_the_log(tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     task = Task()

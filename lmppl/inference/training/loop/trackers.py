@@ -44,6 +44,7 @@ class Trackers:
     def _start(self) -> None:
         for tracker in self.trackers:
             if getattr(tracker, "tracker", None) is None:
+                accelerate_knows_this_process()
                 tracker.start()
                 self.own.append(tracker)
                 tracker.store_init_configuration(dict(self.settings))
@@ -52,6 +53,13 @@ class Trackers:
         """A step's metrics: numbers and strings, which is what trackers hold."""
         for tracker in self.trackers:
             tracker.log({name: x for name, x in _plain(metrics).items() if isinstance(x, Real | str)}, step=step)
+
+
+def accelerate_knows_this_process() -> None:
+    """Some trackers, W&B's for one, write to accelerate's log, which fails before that is known."""
+    from accelerate import PartialState
+
+    PartialState()
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
