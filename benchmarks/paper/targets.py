@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lmppl.inference import SMC, Enumeration, Importance, PolicyGradient, Posterior
-from lmppl.inference.core.programs import Program, Replay, trace
+from lmppl.inference.core.programs import Program, Substitute, trace
 from lmppl.inference.judging.compare import Meter, particles_within
 from lmppl.inference.judging.quality import density_quality, draw_quality
 from lmppl.inference.posterior.algorithm import sized
@@ -53,7 +53,7 @@ def of_density(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> Figur
 
 def log_q_on_support(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> torch.Tensor:
     """log q of the support's texts, (K, B); -inf at padding."""
-    run = trace(guide, args, {}, Replay(exact.values), nesting=1, particles=exact.num_particles)
+    run = trace(guide, args, {}, Substitute(exact.values), nesting=1, particles=exact.num_particles)
     node = next(n for n in run.nodes.values() if n["type"] == "sample" and n["name"] in exact.values)
     log_q = node["fn"].log_prob(node["value"])
     return log_q.masked_fill(exact.log_weights == -torch.inf, -torch.inf)

@@ -15,7 +15,7 @@ from tiny import tiny_lm
 from lmppl import cli
 from lmppl.constraints import Slots
 from lmppl.inference import Enumeration, GFlowNet, Importance
-from lmppl.inference.core.programs import Replay, trace
+from lmppl.inference.core.programs import Substitute, trace
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Contrastive, Recipe
 from lmppl.models.contrastive import DIFFER, read_pairs
@@ -92,7 +92,7 @@ def test_what_is_impossible_after_both_stays_impossible(tiny):
     lm, *args = tiny
     task = Contrastive(lm, max_tokens=MAX_TOKENS, allowed=Slots(lm, [["a", "b"], ["c"], ["."]]))
     values = {"z": lm.encode(["ac.", "cc."])[:, None].expand(2, 2, -1)}
-    run = trace(task.model, tuple(args), {}, Replay(values), nesting=1, particles=2)
+    run = trace(task.model, tuple(args), {}, Substitute(values), nesting=1, particles=2)
     assert run.log_prob_sum() == -torch.inf
     assert run.nodes["contrast"]["fn"].log_prob(run.nodes["contrast"]["value"]).isfinite().all()
 

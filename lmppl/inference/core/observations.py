@@ -46,7 +46,7 @@ def observe(
     """
     with torch.no_grad():
         q = programs.trace(guide, args, kwargs, Sketch(), nesting=nesting, particles=2)
-        held = programs.Replay(programs.values(q))
+        held = programs.Substitute(programs.values(q))
         p = programs.trace(model, args, kwargs, Sketch(), held, nesting=nesting, particles=2)
     plates = kept_plates([p, q], nesting)
     sites = {n: (node["fn"].event_dim, is_text(node["fn"])) for n, node in programs.latents(q).items()}

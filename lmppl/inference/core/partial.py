@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import text
 from .explained import check_shapes
-from .programs import Node, Program, Replay
+from .programs import Node, Program, Substitute
 from .query import Query
 from .sites import is_stepwise, is_text
 
@@ -74,7 +74,7 @@ def advance(
     """
     halt = _Halt(texts_only=texts_only, retained=retained, pause=pause)
     with suppress(_Reached):
-        query.trace(program, halt, Replay(values), particles=particles)
+        query.trace(program, halt, Substitute(values), particles=particles)
     check_shapes(halt.trace, query.nesting, particles, None)
     return halt.trace, halt.site
 

@@ -36,7 +36,7 @@ class SiteMismatch(ValueError):
     """Model and guide do not fit together: a site is missing, observed, or met in another order."""
 
 
-class Replay(Messenger):
+class Substitute(Messenger):
     """Gives latent sites (and subsamples) the values of a dict, with nothing else of their messages changed."""
 
     def __init__(self, values: Mapping[str, Tensor]):
@@ -179,7 +179,7 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
                 explained(),
                 poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
                 Sketch(),
-                Replay(known),
+                Substitute(known),
                 Unmasked(),
                 no_python_values(),
             ):

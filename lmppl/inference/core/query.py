@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import programs
 from .plates import Plates, kept_plates
-from .programs import Program, Replay
+from .programs import Program, Substitute
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Query:
         proposal = self.trace(self.proposal, *handlers, particles=particles)
         if self.guide is None:
             return Pair(self, proposal, proposal, particles)
-        target = self.trace(self.model, Replay(programs.values(proposal)), particles=particles)
+        target = self.trace(self.model, Substitute(programs.values(proposal)), particles=particles)
         return Pair(self, proposal, target, particles)
 
     def at(self, values: Mapping[str, Tensor], *, particles: int) -> Pair:
         """Both programs at given values of the latents (and subsamples)."""
-        return self.run(Replay(values), particles=particles)
+        return self.run(Substitute(values), particles=particles)
 
 
 @dataclass(frozen=True)

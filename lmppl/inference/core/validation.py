@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import text
 from . import programs
-from .programs import Node, Replay
+from .programs import Node, Substitute
 from .query import Query
 from .sites import innermost, prompt_of
 from .weights import Weighted
@@ -37,7 +37,7 @@ def check_axes(query: Query, weighted: Weighted) -> None:
     nesting = weighted.plates.nesting
     own = {k: v for k, v in weighted.values.items() if k in programs.latents(weighted.guide)}
     alone_values = {k: v[-1:] if k in own else v for k, v in weighted.values.items()}
-    alone = query.trace(query.model, Replay(alone_values), particles=1)
+    alone = query.trace(query.model, Substitute(alone_values), particles=1)
     for name, node in programs.scored(weighted.model).items():
         other = programs.scored(alone).get(name)
         if other is None or not _same(node, other, nesting):

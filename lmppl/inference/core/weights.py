@@ -22,7 +22,7 @@ from torch import Tensor
 from ... import randomness
 from . import programs
 from .plates import Plates, kept_plates
-from .programs import Node, Program, Replay
+from .programs import Node, Program, Substitute
 from .query import Pair, Query
 from .sites import Site, is_terminable, text_of, texts_of
 
@@ -222,9 +222,9 @@ def balance(
     extra: dict[str, Tensor] = {}
     shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
 
-    guide_trace = programs.trace(guide, args, kwargs, Replay(held), **shape)
+    guide_trace = programs.trace(guide, args, kwargs, Substitute(held), **shape)
     with torch.no_grad():
-        model_trace = programs.trace(model, args, kwargs, Replay(held), **shape)
+        model_trace = programs.trace(model, args, kwargs, Substitute(held), **shape)
     programs.match(model_trace, guide_trace)
     if site is not None and site in model_trace.nodes:
         _same_stop_strings(site, text_of(model_trace.nodes[site]["fn"]), texts)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ... import text
 from ..core import programs
-from ..core.programs import Replay
+from ..core.programs import Substitute
 from ..core.query import Query
 from ..core.resampling import multinomial
 from ..core.sites import is_text
@@ -173,7 +173,7 @@ class _Look:
         anew = {name: proposal.nodes[name]["value"] for name in own} if not self.auxiliary else own
         values = programs.cat_particles([{name: draws.values[name] for name in own}, own, anew])
         total = len(next(iter(values.values())))
-        self.trace = query.trace(query.model, Replay(values), particles=total)
+        self.trace = query.trace(query.model, Substitute(values), particles=total)
         shape = (total, *self.plates.sizes)
         self.log_p = {
             name: site_log_prob(node, self.plates).expand(1, *shape)[0]
@@ -186,7 +186,7 @@ class _Look:
         if query.guide is not None and not self.auxiliary:
             proposed = {name: value[self.n :] for name, value in values.items()}
             particles = total - self.n
-            scored = query.trace(query.guide, Replay(proposed), particles=particles)
+            scored = query.trace(query.guide, Substitute(proposed), particles=particles)
             log_q = log_density_of_latents(scored, self.plates)
             self.log_q = log_q.expand(1, particles, *self.plates.sizes)[0]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import text
 from ..core import programs
 from ..core.arguments import at_least
-from ..core.programs import Node, Program, Replay, SiteMismatch
+from ..core.programs import Node, Program, SiteMismatch, Substitute
 from ..core.query import Query
 from ..core.sites import is_terminable, lm_of, text_of, texts_of
 from ..core.validation import AxesError, check_axes
@@ -136,7 +136,7 @@ def _weigh(
         # The prefix axis of the objectives, one more on the left; nothing is scored.
         nesting = weighted.plates.nesting
         programs.trace(
-            model, args, kwargs, Replay(weighted.values), nesting=nesting, particles=num_particles, prefixes=2
+            model, args, kwargs, Substitute(weighted.values), nesting=nesting, particles=num_particles, prefixes=2
         )
         return weighted
     except SiteMismatch as error:
@@ -166,7 +166,7 @@ def _describe(
         decode = posterior.sites.decoders.get(name)
         report.samples[name] = [str(s) for s in (decode(drawn) if decode else drawn.tolist())]
     run = programs.trace(
-        model, args, kwargs, Replay(weighted.values),
+        model, args, kwargs, Substitute(weighted.values),
         nesting=weighted.plates.nesting, particles=len(weighted.u), prefixes=1,
     )  # fmt: skip
     for name, node in programs.scored(run).items():

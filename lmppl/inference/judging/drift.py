@@ -11,7 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ..core import programs
-from ..core.programs import Program, Replay
+from ..core.programs import Program, Substitute
 from ..core.sites import is_terminable, texts_of
 from ..posterior.algorithm import guide_of
 from ..posterior.posterior import Posterior
@@ -51,7 +51,7 @@ def drifts(proposal: Program, posterior: Posterior, args: tuple[Any, ...], kwarg
     """Two rows for each text with a stop: its length, and the proposal's own probability of stopping at its end."""
     n, nesting = posterior.num_particles, posterior.sites.plates.nesting
     drawn = programs.trace(proposal, args, kwargs, programs.Draw(), nesting=nesting, particles=n)
-    weighted = programs.trace(proposal, args, kwargs, Replay(posterior.values), nesting=nesting, particles=n)
+    weighted = programs.trace(proposal, args, kwargs, Substitute(posterior.values), nesting=nesting, particles=n)
     equal = torch.full_like(posterior.log_weights, 1 / n)
     found = []
     for name in posterior.values:

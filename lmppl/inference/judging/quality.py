@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from ...text import PAD
 from ..core import programs
-from ..core.programs import Program, Replay
+from ..core.programs import Program, Substitute
 from ..core.sites import text_of
 from ..core.weights import log_density_of_latents
 from ..posterior.posterior import Posterior
@@ -44,7 +44,7 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
     """
     plates = exact.sites.plates
     run = programs.trace(
-        guide, args, kwargs, Replay(exact.values), nesting=plates.nesting, particles=exact.num_particles
+        guide, args, kwargs, Substitute(exact.values), nesting=plates.nesting, particles=exact.num_particles
     )
     log_q = log_density_of_latents(run, plates).expand(1, exact.num_particles, *plates.sizes)[0].double()
     p, again = _merged(exact)

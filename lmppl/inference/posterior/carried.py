@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import text
 from ..core import programs
-from ..core.programs import Node, Program, Replay, Sketch
+from ..core.programs import Node, Program, Sketch, Substitute
 from ..core.sites import innermost, prompt_of
 from .run import Run, arguments, equal, fits
 
@@ -64,7 +64,7 @@ def carried(run: Run | None, call: Call, values: Mapping[str, Tensor], keep: Col
     first = next(iter(values.values()))
     index = torch.linspace(0, len(first) - 1, _PARTICLES, device=first.device).round().long()
     some = {name: value[index] for name, value in values.items()}
-    before = _sketched(run.model or call.model, run.args, run.kwargs, call.nesting, _PARTICLES, Replay(some))
+    before = _sketched(run.model or call.model, run.args, run.kwargs, call.nesting, _PARTICLES, Substitute(some))
     carry = _Carry(before, {name: some[name] for name in names}, Evidence.of(run, call, before))
     call.trace(carry)
     return carry.kept

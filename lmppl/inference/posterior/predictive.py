@@ -16,7 +16,7 @@ from ..core import programs
 from ..core.arguments import at_least, is_program
 from ..core.partial import only
 from ..core.plates import Plates, kept_plates
-from ..core.programs import Program, Replay
+from ..core.programs import Program, Substitute
 from ..core.sites import lm_of, text_of
 from ..core.weights import site_log_prob
 from .carried import Call, carried
@@ -185,7 +185,7 @@ def predict(
         args,
         kwargs,
         Observe({site: values}),
-        Replay(programs.values(drawn)),
+        Substitute(programs.values(drawn)),
         nesting=nesting,
         particles=len(log_weights),
         prefixes=len(values),
@@ -265,7 +265,9 @@ def _run(
         values = {name: _deeper(posterior.values[name], nesting - own.nesting) for name in kept}
     for guide in guides:
         values = programs.values(programs.trace(guide, args, kwargs, programs.Draw(), nesting=nesting, particles=n))
-    run = programs.trace(model, args, kwargs, programs.Draw(), Replay(values), *handlers, nesting=nesting, particles=n)
+    run = programs.trace(
+        model, args, kwargs, programs.Draw(), Substitute(values), *handlers, nesting=nesting, particles=n
+    )
     return run, plates, log_weights
 
 

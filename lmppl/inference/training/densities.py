@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import programs
 from ..core.plates import Plates, kept_plates
-from ..core.programs import Draw, Program, Replay, SiteMismatch
+from ..core.programs import Draw, Program, SiteMismatch, Substitute
 from ..core.query import Pair, Query
 from ..core.validation import check_axes_once
 from ..core.weights import Weighted, device_of, log_density, log_density_of_latents
@@ -51,7 +51,7 @@ class Drawn:
 
         :raises SiteMismatch: where model and guide do not fit.
         """
-        query, replay = self.query, Replay(self.values)
+        query, replay = self.query, Substitute(self.values)
         guide = query.trace(query.proposal, replay, particles=self.num_particles)
         with torch.no_grad():
             model = query.trace(query.model, replay, particles=self.num_particles)
@@ -70,7 +70,7 @@ class Drawn:
 
     def log_q(self, plates: Plates) -> Tensor:
         """The guide's log-densities (particle, *kept) as it now is, with gradient."""
-        guide = self.query.trace(self.query.proposal, Replay(self.values), particles=self.num_particles)
+        guide = self.query.trace(self.query.proposal, Substitute(self.values), particles=self.num_particles)
         return self._each(log_density_of_latents(guide, plates), plates)
 
     def _each(self, x: Tensor, plates: Plates) -> Tensor:
@@ -90,7 +90,7 @@ def log_likelihood(
     :raises ValueError: where a value is impossible under the guide.
     """
     nesting = programs.plate_nesting([guide], args, kwargs, max_plate_nesting)
-    run = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=1)
+    run = programs.trace(guide, args, kwargs, Substitute(values), nesting=nesting, particles=1)
     latents = programs.latents(run)
     for name in latents:
         if name not in values:

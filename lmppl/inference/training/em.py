@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..core import programs
 from ..core.arguments import steps_by_itself
-from ..core.programs import Program, Replay, Sketch, parameters_of
+from ..core.programs import Program, Sketch, Substitute, parameters_of
 from ..posterior.algorithm import on, sized
 from ..posterior.posterior import Posterior
 from ..processes import distributed
@@ -157,7 +157,7 @@ class VariationalEM(Trainer):
         shape = {"nesting": nesting, "particles": 1}
         with torch.no_grad():
             q = programs.trace(guide, args, kwargs, Sketch(), **shape)
-            p = programs.trace(model, args, kwargs, Sketch(), Replay(programs.values(q)), **shape)
+            p = programs.trace(model, args, kwargs, Sketch(), Substitute(programs.values(q)), **shape)
         if isinstance(self.e_step, Trainer):
             theta, phi = _ids(self.parameters), _ids(self.e_step.parameters)
             if (theta & phi) | (theta & _ids(parameters_of(q))):
@@ -340,7 +340,7 @@ def _pinned(program: Program, subsamples: Mapping[str, Tensor]) -> Program:
     """The program with these subsamples of its plates."""
 
     def pinned(*args: Any, **kwargs: Any) -> Any:
-        with Replay(subsamples):
+        with Substitute(subsamples):
             return program(*args, **kwargs)
 
     return pinned

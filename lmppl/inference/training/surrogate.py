@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import programs
 from ..core.plates import Plates
-from ..core.programs import Program, Replay, SiteMismatch
+from ..core.programs import Program, SiteMismatch, Substitute
 from ..core.weights import log_density
 from ..posterior.posterior import Posterior
 
@@ -57,7 +57,7 @@ class Surrogate:
         """Q, ``size`` particles at a time."""
         for start in range(0, len(self.weights), size):
             weights = self.weights[start : start + size]
-            held = Replay({name: value[start : start + size] for name, value in self.values.items()})
+            held = Substitute({name: value[start : start + size] for name, value in self.values.items()})
             shape = {"nesting": self.plates.nesting, "particles": len(weights)}
             run = programs.trace(self.model, self.args, self.kwargs, held, **shape)
             for name in programs.latents(run):

@@ -25,7 +25,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sharded, diagnose
 from lmppl.inference.core import programs
 from lmppl.inference.core.plates import kept_plates
-from lmppl.inference.core.programs import Replay
+from lmppl.inference.core.programs import Substitute
 from lmppl.inference.core.weights import log_density
 from lmppl.inference.judging.calibration import calibrate, position
 from lmppl.inference.judging.evidence import winnings
@@ -71,7 +71,7 @@ class Exact:
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         support = prior(X).enumerate_support()
-        trace = programs.trace(self.model, args, kwargs, Replay({"z": support}), nesting=1, particles=len(support))
+        trace = programs.trace(self.model, args, kwargs, Substitute({"z": support}), nesting=1, particles=len(support))
         plates = kept_plates([trace], 1)
         log_joint = log_density(trace, plates)[0]
         many = (support == P.token_id("b")).sum(-1)

@@ -36,7 +36,7 @@ from .... import randomness, text
 from ...core import programs
 from ...core.partial import only
 from ...core.plates import Plates
-from ...core.programs import Draw, Node, Replay, Sketch, Values
+from ...core.programs import Draw, Node, Sketch, Substitute, Values
 from ...core.query import Pair, Query
 from ...core.sites import text_of
 from ...core.weights import log_density
@@ -108,7 +108,7 @@ def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str) -> P
     Here and below, ``n`` is how many particles or chains the values have.
     """
     redraw = Redraw(site, values[site])
-    held = Replay({name: v for name, v in values.items() if name != site})
+    held = Substitute({name: v for name, v in values.items() if name != site})
     pair = query.run(redraw, held, particles=n)
     plates = pair.plates()
     density = _density(pair, plates, redraw.known if query.guide is None else {})
@@ -119,7 +119,7 @@ def independence(query: Query, n: int, values: Values, log_q: Tensor | None, sub
     """Propose new values of all latent sites; ``log_q`` of the old ones is computed where it is not known."""
     drawn = draw(query, n, subsamples)[1]
     if log_q is None:
-        log_q = _log_q(query.trace(query.proposal, Replay(values | subsamples), particles=n), drawn.plates, {})
+        log_q = _log_q(query.trace(query.proposal, Substitute(values | subsamples), particles=n), drawn.plates, {})
     assert drawn.log_q is not None
     return replace(drawn, log_ratio=log_q - drawn.log_q)
 
@@ -127,7 +127,7 @@ def independence(query: Query, n: int, values: Values, log_q: Tensor | None, sub
 def draw(query: Query, n: int, subsamples: Values) -> tuple[Pair, Proposal]:
     """Values of all latent sites from what proposes, with the traces of both programs."""
     handler = Draw()
-    pair = query.run(handler, Replay(subsamples), particles=n)
+    pair = query.run(handler, Substitute(subsamples), particles=n)
     plates = pair.plates()
     values = {name: node["value"] for name, node in programs.latents(pair.proposal).items()}
     density = _density(pair, plates, handler.log_probs if query.guide is None else {})
@@ -213,7 +213,7 @@ def regrow(query: Query, values: Values, log_p: Tensor, *, site: str | None = No
     """
     n = len(log_p)
     if site is None:
-        sites = list(programs.latents(query.trace(query.proposal, Sketch(), Replay(values), particles=n)))
+        sites = list(programs.latents(query.trace(query.proposal, Sketch(), Substitute(values), particles=n)))
         site = sites[int(torch.randint(len(sites), ()))]
     proposal = regrowth(query, n, values, site)
     log_new = proposal.density.joint.to(log_p.dtype)

@@ -16,7 +16,7 @@ from .... import text
 from ...core import programs
 from ...core.arguments import at_least, is_program
 from ...core.plates import Plates
-from ...core.programs import Program, Replay
+from ...core.programs import Program, Substitute
 from ...core.query import Query
 from ...core.sites import is_text
 from ...core.validation import check_axes
@@ -221,7 +221,7 @@ class _State:
     def score(self, values: Values) -> dict[str, Tensor]:
         """log p of texts under the model, (N, *plate axes) each."""
         n = len(next(iter(values.values())))
-        trace = self.query.trace(self.query.model, Replay(values | self.subsamples), particles=n)
+        trace = self.query.trace(self.query.model, Substitute(values | self.subsamples), particles=n)
         return scorer(trace, list(self.texts))()
 
     def step(self) -> None:

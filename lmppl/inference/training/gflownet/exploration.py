@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core import programs
 from ...core.arguments import is_program
-from ...core.programs import Draw, Program, Replay, Temper, Values
+from ...core.programs import Draw, Program, Substitute, Temper, Values
 from ...core.sites import Site
 from ..loop.schedules import Schedule, at, checked
 
@@ -49,7 +49,7 @@ class Source:
 
     def run(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
         """One run of ``program``, and its latent values."""
-        handlers = (draw, Replay(self.subsamples))
+        handlers = (draw, Substitute(self.subsamples))
         run = programs.trace(
             program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=num_particles
         )  # fmt: skip

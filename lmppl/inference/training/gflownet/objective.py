@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core import programs
 from ...core.arguments import at_least, instance_of, is_number
-from ...core.programs import Program, Replay, Values
+from ...core.programs import Program, Substitute, Values
 from ...core.query import Query
 from ...core.sites import is_terminable
 from ...core.validation import check_axes_once
@@ -120,10 +120,10 @@ class Objective(pyro.infer.ELBO):
         nesting = self.nesting(model, guide, args, kwargs)
         n = self.num_particles
         with torch.no_grad():
-            drawn = programs.trace(guide, args, kwargs, Replay(values), nesting=nesting, particles=n)
+            drawn = programs.trace(guide, args, kwargs, Substitute(values), nesting=nesting, particles=n)
 
             def whole() -> Weighted:
-                target = programs.trace(model, args, kwargs, Replay(values), nesting=nesting, particles=n)
+                target = programs.trace(model, args, kwargs, Substitute(values), nesting=nesting, particles=n)
                 programs.match(target, drawn)
                 u = torch.zeros(n, device=device_of(target, drawn))
                 return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))

@@ -300,9 +300,9 @@ def demonstrations(
     n = max(counts, default=1)
     given = {name: value.expand(n, *value.shape[1:]) for name, value in given.items()}
     shape = {"nesting": nesting, "particles": n}
-    drawn = programs.trace(guide, args, {}, programs.Draw(), programs.Replay(given | seen.subsamples), **shape)
+    drawn = programs.trace(guide, args, {}, programs.Draw(), programs.Substitute(given | seen.subsamples), **shape)
     held = programs.values(drawn)
-    target = programs.trace(model, args, {}, programs.Replay(held), **shape)
+    target = programs.trace(model, args, {}, programs.Substitute(held), **shape)
     log_p = log_density(target, seen.plates)[0].expand(n, *seen.plates.sizes)
     if bool((log_p == -torch.inf).any()):
         raise ValueError("values: the model says that some of these are impossible, given the observations")

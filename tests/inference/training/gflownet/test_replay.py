@@ -228,7 +228,7 @@ def test_several_sites_plates_and_masks_come_back_as_they_were(lm):
     assert {n: tuple(v.shape) for n, v in drawn.items()} == {"c": (4, 1), "z": (4, 2, 3), "w": (4, 1, 2)}
     before = dict(entries)
     at = {"nesting": 1, "particles": 4}
-    held, target = (programs.trace(p, (), {}, programs.Replay(drawn), **at) for p in (guide, model))
+    held, target = (programs.trace(p, (), {}, programs.Substitute(drawn), **at) for p in (guide, model))
     replay.add(seen, drawn, log_density(target, seen.plates)[0], held)
     assert contents(replay)[0] == pytest.approx(before, abs=1e-9)
 
