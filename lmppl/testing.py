@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import text
 from .distributions.protocols import PrefixScores, Stepwise, Terminable, Text
-from .inference.core.sites import exactly, text_of
+from .inference.core.sites import text_of
 from .text import PAD
 
 MOST = 20_000  # texts that `support` looks at
@@ -126,7 +126,7 @@ class TextContract:
         pyro.set_rng_seed(3)
         site = text_of(d.expand((6, 2)))
         assert site is not None
-        steps, scored = exactly(site.steps()), torch.zeros(12, dtype=torch.double)
+        steps, scored = site.steps(), torch.zeros(12, dtype=torch.double)
         drawn = torch.zeros(12, dtype=torch.double)
         for t in range(d.event_shape[0]):
             token, log_p = steps.draw(torch.rand(12, dtype=torch.double))

@@ -166,8 +166,8 @@ class Completion(TorchDistribution):
         return new
 
     def after(self, prompt: Tensor, lm: LanguageModel | None = None) -> Completion:
-        """A text of the same limits, stops, constraint, temperature and tools after another prompt (*batch, Lp)."""
-        return Completion(
+        """The same distribution after another prompt (*batch, Lp), written by ``lm`` where given."""
+        new = Completion(
             self.lm if lm is None else lm,
             prompt,
             max_tokens=self.max_tokens,
@@ -178,6 +178,7 @@ class Completion(TorchDistribution):
             tools=self.tools,
             validate_args=self._validate_args,
         )
+        return new.broadened(epsilon=self._epsilon)
 
     def rows(self, rows: Tensor) -> Completion:
         """Elements ``rows`` (R,) of the flattened batch, as a distribution of batch (R,)."""
@@ -190,10 +191,11 @@ class Completion(TorchDistribution):
         super(Completion, new).__init__(rows.shape, self.event_shape, validate_args=False)
         return new
 
-    def _rules(self, batch: torch.Size) -> Rules:
+    def rules(self, shape: torch.Size) -> Rules:
+        """What the arguments say of each text of the flattened ``shape``, with which the batch broadcasts."""
 
         def per_row(x: Tensor) -> Tensor:
-            return x.expand(batch).flatten() if x.dim() else x
+            return x.expand(shape).flatten() if x.dim() else x
 
         return Rules(
             self.stop,
@@ -217,7 +219,7 @@ class Completion(TorchDistribution):
             prompt = self.prompt.flatten(0, -2)[index] if self.prompt.dim() > 1 else self.prompt.expand(len(index), -1)
             same = share.lm is self.lm and len(share.prompt) == len(prompt)
             share = share if same and bool(text.equal(share.prompt, prompt).all()) else None
-        return self._steps(self._rules(shape), index, share)
+        return self._steps(self.rules(shape), index, share)
 
     def _prompt_index(self, shape: torch.Size) -> Tensor:
         """Which prompt each row of the flattened ``shape`` continues."""
@@ -283,7 +285,7 @@ class Completion(TorchDistribution):
         rows, width = kept.shape
         # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
         uniform = randomness.uniform((*shape, width), right=1, device=kept.device).reshape(rows, width)
-        index, rules = self._prompt_index(shape), self._rules(shape)
+        index, rules = self._prompt_index(shape), self.rules(shape)
         value, length = kept.clone(), text.length(kept)
         log_prob = torch.zeros(rows, device=kept.device, dtype=_score_dtype(self.lm))
         whole = rules.stops.ends(kept).any(-1)
@@ -294,13 +296,13 @@ class Completion(TorchDistribution):
         unfinished = unfinished[index[unfinished].argsort(stable=True)]  # a prompt's rows in as few chunks as can be
         for chunk in unfinished.split(at_once) if len(unfinished) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
-            steps = steps.exactly() if exact else steps
+            draw = steps.draw if exact else steps.propose
             first, last = int(length[chunk].min()), int(length[chunk].max())
             if first:  # what all rows keep, in one pass
                 steps.append(kept[chunk, :first])
             gained = log_prob[chunk]
             for t in range(first, width):
-                token, gain = steps.draw(uniform[chunk, t])
+                token, gain = draw(uniform[chunk, t])
                 if t < last:  # some rows keep a token more
                     keeps = t < length[chunk]
                     token, gain = torch.where(keeps, kept[chunk, t], token), gain.masked_fill(keeps, 0.0)
@@ -404,7 +406,7 @@ class Completion(TorchDistribution):
         value = torch.nn.functional.pad(value[..., :width], (0, max(0, width - value.shape[-1])), value=text.PAD)
         batch = torch.broadcast_shapes(self._native, value.shape[:-1])
         length = text.length(value)
-        rules = self._rules(batch)
+        rules = self.rules(batch)
         at = torch.arange(width, device=value.device)
         ending = rules.stops.ending(value)
         end, complete = ending.at, ending.ended
@@ -448,7 +450,7 @@ class Completion(TorchDistribution):
 
         :raises ValueError: where there are more than a million.
         """
-        support = every_text(self._rules(self._native))
+        support = every_text(self.rules(self._native))
         support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])
         return support.expand(-1, *self.batch_shape, -1) if expand else support
 

@@ -71,23 +71,29 @@ class Stepwise(Text, Protocol):
     def token_steps(self, shape: torch.Size, share: Any = None) -> Steps:
         """Unfinished texts, one a row of the flattened ``shape``, with which the batch broadcasts.
 
-        ``share``: steps of another distribution that are given the same tokens, before these are; what both compute
-        may be computed once, and need not be.
+        ``share``: steps of another distribution that are given the same tokens and orders of rows as these, before or
+        after them, between one draw or score and the next; what both compute may be computed once, and need not be.
         """
 
 
 class Steps(Protocol):
-    """Unfinished texts, R rows.
+    r"""Unfinished texts, R rows.
 
     Where tokens may be inserted by a tool, ``inserting``, a BoolTensor (R,), says in which rows the next one is.  Where
-    `draw` estimates its log-probability, without a bias in the weight, ``exactly()`` returns steps that do not.
+    weighted draws are cheaper than log-probabilities, ``propose(uniform)`` draws from the same distribution as `draw`,
+    and returns in place of log p(v) a log q whose inverse has the right mean,
+
+    .. math:: E[1 / q \mid v] = 1 / p(v), \qquad E[r(v) / q] = \sum_{v : p(v) > 0} r(v) \text{ for every } r
+
+    so that log r(v) - log q is the log increment of a proper weight, whatever is weighed.  `draw` is the case without
+    noise.  Nothing else may be made of q: neither a power of it nor its logarithm has the right mean.
     """
 
     prefix: Tensor  # (R, t) the tokens so far, PAD behind an end
     ended: Tensor  # BoolTensor (R,)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's next token and its log-probability, both (R,), from one uniform number a row.
+        """Each row's next token v and log p(v), which is what `score` says of it, both (R,), from one uniform number.
 
         PAD and 0 in rows that have ended; PAD and -inf where nothing can follow, not even a stop.
         """

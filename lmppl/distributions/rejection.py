@@ -109,22 +109,17 @@ class Repeats:
 
 
 class RejectionSteps(TokenSteps):
-    """Token steps under a `Check`: `draw` asks about candidates only, `score` about all tokens."""
+    """Token steps under a `Check`: `propose` asks about candidates only, `draw` and `score` about all tokens."""
 
-    def exactly(self) -> TokenSteps:
-        steps = TokenSteps.__new__(TokenSteps)
-        steps.__dict__.update(self.__dict__)
-        return steps
-
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The next token of every row and log p(token) - log W-hat, both (R,), from one uniform number a row.
+    def propose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        r"""The next token of every row and log q = log p(token) - log W-hat, both (R,), from one uniform number a row.
 
         PAD and 0 in rows that have ended; PAD and -inf where the check passes no token.
         """
         check, t = self.rules.allowed, self.prefix.shape[1]
         assert isinstance(check, Check)
         if self.rules.forced(t) or self.rules.broad:  # what is spread evenly depends on what passes
-            return super().draw(uniform)
+            return self.draw(uniform)
         rules = self.rules.within(check.within)
         logits, dead = rules.permitted(self._logits()[:, None], self.prefix, t)
         stuck = self.ended if dead is None else self.ended | dead[:, 0, 0]

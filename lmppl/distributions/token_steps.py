@@ -32,7 +32,8 @@ class TokenSteps:
     """R unfinished texts: `draw` or `score` a next token, `append` one to each, `select` (reorder) the rows.
 
     ``contexts`` (U, Lc) are distinct prompts, ``index`` (R,) each row's prompt.  With ``share``, another `TokenSteps`
-    over the same network and prompts, tokens and logits are taken from it: one pass serves proposal and target.
+    over the same network and prompts that is given the same tokens, logits are taken from it: one pass serves proposal
+    and target.
     """
 
     def __init__(
@@ -51,12 +52,9 @@ class TokenSteps:
         self._unread = 0  # how many of them matter
         self._decoder = decoder(lm, contexts, index) if share is None else None
 
-    def exactly(self) -> TokenSteps:
-        """These steps, so that `draw` gives the log-probability itself, where it would estimate it."""
-        return self
-
     def _logits(self) -> Tensor:
         if self._share is not None:
+            assert self._share.prefix.shape == self.prefix.shape, "share: it was given other tokens"
             return self._share._logits()
         assert self._decoder is not None
         if self._pending is not None:
@@ -88,6 +86,10 @@ class TokenSteps:
         token, log_prob = self._in_parts(_drawn, self.ended, uniform)
         return token, log_prob
 
+    def propose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """A weighted draw, see `protocols.Steps`: here the log-probability is at hand."""
+        return self.draw(uniform)
+
     def _in_parts(self, compute: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> list[Tensor]:
         """``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, on no more rows at once than fit."""
         logits = self._logits()
@@ -102,15 +104,11 @@ class TokenSteps:
     def append(self, tokens: Tensor) -> None:
         """Append ``tokens`` (R,), PAD in rows that have ended or end here without a stop; or several at once, (R, T),
         none of them a stop.
-
-        Steps that share another's are given what that one was given before.
         """
         tokens = tokens.reshape(len(tokens), -1)
-        if self._share is None:
-            self.prefix = torch.cat([self.prefix, tokens], 1)
+        self.prefix = torch.cat([self.prefix, tokens], 1)
+        if self._decoder is not None:
             self._pending, self._unread = tokens, self.alive * tokens.shape[1]
-        else:
-            self.prefix = self._share.prefix
         if self.rules.stop.numel():
             self.ended = self.ended | self.rules.is_stop(tokens[:, -1]) | (tokens[:, -1] == text.PAD)
         else:

@@ -216,12 +216,12 @@ def test_where_tokens_are_also_drawn_evenly_the_log_probability_is_no_estimate()
     """What is spread evenly goes to what passes, so that all of it must be known."""
     fn = completion(allowed=check()).broadened(epsilon=0.4)
     steps = fn.token_steps(torch.Size([50]))
-    token, log_q = steps.draw(torch.rand(50))
+    token, log_q = steps.propose(torch.rand(50))
     torch.testing.assert_close(log_q, steps.score(token).to(log_q.dtype))
     estimated = completion(allowed=check()).token_steps(torch.Size([50]))
-    token, log_q = estimated.draw(torch.rand(50))
+    token, log_q = estimated.propose(torch.rand(50))
     assert bool(((log_q - estimated.score(token)).abs() > 1e-3).any())
-    token, log_q = estimated.exactly().draw(torch.rand(50))
+    token, log_q = estimated.draw(torch.rand(50))
     torch.testing.assert_close(log_q, estimated.score(token).to(log_q.dtype))
 
 

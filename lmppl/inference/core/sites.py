@@ -156,7 +156,7 @@ class Site:
         if hasattr(self.fn, "regrow"):
             found: tuple[Tensor, Tensor] = self.fn.regrow(value, keep)
             return found
-        steps = exactly(self.steps())
+        steps = self.steps()
         kept, keep = text.pad(value, self.width).expand(*self.shape, -1).flatten(0, -2), keep.flatten()
         uniform = randomness.uniform((*self.shape, self.width), right=1, device=kept.device).flatten(0, -2)
         log_prob = torch.zeros(len(kept), dtype=torch.float64, device=kept.device)
@@ -267,9 +267,10 @@ def unmasked(fn: Any) -> tuple[Any, Any]:
     return fn, mask
 
 
-def exactly(steps: Steps) -> Steps:
-    """Steps whose `draw` gives the log-probability itself."""
-    return steps.exactly() if hasattr(steps, "exactly") else steps
+def propose(steps: Steps, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A weighted draw, see `Steps`."""
+    found: tuple[Tensor, Tensor] = (steps.propose if hasattr(steps, "propose") else steps.draw)(uniform)
+    return found
 
 
 def inserting(steps: Steps) -> Tensor:

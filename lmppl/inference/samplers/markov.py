@@ -139,7 +139,7 @@ class Markov:
         (S, V), A = logits.shape, len(factor.final)
         if S * A * V > STATES:
             raise ValueError(f"order, factor: {S} x {A} states are too many")
-        rules, none = prior._rules(torch.Size()), torch.empty(S, 0, dtype=torch.long)
+        rules, none = prior.rules(torch.Size()), torch.empty(S, 0, dtype=torch.long)
         self.stops = torch.isin(torch.arange(V), prior.stop)
         beta = factor.final.expand(S, A) if not len(prior.stop) else factor.final.new_full((S, A), -math.inf)
         steps, betas = [], [beta]

@@ -246,7 +246,7 @@ class Network(Next):
     def __init__(self, site: Site):
         super().__init__(site)
         fn = site.fn
-        self.lm, self.rules = fn.lm, fn._rules(site.shape)
+        self.lm, self.rules = fn.lm, fn.rules(site.shape)
         batch = fn.prompt.shape[:-1]
         prompts = fn.prompt.reshape(batch.numel(), fn.prompt.shape[-1])
         # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
@@ -254,7 +254,7 @@ class Network(Next):
         # Which prompt each row of the flattened batch continues.
         self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(site.shape).flatten()
         # With one stop and no constraint it is certain after the last token.
-        self.certain_stop = self.stop.numel() == 1 and fn.allowed is None
+        self.certain_stop = self.stop.numel() == 1 and self.rules.allowed is None
 
     def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
         depth, order = depth.sort(stable=True)  # so that passes hold texts of one length

@@ -14,7 +14,7 @@ from .... import randomness, text
 from ...core.partial import keep_first
 from ...core.plates import Plates
 from ...core.programs import Node, SiteMismatch
-from ...core.sites import Site, exactly, inserting, text_of
+from ...core.sites import Site, inserting, propose, text_of
 from ...core.weights import log_ratio, term
 
 
@@ -40,8 +40,7 @@ class Growth:
         self.width = self.texts.width
         self.q = self.texts.steps()
         tempered = not bool(torch.as_tensor(guide["scale"]).eq(1).all())
-        if retained is not None or (model is guide and tempered):  # an estimate of log q would not do
-            self.q = exactly(self.q)
+        self.exact = retained is not None or (model is guide and tempered)  # log q is more than a weight's divisor
         # One and the same site proposes and is weighed: its steps serve as both.
         self.p = self.q if model is guide else self.model.texts.steps(share=self.q)
         self.log_psi: Tensor | None = None  # the twist's last (particle, *kept), where it is "stop" or "flow"
@@ -74,7 +73,8 @@ class Growth:
         """Draw a token for every text; the particles' log increments, (particle, *kept)."""
         p, q = self.p, self.q
         ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
-        token, log_q = q.draw(randomness.uniform(self.shape, device=ended.device).flatten())  # both (row,)
+        uniform = randomness.uniform(self.shape, device=ended.device).flatten()
+        token, log_q = q.draw(uniform) if self.exact else propose(q, uniform)  # both (row,)
         if self.retained is not None:
             token, log_q = self._retain(token, log_q)
         log_p = log_q if p is q else p.score(token)

@@ -122,7 +122,8 @@ class _Remote(TorchDistribution):
         fn, shape = self.fn, torch.Size(sample_shape) + self.batch_shape
         prompt = with_bos(fn.lm, fn.prompt)
         prompts = prompt.expand(*shape, -1).reshape(shape.numel(), -1).tolist()
-        limits = [x.expand(shape).flatten().tolist() for x in (fn.max_tokens, fn.min_tokens, fn.temperature)]
+        rules = fn.rules(shape)
+        limits = [x.expand(len(prompts)).tolist() for x in (rules.max_tokens, rules.min_tokens, rules.temperature)]
         rows = defaultdict(list)
         for row, (ids, *others) in enumerate(zip(prompts, *limits, strict=True)):
             rows[tuple(i for i in ids if i != PAD), *others].append(row)

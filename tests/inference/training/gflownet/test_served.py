@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from changed_arguments import CASES, changed, plain
 from problems import VOCAB, A, B, X, adapted, lm_guide, one_text, texts_of
 from reference import Plain
 from tasks import Task
@@ -124,6 +125,26 @@ def test_what_is_asked_for_is_what_the_distribution_says(lm):
     ]
     assert all(c["stop_token_ids"] == [] and c["max_tokens"] == 3 for _, c in writer.asked[2:])
     assert {tuple(c["prompt"]) for _, c in writer.asked} == {(A,), (B, A)}
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_no_argument_is_kept_from_the_server(lm, name, i):
+    """What is asked for differs from what is asked for without it, or the texts are not asked for."""
+
+    def requests(fn: Completion) -> list[str]:
+        writer = Writer(lm)
+        with serving(writer) as url:
+            pyro.set_rng_seed(0)
+            Served(lm, url, "guide").remote(text_of(fn)).sample((2,))
+        return sorted(json.dumps(content, sort_keys=True) for _, content in writer.asked)
+
+    with torch.no_grad():
+        try:
+            asked = requests(changed(lm, name, i))
+        except ValueError as error:
+            assert "exploration: a server" in str(error)
+        else:
+            assert asked != requests(plain(lm))
 
 
 @pytest.mark.slow
