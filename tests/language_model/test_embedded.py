@@ -9,7 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmppl import embedded
-from lmppl.embedded import build, corpus, gates, stories
+from lmppl.embedded import stories
+from worlds import build
+from worlds import stories as corpus
+from worlds import story_gates as gates
 
 
 @pytest.fixture(scope="module")

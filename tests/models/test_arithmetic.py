@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.paper import arithmetic as study
 from lmppl import LanguageModel, embedded
-from lmppl.embedded import Question, build
-from lmppl.embedded import arithmetic as corpus
+from lmppl.embedded import Question
+from lmppl.embedded.arithmetic import MAX_TOKENS, SPLITS
 from lmppl.inference import Enumeration, Importance
 from lmppl.models import Arithmetic
 from lmppl.models.arithmetic import (
@@ -32,6 +32,9 @@ from lmppl.models.arithmetic import (
     score,
     teach,
 )
+from lmppl.tools import Calculator
+from worlds import arithmetic as corpus
+from worlds import build
 
 REAL = SHARED / "data" / "arithmetic"
 real_files = pytest.mark.skipif(not REAL.is_dir(), reason=f"no arithmetic files in {REAL}")
@@ -61,11 +64,11 @@ def test_a_question_in_words(lm):
         [" 3", " -", " 9", " =", " -6", ",", " -6", " -", " 9", " =", " -15", "."]
     )
     five = lm.encode([q.chain for q in embedded.data("arithmetic", "test_5")])
-    assert five.shape[-1] == corpus.MAX_TOKENS + 1  # its stop
+    assert five.shape[-1] == MAX_TOKENS + 1  # its stop
 
 
 def test_no_question_is_in_two_splits():
-    splits = {name: embedded.data("arithmetic", name) for name in corpus.SPLITS}
+    splits = {name: embedded.data("arithmetic", name) for name in SPLITS}
     everything = [q for questions in splits.values() for q in questions]
     assert len(everything) == len(set(everything)) == 50 + 1000 + 200 + 3000
     for name, operands in {"rationales": {3, 4}, "train": {3, 4}, "test_3": {3}, "test_4": {4}, "test_5": {5}}.items():
@@ -155,7 +158,7 @@ def test_the_calculators_tokens_are_certain_in_model_and_guide(lm):
         for chain, _ in given:
             for step in chain.removesuffix(".").split(","):
                 if (parts := step.split("=")) and len(parts) == 2 and parts[1]:
-                    assert corpus.Calculator()(parts[0] + "=") == parts[1]
+                    assert Calculator()(parts[0] + "=") == parts[1]
 
 
 def test_a_guide_that_reads_the_answer(lm):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.paper import random_number as paper
 from lmppl import LanguageModel, cli, embedded
 from lmppl.distributions import Completion
-from lmppl.embedded import Bounds, build, numbers
+from lmppl.embedded import Bounds
 from lmppl.inference import Enumeration, Importance, VarGrad
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, RandomNumber, Recipe
@@ -30,6 +30,7 @@ from lmppl.models.random_number import (
     read_bounds,
     tensors,
 )
+from worlds import build, numbers
 
 PAIRS = [Bounds(0, 100), Bounds(37, 52)]
 

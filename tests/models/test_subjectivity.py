@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.paper.subjectivity import CELLS, METHODS, Setup, exact_em, gflownet, gflownet_em, report, run
 from lmppl import LanguageModel, cli, embedded
 from lmppl.distributions import Completion
-from lmppl.embedded import Sentence, subjectivity
-from lmppl.embedded.subjectivity import IDLE, LABELS, REASONS, STOP
+from lmppl.embedded import Sentence
+from lmppl.embedded.subjectivity import IDLE, KINDS, LABELS, REASONS, SIZES, STOP, WHY, label_of
 from lmppl.inference import Enumeration, VariationalEM
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Recipe, Subjectivity
 from lmppl.models.subjectivity import _scores, allowed_words, experiment, read_data, read_sentences
+from worlds import subjectivity
 
 WORDS = {"allowed": "reasons", "max_tokens": 2}
 
@@ -62,9 +63,9 @@ def test_the_gates_hold():
 
 
 def test_no_sentence_is_in_two_splits_and_labels_are_balanced():
-    splits = {s: {x.text for x in embedded.data("subjectivity", s)} for s in subjectivity.SIZES}
-    assert {s: len(found) for s, found in splits.items()} == subjectivity.SIZES
-    assert len(set().union(*splits.values())) == sum(subjectivity.SIZES.values())
+    splits = {s: {x.text for x in embedded.data("subjectivity", s)} for s in SIZES}
+    assert {s: len(found) for s, found in splits.items()} == SIZES
+    assert len(set().union(*splits.values())) == sum(SIZES.values())
     labels = [x.label for s in splits for x in embedded.data("subjectivity", s)]
     n = len(labels)
     assert abs(labels.count("objective") - n / 2) < 5 * (n / 4) ** 0.5
@@ -74,7 +75,7 @@ def test_no_sentence_is_in_two_splits_and_labels_are_balanced():
 
 def test_a_third_of_the_reasons_are_misread_and_nothing_else_tells_the_label():
     """In the corpus: the label read off the kind is wrong for 4 of 12, and a coin's without a reason."""
-    assert sum(subjectivity.read_as(k) != subjectivity.label_of(k) for k in subjectivity.KINDS) == 4
+    assert sum(subjectivity.read_as(k) != label_of(k) for k in KINDS) == 4
     random, n = Random(0), 20_000
     lines = [subjectivity.line(random) for _ in range(n)]
     assert len({len(w.split()) for w in REASONS}) == 1
@@ -141,7 +142,7 @@ def test_what_is_not_one_of_the_labels_is_an_outcome_of_its_own(lm):
         shared, whole = task.log_labels(x, z), own.log_labels(x, z)
         torch.testing.assert_close(whole.logsumexp(-1), torch.zeros(2, dtype=torch.float64))
         torch.testing.assert_close(whole[:, :2].log_softmax(-1), shared)
-        context = lm.join(lm.fill(subjectivity.WHY, x=x), z)
+        context = lm.join(lm.fill(WHY, x=x), z)
         by_hand = [Completion(lm, context, max_tokens=1, stop=None).log_prob(t.expand(2, -1)) for t in task.label_texts]
         torch.testing.assert_close(whole[:, :2], torch.stack(by_hand, -1))
         # Summed over every reason and outcome, the model is a distribution.

@@ -13,8 +13,11 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-from .stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS, draw, tell
+from lmppl.embedded.stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS, draw, stories, tell
+
+from . import story_gates
 from .tokenizer import EOS, SYMBOLS
+from .world import World
 
 LABELS = {
     "x": ("Beginning:", "First:", "Start:"),
@@ -106,3 +109,6 @@ def rows(random: Random, encode: Callable[[str], list[int]], width: int) -> Iter
 
 
 assert set("".join(SEPARATORS)) <= set(SYMBOLS)
+
+WORLD = World(WORDS, rows, lambda model, words, n: story_gates.report(model, words, stories("test")[:n]))
+KNOWS_PLACES = WORLD._replace(heads=8, scale=0.08)  # learns what a place offers, see docs/infilling.md

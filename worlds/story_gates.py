@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .stories import OFFERS, Story, middles
+from lmppl.embedded.stories import OFFERS, Story, middles
 
 
 class Exact(NamedTuple):
