@@ -25,7 +25,8 @@ from lmppl.embedded.numbers import FIXED
 from lmppl.files import replacing
 from lmppl.inference import Importance, PolicyGradient, SupervisedFineTuning, Trainer
 from lmppl.models import Experiment, RandomNumber
-from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment, number_in, tensors
+from lmppl.models.programs.random_number import number_in, tensors
+from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment
 
 from .study import Figures, Results, Study, markdown, spread, verdict
 

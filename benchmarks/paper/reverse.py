@@ -17,6 +17,7 @@ from lmppl.inference.core.programs import Program
 from lmppl.inference.judging.quality import density_quality, draw_quality
 from lmppl.models import Experiment, measures, reverse
 from lmppl.models.experiment import TEST_OBSERVATIONS
+from lmppl.models.programs.reverse import PREFIX
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 
@@ -56,7 +57,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
 
         def prior(y: Tensor) -> Tensor:
             with pyro.plate("stories", len(y)):
-                return pyro.sample("x", Completion(e.lm, e.lm.encode(reverse.PREFIX), max_tokens=5, stop="."))
+                return pyro.sample("x", Completion(e.lm, e.lm.encode(PREFIX), max_tokens=5, stop="."))
 
         return prior, 0
     if cell == GUIDE:
@@ -91,7 +92,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
         quality = density_quality(exact, program, args, {})
         found |= {"tv": float(quality.total_variation.mean()), "forward_kl": float(quality.forward_kl.mean())}
     x = drawn.samples["x"]
-    story = measures.story_log_likelihood(e.lm, e.lm.encode(reverse.PREFIX), x, args[0])
+    story = measures.story_log_likelihood(e.lm, e.lm.encode(PREFIX), x, args[0])
     return found | {"draws_tv": float(draw_quality(exact, drawn).mean()), "story": float(story.mean())}
 
 

@@ -24,7 +24,8 @@ from lmppl.embedded.subjectivity import IDLE, KINDS, LABELS, REASONS, SIZES, STO
 from lmppl.inference import Enumeration, VariationalEM
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Recipe, Subjectivity
-from lmppl.models.subjectivity import _scores, allowed_words, experiment, read_data, read_sentences
+from lmppl.models.programs.subjectivity import _scores, allowed_words
+from lmppl.models.subjectivity import experiment, read_data, read_sentences
 from worlds import subjectivity
 
 WORDS = {"allowed": "reasons", "max_tokens": 2}
