@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lmppl import embedded
 from lmppl.distributions import Completion
-from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, dreams
+from lmppl.inference import Prompting, SupervisedFineTuning, dreams
 from lmppl.inference.core.programs import Program
 from lmppl.inference.judging.quality import density_quality, draw_quality
 from lmppl.models import Experiment, measures, reverse
@@ -20,20 +19,13 @@ from lmppl.models.experiment import TEST_OBSERVATIONS
 from lmppl.models.programs.reverse import PREFIX
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .targets import enumerated
 
 DRAWS = 64  # beginnings a story
 TOLD_STEPS, TOLD_RATE, TOLD_BATCH = 250, 1e-3, 128
 GUIDE, DREAMT, TOLD, PRIOR, EXACT = "GFlowNet", "sleep", "supervised", "language model", "exact posterior"
 CELLS = (PRIOR, TOLD, DREAMT, GUIDE, EXACT)
 WANTED = 0.05  # total variation on unseen stories
-
-
-@lru_cache(1)
-def enumerated(stories: int) -> Enumerated:
-    """The exact posterior of the first test stories."""
-    experiment = reverse.experiment()
-    assert experiment.exact is not None
-    return experiment.exact.run(*(a[:stories] for a in experiment.test))
 
 
 def told(e: Experiment, seed: int, size: int) -> Callable[[int], tuple[Any, ...]]:
@@ -79,7 +71,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
     stories = 4 if short else TEST_OBSERVATIONS
     e = reverse.experiment(seed=seed)
     args = tuple(a[:stories] for a in e.test)
-    exact = enumerated(stories)
+    exact = enumerated("reverse", stories)
     found: Figures = {"tokens": 0, "unexplored": float(exact.unexplored.max())}
     if cell == EXACT:
         torch.manual_seed(seed)
