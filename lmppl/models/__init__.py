@@ -1,7 +1,7 @@
-"""Latent-variable models ready to run: the programs of each are a page of `programs`.
+"""Latent-variable models ready to run, by their names in the catalogue.
 
-What they are run on is a module of the page's name, with ``experiment(lm=None, data=None, **options) -> Experiment``.
-Its ``device`` is where the embedded language model goes; ``lm``, any other one, stays where it is.
+The two programs of each are a page of `programs`. What they are run on, data and recipe, is a module of the same name
+here, with ``experiment(lm=None, data=None, **options) -> Experiment``; `experiment.Options` are common to all.
 """
 
 if __name__ != "lmppl.models":

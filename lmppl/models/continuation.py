@@ -64,7 +64,7 @@ def experiment(
     needs = "prompts of its own, a file with a prompt a line"
     start = Start.of("continuation", "stories", lm, data, Recipe(), needs, **options)
     prompts = embedded_prompts() if data is None else split(read_prompts(data))
-    template, write = told(several, known)
+    template, write = wording(several, known)
     longest = max_tokens or (EMBEDDED_LONGEST if known else LONGEST)
     task = Continuation(start.lm, start.guide_lm, max_tokens=longest, template=template, write=write)
     for part in prompts:
@@ -77,8 +77,10 @@ def experiment(
         turn = (torch.arange(len(rows), device=x.device) + step) % len(several)  # every prompt meets every temperature
         return x[rows], torch.tensor(several, device=x.device)[turn]
 
+    tested = dict(zip(prompts[2], cycle(several), strict=False))
+
     def describe(prompt: str) -> str:
-        at = f"    (T = {dict(zip(prompts[2], cycle(several), strict=False))[prompt]:g})" if len(several) > 1 else ""
+        at = f"    (T = {tested[prompt]:g})" if len(several) > 1 else ""
         return prompt.replace("\n", " / ") + " [...]" + at
 
     return start.experiment(
@@ -92,7 +94,7 @@ def experiment(
     )
 
 
-def told(several: Sequence[float], known: bool) -> tuple[str, Callable[[float], str]]:
+def wording(several: Sequence[float], known: bool) -> tuple[str, Callable[[float], str]]:
     """The guide's prompt, and how it is told a temperature.
 
     :raises ValueError: naming ``temperature``, where two of several are written alike.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..distributions import Completion
+from ..distributions import Completion, NextToken
 from ..embedded import Sentence
 from ..embedded.subjectivity import PLAINLY
 from ..inference import Prediction
@@ -78,3 +78,10 @@ def at(log_p: Tensor, y: Tensor) -> Tensor:
     """What the outcome y (..., B) has, of (..., B, C)."""
     batch = torch.broadcast_shapes(log_p.shape[:-1], y.shape)
     return log_p.expand(*batch, -1).gather(-1, y.expand(batch)[..., None])[..., 0]
+
+
+def scores(lm: LanguageModel, context: Tensor, labels: Tensor) -> Tensor:
+    """log p of each label (C, L) after a context (..., L'): (..., C)."""
+    if labels.shape[-1] == 1:  # one pass for all of them
+        return NextToken(lm, context).logits[..., labels[:, 0]]
+    return Completion(lm, context[..., None, :], max_tokens=length(labels), stop=None).log_prob(labels)

@@ -24,8 +24,7 @@ from ...language_model import LanguageModel
 from ...text import length
 from ...tools import Calculator
 
-VOTES = 10
-LONGEST_ANSWER = 4  # tokens after "The answer is", on other language models
+VOTES, LONGEST_ANSWER = 10, 4  # answers to a question; tokens after "The answer is", on other language models
 
 
 class Arithmetic:
@@ -50,9 +49,8 @@ class Arithmetic:
         stop: str = ".",
         sees_answer: bool = False,
     ):
-        self.lm, self.guide_lm = lm, guide_lm
+        self.lm, self.guide_lm, self.tools = lm, guide_lm, (Calculator(),)
         self.max_tokens, self.stop, self.sees_answer = max_tokens, stop, sees_answer
-        self.tools = (Calculator(),)
 
     def model(self, x: Tensor, y: Tensor) -> Tensor:
         """z ~ LM(x); the text after x z begins with y."""

@@ -13,13 +13,12 @@ import torch
 from pyro.distributions import Categorical
 from torch import Tensor
 
-from ... import text
 from ...constraints import Constraint
-from ...distributions import Completion, NextToken
+from ...distributions import Completion
 from ...embedded import Sentence
 from ...embedded.subjectivity import LABELS, PLAINLY, REASONS, STOP, WHY
 from ...language_model import LanguageModel
-from ..labels import Labelling, at
+from ..labels import Labelling, at, scores
 
 SEEN = "{y}.\n" + WHY  # the prompt of a guide that reads the label too
 READS = "xy", "x"
@@ -78,12 +77,7 @@ class Subjectivity(Labelling):
             if allowed != "reasons":
                 raise ValueError(f"allowed: expected a constraint or 'reasons', got {allowed!r}")
             allowed = allowed_words(lm)
-        self.reason: dict[str, Any] = {
-            "min_tokens": min_tokens,
-            "max_tokens": max_tokens,
-            "stop": STOP,
-            "allowed": allowed,
-        }
+        self.reason: dict[str, Any] = dict(min_tokens=min_tokens, max_tokens=max_tokens, stop=STOP, allowed=allowed)
 
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """z ~ p(z | x); y ~ p(y | x, z)."""
@@ -124,12 +118,12 @@ class Subjectivity(Labelling):
     def log_labels(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(y | x, z) for reasons (..., B, L): (..., B, C), with one more outcome where it is not normalised."""
         lm = self.likelihood_lm
-        return self._outcomes(_scores(lm, lm.join(lm.fill(WHY, x=x), z), self.label_texts))
+        return self._outcomes(scores(lm, lm.join(lm.fill(WHY, x=x), z), self.label_texts))
 
     def log_direct(self, x: Tensor, before: Tensor | str = "") -> Tensor:
         """log p(y | x) (B, C) without a reason; ``before`` it, perhaps examples."""
         lm = self.likelihood_lm
-        return self._outcomes(_scores(lm, lm.join(before, lm.fill(PLAINLY, x=x)), self.label_texts))
+        return self._outcomes(scores(lm, lm.join(before, lm.fill(PLAINLY, x=x)), self.label_texts))
 
     def _outcomes(self, log_p: Tensor) -> Tensor:
         if self.normalised:
@@ -148,10 +142,3 @@ def allowed_words(lm: LanguageModel, words: Sequence[str] = REASONS) -> Tensor:
     mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
     mask[[lm.token_id(w) for w in (*words, STOP)]] = True
     return mask
-
-
-def _scores(lm: LanguageModel, context: Tensor, labels: Tensor) -> Tensor:
-    """log p of each label (C, L) after a context (..., L'): (..., C)."""
-    if labels.shape[-1] == 1:  # one pass for all of them
-        return NextToken(lm, context).logits[..., labels[:, 0]]
-    return Completion(lm, context[..., None, :], max_tokens=text.length(labels), stop=None).log_prob(labels)
