@@ -14,6 +14,7 @@ class Entry(NamedTuple):
     data: str
     example: str
     options: dict[str, str]
+    maker: str = ""  # the function in `lmppl.models` that makes it; "": ``experiment`` in the module of its name
 
 
 MAX_TOKENS = {"max_tokens": "the most tokens of a text before its stop"}
@@ -67,9 +68,14 @@ MODELS = {
         "nothing: the bounds are its own",
         "",
         {},
+        "random_number.bounds_experiment",
     ),
     "random_number_valid": Entry(
-        "A random integer between 0 and 100: the language model's own, conditioned on validity.", BOUNDS, "0 100", {}
+        "A random integer between 0 and 100: the language model's own, conditioned on validity.",
+        BOUNDS,
+        "0 100",
+        {},
+        "random_number.valid_experiment",
     ),
     "subjectivity": Entry(
         "The reason why a sentence is called objective or subjective.",

@@ -175,7 +175,7 @@ OF_THEIR_OWN = {
     "inference/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
     "inference/markov.py: Markov": lambda c: {"lm": ngram_lm()},
     "inference/posterior/posterior.py: table": with_topics,
-    "models/subjectivity.py: Subjectivity": with_labels,
+    "models/programs/subjectivity.py: Subjectivity": with_labels,
     "ngram.py: NGram": lambda c: vars(ngram) | {"tokenizer": tiny_tokenizer(6)},
     "testing.py: TextContract": lambda c: {"Mine": Mine},
     "inference/diagnose/diagnose.py: diagnose": without_texts,

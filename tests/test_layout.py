@@ -93,3 +93,20 @@ def test_the_wings_of_inference_need_only_those_before_them():
         if part != "__init__":
             assert other in WINGS, f"{path} imports {other} from lmppl.inference"
             assert WINGS.index(other) < WINGS.index(part), f"{path} imports lmppl.inference.{other}"
+
+
+def test_programs_know_nothing_of_what_they_are_run_on():
+    """A page of `models/programs` is read by itself; `labels` has what follows from two factors, whatever they are."""
+    for part, other, path in arrows(ROOT / "lmppl" / "models"):
+        if part == "programs":
+            assert other == "labels", f"{path} imports {other} from lmppl.models"
+
+
+def test_what_is_installed_needs_nothing_that_is_not():
+    names = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"lmppl", "inference", "models"}
+    assert {"worlds", "benchmarks"} <= names
+    for path in (ROOT / "lmppl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            assert not {(name or "").split(".")[0] for name in found} & names, path

@@ -1,15 +1,15 @@
-"""The paper's experiments on the embedded language models, one a file; `python -m benchmarks.paper` runs them."""
+"""The paper's experiments on the embedded language models; `python -m benchmarks.paper` runs them.
 
-from . import arithmetic, constrained, continuation, contrastive, infilling, random_number, reverse, subjectivity
+The study of an experiment is the file of its name, with `STUDY` in it.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from lmppl.catalogue import MODELS
+
 from .study import Study
 
-STUDIES: tuple[Study, ...] = (
-    random_number.STUDY,
-    continuation.STUDY,
-    contrastive.STUDY,
-    constrained.STUDY,
-    infilling.STUDY,
-    reverse.STUDY,
-    subjectivity.STUDY,
-    arithmetic.STUDY,
+STUDIES: tuple[Study, ...] = tuple(
+    import_module(f".{name}", __name__).STUDY for name in MODELS if Path(__file__).with_name(f"{name}.py").exists()
 )

@@ -6,14 +6,13 @@ import re
 from dataclasses import replace
 from functools import cache
 from statistics import mean
-from typing import Any
 
 import torch
 
 from lmppl import embedded
 from lmppl.distributions import Completion
 from lmppl.embedded import Question
-from lmppl.inference import Enumeration, PolicyGradient, Posterior
+from lmppl.inference import Enumerated, Enumeration
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment
 from lmppl.models.arithmetic import (
@@ -30,6 +29,7 @@ from lmppl.models.arithmetic import (
 )
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .targets import power, ppo
 
 CELLS = {
     "prompting": "CoT prompting (the language model itself)",
@@ -58,7 +58,7 @@ TAUGHT = replace(RECIPE, output_layer=True)  # SFT and what starts from it: the 
 QUESTIONS = {3: 200, 4: 1000, 5: 200}  # asked of every method and seed
 TRUTH, MASS = 8, 0.96  # test questions of four operands whose posterior is enumerated; the prior mass explored
 COLD = "prompting_cold", "gflownet_paper"  # votes at the paper's temperature
-PPO_RATE, PPO_STEPS = 3e-4, 100  # four updates on the same draws: half as many draws as the GFlowNet, at a similar cost
+PPO_STEPS = 100  # four updates on the same draws: half as many draws as the GFlowNet, at a similar cost
 ROUNDS, ROUND_DRAWS, ROUND_STEPS = 3, 4, 100  # of self-training
 SHORT = {"steps": 2, "questions": 8, "truth": 1, "particles": 4}
 SHORT_MASS = 0.4
@@ -74,14 +74,7 @@ def trained(cell: str, seed: int, short: bool) -> Experiment:
     if cell.startswith("gflownet"):
         e.gflownet().fit(e.batches, recipe.steps, seed=seed, progress=False)
     elif cell.startswith("ppo"):
-        matched: dict[str, Any] = (
-            {"reward": "likelihood", "kl": 1.0} if cell == "ppo_kl" else {"reward": "joint", "kl": 0.0}
-        )
-        optimizer = torch.optim.AdamW(e.guide_lm.trainable_parameters(), lr=PPO_RATE)
-        ppo = PolicyGradient(
-            e.model, e.guide, optimizer=optimizer, algorithm="ppo", num_particles=recipe.particles, **matched
-        )
-        ppo.fit(e.batches, min(recipe.steps, PPO_STEPS), seed=seed, progress=False)
+        ppo(e, cell == "ppo_kl").fit(e.batches, min(recipe.steps, PPO_STEPS), seed=seed, progress=False)
     elif cell == "self_training":
         self_train(Arithmetic(e.lm, e.guide_lm), short, seed)
     return e
@@ -120,8 +113,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
         }
     exact = _exact(short)
     if cell == "gflownet_paper":
-        squared = exact.log_weights / PAPER_TEMPERATURE
-        exact = replace(exact, log_weights=squared, log_evidence=squared.logsumexp(0))
+        exact = power(exact, PAPER_TEMPERATURE)
     asked = _asked(short)
     x, y = task.encode(asked)
     quality = density_quality(exact, task.guide, (x, y), {})
@@ -137,7 +129,7 @@ def _asked(short: bool) -> list[Question]:
 
 
 @cache
-def _exact(short: bool) -> Posterior:
+def _exact(short: bool) -> Enumerated:
     """The enumerated posterior of the first test questions; once a process."""
     e = experiment(warm_start=0)
     return Enumeration(e.model, mass=SHORT_MASS if short else MASS).run(*Arithmetic(e.lm).encode(_asked(short)))
@@ -156,7 +148,7 @@ def truth(short: bool) -> Figures:
     return figures | shares(exact, exact.probabilities, asked)
 
 
-def shares(exact: Posterior, mass: torch.Tensor, asked: list[Question]) -> Figures:
+def shares(exact: Enumerated, mass: torch.Tensor, asked: list[Question]) -> Figures:
     """How much of a mass (chain, question) on enumerated chains each kind of chain has, mean over questions."""
     rows = exact.sites.decoders["z"](exact.samples["z"])
     kinds = [[kind(q, chain) for q, chain in zip(asked, row, strict=True)] for row in rows]

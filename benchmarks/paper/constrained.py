@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,8 +15,8 @@ from lmppl.models import Experiment, constrained
 from lmppl.models.constrained import PATTERN, RECIPES, Constrained, next_sentence
 
 from .contrastive import HEADER, row
-from .study import Figures, Results, Study, markdown, spread, verdict
-from .targets import PARTICLES, of_density, of_draws, trained, truth, untrained
+from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
+from .targets import PARTICLES, enumerated, of_density, of_draws, trained, untrained
 
 # cell: constraint, method, steps
 CELLS: dict[str, tuple[str, str, int]] = {
@@ -31,17 +31,12 @@ CELLS: dict[str, tuple[str, str, int]] = {
 SAMPLERS = "language model", "locally masked", "importance sampling", "SMC", "SMC, stop twist", "exact draws"
 
 
-@cache
-def _exact(constraint: str, observations: int | None) -> Posterior:
-    return truth(constrained.experiment(constraint=constraint), observations)[0]
-
-
 def run(cell: str, seed: int, short: bool) -> Figures:
     constraint, method, steps = CELLS[cell]
     observations, steps = (2, min(steps, 3)) if short else (None, steps)
     e = constrained.experiment(constraint=constraint, seed=seed, recipe=replace(RECIPES[constraint], steps=steps or 1))
     args = tuple(given[:observations] for given in e.test)
-    exact = _exact(constraint, observations)
+    exact = enumerated("constrained", observations, constraint=constraint)
     if method != "sampling":
         return trained(e, method, steps, seed, exact, args)
     task = task_of(e)
@@ -75,7 +70,7 @@ def masked(task: Constrained, lm: Any, exact: Posterior, args: tuple[Any, ...]) 
         alone = truth_of(exact, i)
         draws = of_draws(alone, partial(Importance(task.model, guide, PARTICLES).run, *one))
         found.append(of_density(alone, guide, one) | draws)
-    return {key: _mean([f[key] for f in found]) for key in found[0]}
+    return {key: mean_of([f[key] for f in found]) for key in found[0]}
 
 
 def truth_of(exact: Posterior, i: int) -> Posterior:
@@ -87,11 +82,6 @@ def truth_of(exact: Posterior, i: int) -> Posterior:
         log_evidence=exact.log_evidence[i : i + 1],
         sites=replace(exact.sites, plates=plates),
     )
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def report(results: Results) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
@@ -20,6 +19,7 @@ from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, continuation, decoding, measures
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .targets import power
 
 TEMPERATURES = (0.95, 0.9, 0.85, 0.8, 0.5, 0.25)  # the paper's four and two colder ones
 TOP_P, PENALTIES = (0.95, 0.9, 0.8, 0.5), (0.5, 2.0)
@@ -41,9 +41,7 @@ def enumerated(prompts: int) -> Posterior:
 
 def target(temperature: float, prompts: int) -> Posterior:
     """p(z|x)^(1/T), exact: the same texts with other weights."""
-    prior = enumerated(prompts)
-    log_weights = prior.log_weights / temperature
-    return replace(prior, log_weights=log_weights, log_evidence=log_weights.logsumexp(0))
+    return power(enumerated(prompts), temperature)
 
 
 def measure(e: Experiment, x: Tensor, family: str, setting: str, z: Tensor) -> Figures:

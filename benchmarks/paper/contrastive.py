@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pyro
 
-from lmppl.inference import Posterior
 from lmppl.models import contrastive
 
 from .study import Figures, Results, Study, markdown, spread, verdict
-from .targets import trained, truth, untrained
+from .targets import enumerated, trained, untrained
 
 CELLS = ("GFlowNet", "PPO", "sampling")
 STEPS = {"GFlowNet": 300, "PPO": 150}
-
-
-@cache
-def _exact(observations: int | None) -> Posterior:
-    return truth(contrastive.experiment(), observations)[0]
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
     observations, steps = (2, 3) if short else (None, STEPS.get(cell, 0))
     e = contrastive.experiment(seed=seed, recipe=replace(contrastive.RECIPE, steps=max(1, steps)))
     args = tuple(given[:observations] for given in e.test)
-    exact = _exact(observations)
+    exact = enumerated("contrastive", observations)
     if cell != "sampling":
         return trained(e, cell, steps, seed, exact, args)
 

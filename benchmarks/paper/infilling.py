@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +19,7 @@ from lmppl.models import Experiment, Infilling, infilling, measures
 from lmppl.models.experiment import TEST_OBSERVATIONS
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .targets import enumerated, power
 
 DRAWS = 64  # middles a story
 SHOTS = 3
@@ -32,19 +32,9 @@ GUIDE, TEMPERED, TOLD, ASKED, PRIOR, EXACT = (
 CELLS = (PRIOR, ASKED, TOLD, GUIDE, TEMPERED, EXACT)
 
 
-@lru_cache(1)
-def enumerated(stories: int) -> Enumerated:
-    """The exact posterior of the first test stories."""
-    experiment = infilling.experiment()
-    assert experiment.exact is not None
-    return experiment.exact.run(*(a[:stories] for a in experiment.test))
-
-
 def truth(stories: int, temperature: float = 1.0) -> Enumerated:
     """The exact target p(z|x, y)^(1/T): the posterior's texts with other weights."""
-    exact = enumerated(stories)
-    log_weights = exact.log_weights / temperature
-    return replace(exact, log_weights=log_weights, log_evidence=log_weights.logsumexp(0))
+    return power(enumerated("infilling", stories), temperature)
 
 
 def told(e: Experiment, seed: int) -> Callable[[int], tuple[Any, ...]]:

@@ -23,11 +23,13 @@ from lmppl import LanguageModel
 from lmppl.embedded import Bounds
 from lmppl.embedded.numbers import FIXED
 from lmppl.files import replacing
-from lmppl.inference import Importance, PolicyGradient, SupervisedFineTuning, Trainer
+from lmppl.inference import Importance, SupervisedFineTuning, Trainer
 from lmppl.models import Experiment, RandomNumber
-from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment, number_in, tensors
+from lmppl.models.programs.random_number import number_in, tensors
+from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment
 
-from .study import Figures, Results, Study, markdown, spread, verdict
+from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
+from .targets import ppo
 
 GFLOWNET, VALID, BOUNDS, LIKELIHOOD = (
     "GFlowNet",
@@ -38,8 +40,6 @@ GFLOWNET, VALID, BOUNDS, LIKELIHOOD = (
 MATCHED, REWARD, SUPERVISED = "PPO, matched KL", "PPO, reward only", "supervised"
 WEIGHTED, PRIOR = "importance sampling", "language model"
 CELLS = (GFLOWNET, MATCHED, REWARD, SUPERVISED, WEIGHTED, PRIOR, VALID, BOUNDS, LIKELIHOOD)
-# The matched one chosen of 1e-4 and 3e-4 on seed 100; each is four updates on the same draws.
-PPO_RATES = {MATCHED: 3e-4, REWARD: 3e-4}
 DRAWS = 4096  # of importance sampling
 SHORT: dict[str, Any] = {"steps": 15, "particles": 64}  # for tests
 
@@ -61,7 +61,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
         log_q = [log_probs(e.lm, e.lm if cell == PRIOR else e.guide_lm, pair) for pair in pairs]
     log_p = [log_target(e.lm, pair, target) for pair in pairs]
     figures = [divergences(p, q) for p, q in zip(log_p, log_q, strict=True)]
-    found: Figures = {key: _mean([f[key] for f in figures]) for key in figures[0]}
+    found: Figures = {key: mean_of([f[key] for f in figures]) for key in figures[0]}
     found |= {
         "tokens": tokens,
         "largest": max((f["forward"] for f in figures), key=lambda x: math.inf if x is None else x),
@@ -73,12 +73,8 @@ def train(cell: str, e: Experiment, seed: int) -> int:
     """Train the guide by the method; the tokens that it took."""
     method: Trainer
     batches: Any = e.batches
-    if cell in PPO_RATES:
-        matched = {"reward": "likelihood", "kl": 1.0} if cell == MATCHED else {"reward": "joint", "kl": 0.0}
-        method = PolicyGradient(
-            e.model, e.guide, optimizer=e.optimizer(PPO_RATES[cell]), algorithm="ppo", **matched,
-            num_particles=e.recipe.particles, floor=18.0,
-        )  # fmt: skip
+    if cell in (MATCHED, REWARD):
+        method = ppo(e, cell == MATCHED, floor=18.0)
     elif cell in (SUPERVISED, LIKELIHOOD):
         method = SupervisedFineTuning(e.model, e.guide, optimizer=e.optimizer())
         told = valid_draws(e, DRAWS) if cell == SUPERVISED else None
@@ -127,11 +123,6 @@ def divergences(log_p: Tensor, log_q: Tensor) -> Figures:
         "reverse": reverse.item(),
         "valid": log_q.exp().sum().item(),
     }
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return mean(known) if len(known) == len(values) else None
 
 
 def report(results: Results) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import pyro
@@ -12,27 +11,21 @@ from torch import Tensor
 
 from lmppl import embedded
 from lmppl.distributions import Completion
-from lmppl.inference import Enumerated, Prompting, SupervisedFineTuning, dreams
+from lmppl.inference import Prompting, SupervisedFineTuning, dreams
 from lmppl.inference.core.programs import Program
 from lmppl.inference.judging.quality import density_quality, draw_quality
 from lmppl.models import Experiment, measures, reverse
 from lmppl.models.experiment import TEST_OBSERVATIONS
+from lmppl.models.programs.reverse import PREFIX
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .targets import enumerated
 
 DRAWS = 64  # beginnings a story
 TOLD_STEPS, TOLD_RATE, TOLD_BATCH = 250, 1e-3, 128
 GUIDE, DREAMT, TOLD, PRIOR, EXACT = "GFlowNet", "sleep", "supervised", "language model", "exact posterior"
 CELLS = (PRIOR, TOLD, DREAMT, GUIDE, EXACT)
 WANTED = 0.05  # total variation on unseen stories
-
-
-@lru_cache(1)
-def enumerated(stories: int) -> Enumerated:
-    """The exact posterior of the first test stories."""
-    experiment = reverse.experiment()
-    assert experiment.exact is not None
-    return experiment.exact.run(*(a[:stories] for a in experiment.test))
 
 
 def told(e: Experiment, seed: int, size: int) -> Callable[[int], tuple[Any, ...]]:
@@ -56,7 +49,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
 
         def prior(y: Tensor) -> Tensor:
             with pyro.plate("stories", len(y)):
-                return pyro.sample("x", Completion(e.lm, e.lm.encode(reverse.PREFIX), max_tokens=5, stop="."))
+                return pyro.sample("x", Completion(e.lm, e.lm.encode(PREFIX), max_tokens=5, stop="."))
 
         return prior, 0
     if cell == GUIDE:
@@ -78,7 +71,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
     stories = 4 if short else TEST_OBSERVATIONS
     e = reverse.experiment(seed=seed)
     args = tuple(a[:stories] for a in e.test)
-    exact = enumerated(stories)
+    exact = enumerated("reverse", stories)
     found: Figures = {"tokens": 0, "unexplored": float(exact.unexplored.max())}
     if cell == EXACT:
         torch.manual_seed(seed)
@@ -91,7 +84,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
         quality = density_quality(exact, program, args, {})
         found |= {"tv": float(quality.total_variation.mean()), "forward_kl": float(quality.forward_kl.mean())}
     x = drawn.samples["x"]
-    story = measures.story_log_likelihood(e.lm, e.lm.encode(reverse.PREFIX), x, args[0])
+    story = measures.story_log_likelihood(e.lm, e.lm.encode(PREFIX), x, args[0])
     return found | {"draws_tv": float(draw_quality(exact, drawn).mean()), "story": float(story.mean())}
 
 

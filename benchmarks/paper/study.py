@@ -44,6 +44,12 @@ def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.
     return shown if len(values) < 2 else f"{shown} ({stdev(values):.{digits}f})"
 
 
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Their mean, null where one of them is infinite."""
+    known = [v for v in values if v is not None]
+    return mean(known) if len(known) == len(values) else None
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

@@ -19,7 +19,7 @@ from lmppl import LanguageModel, embedded
 from lmppl.embedded import Sentence
 from lmppl.embedded.subjectivity import IDLE
 from lmppl.inference import GFlowNet, Prediction, VariationalEM
-from lmppl.models.subjectivity import Subjectivity, allowed_words
+from lmppl.models.programs.subjectivity import Subjectivity, allowed_words
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 

@@ -1,6 +1,7 @@
-"""Latent-variable models ready to run, one a file: each offers ``experiment(lm=None, data=None) -> Experiment``.
+"""Latent-variable models ready to run, by their names in the catalogue.
 
-Its ``device`` is where the embedded language model goes; ``lm``, any other one, stays where it is.
+The two programs of each are a page of `programs`. What they are run on, data and recipe, is a module of the same name
+here, with ``experiment(lm=None, data=None, **options) -> Experiment``; `experiment.Options` are common to all.
 """
 
 if __name__ != "lmppl.models":
@@ -8,8 +9,9 @@ if __name__ != "lmppl.models":
     raise ImportError("import lmppl.models, not models")
 
 from collections.abc import Callable
+from importlib import import_module
 
-from . import arithmetic, constrained, continuation, contrastive, infilling, random_number, reverse, subjectivity
+from ..catalogue import MODELS
 from .arithmetic import Arithmetic
 from .constrained import Constrained
 from .continuation import Continuation
@@ -20,18 +22,13 @@ from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
 
-EXPERIMENTS: dict[str, Callable[..., Experiment]] = {
-    "infilling": infilling.experiment,
-    "continuation": continuation.experiment,
-    "reverse": reverse.experiment,
-    "contrastive": contrastive.experiment,
-    "constrained": constrained.experiment,
-    "random_number": random_number.experiment,
-    "random_number_bounds": random_number.bounds_experiment,
-    "random_number_valid": random_number.valid_experiment,
-    "subjectivity": subjectivity.experiment,
-    "arithmetic": arithmetic.experiment,
-}
+
+def _maker(name: str) -> Callable[..., Experiment]:
+    module, function = (MODELS[name].maker or f"{name}.experiment").split(".")
+    return getattr(import_module(f".{module}", __name__), function)
+
+
+EXPERIMENTS = {name: _maker(name) for name in MODELS}
 
 __all__ = [
     "EXPERIMENTS",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..language_model import LanguageModel
 from ..text import PAD
-from .data_files import read_lines
+from .data_files import read_each
 
 
 class TokenClassifier(nn.Module):
@@ -69,11 +69,12 @@ def read_labelled(path: str | Path) -> tuple[list[str], list[bool]]:
 
     :raises ValueError: naming the file and line, where a line is otherwise.
     """
-    texts, labels = [], []
-    for number, line in read_lines(path, "labelled"):
+
+    def parse(line: str) -> tuple[str, bool]:
         label, tab, said = line.partition("\t")
         if label not in ("0", "1") or not tab or not said.strip():
-            raise ValueError(f"labelled: {path}, line {number} is not 0 or 1, a tab and a text")
-        texts.append(said)
-        labels.append(label == "1")
-    return texts, labels
+            raise ValueError("is not 0 or 1, a tab and a text")
+        return said, label == "1"
+
+    texts, labels = zip(*read_each(path, parse, "labelled text", "labelled"), strict=True)
+    return list(texts), list(labels)

@@ -1,10 +1,6 @@
-"""Constrained generation: a language model's texts that satisfy a condition, in its own proportions.
+"""Constrained generation: the conditions, on the embedded stories or on prompts of one's own.
 
-q(z | x)  proportional to  p(z | x) c(z)
-
-    constraint "lexical":  c(z) = 1[z contains the words w], w observed
-    constraint "regex":    c(z) = 1[z matches a pattern]
-    constraint "learned":  c(z) = sigma(f(z)), a classifier's probability
+Its programs are `programs/constrained.py`.
 """
 
 from __future__ import annotations
@@ -15,32 +11,29 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-import pyro
 import torch
 from torch import Tensor
 
 from .. import embedded, text
-from ..constraints import Constraint, Slots, every, regex
-from ..distributions import Completion
-from ..distributions.table import TextTable
+from ..constraints import Slots, regex
 from ..embedded.stories import ADJECTIVES, GETTING, NAMES, OBJECTS, PLACES, VERBS
 from ..inference import Enumeration, Exploration, Mixture, Proposal, Tempered
-from ..inference.core.programs import Program, Values
+from ..inference.core.programs import Values
 from ..inference.training.gflownet.exploration import Source
 from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
 from .classifier import TokenClassifier, read_labelled
 from .continuation import read_prompts
-from .experiment import Experiment, Recipe, paper_setting, split
+from .experiment import Experiment, Options, Recipe, Start, split
+from .programs.constrained import LONGEST, Constrained
 
 CONSTRAINTS = "lexical", "regex", "learned"
-WORDS_TEMPLATE, PLAIN = "Words: {w}\n{x}", "{x}"
+WORDS_TEMPLATE = "Words: {w}\n{x}"
 EMBEDDED_WORDS = "Note:{w}.\n{x}"
 PATTERN = r" \w+ \w+ the old \w+\. \w+ w\w+ it\."  # an old thing, and a verb with w, as few things let happen
 LABEL = "garden"  # the learned condition: it sounds like a story of this place
-LONGEST = 30  # tokens of a text on other language models
 TRAINING_WORDS, TEST_PROMPTS = 2048, 8
 PENALTY = 12.0  # nats: where a hundredth of the mass satisfies, the rest keeps e^-12 / 0.01 = 0.0006
 RECIPES = {
@@ -48,100 +41,6 @@ RECIPES = {
     "regex": Recipe(steps=150, quick_steps=50, learning_rate=3e-3, output_layer=True),
     "learned": Recipe(steps=200, quick_steps=100, output_layer=True),
 }
-Condition = Callable[..., Tensor]
-
-
-class Constrained:
-    r"""The model and guide of constrained generation, for any language model.
-
-    .. math:: \tilde p(z \mid x, w) = p(z \mid x) \, c(z, w), \qquad Z = P(c \mid x, w) \text{ for a hard condition}
-
-    The condition is on the whole text, a factor.  Masking tokens inside the language model is another distribution,
-    see docs/constraints.md.
-
-    :param lm: the language model p, frozen.
-    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
-    :param condition: ``condition(z, *given) -> log c`` (..., B), 0 and -inf for a hard one.
-    :param max_tokens: the most tokens of a text before its stop.
-    :param stop: as of `Completion`.
-    :param template: the guide's prompt, with the field x, and w where the condition varies.
-    :param allowed: a constraint on the next token, of p and of the guide.
-
-    `model(x, *given)` and `guide(x, *given)` are Pyro programs over prompts x (B, L) and, where it varies, what the
-    condition asks for, a text w (B, L'), with one plate.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        guide_lm: LanguageModel | None = None,
-        *,
-        condition: Condition,
-        max_tokens: int = LONGEST,
-        stop: str = "eos",
-        template: str = PLAIN,
-        allowed: Constraint | None = None,
-    ):
-        self.lm, self.guide_lm, self.condition = lm, guide_lm, condition
-        self.max_tokens, self.stop, self.template, self.allowed = max_tokens, stop, template, allowed
-
-    def model(self, x: Tensor, *given: Tensor, least: float = -torch.inf) -> Tensor:
-        """z ~ LM(x), under the condition; log c counts as ``least`` where it is less."""
-        with pyro.plate("prompts", len(x)):
-            z = pyro.sample("z", self.completion(self.lm, x))
-            pyro.factor("condition", self.condition(z, *given).clamp(min=least))
-            return z
-
-    def relaxed(self, penalty: float) -> Program:
-        r"""The model to train on, with a hard condition softened to :math:`c \ge e^{-penalty}`.
-
-        A guide cannot learn that something is impossible, and a constant reward for all that is asks it to unlearn the
-        language model there.  Here what does not satisfy keeps the language model's proportions, at a share of at most
-        :math:`e^{-penalty} / Z` of the target.
-        """
-        return partial(self.model, least=-penalty)
-
-    def guide(self, x: Tensor, *given: Tensor) -> Tensor:
-        """z ~ q(z | x, w), a language model that reads the prompt and the condition."""
-        return self._write(self.allowed, x, *given)
-
-    def masked(self, mask: Constraint, lm: LanguageModel | None = None) -> Program:
-        """The guide (or the language model ``lm``), masked token by token: a proposal, and a different distribution."""
-        allowed = mask if self.allowed is None else every(self.allowed, mask)
-        return partial(self._write, allowed, lm=lm)
-
-    def among(self, satisfying: Callable[..., Tensor]) -> Program:
-        """The model's joint on the texts ``satisfying(x, *given)`` (K, L), for enumeration where no others can satisfy.
-
-        z ~ uniform on those of them that do; the factor p(z | x) c(z, w) / uniform(z) makes up for it.
-        """
-
-        def program(x: Tensor, *given: Tensor) -> Tensor:
-            texts = satisfying(x, *given)
-            log_c = self.condition(texts[:, None], *given).expand(-1, len(x))  # (K, B)
-            possible = torch.zeros_like(log_c).masked_fill(log_c == -torch.inf, -torch.inf)
-            listed = TextTable(self.lm, texts, possible.T, self.lm.stop_ids(self.stop))
-            with pyro.plate("prompts", len(x)):
-                z = pyro.sample("z", listed)
-                joint = self.completion(self.lm, x).log_prob(z) + self.condition(z, *given)
-                log_uniform = listed.log_prob(z)
-                pyro.factor("joint", joint - log_uniform.masked_fill(log_uniform == -torch.inf, 0.0))
-                return z
-
-        return program
-
-    def completion(self, lm: LanguageModel, prompt: Tensor) -> Completion:
-        """What a language model writes after a prompt."""
-        return Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
-
-    def _write(self, allowed: Constraint | None, x: Tensor, *given: Tensor, lm: LanguageModel | None = None) -> Tensor:
-        lm, template = (lm, PLAIN) if lm is not None else (self.guide_lm, self.template)
-        if lm is None:
-            raise ValueError("guide_lm: this Constrained was made without a guide")
-        prompt = lm.fill(template, x=x, **({"w": given[0]} if "{w}" in template else {}))
-        with pyro.plate("prompts", len(x)):
-            written = Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=allowed)
-            return pyro.sample("z", written)
 
 
 class ContainsWords:
@@ -217,21 +116,17 @@ def experiment(
     lm: LanguageModel | None = None,
     data: str | Path | None = None,
     *,
-    recipe: Recipe | None = None,
-    seed: int = 0,
-    checkpoint: str | Path | None = None,
-    setting: str = "posterior",
-    device: str | None = None,
     constraint: str = "lexical",
     words: str | None = None,
     pattern: str | None = None,
     labelled: str | None = None,
     max_tokens: int | None = None,
+    **options: Unpack[Options],
 ) -> Experiment:
     """Texts that satisfy a condition, in the language model's own proportions: words, a pattern or a classifier.
 
     On the embedded story LM, its sentences spelled by the grammar of the stories so that all that satisfy can be
-    counted, or on ``lm`` with the prompts of the file ``data``; ``checkpoint`` is a trained adapter to start from.
+    counted, or on ``lm`` with the prompts of the file ``data``.
 
     :param constraint: "lexical": a story's next sentence contains an object that training did not ask for after
         this beginning; "regex": the rest of a story matches ``pattern``; "learned": a classifier
@@ -242,42 +137,34 @@ def experiment(
     :param labelled: for "learned" on other language models: a file to fit the classifier on, see `read_labelled`.
     :raises ValueError: for a constraint that is none of these, and another language model without what it needs.
     """
-    paper_setting(setting)  # the posterior, too
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint: expected one of {', '.join(map(repr, CONSTRAINTS))}, got {constraint!r}")
-    if lm is not None and data is None:
-        raise ValueError("data: another language model needs prompts of its own, a file with a prompt a line")
+    needs, recipe = "prompts of its own, a file with a prompt a line", RECIPES[constraint] if data is None else Recipe()
+    start = Start.of("constrained", "stories", lm, data, recipe, needs, **options)
     needed = {"lexical": ("words", words), "regex": ("pattern", pattern), "learned": ("labelled", labelled)}
     for of, (name, value) in needed.items():
         if value is not None and (of != constraint or data is None):
             raise ValueError(f"{name}: it goes with the constraint {of!r} and prompts of your own, `data`")
         if value is None and of == constraint and data is not None:
             raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
-    lm = lm or LanguageModel.embedded("stories", device=device)
-    recipe = recipe or (RECIPES[constraint] if data is None else Recipe())
-    guide_lm = recipe.guide_lm(lm, seed, checkpoint)
-    if data is None:
-        setup = EMBEDDED[constraint](lm, guide_lm)
+    value = needed[constraint][1]
+    if data is None or value is None:
+        setup = EMBEDDED[constraint](start.lm, start.guide_lm)
     else:
-        value = needed[constraint][1]
-        assert value is not None
-        setup = _of_file(lm, guide_lm, constraint, value, read_prompts(data), max_tokens or LONGEST)
-    task, (train, held_out, test) = setup.task, setup.observations
+        setup = _of_file(start.lm, start.guide_lm, constraint, value, read_prompts(data), max_tokens or LONGEST)
     if setup.exploration is not None:
-        recipe = replace(recipe, objective=partial(recipe.objective, exploration=setup.exploration))  # type: ignore[call-arg]
+        objective = partial(start.recipe.objective, exploration=setup.exploration)  # type: ignore[call-arg]
+        start = replace(start, recipe=replace(start.recipe, objective=objective))
+    task, encode = setup.task, partial(_encode, start.lm)
     training = task.relaxed(PENALTY) if constraint != "learned" else task.model
-    return Experiment(
-        name="constrained",
-        lm=lm,
-        guide_lm=guide_lm,
-        model=task.model,
-        guide=task.guide,
-        batches=[Task(training, task.guide, recipe.batches(*_encode(lm, train), seed=seed))],
-        held_out=_encode(lm, held_out),
-        test=_encode(lm, test),
-        describe=lambda i: "    with: ".join(part.strip() for part in test[i]),
+    batches = start.recipe.batches(*encode(setup.observations[0]), seed=start.seed)
+    return start.experiment(
+        task,
+        setup.observations,
+        lambda told: "    with: ".join(part.strip() for part in told),
+        encode=encode,
+        batches=[Task(training, task.guide, batches)],
         exact=Enumeration(task.among(setup.satisfying)) if setup.satisfying is not None else None,
-        recipe=recipe,
         target=f"p(z|x) under the {constraint} condition",
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 MARK = b"\xef\xbb\xbf"
 
 
@@ -45,28 +46,48 @@ def read_lines(path: str | Path, name: str = "data") -> Iterator[tuple[int, str]
             yield number, line.removesuffix("\r")
 
 
+def read_each(path: str | Path, parse: Callable[[str], T], what: str, name: str = "data") -> list[T]:
+    """What ``parse`` makes of each line of a text file; empty lines are passed over.
+
+    :param what: the file's lines in a word, for an error.
+    :raises ValueError: as `read_text`; naming file and line, where ``parse`` raises one; and where there is no line.
+    """
+    found = []
+    for number, line in read_lines(path, name):
+        try:
+            found.append(parse(line))
+        except ValueError as error:
+            raise ValueError(f"{name}: {path}, line {number} {error}") from error
+    if not found:
+        raise ValueError(f"{name}: {path} has no {what} in it")
+    return found
+
+
 def read_json(path: str | Path, name: str = "data") -> Any:
     """What a JSON file holds.
 
     :raises ValueError: naming file and line, where it is not UTF-8 or no JSON.
     """
-    return parsed(read_text(path, name), path, name=name)
+    written = read_text(path, name)
+    try:
+        return parsed(written)
+    except ValueError as error:
+        line = f", line {error.__cause__.lineno}" if isinstance(error.__cause__, json.JSONDecodeError) else ""
+        raise ValueError(f"{name}: {path}{line} {error}") from error
 
 
-def parsed(written: str, path: str | Path, line: int | None = None, name: str = "data") -> Any:
-    """The JSON ``written`` in a file, or in one ``line`` of it.
+def parsed(written: str) -> Any:
+    """The JSON that is written.
 
-    :raises ValueError: naming file and line, where it is no JSON, or has half of a character (a lone surrogate).
+    :raises ValueError: without the place, where it is no JSON, or has half of a character (a lone surrogate).
     """
-    where = f"{name}: {path}" + (f", line {line}" if line else "")
     try:
         found = json.loads(written)
         json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        where = f"{name}: {path}, line {line or error.lineno}"
-        raise ValueError(f"{where} is no JSON: {error.msg} at character {error.colno}") from error
+        raise ValueError(f"is no JSON: {error.msg} at character {error.colno}") from error
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has half of a character, {error.object[error.start]!r}") from error
+        raise ValueError(f"has half of a character, {error.object[error.start]!r}") from error
     except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
-        raise ValueError(f"{where} is no JSON that can be read: {error}") from error
+        raise ValueError(f"is no JSON that can be read: {error}") from error
     return found

@@ -1,11 +1,11 @@
-"""What a model file offers to the command line: programs, data, a recipe, and the truth where it can be had."""
+"""An experiment: programs, data, a recipe, and the truth where it can be had."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import peft
 import torch
@@ -18,6 +18,7 @@ from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
 from ..language_model import LanguageModel
+from ..text import length
 
 T = TypeVar("T")
 TEST_OBSERVATIONS = 16
@@ -103,6 +104,9 @@ class Experiment:
     exact: Enumeration | None = None  # None: the space cannot be enumerated
     recipe: Recipe = field(default_factory=Recipe)
     target: str = "the posterior"
+    demonstrations: tuple[
+        Any, ...
+    ] = ()  # arguments, and values that somebody wrote down: a replay buffer starts with them
 
     def optimizer(self, learning_rate: float | None = None) -> torch.optim.Optimizer:
         """AdamW over the guide's parameters, by the recipe unless told another learning rate."""
@@ -111,7 +115,7 @@ class Experiment:
 
     def gflownet(self) -> GFlowNet:
         """A trainer for the guide."""
-        return GFlowNet(
+        trainer = GFlowNet(
             self.model,
             self.guide,
             self.recipe.objective(),
@@ -119,6 +123,87 @@ class Experiment:
             num_particles=self.recipe.particles,
             replay=self.recipe.replay and self.recipe.replay(),
         )
+        if trainer.replay is not None and self.demonstrations:
+            *args, values = self.demonstrations
+            trainer.demonstrate(*args, values=values)
+        return trainer
+
+
+class Options(TypedDict, total=False):
+    """What every experiment takes besides what is its own."""
+
+    recipe: Recipe | None  # how the guide is trained; None: as is best for the experiment
+    seed: int  # of the guide's first weights and of the batches
+    checkpoint: str | Path | None  # a trained adapter that the guide starts from
+    setting: str  # the target: "posterior", or "paper", the paper's released one
+    device: str | None  # where the embedded language model goes
+
+
+@dataclass(frozen=True)
+class Start:
+    """What there is of an experiment before its programs: the language models, the recipe, and what is wanted."""
+
+    name: str
+    lm: LanguageModel
+    guide_lm: LanguageModel
+    recipe: Recipe
+    seed: int
+    paper: bool  # the paper's setting
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        world: str,
+        lm: LanguageModel | None,
+        data: str | Path | None,
+        default: Recipe,
+        needs: str | None = None,
+        **options: Unpack[Options],
+    ) -> Start:
+        """The start on ``lm``, or on the embedded language model ``world``.
+
+        :param default: the recipe where none is given.
+        :param needs: what another language model needs as ``data``; None: nothing.
+        :raises ValueError: for another language model without ``data``, and a setting that is none.
+        """
+        paper = paper_setting(options.get("setting", SETTINGS[0]))
+        if lm is not None and data is None and needs is not None:
+            raise ValueError(f"data: another language model needs {needs}")
+        lm = lm or LanguageModel.embedded(world, device=options.get("device"))
+        recipe, seed = options.get("recipe") or default, options.get("seed", 0)
+        return cls(name, lm, recipe.guide_lm(lm, seed, options.get("checkpoint")), recipe, seed, paper)
+
+    def experiment(
+        self,
+        task: Any,
+        splits: Sequence[Sequence[T]],
+        describe: Callable[[T], str],
+        encode: Callable[[Sequence[T]], tuple[torch.Tensor, ...]] | None = None,
+        **fields: Any,
+    ) -> Experiment:
+        """The experiment with the programs ``task.model`` and ``task.guide``.
+
+        :param splits: observations to train on, to validate on and to test on.
+        :param describe: one of them in words.
+        :param encode: them to the programs' arguments; None: ``task.encode``.
+        :param fields: others of `Experiment`, or in place of what is made of these.
+        """
+        train, held_out, test = splits
+        encode = encode or task.encode
+        made = {
+            "model": task.model,
+            "guide": task.guide,
+            "batches": self.recipe.batches(*encode(train), seed=self.seed),
+            "held_out": encode(held_out),
+            "test": encode(test),
+            "describe": lambda i: describe(test[i]),
+        }
+        return Experiment(self.name, self.lm, self.guide_lm, recipe=self.recipe, **made | fields)
+
+    def longest(self, texts: Sequence[str]) -> int:
+        """The tokens of the longest of these texts."""
+        return int(length(self.lm.encode(texts)).max())
 
 
 def embedded_splits(name: str) -> tuple[list[Any], list[Any], list[Any]]:
@@ -155,3 +240,10 @@ def tempered(model: Program, temperature: float) -> Program:
             return model(*args)
 
     return program
+
+
+def power(temperature: float) -> str:
+    """The target of a `tempered` model in words."""
+    if temperature == 1:
+        return "the posterior"
+    return f"p(z|x, y) to the power 1 / {temperature:g}, the paper's setting"

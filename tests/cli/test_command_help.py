@@ -102,7 +102,7 @@ def test_the_examples_are_data(tmp_path):
         "subjectivity": read_sentences,
         "arithmetic": arithmetic.read_file,
     }
-    assert {name for name, entry in MODELS.items() if entry.example} == set(readers)
+    assert set(readers) <= {name for name, entry in MODELS.items() if entry.example}
     for name, read in readers.items():
         (tmp_path / name).write_text(MODELS[name].example)
         assert len(read(tmp_path / name)) == 1

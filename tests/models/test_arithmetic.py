@@ -26,12 +26,12 @@ from lmppl.models.arithmetic import (
     Prediction,
     experiment,
     is_right,
-    number_in,
     read_file,
     read_questions,
     score,
     teach,
 )
+from lmppl.models.programs.arithmetic import number_in
 from lmppl.tools import Calculator
 from worlds import arithmetic as corpus
 from worlds import build
@@ -257,7 +257,7 @@ def test_the_buffer_starts_with_the_rationales():
     e = experiment(warm_start=0, recipe=replace(RECIPE, particles=4))
     gflownet = e.gflownet()
     assert len(gflownet.replay) == 50
-    x, y, z = e.rationales
+    x, y, _ = e.demonstrations
     metrics = gflownet.step(x[:4], y[:4])
     assert metrics["replayed"] == 1  # a quarter of four
     pyro.set_rng_seed(0)

@@ -21,14 +21,13 @@ from lmppl.embedded import Bounds
 from lmppl.inference import Enumeration, Importance, VarGrad
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, RandomNumber, Recipe
+from lmppl.models.programs.random_number import number_in, tensors
 from lmppl.models.random_number import (
     BOUNDS_RECIPE,
     FIXED_RECIPE,
     early_prior,
     experiment,
-    number_in,
     read_bounds,
-    tensors,
 )
 from worlds import build, numbers
 

@@ -24,7 +24,9 @@ from lmppl.embedded.subjectivity import IDLE, KINDS, LABELS, REASONS, SIZES, STO
 from lmppl.inference import Enumeration, VariationalEM
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Recipe, Subjectivity
-from lmppl.models.subjectivity import _scores, allowed_words, experiment, read_data, read_sentences
+from lmppl.models.labels import scores
+from lmppl.models.programs.subjectivity import allowed_words
+from lmppl.models.subjectivity import experiment, read_data, read_sentences
 from worlds import subjectivity
 
 WORDS = {"allowed": "reasons", "max_tokens": 2}
@@ -154,8 +156,8 @@ def test_labels_of_several_tokens_have_the_probability_of_all_of_them():
     lm = tiny_lm(vocab=6, seed=1, dtype=torch.float64)
     contexts, labels = lm.encode([["ab", "c"], ["", "ba"]]), lm.encode(["a", "bca", "cc"])
     with torch.no_grad():
-        found = _scores(lm, contexts, labels)  # (2, 2, 3)
-        one = _scores(lm, contexts, labels[:, :1])
+        found = scores(lm, contexts, labels)  # (2, 2, 3)
+        one = scores(lm, contexts, labels[:, :1])
     for i in range(2):
         for j in range(2):
             for k in range(3):

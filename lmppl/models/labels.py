@@ -1,0 +1,87 @@
+"""`Labelling`: what follows from p(z | x) and p(y | x, z), the factors of labels y that have a reason z."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributions import Completion, NextToken
+from ..embedded import Sentence
+from ..embedded.subjectivity import PLAINLY
+from ..inference import Prediction
+from ..language_model import LanguageModel
+from ..text import length
+
+
+class Labelling:
+    r"""The base of programs that have these factors, and a proposal: sums over all reasons, and predictions.
+
+    .. math:: p(z, y \mid x) = p(z \mid x) \, p(y \mid x, z)
+    """
+
+    lm: LanguageModel
+    labels: tuple[str, ...]
+    penalty: float  # nats, where another label is likelier
+    prior: Callable[[Tensor], Completion]  # p(z | x)
+    proposal: Callable[[Tensor], Completion]  # q(z | x)
+    log_labels: Callable[[Tensor, Tensor], Tensor]  # log p(y | x, z) for reasons (..., B, L): (..., B, C)
+
+    def log_joint(self, x: Tensor, y: Tensor) -> Tensor:
+        """log p(z, y | x) of every reason z there can be, (K, B), by one pass over all of them; with gradient.
+
+        :raises ValueError: where there are more than a million.
+        """
+        prior = self.prior(x)
+        z = prior.enumerate_support()  # (K, B, L)
+        log_p = self.log_labels(x, z)
+        own = at(log_p, y)
+        return prior.log_prob(z) + own - self.penalty * (own < log_p[..., : len(self.labels)].amax(-1))
+
+    def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""log p(y | x) :math:`= \log \sum_z p(z, y | x)`, (B,), exactly."""
+        return self.log_joint(x, y).logsumexp(0)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor, sampler: str = "prior", num_particles: int | None = None) -> Prediction:
+        r"""The labels' probabilities :math:`\sum_n w_n p(y \mid x, z_n)` and the vote, without y.
+
+        :param sampler: whose reasons: "prior", p(z | x), or "guide", q(z | x), which must read x alone.
+        :param num_particles: so many draws; None: the sum over every reason.
+        """
+        if sampler not in ("prior", "guide"):
+            raise ValueError(f"sampler: expected 'prior' or 'guide', got {sampler!r}")
+        fn = self.prior(x) if sampler == "prior" else self.proposal(x)
+        if num_particles is None:
+            z = fn.enumerate_support()
+            log_weights = fn.log_prob(z)
+        else:
+            z = fn.sample(torch.Size([num_particles]))
+            log_weights = torch.full(z.shape[:-1], -math.log(num_particles))
+        log_p = self.log_labels(x, z)[..., : len(self.labels)]
+        return Prediction(list(self.labels), log_p.movedim(-1, 0), log_weights)
+
+    def examples(self, sentences: Sequence[Sentence], tokens: int) -> str:
+        """As many labelled sentences as have room in so many tokens, a line each: what few-shot prompting shows."""
+        shown = ""
+        for s in sentences:
+            longer = f"{shown}{PLAINLY.format(x=s.text)} {s.label}.\n"
+            if int(length(self.lm.encode(longer))) > tokens:
+                break
+            shown = longer
+        return shown
+
+
+def at(log_p: Tensor, y: Tensor) -> Tensor:
+    """What the outcome y (..., B) has, of (..., B, C)."""
+    batch = torch.broadcast_shapes(log_p.shape[:-1], y.shape)
+    return log_p.expand(*batch, -1).gather(-1, y.expand(batch)[..., None])[..., 0]
+
+
+def scores(lm: LanguageModel, context: Tensor, labels: Tensor) -> Tensor:
+    """log p of each label (C, L) after a context (..., L'): (..., C)."""
+    if labels.shape[-1] == 1:  # one pass for all of them
+        return NextToken(lm, context).logits[..., labels[:, 0]]
+    return Completion(lm, context[..., None, :], max_tokens=length(labels), stop=None).log_prob(labels)

@@ -1,0 +1,144 @@
+"""Subjectivity: what a sentence is called follows from a reason that nobody wrote down.
+
+z ~ LM("{x} because of"),    y ~ LM("{x} because of{z}") among the labels, observed;    wanted: p(z | x, y), p(y | x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Categorical
+from torch import Tensor
+
+from ...constraints import Constraint
+from ...distributions import Completion
+from ...embedded import Sentence
+from ...embedded.subjectivity import LABELS, PLAINLY, REASONS, STOP, WHY
+from ...language_model import LanguageModel
+from ..labels import Labelling, at, scores
+
+SEEN = "{y}.\n" + WHY  # the prompt of a guide that reads the label too
+READS = "xy", "x"
+LONGEST_REASON = 5  # tokens, as in the paper
+
+
+class Subjectivity(Labelling):
+    r"""The model and guide of subjectivity, for any language model.
+
+    .. math:: p(z, y \mid x) = p(z \mid x) \, p(y \mid x, z)
+
+    :param lm: the language model of p(z | x).
+    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
+    :param likelihood_lm: that of p(y | x, z), by default ``lm``.  With an adapter of its own, EM moves p(y | x, z)
+        alone; with ``lm=p, likelihood_lm=p`` it moves both factors.
+    :param labels: the texts that y may be; y is an index into them.
+    :param reads: "xy", a guide q(z | x, y); or "x", a guide q(z | x) as in the paper, which can predict.
+    :param min_tokens: the fewest tokens of a reason before its stop, ``max_tokens`` the most.
+    :param allowed: a constraint on the reason's tokens; "reasons": the embedded LM's twelve.
+    :param normalised: p(y | x, z) is shared among the labels.  False: it is the language model's own, and what is left
+        is a further outcome, index ``len(labels)``.
+    :param penalty: nats taken off where another label has a higher p(y | x, z) than the observed one.
+
+    `model(x, y)` and `guide(x, y)` are Pyro programs over texts x (B, L) and labels y (B,), with one plate of
+    sentences.  y may be None where it is to be predicted.
+
+    :raises ValueError: for ``reads`` of neither kind, and for another word as ``allowed``.
+
+    Example::
+
+        q, p = (lm.with_adapter(LoraConfig(r=16, target_modules="all-linear")) for _ in range(2))
+        task = Subjectivity(lm, q, likelihood_lm=p, allowed="reasons", max_tokens=2)
+        x, y = task.encode(embedded.data("subjectivity", "train")[:10])
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        guide_lm: LanguageModel | None = None,
+        *,
+        likelihood_lm: LanguageModel | None = None,
+        labels: Sequence[str] = LABELS,
+        reads: str = "xy",
+        min_tokens: int = 1,
+        max_tokens: int = LONGEST_REASON,
+        allowed: Constraint | str | None = None,
+        normalised: bool = True,
+        penalty: float = 0.0,
+    ):
+        if reads not in READS:
+            raise ValueError(f"reads: expected one of {', '.join(map(repr, READS))}, got {reads!r}")
+        self.lm, self.guide_lm, self.likelihood_lm = lm, guide_lm, likelihood_lm or lm
+        self.labels, self.reads, self.normalised, self.penalty = tuple(labels), reads, normalised, penalty
+        self.label_texts = lm.encode([f" {label}" for label in labels])  # (C, L)
+        if isinstance(allowed, str):
+            if allowed != "reasons":
+                raise ValueError(f"allowed: expected a constraint or 'reasons', got {allowed!r}")
+            allowed = allowed_words(lm)
+        self.reason: dict[str, Any] = dict(min_tokens=min_tokens, max_tokens=max_tokens, stop=STOP, allowed=allowed)
+
+    def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """z ~ p(z | x); y ~ p(y | x, z)."""
+        with pyro.plate("sentences", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            log_p = self.log_labels(x, z)
+            said = pyro.sample("y", Categorical(logits=log_p), obs=y)
+            if self.penalty:
+                pyro.factor("wrong label", -self.penalty * (at(log_p, said) < log_p[..., : len(self.labels)].amax(-1)))
+            return z
+
+    def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """z ~ q(z | x, y), or q(z | x)."""
+        with pyro.plate("sentences", len(x)):
+            return pyro.sample("z", self.proposal(x, y))
+
+    def direct(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """y ~ LM("{x} is") among the labels: no reason."""
+        with pyro.plate("sentences", len(x)):
+            return pyro.sample("y", Categorical(logits=self.log_direct(x)), obs=y)
+
+    def prior(self, x: Tensor) -> Completion:
+        """p(z | x)."""
+        return Completion(self.lm, self.lm.fill(WHY, x=x), **self.reason)
+
+    def proposal(self, x: Tensor, y: Tensor | None = None) -> Completion:
+        """q(z | x, y), or q(z | x)."""
+        if self.guide_lm is None:
+            raise ValueError("guide_lm: this Subjectivity was made without a guide")
+        if self.reads == "x":
+            prompt = self.guide_lm.fill(WHY, x=x)
+        elif y is None:
+            raise ValueError("y: this guide reads it; predict by the prior, or by a guide with reads='x'")
+        else:
+            prompt = self.guide_lm.fill(SEEN, x=x, y=self.label_texts[y])
+        return Completion(self.guide_lm, prompt, **self.reason)
+
+    def log_labels(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(y | x, z) for reasons (..., B, L): (..., B, C), with one more outcome where it is not normalised."""
+        lm = self.likelihood_lm
+        return self._outcomes(scores(lm, lm.join(lm.fill(WHY, x=x), z), self.label_texts))
+
+    def log_direct(self, x: Tensor, before: Tensor | str = "") -> Tensor:
+        """log p(y | x) (B, C) without a reason; ``before`` it, perhaps examples."""
+        lm = self.likelihood_lm
+        return self._outcomes(scores(lm, lm.join(before, lm.fill(PLAINLY, x=x)), self.label_texts))
+
+    def _outcomes(self, log_p: Tensor) -> Tensor:
+        if self.normalised:
+            return log_p.log_softmax(-1)
+        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(log_p.dtype).tiny)
+        return torch.cat([log_p, rest.log()], -1)
+
+    def encode(self, sentences: Sequence[Sentence]) -> tuple[Tensor, Tensor]:
+        """The arguments (x, y) of model and guide for these sentences."""
+        y = torch.tensor([self.labels.index(s.label) for s in sentences], device=self.lm.device)
+        return self.lm.encode([s.text for s in sentences]), y
+
+
+def allowed_words(lm: LanguageModel, words: Sequence[str] = REASONS) -> Tensor:
+    """These words and the stop, as the only tokens of a reason: BoolTensor (V,)."""
+    mask = torch.zeros(lm.vocab_size, dtype=torch.bool, device=lm.device)
+    mask[[lm.token_id(w) for w in (*words, STOP)]] = True
+    return mask
