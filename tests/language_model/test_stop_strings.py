@@ -36,6 +36,7 @@ from lmppl.inference import (
     VarGrad,
 )
 from lmppl.inference.core import programs
+from lmppl.inference.core.query import Query
 from lmppl.inference.core.sites import text_of
 from lmppl.inference.core.weights import balance
 from lmppl.stop_strings import StopStrings
@@ -242,7 +243,7 @@ def test_balance_is_u_of_the_stopped_prefixes():
     pyro.set_rng_seed(0)
     model, guide = program(lm, stop), plain_guide(q_lm, stop)
     drawn = programs.trace(guide, (), {}, nesting=1, particles=40)
-    b = balance(model, guide, (), {}, drawn, 1, 40, "z")
+    b = balance(Query(model, guide), drawn, 40, "z")
     by_string = 0
     for n, row in enumerate(drawn.nodes["z"]["value"]):
         for i, cuts in enumerate(law.stopped(tokens(z)) for z in row):

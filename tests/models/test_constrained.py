@@ -129,7 +129,7 @@ def test_planted_words_are_there(tiny):
     lm, x = tiny
     task = Constrained(lm, lm, condition=has_letter, max_tokens=6, stop=".")
     w = lm.encode(["aa", "b"])
-    source = Source(task.model, task.guide, (x, w), {}, nesting=1)
+    source = Source(task.model, task.guide, (x, w), {}, max_plate_nesting=1)
     torch.manual_seed(0)
     for where in ("anywhere", "end"):
         z = Planted(where).draw(source, 200)["z"]

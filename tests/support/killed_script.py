@@ -29,6 +29,7 @@ from tiny import tiny_lm
 
 from lmppl import LanguageModel
 from lmppl.inference import Importance, Posterior, Trainer
+from lmppl.inference.core.query import Query
 from lmppl.inference.training.loop import checkpoint
 
 CALLS = {
@@ -191,9 +192,9 @@ def training(path: Path) -> str:
 class Walk(Trainer):
     """A parameter that draws its steps."""
 
-    def update(self, model: Any, guide: Any, args: Any, kwargs: Any, step: int) -> dict[str, float]:
+    def update(self, query: Query, step: int) -> dict[str, float]:
         (p,) = self.parameters
-        p.grad = torch.randn(2) + sum(args)
+        p.grad = torch.randn(2) + sum(query.args)
         self.optimizer.step()
         return {"loss": p.detach().sum().item()}
 

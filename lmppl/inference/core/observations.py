@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ... import text
 from . import programs
-from .plates import Plates, kept_plates
-from .programs import Program, Sketch, Values
+from .plates import Plates
+from .programs import Values
+from .query import Query
 from .sites import is_text, prompt_of
 
 Tokens = tuple[Hashable, ...]
@@ -31,27 +32,16 @@ class Observations:
     elsewhere: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # keys of the processes before and after this one
 
 
-def observe(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    nesting: int,
-    task: int = 0,
-    key: Callable[..., Iterable[Any]] | None = None,
-) -> tuple[Observations, Trace]:
+def observe(query: Query, task: int = 0, key: Callable[..., Iterable[Any]] | None = None) -> tuple[Observations, Trace]:
     """The observations of a batch, and a sketch of the model; ``key`` as in `Replay`.
 
     Two particles are sketched: what has an axis for them depends on latents and identifies nothing.
     """
-    with torch.no_grad():
-        q = programs.trace(guide, args, kwargs, Sketch(), nesting=nesting, particles=2)
-        held = programs.Substitute(programs.values(q))
-        p = programs.trace(model, args, kwargs, Sketch(), held, nesting=nesting, particles=2)
-    plates = kept_plates([p, q], nesting)
+    pair = query.sketch(particles=2)
+    q, p, plates = pair.proposal, pair.model, pair.plates(subsampling=True)
     sites = {n: (node["fn"].event_dim, is_text(node["fn"])) for n, node in programs.latents(q).items()}
-    subsamples = {n: v for n, v in programs.values(q).items() if n not in sites}
-    found = _identities([q, p], plates) if key is None else [[repr(k)] for k in key(*args, **kwargs)]
+    subsamples = {n: v for n, v in pair.values.items() if n not in sites}
+    found = _identities([q, p], plates) if key is None else [[repr(k)] for k in key(*query.args, **query.kwargs)]
     count = torch.Size(plates.sizes).numel()
     if len(found) != count:
         raise ValueError(f"key: expected one for each of the batch's {count} observations, got {len(found)}")

@@ -189,12 +189,6 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
     return found
 
 
-def networks(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The networks behind a program's text sites, each once: whose ``tokens_scored`` an algorithm costs."""
-    (sketch,) = sketches([program], args, kwargs)
-    return list({id(lm.network): lm.network for lm in language_models(sketch).values()}.values())
-
-
 def language_models(trace: Trace) -> dict[str, Any]:
     """The language models behind a trace's sites, latent or observed, by site."""
     lms = {name: lm_of(node["fn"]) for name, node in scored(trace).items()}

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from . import programs
 from .plates import Plates, kept_plates
-from .programs import Program, Substitute
+from .programs import Program, Sketch, Substitute
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Query:
         """What draws latent values: the guide, else the model."""
         return self.model if self.guide is None else self.guide
 
+    @property
+    def given(self) -> tuple[Program, Program, tuple[Any, ...], dict[str, Any]]:
+        """Model, guide, args and kwargs, as signatures that are public take them."""
+        return self.model, self.proposal, self.args, dict(self.kwargs)
+
     @cached_property
     def sketches(self) -> list[Trace]:
         """A trace of what proposes, and of the model where that is another: shapes alone, no network is asked."""
@@ -47,22 +53,37 @@ class Query:
         given = programs.given_nesting(self.max_plate_nesting)
         return programs.nesting_of(self.sketches) if given is None else given
 
+    @property
+    def networks(self) -> list[Any]:
+        """The networks behind the texts, each once: whose ``tokens_scored`` an algorithm costs."""
+        lms = [lm for sketch in reversed(self.sketches) for lm in programs.language_models(sketch).values()]
+        return list({id(lm.network): lm.network for lm in lms}.values())
+
     def trace(self, program: Program, *handlers: Messenger, particles: int, prefixes: int | None = None) -> Trace:
         """One run of a program on these arguments, with particles (and prefixes) on the left of its plates."""
         shape: dict[str, Any] = {"nesting": self.nesting, "particles": particles, "prefixes": prefixes}
         return programs.trace(program, self.args, dict(self.kwargs), *handlers, **shape)
 
-    def run(self, *handlers: Messenger, particles: int) -> Pair:
-        """What proposes, under these handlers, and the model at the values that came out."""
-        proposal = self.trace(self.proposal, *handlers, particles=particles)
+    def run(self, *handlers: Messenger, particles: int, prefixes: int | None = None) -> Pair:
+        """What proposes, under these handlers, and without gradient the model at the values that came out."""
+        shape: dict[str, Any] = {"particles": particles, "prefixes": prefixes}
+        proposal = self.trace(self.proposal, *handlers, **shape)
         if self.guide is None:
             return Pair(self, proposal, proposal, particles)
-        target = self.trace(self.model, Substitute(programs.values(proposal)), particles=particles)
+        with torch.no_grad():
+            target = self.trace(self.model, Substitute(programs.values(proposal)), **shape)
         return Pair(self, proposal, target, particles)
 
-    def at(self, values: Mapping[str, Tensor], *, particles: int) -> Pair:
+    def at(self, values: Mapping[str, Tensor], *, particles: int, prefixes: int | None = None) -> Pair:
         """Both programs at given values of the latents (and subsamples)."""
-        return self.run(Substitute(values), particles=particles)
+        return self.run(Substitute(values), particles=particles, prefixes=prefixes)
+
+    @torch.no_grad()
+    def sketch(self, *, particles: int) -> Pair:
+        """As `run`, with placeholders for texts: no network is asked, and other latents are drawn."""
+        proposal = self.trace(self.proposal, Sketch(), particles=particles)
+        held = Substitute(programs.values(proposal))
+        return Pair(self, proposal, self.trace(self.model, Sketch(), held, particles=particles), particles)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from torch import Tensor
 from ... import text
 from . import programs
 from .programs import Node, Substitute
-from .query import Query
+from .query import Pair, Query
 from .sites import innermost, prompt_of
-from .weights import Weighted
 
 _KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
 
@@ -25,22 +24,21 @@ class AxesError(ValueError):
 
 
 @torch.no_grad()
-def check_axes(query: Query, weighted: Weighted) -> None:
+def check_axes(pair: Pair) -> None:
     """Under Pyro's validation, run the last particle alone and compare its sites with the vectorised run.
 
     A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  Text sites are
     compared by their prompts, which costs the network nothing.
     """
-    n = weighted.u.shape[0]
+    query, n = pair.query, pair.particles
     if not is_validation_enabled() or n == 1:
         return
-    nesting = weighted.plates.nesting
-    own = {k: v for k, v in weighted.values.items() if k in programs.latents(weighted.guide)}
-    alone_values = {k: v[-1:] if k in own else v for k, v in weighted.values.items()}
+    own = programs.latents(pair.proposal)
+    alone_values = {k: v[-1:] if k in own else v for k, v in pair.values.items()}
     alone = query.trace(query.model, Substitute(alone_values), particles=1)
-    for name, node in programs.scored(weighted.model).items():
+    for name, node in programs.scored(pair.model).items():
         other = programs.scored(alone).get(name)
-        if other is None or not _same(node, other, nesting):
+        if other is None or not _same(node, other, query.nesting):
             raise AxesError(
                 f"model: site {name!r} is not written for a particle axis: the last of {n} particles has another "
                 "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
@@ -48,11 +46,11 @@ def check_axes(query: Query, weighted: Weighted) -> None:
             )
 
 
-def check_axes_once(query: Query, weighted: Callable[[], Weighted]) -> None:
+def check_axes_once(query: Query, pair: Callable[[], Pair]) -> None:
     """`check_axes` of a program that is run again and again, the first time."""
     program = getattr(query.model, "__func__", query.model)
     if is_validation_enabled() and program not in _KNOWN:
-        check_axes(query, weighted())
+        check_axes(pair())
         _KNOWN.add(program)
 
 

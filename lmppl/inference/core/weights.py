@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ... import randomness
 from . import programs
-from .plates import Plates, kept_plates
-from .programs import Node, Program, Substitute
+from .plates import Plates
+from .programs import Node
 from .query import Pair, Query
 from .sites import Site, is_terminable, text_of, texts_of
 
@@ -193,15 +193,7 @@ def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -
 
 
 def balance(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    drawn: Trace,
-    nesting: int,
-    num_particles: int,
-    site: str | None,
-    num_prefixes: int | None = None,
+    query: Query, drawn: Trace, num_particles: int, site: str | None, num_prefixes: int | None = None
 ) -> Balance:
     """u at the stopped prefixes of ``site``'s texts: one pass of the guide with gradient, one of the model without.
 
@@ -220,15 +212,10 @@ def balance(
         P, where = at.shape[0], at.minimum(end).clamp(max=width - 1)
         held[site] = programs.cut(value, ending, at)
     extra: dict[str, Tensor] = {}
-    shape = {"nesting": nesting, "particles": num_particles, "prefixes": P}
-
-    guide_trace = programs.trace(guide, args, kwargs, Substitute(held), **shape)
-    with torch.no_grad():
-        model_trace = programs.trace(model, args, kwargs, Substitute(held), **shape)
-    programs.match(model_trace, guide_trace)
+    pair = query.at(held, particles=num_particles, prefixes=P).matched()
+    guide_trace, model_trace, plates = pair.proposal, pair.model, pair.plates(subsampling=True)
     if site is not None and site in model_trace.nodes:
         _same_stop_strings(site, text_of(model_trace.nodes[site]["fn"]), texts)
-    plates = kept_plates([model_trace, guide_trace], nesting)
     if site is not None and where is not None:
         texts = texts_of(guide_trace.nodes[site])
         # (P, particle, *plate axes, *stacked), from scores that are alike for all P

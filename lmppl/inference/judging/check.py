@@ -20,7 +20,7 @@ from ... import text
 from ..core import programs
 from ..core.arguments import at_least
 from ..core.programs import Node, Program, SiteMismatch, Substitute
-from ..core.query import Query
+from ..core.query import Pair, Query
 from ..core.sites import is_terminable, lm_of, text_of, texts_of
 from ..core.validation import AxesError, check_axes
 from ..core.weights import Weighted, balance, site_log_prob, weigh
@@ -132,7 +132,7 @@ def _weigh(
     try:
         query = Query(model, guide, args, kwargs)
         weighted = weigh(query, num_particles)
-        check_axes(query, weighted)
+        check_axes(Pair(query, weighted.guide, weighted.model, num_particles))
         # The prefix axis of the objectives, one more on the left; nothing is scored.
         nesting = weighted.plates.nesting
         programs.trace(
@@ -279,8 +279,9 @@ def _train(
     learning_rate: float,
 ) -> None:
     """Gradients, and a few steps on fixed draws; everything is put back."""
+    query = Query(model, guide, args, kwargs, weighted.plates.nesting)
     parameters = _parameters(guide, weighted.guide)
-    target = set(Owners.of(model, guide, args, kwargs).target)
+    target = set(Owners.of(query).target)
     if parameters and target.issuperset(map(id, parameters.values())):
         report.problems.append(
             "guide: it has no trainable parameters of its own, those of its language model are the model's, which "
@@ -308,7 +309,7 @@ def _train(
         return found
 
     def fixed_loss() -> Tensor:
-        b = balance(model, guide, args, kwargs, weighted.guide, nesting, n, None)
+        b = balance(query, weighted.guide, n, None)
         return objective.reduce(objective.residual(b), b).mean()
 
     objective = VarGrad(num_particles=n, max_plate_nesting=nesting)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...engine.prompts import prompts
-from ..core import programs
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
+from ..core.query import Query
 from ..posterior.algorithm import sized
 from ..posterior.posterior import Posterior
 from ..samplers.smc.smc import Sequential
@@ -88,7 +88,7 @@ def compare(
     at_least(1, repetitions=repetitions)
     if not chosen:
         raise ValueError(f"seeds: expected at least one, got {seeds}")
-    meter = Meter(programs.networks(model, args, kwargs))
+    meter = Meter(Query(model, None, args, kwargs).networks)
     truth: Posterior | None = exact if isinstance(exact, Posterior) or exact is None else None
     if exact is not None and truth is None:
         _tell(progress, "enumeration")
@@ -104,7 +104,7 @@ def compare(
                 pyro.set_rng_seed(seed)
             algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
             if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
-                meter.watch(programs.networks(guide, args, kwargs))
+                meter.watch(Query(guide, None, args, kwargs).networks)
             row, estimates = _measure(
                 name, algorithm, meter, repetitions, truth, (guides or {}).get(name), args, kwargs
             )

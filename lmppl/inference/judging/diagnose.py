@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...files import save_figure
 from ..core.arguments import at_least, is_integer
+from ..core.query import Query
 from ..posterior.algorithm import guide_of
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
@@ -171,9 +172,9 @@ def diagnose(
 
 def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
     """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
-    nesting, guide = getattr(algorithm, "max_plate_nesting", None), guide_of(algorithm)
-    assert guide is not None
-    lost = judge(algorithm.model, guide, args, nesting)["held_out_missed"]
+    nesting = getattr(algorithm, "max_plate_nesting", None)
+    query = Query(algorithm.model, guide_of(algorithm), args, max_plate_nesting=nesting)
+    lost = judge(query)["held_out_missed"]
     meaning = "of the evidence is found by the model's own draws and not by the guide's"
     return Finding("guide misses", f"{lost:.0%}", meaning, lost > MOST_LOST, lost)
 

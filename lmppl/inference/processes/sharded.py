@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ... import text
 from ...randomness import Part, forked, part
-from ..core import programs
 from ..core.observations import observe
 from ..core.programs import Program, scored
+from ..core.query import Query
 from ..posterior.algorithm import on, sized
 from ..posterior.posterior import Posterior
 from . import distributed
-
-Given = Callable[[], tuple[Any, ...]]
 
 
 class Sharded:
@@ -55,34 +53,27 @@ class Sharded:
         """The posterior of all observations, on every process; ``kwargs`` are not shared out."""
 
         def dim(own: tuple[Any, ...], part: Part) -> int:
-            return plate_of(self.model, self.guide or self.model, (lambda: args, lambda: own), {}, part)
+            programs = self.model, self.guide or self.model
+            return plate_of(lambda: Query(*programs, own), lambda: Query(*programs, args), part)
 
         with distributed.shard(args, dim, few=True) as own:
             posterior: Posterior = self.algorithm.run(*own, **kwargs)
             return gathered(posterior)
 
 
-def plate_of(
-    model: Program,
-    guide: Program,
-    arguments: tuple[Given, Given],
-    kwargs: dict[str, Any],
-    part: Part,
-    max_plate_nesting: int | None = None,
-) -> int:
+def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part: Part) -> int:
     """The axis, from the right, of the plate that this part of the observations lies along; the network is not asked.
 
-    :param arguments: of the programs, what gives the whole batch's and this part's.
+    The queries are asked for anew for each sketch, with the same seed or another one.
+
     :raises ValueError: where the leftmost plate that encloses every site has another size, a plate is subsampled, or
         the programs do not make of a part of the arguments what they make of it among all of them.
     """
     found = []
-    for given, seed in ((arguments[1], 0), (arguments[0], 0), (arguments[0], 1)):
+    for query, seed in ((own_part, 0), (all_of_it, 0), (all_of_it, 1)):
         with torch.no_grad(), forked():
             torch.manual_seed(seed)
-            args = given()
-            nesting = programs.plate_nesting([guide, model], args, kwargs, max_plate_nesting)
-            found.append(observe(model, guide, args, kwargs, nesting))
+            found.append(observe(query()))
     (own, _), (whole, trace), (again, _) = found
     for node in scored(trace).values():
         for f in node["cond_indep_stack"]:

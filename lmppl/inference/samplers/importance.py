@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
-from ..core.query import Query
+from ..core.query import Pair, Query
 from ..core.validation import check_axes
 from ..core.weights import weigh
 from ..posterior.algorithm import Particles
@@ -51,7 +51,7 @@ class Importance(Particles):
         """The weighted particles for these arguments."""
         query = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
         weighted = weigh(query, self.num_particles)
-        check_axes(query, weighted)
+        check_axes(Pair(query, weighted.guide, weighted.model, self.num_particles))
         log_weights = weighted.u - math.log(self.num_particles)
         run = Run(self.model, args, kwargs)
         return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, run, weighted.model)

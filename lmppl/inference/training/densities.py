@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..core import programs
 from ..core.plates import Plates, kept_plates
-from ..core.programs import Draw, Program, SiteMismatch, Substitute
-from ..core.query import Pair, Query
+from ..core.programs import Draw, SiteMismatch, Substitute
+from ..core.query import Query
 from ..core.validation import check_axes_once
-from ..core.weights import Weighted, device_of, log_density, log_density_of_latents
+from ..core.weights import log_density, log_density_of_latents
 
 Values = Mapping[str, Tensor]
 
@@ -51,20 +50,15 @@ class Drawn:
 
         :raises SiteMismatch: where model and guide do not fit.
         """
-        query, replay = self.query, Substitute(self.values)
-        guide = query.trace(query.proposal, replay, particles=self.num_particles)
+        pair = self.query.at(self.values, particles=self.num_particles).matched()
+        plates = pair.plates(subsampling=True)
+        check_axes_once(self.query, lambda: pair)
         with torch.no_grad():
-            model = query.trace(query.model, replay, particles=self.num_particles)
-            pair = Pair(query, guide, model, self.num_particles).matched()
-            plates = pair.plates(subsampling=True)
-            nothing = torch.zeros(self.num_particles, device=device_of(model, guide))
-            weighted = Weighted(nothing, dict(self.values), model, guide, plates)
-            check_axes_once(query, lambda: weighted)
-            latents = programs.latents(model).items()
+            latents = programs.latents(pair.model).items()
             known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
-            log_p = log_density(model, plates, known=known)
-            log_prior = log_density_of_latents(model, plates, known)
-        log_q = log_density_of_latents(guide, plates)
+            log_p = log_density(pair.model, plates, known=known)
+            log_prior = log_density_of_latents(pair.model, plates, known)
+        log_q = log_density_of_latents(pair.proposal, plates)
         log_p, log_prior, log_q = (self._each(x, plates) for x in (log_p, log_prior, log_q))
         return Densities(log_p, log_prior, log_q, plates)
 
@@ -77,20 +71,14 @@ class Drawn:
         return x.expand(1, self.num_particles, *plates.sizes)[0]
 
 
-def log_likelihood(
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    values: Values,
-    max_plate_nesting: int | None = None,
-) -> Tensor:
-    """log q (*kept) of given latent values, each as the guide itself would draw it, with gradient.
+def log_likelihood(query: Query, values: Values) -> Tensor:
+    """log q (*kept) of given latent values, each as what proposes would draw it, with gradient; the model is not run.
 
     :raises SiteMismatch: where a latent site of the guide has no value, or a value no site.
     :raises ValueError: where a value is impossible under the guide.
     """
-    nesting = programs.plate_nesting([guide], args, kwargs, max_plate_nesting)
-    run = programs.trace(guide, args, kwargs, Substitute(values), nesting=nesting, particles=1)
+    query = replace(query, model=query.proposal, guide=None)
+    run = query.trace(query.model, Substitute(values), particles=1)
     latents = programs.latents(run)
     for name in latents:
         if name not in values:
@@ -98,7 +86,7 @@ def log_likelihood(
     for name in values:
         if name not in run.nodes:
             raise SiteMismatch(f"guide: it has no site {name!r}, of which there is a value; it has {list(latents)}")
-    log_q = log_density_of_latents(run, kept_plates([run], nesting))[0, 0]
+    log_q = log_density_of_latents(run, kept_plates([run], query.nesting))[0, 0]
     if bool((log_q == -torch.inf).any()):
         raise ValueError(
             f"the values of {list(values)} are impossible under the guide; texts must end with their stop token and be "

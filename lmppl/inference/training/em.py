@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.optim import Optimizer
 
 from ..core import programs
 from ..core.arguments import steps_by_itself
-from ..core.programs import Program, Sketch, Substitute, parameters_of
+from ..core.programs import Program, Substitute, parameters_of
+from ..core.query import Query
 from ..posterior.algorithm import on, sized
 from ..posterior.posterior import Posterior
 from ..processes import distributed
@@ -128,36 +130,30 @@ class VariationalEM(Trainer):
         self.num_particles, self.max_particles = num_particles, max_particles
         self.weighted, self.backtrack = weighted, backtrack
 
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
+    def update(self, query: Query, step: int) -> dict[str, float]:
         """One round: the E-step's updates if it trains, its posterior, the M-step."""
         metrics: dict[str, float] = {}
-        given = self.arguments(args, kwargs)
-        sketch = self._sketch(model, guide, given, kwargs)
+        called = self._called(query)
+        sketch = self._sketch(called)
         if isinstance(self.e_step, Trainer):
+            own = replace(query, max_plate_nesting=self.e_step.max_plate_nesting)
             for k in range(self.e_steps):
-                found = self.e_step.update(model, guide, args, kwargs, step * self.e_steps + k)
+                found = self.e_step.update(own, step * self.e_steps + k)
             metrics = {f"e_{name}": value for name, value in found.items()}
         chosen = {n: s["value"] for n, s in sketch.nodes.items() if s["type"] == "sample" and site_is_subsample(s)}
-        pinned = _pinned(model, chosen), _pinned(guide, chosen)
-        posterior = self._infer(self.e_step, *pinned, given, kwargs)
-        metrics |= self._evidence(posterior, sketch, *pinned, given, kwargs)
+        pinned = replace(called, model=_pinned(called.model, chosen), guide=_pinned(called.proposal, chosen))
+        posterior = self._infer(self.e_step, pinned)
+        metrics |= self._evidence(posterior, sketch, pinned)
         log_weights = posterior.log_weights
         if not self.weighted:
             log_weights = torch.where(log_weights > -torch.inf, 0.0, log_weights)
-        surrogate = Surrogate.of(
-            pinned[0], given, kwargs, posterior, log_weights, subsampling(sketch, posterior.sites.plates)
-        )
+        surrogate = Surrogate.of(pinned, posterior, log_weights, subsampling(sketch, posterior.sites.plates))
         return metrics | self._ascend(surrogate, parameters_of(sketch))
 
-    def _sketch(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    def _sketch(self, query: Query) -> Trace:
         """The model's sites with its plates subsampled, the network not asked; checks who moves what on the way."""
-        nesting = programs.plate_nesting([guide, model], args, kwargs, self.max_plate_nesting)
-        shape = {"nesting": nesting, "particles": 1}
-        with torch.no_grad():
-            q = programs.trace(guide, args, kwargs, Sketch(), **shape)
-            p = programs.trace(model, args, kwargs, Sketch(), Substitute(programs.values(q)), **shape)
+        pair = query.sketch(particles=1)
+        q, p = pair.proposal, pair.model
         if isinstance(self.e_step, Trainer):
             theta, phi = _ids(self.parameters), _ids(self.e_step.parameters)
             if (theta & phi) | (theta & _ids(parameters_of(q))):
@@ -172,26 +168,16 @@ class VariationalEM(Trainer):
                 )
         return p
 
-    def _infer(
-        self, algorithm: Any, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Posterior:
+    def _infer(self, algorithm: Any, query: Query) -> Posterior:
         """The algorithm's posterior for this model and, if it has one, this guide."""
-        algorithm = on(algorithm, model, guide)
+        algorithm = on(algorithm, query.model, query.guide)
         if isinstance(algorithm, Trainer):
             algorithm = algorithm.sized(self.num_particles)
         with torch.no_grad():
-            posterior: Posterior = algorithm.run(*args, **kwargs)
+            posterior: Posterior = algorithm.run(*query.args, **query.kwargs)
         return posterior
 
-    def _evidence(
-        self,
-        posterior: Posterior,
-        sketch: Trace,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> dict[str, float]:
+    def _evidence(self, posterior: Posterior, sketch: Trace, query: Query) -> dict[str, float]:
         """Bounds and estimates of log p(y), summed over the data; what is undefined is left out."""
 
         def total(x: Tensor) -> float:
@@ -202,7 +188,7 @@ class VariationalEM(Trainer):
         if isinstance(self.e_step, Trainer):
             found["elbo"] = total(posterior.log_weights.mean(0) + math.log(posterior.num_particles))
         if self.exact is not None:
-            found["log_likelihood"] = total(self._infer(self.exact, model, guide, args, kwargs).log_evidence)
+            found["log_likelihood"] = total(self._infer(self.exact, query).log_evidence)
         found["gap"] = found.get("log_likelihood", found["log_evidence"]) - found["elbo"]
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
@@ -246,30 +232,23 @@ class VariationalEM(Trainer):
 
     # -- as a Trainer --------------------------------------------------------------------------------------------------
 
-    def watch(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        optimizer: str = "m_optimizer",
-    ) -> None:
+    def watch(self, query: Query, optimizer: str = "m_optimizer") -> None:
         """Refuse an E-step's optimiser as the E-step does, and an M-step's that holds a part only of what is to learn.
 
         Of an adapter of the model: all of it or nothing; of Pyro's parameters in the model: all.
         """
         with torch.no_grad(), torch.random.fork_rng():
-            self._sketch(model, guide, args, kwargs)  # refuses what both would move
+            self._sketch(query)  # refuses what both would move
         if isinstance(self.e_step, Trainer):
-            self.e_step.watch(model, guide, args, kwargs, "e_step: its optimizer")
+            self.e_step.watch(query, "e_step: its optimizer")
         theta = _ids(self.parameters)
-        q, p = programs.sketches([guide, model], args, kwargs)
+        q, p = query.sketches
         lms = {id(lm): lm for lm in programs.language_models(p).values()}
         views = [lm.trainable_parameters() for lm in lms.values()]
         begun = [x for own in views if theta & _ids(own) for x in own]
-        shared = set() if guide == model else _ids(trainable_of(q))
+        shared = set() if query.guide == query.model else _ids(trainable_of(q))
         stored = [x for x in trainable_of(p) if id(x) in _ids(programs.stored()) - shared]
-        Owners.of(model, guide, args, kwargs).check_model([*begun, *stored], self.parameters, optimizer)
+        Owners.of(query).check_model([*begun, *stored], self.parameters, optimizer)
 
     @property
     def optimizers(self) -> list[Optimizer]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -115,10 +113,8 @@ class PolicyGradient(Trainer):
     def accumulates(self) -> bool:
         return self.epochs == 1
 
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
-        drawn = Drawn(Query(model, guide, args, kwargs, self.max_plate_nesting), self.num_particles)
+    def update(self, query: Query, step: int) -> dict[str, float]:
+        drawn = Drawn(query, self.num_particles)
         densities = drawn.densities()
         log_q, old = densities.log_q, densities.log_q.detach()
         reward = self.rewards(densities, step)

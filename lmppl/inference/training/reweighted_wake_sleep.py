@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,20 +71,18 @@ class ReweightedWakeSleep(Trainer):
             raise ValueError("simulate: the sleep phase needs a function that dreams observations, see `dreams`")
         self.num_particles, self.wake, self.sleep, self.simulate = num_particles, wake, sleep, simulate
 
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
+    def update(self, query: Query, step: int) -> dict[str, float]:
         terms, metrics = [], {}
         if self.wake > 0:
-            drawn = Drawn(Query(model, guide, args, kwargs, self.max_plate_nesting), self.num_particles)
+            drawn = Drawn(query, self.num_particles)
             densities = drawn.densities()
             wake = wake_loss(densities).mean()
             terms.append(self.wake * wake)
             metrics["wake"] = wake.item()
             metrics["ess"] = (effective_sample_size(densities.u) / self.num_particles).mean().item()
         if self.sleep > 0 and self.simulate is not None:
-            dreamt, values = self.simulate(*args, **kwargs)
-            sleep = -log_likelihood(guide, dreamt, kwargs, values, self.max_plate_nesting).mean()
+            dreamt, values = self.simulate(*query.args, **query.kwargs)
+            sleep = -log_likelihood(replace(query, args=dreamt), values).mean()
             terms.append(self.sleep * sleep)
             metrics["sleep"] = sleep.item()
         loss = torch.stack(terms).sum()

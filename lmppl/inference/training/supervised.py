@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from ..core import programs
 from ..core.programs import Program
+from ..core.query import Query
 from .densities import log_likelihood
 from .trainer import Trainer
 
@@ -64,11 +66,9 @@ class SupervisedFineTuning(Trainer):
         with torch.random.fork_rng(devices=[]):
             return self.examples(*batch, **kwargs)[0]
 
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
-        given, values = self.examples(*args, **kwargs)
-        loss = -log_likelihood(guide, given, kwargs, values, self.max_plate_nesting).mean()
+    def update(self, query: Query, step: int) -> dict[str, float]:
+        given, values = self.examples(*query.args, **query.kwargs)
+        loss = -log_likelihood(replace(query, args=given), values).mean()
         return {"loss": loss.item(), "grad_norm": self.descend(loss)}
 
 

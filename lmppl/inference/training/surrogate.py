@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from pyro.poutine import Trace
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from ..core import programs
 from ..core.plates import Plates
-from ..core.programs import Program, SiteMismatch, Substitute
+from ..core.programs import SiteMismatch, Substitute
+from ..core.query import Query
 from ..core.weights import log_density
 from ..posterior.posterior import Posterior
 
@@ -23,24 +23,14 @@ from ..posterior.posterior import Posterior
 class Surrogate:
     r"""Q(theta) :math:`= s \sum_{i, n} w_{ni} \log p_\theta(z_{ni}, y_i)`: the particles and weights are fixed."""
 
-    model: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    query: Query
     values: dict[str, Tensor]  # (n, *plate axes, *event)
     weights: Tensor  # (n, *kept), summing to 1, or to 0 where the evidence is zero
     plates: Plates
     scale: float
 
     @classmethod
-    def of(
-        cls,
-        model: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        posterior: Posterior,
-        log_weights: Tensor,
-        scale: float,
-    ) -> Surrogate:
+    def of(cls, query: Query, posterior: Posterior, log_weights: Tensor, scale: float) -> Surrogate:
         """The particles of weight zero left out: the others first, then repeats of the heaviest, at weight zero.
 
         A repeat's log p is finite, so that weight zero gives gradient zero and never NaN.
@@ -51,15 +41,14 @@ class Surrogate:
         order = torch.where(weights > 0, order, order[:1])[:n]
         plates = posterior.sites.plates
         values = {name: plates.take(value, order) for name, value in posterior.values.items()}
-        return cls(model, args, kwargs, values, weights[:n], plates, scale)
+        return cls(replace(query, max_plate_nesting=plates.nesting), values, weights[:n], plates, scale)
 
     def _terms(self, size: int) -> Iterator[Tensor]:
         """Q, ``size`` particles at a time."""
         for start in range(0, len(self.weights), size):
             weights = self.weights[start : start + size]
             held = Substitute({name: value[start : start + size] for name, value in self.values.items()})
-            shape = {"nesting": self.plates.nesting, "particles": len(weights)}
-            run = programs.trace(self.model, self.args, self.kwargs, held, **shape)
+            run = self.query.trace(self.query.model, held, particles=len(weights))
             for name in programs.latents(run):
                 if name not in self.values:
                     raise SiteMismatch(f"e_step: its posterior has no site {name!r}, a latent site of the model")

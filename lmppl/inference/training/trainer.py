@@ -6,6 +6,7 @@ import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -40,7 +41,7 @@ from .loop.stopping import StopTraining as StopTraining
 from .loop.trackers import DIRECTORY, Trackers
 from .loop.verdict import judge, warn
 
-Arguments: TypeAlias = Callable[[tuple[Any, ...]], tuple[Any, ...]]  # of a batch, what programs are called with
+Programs: TypeAlias = tuple[Program, Program | None]  # model and guide
 
 logger = logging.getLogger("lmppl")
 
@@ -80,18 +81,19 @@ class Trainer(OnPrograms, ABC):
         self.training_tokens = 0
         self.history: list[dict[str, float]] = []
         self._steps = 0  # taken by `step`, one by one: what schedules are asked about
-        self._networks: dict[tuple[Program, Program], list[Any]] = {}
-        self._dims: dict[tuple[Program, Program], int] = {}
+        self._networks: dict[Programs, list[Any]] = {}
+        self._dims: dict[Programs, int] = {}
         self._unchecked: Owners | None = None  # until the optimiser is seen to hold what a loss reaches
-        self._watched: dict[tuple[Program, Program], frozenset[int]] = {}  # with which of Pyro's parameters
+        self._watched: dict[Programs, frozenset[int]] = {}  # with which of Pyro's parameters
         self._descent = Descent()
         self._alike = False  # whether all processes are known to have the same parameters
 
     @abstractmethod
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
-        """One update of the parameters; its metrics, "loss" among them."""
+    def update(self, query: Query, step: int) -> dict[str, float]:
+        """One update of the parameters; its metrics, "loss" among them.
+
+        ``query.args`` are a batch; what model and guide are called with is `arguments` of it.
+        """
 
     def arguments(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Of a batch, what model and guide are called with."""
@@ -115,29 +117,22 @@ class Trainer(OnPrograms, ABC):
         """Whether an update may be of several batches: whether `update` calls `descend` once."""
         return True
 
-    def watch(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        optimizer: str = "optimizer",
-    ) -> None:
+    def watch(self, query: Query, optimizer: str = "optimizer") -> None:
         """Refuse an optimiser that holds parameters of the model, or not all of the guide's; the next loss tells more.
 
         Of another task's guide than the trainer's own, a warning says what is not held.
 
-        ``args``: what model and guide are called with; ``optimizer``: what a message calls it.
+        ``query.args`` are what model and guide are called with; ``optimizer`` is what a message calls it.
 
         :raises ValueError: with their names.
         """
-        owners = Owners.of(model, guide, args, kwargs)
+        owners = Owners.of(query)
         owners.check_target(self.parameters, optimizer)
         self._unchecked = None
         try:
             owners.check_guide(self.parameters, optimizer)
         except ValueError as error:
-            if guide == self.guide:
+            if query.guide == self.guide:
                 raise
             logger.warning("a task does not train: %s", error)
             return
@@ -168,31 +163,38 @@ class Trainer(OnPrograms, ABC):
         :raises ValueError: where the optimiser holds parameters of the model, or not all of the guide's.
         """
         self._steps += 1
-        return self._counted(Task(self.model, self.guide, [args]), args, kwargs, self._steps - 1)
+        return self._counted(self._query(*args, **kwargs), self._steps - 1)
 
-    def _counted(self, task: Task, args: tuple[Any, ...], kwargs: dict[str, Any], step: int) -> dict[str, float]:
-        model, guide = task.model, task.guide
-        dim = self._plate(model, guide, args, kwargs, lambda batch: self.arguments(batch, kwargs))
-        with distributed.shard(args, dim) as args:
+    def _query(self, *args: Any, **kwargs: Any) -> Query:
+        """Of the trainer's own programs."""
+        return Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
+
+    def _called(self, query: Query) -> Query:
+        """Of a batch, the query with what model and guide are called with."""
+        return replace(query, args=self.arguments(query.args, dict(query.kwargs)))
+
+    def _counted(self, query: Query, step: int) -> dict[str, float]:
+        """`update` with this process's part of a batch, the tokens counted."""
+        query, both = replace(query, max_plate_nesting=self.max_plate_nesting), (query.model, query.guide)
+        with distributed.shard(query.args, self._plate(query, self._called)) as own:
+            query = replace(query, args=own)
             if not self._alike:
                 distributed.broadcast([p for o in self.optimizers for g in o.param_groups for p in g["params"]])
                 self._alike = True
-            if (model, guide) not in self._networks:
-                given = self.arguments(args, kwargs)
-                both = [n for p in (model, guide) for n in programs.networks(p, given, kwargs)]
-                self._networks[model, guide] = list({id(n): n for n in both}.values())
-            if self._watched.get((model, guide)) != frozenset(map(id, programs.stored())):
-                self.watch(model, guide, self.arguments(args, kwargs), kwargs)
-                self._watched[model, guide] = frozenset(map(id, programs.stored()))
-            networks = self._networks[model, guide]
+            if both not in self._networks:
+                self._networks[both] = self._called(query).networks
+            if self._watched.get(both) != frozenset(map(id, programs.stored())):
+                self.watch(self._called(query))
+                self._watched[both] = frozenset(map(id, programs.stored()))
+            networks = self._networks[both]
             before = sum(network.tokens_scored for network in networks)
-            metrics = self.update(model, guide, args, kwargs, step)
+            metrics = self.update(query, step)
             self.training_tokens += distributed.total(sum(network.tokens_scored for network in networks) - before)
             return distributed.average(metrics)
 
     def _held_out(self, args: tuple[Any, ...], exact_sample: Any = None) -> dict[str, float]:
         """`evaluate`, each process on its part."""
-        dim = self._plate(self.model, self.guide, args, {}, lambda batch: batch[: len(args)])
+        dim = self._plate(self._query(*args), lambda query: replace(query, args=query.args[: len(args)]))
         given = () if exact_sample is None or distributed.world().size == 1 else (dict(exact_sample),)
         with distributed.shard((*args, *given), dim, few=True) as own:
             exact = {} if exact_sample is None else {"exact_sample": own[-1] if given else exact_sample}
@@ -200,20 +202,17 @@ class Trainer(OnPrograms, ABC):
 
     def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
         """`judge`, each process on its part."""
-        dim = self._plate(self.model, self.guide, args, {}, lambda batch: batch)
-        with distributed.shard(args, dim, few=True) as own:
+        with distributed.shard(args, self._plate(self._query(*args), lambda query: query), few=True) as own:
             return distributed.average(self.judge(*own))
 
-    def _plate(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: Arguments
-    ) -> Callable[[tuple[Any, ...], Part], int]:
+    def _plate(self, query: Query, called: Callable[[Query], Query]) -> Callable[[tuple[Any, ...], Part], int]:
         """What finds the axis of the observations' plate, once for each pair of programs."""
+        both = query.model, query.guide
 
         def dim(own: tuple[Any, ...], part: Part) -> int:
-            if (model, guide) not in self._dims:
-                both = (lambda: arguments(args)), (lambda: arguments(own))
-                self._dims[model, guide] = plate_of(model, guide, both, kwargs, part, self.max_plate_nesting)
-            return self._dims[model, guide]
+            if both not in self._dims:
+                self._dims[both] = plate_of(lambda: called(replace(query, args=own)), lambda: called(query), part)
+            return self._dims[both]
 
         return dim
 
@@ -343,14 +342,14 @@ class Trainer(OnPrograms, ABC):
 
     def judge(self, *args: Any) -> dict[str, float]:
         """How near the guide is to the posterior of these observations, see `verdict.judge`."""
-        return judge(self.model, self.guide, args, self.max_plate_nesting)
+        return judge(self._query(*args))
 
     def _refuse(self, tasks: list[Task], seed: int) -> None:
         """Refuse a wrong optimiser before anything is written."""
         with forked():
             for task in tasks:
                 seeded(seed, 0)
-                self.watch(task.model, task.guide, self.arguments(task.batch(0), {}), {})
+                self.watch(self._called(task.query(0)))
 
     def _tasks(self, batches: Any) -> list[Task]:
         if callable(batches):
@@ -383,7 +382,7 @@ class Trainer(OnPrograms, ABC):
         - ``length``, the mean number of tokens before the stop, ``stop``, the guide's mean probability of stopping
           where its texts did stop; both over all texts, and absent where no latent text has a stop.
         """
-        return examine(Query(self.model, self.guide, args, kwargs, self.max_plate_nesting), num_particles, exact_sample)
+        return examine(self._query(*args, **kwargs), num_particles, exact_sample)
 
     def sized(self, num_particles: int) -> Self:
         """The same trainer, whose answers have this many particles where `run` is not told otherwise."""

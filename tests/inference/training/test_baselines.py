@@ -119,9 +119,9 @@ def test_values_that_do_not_fit_the_guide_are_refused():
     z = task.lm.encode(["b", "ab"], stop="eos")
     for values, name in (({}, "'z'"), ({"z": z, "w": z}, "'w'")):
         with pytest.raises(SiteMismatch, match=name):
-            log_likelihood(task.guide, task.args, {}, values)
+            log_likelihood(Query(task.model, task.guide, task.args), values)
     with pytest.raises(ValueError, match="stop token"):
-        log_likelihood(task.guide, task.args, {}, {"z": task.lm.encode(["abc", "a"], stop="eos")})
+        log_likelihood(Query(task.model, task.guide, task.args), {"z": task.lm.encode(["abc", "a"], stop="eos")})
 
 
 # Prompting ------------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_replayed_rewards_are_forgotten_when_the_model_moves():
     em = VariationalEM(task.model, task.guide, e_step, SGD(task.theta, lr=0.5), e_steps=2)
     for _ in range(3):
         em.step(*task.args)
-    seen = e_step._observations(task.model, task.guide, task.args, {})  # what the next E-step begins with
+    seen = replay.observations(task.model, task.guide, task.args, {}, 1)  # what the next E-step begins with
     entries = [entry for key in seen.keys for entry in replay._stored[key].values()]
     assert len(entries) > 6 and all(entry.log_p != entry.log_p for entry in entries)
     metrics = em.step(*task.args)

@@ -28,6 +28,7 @@ from lmppl.inference import (
     VarGrad,
     VariationalEM,
 )
+from lmppl.inference.core.query import Query
 from lmppl.inference.judging.quality import density_quality
 from lmppl.inference.training.loop.batches import readable
 from lmppl.inference.training.loop.schedules import warmed
@@ -440,7 +441,7 @@ def test_what_a_guide_lacks_is_its_total_variation_seen_from_the_posterior(q, lo
             pyro.sample("k", dist.Categorical(torch.tensor(q)))
 
     pyro.set_rng_seed(0)
-    assert judge(model, guide, (), None)["held_out_lacking"] == pytest.approx(lost, abs=0.05)
+    assert judge(Query(model, guide))["held_out_lacking"] == pytest.approx(lost, abs=0.05)
 
 
 def test_an_optimizer_that_computes_the_loss_again_is_refused():

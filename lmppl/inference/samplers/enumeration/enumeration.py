@@ -19,10 +19,10 @@ from ...core.arguments import at_least, is_program
 from ...core.partial import advance
 from ...core.plates import Plates, kept_plates
 from ...core.programs import Node, Program, Sketch
-from ...core.query import Query
+from ...core.query import Pair, Query
 from ...core.sites import text_of
 from ...core.validation import check_axes
-from ...core.weights import Weighted, device_of, log_density, scale, site_log_prob
+from ...core.weights import device_of, log_density, scale, site_log_prob
 from ...posterior.algorithm import OnPrograms
 from ...posterior.posterior import Posterior
 from ...posterior.run import Run
@@ -164,7 +164,7 @@ class Enumeration(OnPrograms):
                 log_prior = plates.reduce(support.log_probs[name])
                 log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
-        check_axes(query, Weighted(log_weights, programs.values(trace), trace, trace, plates))
+        check_axes(Pair(query, trace, trace, len(log_weights)))
         posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, query.args, dict(query.kwargs)))
         unexplored = support.unexplored.to(log_weights.dtype)
         s = _smallest_scale(latents, plates)

@@ -20,7 +20,6 @@ from ...core.programs import Program, Substitute
 from ...core.query import Query
 from ...core.sites import is_text
 from ...core.validation import check_axes
-from ...core.weights import Weighted
 from ...posterior.algorithm import OnPrograms
 from ...posterior.posterior import Posterior, scorer
 from ...posterior.run import Run
@@ -215,8 +214,7 @@ class _State:
         beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
         self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
-        weighted = Weighted(self.density.joint, pair.values, pair.model, self.proposal, self.plates)
-        check_axes(self.query, weighted)
+        check_axes(pair)
 
     def score(self, values: Values) -> dict[str, Tensor]:
         """log p of texts under the model, (N, *plate axes) each."""

@@ -15,11 +15,11 @@ from ...core import programs
 from ...core.partial import Pause, advance, is_grown, keep_first, only, too_long
 from ...core.plates import kept_plates
 from ...core.programs import Node, Program, SiteMismatch
-from ...core.query import Query
+from ...core.query import Pair, Query
 from ...core.resampling import SCHEMES, conditional
 from ...core.sites import texts_of
 from ...core.validation import check_axes
-from ...core.weights import Weighted, device_of, log_density, log_density_of_latents, log_ratio, log_weight_of_prior
+from ...core.weights import device_of, log_density, log_density_of_latents, log_ratio, log_weight_of_prior
 from .ancestry import Resampling
 from .growth import Growth
 from .twists import Twist, defended, log_twist
@@ -218,8 +218,7 @@ class State:
             raise ValueError("model: a plate is subsampled; run it in full, so that the exact sample is of these data")
         if kept_plates([self.target, self.proposal], self.query.nesting, subsampling=False) != self.plates:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
-        weighted = Weighted(self.log_weights, self.values, self.target, self.proposal, self.plates)
-        check_axes(self.query, weighted)
+        check_axes(Pair(self.query, self.proposal, self.target, len(self.log_weights)))
 
 
 def _mismatch(site: Node | None, met: Node | None, target: Trace) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core import programs
 from ...core.arguments import is_program
 from ...core.programs import Draw, Program, Substitute, Temper, Values
+from ...core.query import Query
 from ...core.sites import Site
 from ..loop.schedules import Schedule, at, checked
 
@@ -27,35 +28,28 @@ class Memory:
     rest: int = 0  # steps until the next search
 
 
-@dataclass
-class Source:
+@dataclass(frozen=True)
+class Source(Query):
     """What samples can be drawn from: the programs, their arguments, the step of the training and what is remembered.
 
     All draws for one loss share one subsample.
     """
 
-    model: Program
     guide: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    nesting: int
     step: int = 0
     subsamples: Values = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
 
     def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
         """Latent values (particle, *plate axes, *event) of one run of ``program``."""
-        return self.run(program, num_particles, Draw(temper))[1]
+        return self.drawn(program, num_particles, Draw(temper))[1]
 
-    def run(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
+    def drawn(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
         """One run of ``program``, and its latent values."""
-        handlers = (draw, Substitute(self.subsamples))
-        run = programs.trace(
-            program, self.args, self.kwargs, *handlers, nesting=self.nesting, particles=num_particles
-        )  # fmt: skip
-        drawn = {name: node["value"] for name, node in programs.latents(run).items()}
-        self.subsamples |= {n: v for n, v in programs.values(run).items() if n not in drawn}
-        return run, drawn
+        run = self.trace(program, draw, Substitute(self.subsamples), particles=num_particles)
+        latents = {name: node["value"] for name, node in programs.latents(run).items()}
+        self.subsamples.update({n: v for n, v in programs.values(run).items() if n not in latents})
+        return run, latents
 
 
 class Exploration(ABC):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ...core import programs
 from ...core.arguments import at_least, instance_of
 from ...core.programs import Values
-from ...core.query import Query
 from ...samplers.metropolis.kernels import density, regrow
 from ..loop.schedules import Schedule, at, checked
 from .exploration import Exploration, OnPolicy, Source
@@ -56,11 +55,10 @@ class LocalSearch(Exploration):
             return start
         still = {name: v[: num_particles - n] for name, v in start.items()}
         values = {name: v[num_particles - n :] for name, v in start.items()} | source.subsamples
-        query = Query(source.model, source.guide, source.args, source.kwargs, source.nesting)
-        log_p = density(query, n, values).joint
+        log_p = density(source, n, values).joint
         temperature = at(self.temperature, source.step)
         for _ in range(self.moves):
-            move = regrow(query, values, log_p, temperature=temperature)
+            move = regrow(source, values, log_p, temperature=temperature)
             values, log_p = move.values, move.log_p
         moved = {name: values[name] for name in start}
         return programs.cat_particles([still, moved]) if n < num_particles else moved

@@ -18,7 +18,7 @@ from ...core.programs import Program, Substitute, Values
 from ...core.query import Query
 from ...core.sites import is_terminable
 from ...core.validation import check_axes_once
-from ...core.weights import Balance, Weighted, balance, device_of, kept_plates
+from ...core.weights import Balance, balance
 from ...processes import distributed
 from ..loop.schedules import Schedule, at, checked
 from .divergences import Divergence, mean, named
@@ -117,21 +117,13 @@ class Objective(pyro.infer.ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> list[Balance]:
         """u at these values: a `Balance` for each text site, one site cut at a time."""
-        nesting = self.nesting(model, guide, args, kwargs)
-        n = self.num_particles
+        query, n = Query(model, guide, args, kwargs, self.nesting(model, guide, args, kwargs)), self.num_particles
         with torch.no_grad():
-            drawn = programs.trace(guide, args, kwargs, Substitute(values), nesting=nesting, particles=n)
-
-            def whole() -> Weighted:
-                target = programs.trace(model, args, kwargs, Substitute(values), nesting=nesting, particles=n)
-                programs.match(target, drawn)
-                u = torch.zeros(n, device=device_of(target, drawn))
-                return Weighted(u, dict(values), target, drawn, kept_plates([target, drawn], nesting))
-
-            check_axes_once(Query(model, guide, args, kwargs, nesting), whole)
+            drawn = query.trace(guide, Substitute(values), particles=n)
+            check_axes_once(query, lambda: query.at(values, particles=n).matched())
         texts = [name for name, node in programs.latents(drawn).items() if is_terminable(node["fn"])]
         sites = texts if self.uses_prefixes and texts else [None]
-        return [balance(model, guide, args, kwargs, drawn, nesting, n, site, self.prefixes) for site in sites]
+        return [balance(query, drawn, n, site, self.prefixes) for site in sites]
 
     def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many axes the plates take: as given, or guessed once for each pair of programs."""

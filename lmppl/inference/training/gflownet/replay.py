@@ -12,10 +12,10 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from .... import text
-from ...core import programs
 from ...core.arguments import at_least, is_number
 from ...core.observations import Observations, Tokens, merge, observe, split, tokens_of
-from ...core.programs import Program, Sketch, Values, parameters_of
+from ...core.programs import Draw, Program, Sketch, Substitute, Values, parameters_of
+from ...core.query import Query
 from ...core.sites import text_of
 from ...core.weights import log_density
 from ...processes import distributed
@@ -112,7 +112,7 @@ class Replay:
         task: int = 0,
     ) -> Observations:
         """The keys of a batch's observations, found without asking the network."""
-        seen, target = observe(model, guide, args, kwargs, nesting, task, self.key)
+        seen, target = observe(Query(model, guide, args, kwargs, nesting), task, self.key)
         self._notice(task, target)
         keys, rank = distributed.gather(seen.keys), distributed.world().rank
         if len(keys) > 1:
@@ -268,24 +268,17 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def demonstrations(
-    replay: Replay,
-    seen: Observations,
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    values: Mapping[str, Any],
-) -> None:
+def demonstrations(replay: Replay, seen: Observations, query: Query, values: Mapping[str, Any]) -> None:
     """Store values of latent sites with their log p(z, observed), one pass of the model; see `GFlowNet.demonstrate`."""
-    nesting = seen.plates.nesting
-    sketch = programs.trace(guide, args, {}, Sketch(), nesting=nesting, particles=1)
+    query = replace(query, max_plate_nesting=seen.plates.nesting)
+    sketch = query.trace(query.proposal, Sketch(), particles=1)
     given: Values = {}
     for name, value in values.items():
         if name not in seen.sites:
             raise ValueError(f"values: {name!r} is none of the latent sites {list(seen.sites)}")
         fn = sketch.nodes[name]["fn"]
         value = value if isinstance(value, Tensor) else _complete(fn, value)
-        while value.dim() < 1 + nesting + fn.event_dim:
+        while value.dim() < 1 + query.nesting + fn.event_dim:
             value = value[None]
         batch = value.shape[: value.dim() - fn.event_dim]
         try:
@@ -299,14 +292,11 @@ def demonstrations(
         raise ValueError(f"values: the sites have {sorted(counts)} demonstrations; expected one number, or 1")
     n = max(counts, default=1)
     given = {name: value.expand(n, *value.shape[1:]) for name, value in given.items()}
-    shape = {"nesting": nesting, "particles": n}
-    drawn = programs.trace(guide, args, {}, programs.Draw(), programs.Substitute(given | seen.subsamples), **shape)
-    held = programs.values(drawn)
-    target = programs.trace(model, args, {}, programs.Substitute(held), **shape)
-    log_p = log_density(target, seen.plates)[0].expand(n, *seen.plates.sizes)
+    pair = query.run(Draw(), Substitute(given | seen.subsamples), particles=n)
+    log_p = log_density(pair.model, seen.plates)[0].expand(n, *seen.plates.sizes)
     if bool((log_p == -torch.inf).any()):
         raise ValueError("values: the model says that some of these are impossible, given the observations")
-    replay.add(seen, held, log_p, drawn)
+    replay.add(seen, pair.values, log_p, pair.proposal)
 
 
 def _complete(fn: Any, strings: Any) -> Tensor:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...core import programs
 from ...core.arguments import at_least, instance_of
+from ...core.plates import kept_plates
 from ...core.programs import Draw, Values
 from ...core.resampling import systematic
-from ...core.weights import kept_plates, log_weight_of_prior
+from ...core.weights import log_weight_of_prior
 from ...processes import distributed
 from .exploration import Exploration, Source
 
@@ -48,8 +49,7 @@ class Searched(Exploration):
         if memory.rest:
             memory.rest -= 1
             return drawn
-        (sketch,) = programs.sketches([source.model], source.args, source.kwargs)
-        if programs.latents(sketch).keys() != drawn.keys():
+        if programs.latents(source.sketches[-1]).keys() != drawn.keys():
             return drawn
         found = self._found(source, drawn, share)
         memory.fruitless = 0 if found is not None else memory.fruitless + 1
@@ -63,7 +63,7 @@ class Searched(Exploration):
         weights: list[Tensor] = []  # (n, *kept)
         for n in _quarters(most):
             draw = Draw()
-            run, values = source.run(source.model, n, draw)
+            run, values = source.drawn(source.model, n, draw)
             plates = kept_plates([run], source.nesting)
             pool.append(values)
             weights.append(log_weight_of_prior(run, plates, draw.log_probs)[0].expand(n, *plates.sizes))

@@ -15,6 +15,7 @@ from ...core import programs
 from ...core.arguments import at_least, instance_of
 from ...core.observations import Observations
 from ...core.programs import Program
+from ...core.query import Query
 from ...core.weights import Balance
 from ..loop.schedules import Schedule, checked
 from ..trainer import Task, Trainer, standard_deviation
@@ -110,37 +111,32 @@ class GFlowNet(Trainer):
             if fresh:
                 optimizer.add_param_group(group | {"params": fresh})
 
-    def update(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], step: int
-    ) -> dict[str, float]:
+    def update(self, query: Query, step: int) -> dict[str, float]:
         self.objective.training_step = step
         if self.replay is None:
-            values = self.objective.draw(model, guide, args, kwargs)
-            loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
+            values = self.objective.draw(*query.given)
+            loss, balances = self.objective.loss_at(*query.given, values)
             return {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
-        seen = self._observations(model, guide, args, kwargs)
+        seen = self._observations(query)
         n = self.objective.num_particles
         again = self.replay.available(seen, n, step)
-        values = self.objective.draw(model, guide, args, kwargs, n - again, seen.subsamples)
+        values = self.objective.draw(*query.given, n - again, seen.subsamples)
         if again:
             fresh = {name: values[name] for name in seen.sites}
             stored = self.replay.draw(seen, again, step)
             stored = {name: v.to(fresh[name].device) for name, v in stored.items()}
             values |= programs.cat_particles([fresh, stored])
-        loss, balances = self.objective.loss_at(model, guide, args, kwargs, values)
+        loss, balances = self.objective.loss_at(*query.given, values)
         self.replay.add(seen, values, whole(balances[0]), balances[0].guide)
         metrics = {"loss": loss.item(), "grad_norm": self.descend(loss), **_summary(balances)}
         return metrics | {"replayed": float(again)}
 
-    def _observations(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], task: int | None = None
-    ) -> Observations:
+    def _observations(self, query: Query, task: int | None = None) -> Observations:
         assert self.replay is not None
         if task is None:
-            of_fit = [(t.model, t.guide) for t in self._of_fit]
-            task = of_fit.index((model, guide)) if (model, guide) in of_fit else len(of_fit)
-        nesting = self.objective.nesting(model, guide, args, kwargs)
-        return self.replay.observations(model, guide, args, kwargs, nesting, task)
+            of_fit, own = [(t.model, t.guide) for t in self._of_fit], (query.model, query.guide)
+            task = of_fit.index(own) if own in of_fit else len(of_fit)
+        return self.replay.observations(*query.given, self.objective.nesting(*query.given), task)
 
     def _tasks(self, batches: Any) -> list[Task]:
         self._of_fit = super()._tasks(batches)
@@ -160,9 +156,8 @@ class GFlowNet(Trainer):
         """
         if self.replay is None:
             raise ValueError("replay: there is no buffer to put demonstrations into; pass replay=Replay(...)")
-        model, guide = of or (self.model, self.guide)
-        seen = self._observations(model, guide, args, {}, task)
-        demonstrations(self.replay, seen, model, guide, args, values)
+        query = Query(*(of or (self.model, self.guide)), args)
+        demonstrations(self.replay, self._observations(query, task), query, values)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The replay buffer, and what the next draws are to know of the last ones."""

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from ...core.arguments import at_least
 from ...core.programs import Program
+from ...core.query import Query
 
 Batches: TypeAlias = Iterable[tuple[Any, ...]] | Callable[[int], tuple[Any, ...]] | Dataset[Any]
 BATCH_SIZE = 8  # of a Dataset
@@ -28,6 +29,9 @@ class Task(NamedTuple):
     def batch(self, step: int) -> tuple[Any, ...]:
         batches: Any = self.batches
         return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
+
+    def query(self, step: int) -> Query:
+        return Query(self.model, self.guide, self.batch(step))
 
 
 def readable(batches: Any, seed: int = 0, batch_size: int | None = None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ...core.query import Query
 from ...processes import distributed
 from .batches import Task
 from .descent import Descent, mean
@@ -22,7 +23,7 @@ from .stopping import Stops
 from .trackers import Trackers
 
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
-Update = Callable[[Task, tuple[Any, ...], dict[str, Any], int], dict[str, float]]
+Update = Callable[[Query, int], dict[str, float]]
 
 logger = logging.getLogger("lmppl")
 
@@ -31,7 +32,7 @@ logger = logging.getLogger("lmppl")
 class Loop:
     """The steps of one `fit`, of which each part knows its own business."""
 
-    update: Update  # of a task, its batch, and the step: the metrics
+    update: Update  # of a batch and the step: the metrics
     descent: Descent
     tasks: Sequence[Task]
     steps: int
@@ -102,7 +103,7 @@ class Loop:
     def _one(self, number: int, step: int) -> dict[str, float]:
         """The metrics of one batch; the last one of a step updates."""
         task = self.tasks[number % len(self.tasks)]
-        found = self.update(task, task.batch(number // len(self.tasks)), {}, step)
+        found = self.update(task.query(number // len(self.tasks)), step)
         if self.accumulate > 1 and self.descent.done != (number + 1) % self.accumulate:
             raise ValueError("accumulate: an update has to call `descend` once, and nothing else that steps")
         return found

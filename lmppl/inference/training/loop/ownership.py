@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core import programs
 from ...core.programs import Program, parameters_of
+from ...core.query import Query
 from ...core.sites import lm_of
 
 SHOWN = 4  # names in a message
@@ -30,9 +31,9 @@ class Owners:
     hidden: bool = False  # whether the target has sites that are no texts of language models
 
     @classmethod
-    def of(cls, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Owners:
+    def of(cls, query: Query) -> Owners:
         """From a sketch of both programs: the network is not asked.  Pyro's parameters exist afterwards."""
-        q, p = programs.sketches([guide, model], args, kwargs)
+        (q, p), (model, guide, *_) = query.sketches, query.given
         target = _by_id(parameters_of(p)) | _by_id(own_parameters(model, guide).values())
         names = {id(value): name for name, value in (own_parameters(guide) | own_parameters(model)).items()}
         for trace in (p, q):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ....randomness import forked
-from ...core import programs
 from ...core.packed import pack, unpack
 from ...processes import distributed
 from . import checkpoint as checkpoints
@@ -90,11 +90,10 @@ def data_and_networks(trainer: Any, tasks: Sequence[Task], seed: int) -> dict[st
     with forked():
         for i, task in enumerate(tasks):
             seeded(seed, 0)
-            batch, batches = task.batch(0), task.batches
-            data.append(batch if callable(batches) else list(batches))
+            query, batches = task.query(0), task.batches
+            data.append(query.args if callable(batches) else list(batches))
             of |= {f"program {i}": name_of(task.model), f"guide {i}": name_of(task.guide)}
-            networks += programs.networks(task.model, trainer.arguments(batch, {}), {})
-            networks += programs.networks(task.guide, trainer.arguments(batch, {}), {})
+            networks += replace(query, args=trainer.arguments(query.args, {})).networks
     distinct = {id(network): network for network in networks}.values()
     trained = [p for o in trainer.optimizers for group in o.param_groups for p in group["params"]]
     return of | {"data": digest(data), "language model": fingerprint(distinct, trained)}

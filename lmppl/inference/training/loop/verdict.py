@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ...core import programs
-from ...core.programs import Program
 from ...core.query import Query
 from ...core.resampling import systematic
 from ...core.weights import Weighted, log_ratio, pair_densities, weigh
@@ -35,15 +35,13 @@ REMEDY = (
 
 
 @torch.no_grad()
-def judge(
-    model: Program, guide: Program, args: tuple[Any, ...], max_plate_nesting: int | None, num_particles: int = 128
-) -> dict[str, float]:
+def judge(query: Query, num_particles: int = 128) -> dict[str, float]:
     """Means over observations, from draws of the guide and of the model's own latents; of all processes' observations.
 
     ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` and ``held_out_lacking`` are
     `missed` and `lacking`, by the model's own draws: what a guide has lost does not show in what it draws.
     """
-    query, prior = (Query(model, q, args, {}, max_plate_nesting) for q in (guide, None))
+    prior = replace(query, guide=None)
     own, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
     u, v = of_all(own), of_all(found[0].u)
     while 2 * v.numel() <= MOST_DRAWS and bool((v == -torch.inf).any()) and effective(u, v) < ENOUGH:

@@ -31,7 +31,7 @@ def guide():
 
 def drawn(impossible: float, n: int = 4000) -> torch.Tensor:
     pyro.set_rng_seed(0)
-    source = Source(model, guide, (), {}, nesting=1, memory=Memory(impossible))
+    source = Source(model, guide, (), {}, max_plate_nesting=1, memory=Memory(impossible))
     return Searched(OnPolicy(), tries=4).draw(source, n)["k"]
 
 
@@ -51,7 +51,7 @@ def test_latent_sites_of_the_guide_alone_stop_the_search():
         pyro.sample("h", dist.Bernoulli(0.5), infer={"is_auxiliary": True})
         guide()
 
-    source = Source(model, wider, (), {}, nesting=1, memory=Memory(1.0))
+    source = Source(model, wider, (), {}, max_plate_nesting=1, memory=Memory(1.0))
     found = Searched(OnPolicy()).draw(source, 10)
     assert found.keys() == {"h", "k"} and bool((found["k"] == 3).all())
 
@@ -139,6 +139,6 @@ def test_texts_that_could_not_go_on_are_not_found():
         pyro.sample("z", prior(max_tokens=3, min_tokens=2, allowed=only))
 
     pyro.set_rng_seed(0)
-    source = Source(program, program, (), {}, nesting=0, memory=Memory(1.0))
+    source = Source(program, program, (), {}, max_plate_nesting=0, memory=Memory(1.0))
     whole = (Searched(OnPolicy()).draw(source, 200)["z"] == EOS).any(-1)
     assert not bool(whole[:100].all()) and bool(whole[100:].all())
