@@ -170,15 +170,15 @@ def guide_lm(context: dict[str, Any]) -> dict[str, Any]:
 
 
 OF_THEIR_OWN = {
-    "inference/em.py: VariationalEM": with_labels,
-    "inference/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
-    "inference/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
-    "inference/markov.py: Markov": lambda c: {"lm": ngram_lm()},
+    "inference/training/em.py: VariationalEM": with_labels,
+    "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
+    "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
+    "inference/samplers/markov.py: Markov": lambda c: {"lm": ngram_lm()},
     "inference/posterior/posterior.py: table": with_topics,
     "models/programs/subjectivity.py: Subjectivity": with_labels,
     "ngram.py: NGram": lambda c: vars(ngram) | {"tokenizer": tiny_tokenizer(6)},
     "testing.py: TextContract": lambda c: {"Mine": Mine},
-    "inference/diagnose/diagnose.py: diagnose": without_texts,
+    "inference/judging/diagnose.py: diagnose": without_texts,
     "language_model.py: remove_adapter": guide_lm,
     "language_model.py: trainable_parameters": guide_lm,
     "constraints/check.py: Check": lambda c: {"spelling_is_fine": lambda prefix, token: token != 5},

@@ -6,11 +6,14 @@ if __name__ != "lmppl.inference":
 
 from .core.autoguide import AutoGuide
 from .core.programs import SiteMismatch
+from .core.query import Query
 from .core.validation import AxesError
+from .core.weights import weigh
 from .judging.compare import compare
 from .judging.comparison import Comparison
 from .judging.diagnose import Diagnosis, Finding, diagnose
 from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
+from .posterior.algorithm import Algorithm, Sampler
 from .processes.sharded import Sharded
 from .samplers.enumeration import Enumerated, Enumeration
 from .samplers.importance import Importance
@@ -39,6 +42,7 @@ from .training.reweighted_wake_sleep import ReweightedWakeSleep
 from .training.supervised import SupervisedFineTuning, dreams
 
 __all__ = [
+    "Algorithm",
     "AutoGuide",
     "SMC",
     "Automaton",
@@ -60,8 +64,10 @@ __all__ = [
     "Prediction",
     "Predictive",
     "Prompting",
+    "Query",
     "Resampling",
     "ReweightedWakeSleep",
+    "Sampler",
     "Sandwich",
     "Sequential",
     "Sharded",
@@ -82,5 +88,6 @@ __all__ = [
     "plot_ancestry",
     "simulate",
     "survivors",
+    "weigh",
 ]
 __all__ += gflownet.__all__

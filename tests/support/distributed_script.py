@@ -194,6 +194,7 @@ def sharded(out: Path) -> dict[str, Any]:
         "log_weights": drawn.log_weights.tolist(),
         "table": drawn.table("z", 4),
         "alone": alone.log_weights.tolist(),
+        "kept": torch.equal(exact.predictive(task.model, *task.args).samples["z"], exact.samples["z"]),
     }
 
 

@@ -17,12 +17,28 @@ from .plates import Plates, kept_plates
 from .programs import Program, Sketch, Substitute
 
 
+def unknown(*args: Any, **kwargs: Any) -> Any:
+    """Stands for the model of a query that was read from a file, which holds the arguments alone."""
+    raise ValueError("model: a posterior from a file does not know its program")
+
+
 @dataclass(frozen=True)
 class Query:
-    """A model, perhaps a guide, and the arguments of both.
+    r"""What an algorithm is asked: :math:`p(z \mid y)` of a model, perhaps with a guide q, for the arguments of both.
 
-    ``max_plate_nesting`` says how many axes their plates take; None or infinite: guessed, once, from a run of both that
-    asks no network.
+    :param model: a Pyro program.
+    :param guide: another, with the model's latent sites; None: the model proposes.
+    :param args: what both are called with, and ``kwargs``.
+    :param max_plate_nesting: how many axes their plates take; None or infinite: guessed, once, from a run of both that
+        asks no network.
+
+    `trace` and `run` run them with particles on the left of every site, (particle, *plate axes, *event).  A `Posterior`
+    keeps its query (``posterior.sites.query``), for predictions and files.
+
+    Example::
+
+        query = Query(model, guide, (x, y))
+        weighted = weigh(query, 64)
     """
 
     model: Program

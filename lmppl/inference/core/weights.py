@@ -80,7 +80,20 @@ class Weighted:
 
 @torch.no_grad()
 def weigh(query: Query, num_particles: int) -> Weighted:
-    """Draw particles from the guide (or the model's own latent sites) and weigh them."""
+    r"""Draw particles from the guide, or without one from the model's own latent sites, and weigh them.
+
+    .. math:: z_n \sim q, \qquad u_n = \log p(z_n, observed) - \log q(z_n), \qquad E_q[e^{u}] = p(observed)
+
+    :returns: ``u`` (particle, *plates), for the plates that enclose every site; ``values`` by site, ``model`` and
+        ``guide``, the traces, and ``plates``.  `Posterior.of` takes the latter.
+
+    :raises SiteMismatch: where model and guide do not fit.
+    :raises ValueError: for a subsampled plate that does not enclose every site.
+
+    Example::
+
+        weigh(Query(model, guide, (x, y)), 64).u.exp().mean(0).log()  # the log evidence, (*plates)
+    """
     draw = programs.Draw()
     pair = query.run(draw, particles=num_particles).matched()
     plates = pair.plates()

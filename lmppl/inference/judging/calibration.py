@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -24,7 +24,7 @@ from ..core.query import Query
 from ..core.resampling import multinomial
 from ..core.sites import is_text
 from ..core.weights import log_density_of_latents, log_ratio, site_log_prob
-from ..posterior.algorithm import guide_of, on
+from ..posterior.algorithm import answer, on
 from ..posterior.posterior import Posterior
 from ..samplers.smc.bounds import simulate
 from .pools import MEMBERS, Pool, alike, member_weights
@@ -57,8 +57,7 @@ class Calibration:
 @torch.no_grad()
 def calibrate(
     algorithm: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
     *,
     simulations: int,
     num_particles: int,
@@ -67,25 +66,29 @@ def calibrate(
 ) -> Calibration:
     """Run the algorithm on ``simulations`` data sets drawn from its model.
 
+    :param query: what it was asked, see `query_of`.
     :param num_particles: of the bounds of each evidence.
     :param to_args: the arguments with simulated observations in them.  None: the model itself is made to observe them,
         which a guide would not see.
 
     What goes wrong on simulated data, in whatever way, ends the calibration and is its ``error``.
 
-    :raises NotChecked: for a model that cannot be simulated forward, and for a guide without ``to_args``.
+    :raises NotChecked: for a model that cannot be simulated forward, for a guide without ``to_args``, and for an
+        algorithm that does not ask the model that it is given.
     """
-    if guide_of(algorithm) is not None and to_args is None:
+    if query.guide is not None and to_args is None:
         raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
     if simulations:
         try:
-            simulate(algorithm.model, *args, **kwargs)
+            simulate(query.model, *query.args, **query.kwargs)
         except ValueError as error:
             raise NotChecked(str(error)) from error
     found = Calibration()
     for _ in range(simulations):
         try:
-            _simulation(found, algorithm, args, kwargs, num_particles, to_args, statistics or {})
+            _simulation(found, algorithm, query, num_particles, to_args, statistics or {})
+        except NotChecked:
+            raise
         except Exception as error:  # whatever it is: an algorithm that fails on data of its own model is no sound one
             found.error = error
             break
@@ -95,25 +98,24 @@ def calibrate(
 def _simulation(
     found: Calibration,
     algorithm: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
     num_particles: int,
     to_args: Simulate | None,
     statistics: Mapping[str, Statistic],
 ) -> None:
     """One data set more."""
-    truth, observed = simulate(algorithm.model, *args, **kwargs)
+    truth, observed = simulate(query.model, *query.args, **query.kwargs)
     if to_args is not None:
-        model, inputs = algorithm.model, to_args(args, observed)
+        query = replace(query, args=to_args(query.args, observed))
+        posterior = answer(algorithm, query.args, query.kwargs)
     else:
-        model, inputs = pyro.condition(poutine.uncondition(algorithm.model), data=observed), args
-    posterior = on(algorithm, model).run(*inputs, **kwargs)
+        query = replace(query, model=pyro.condition(poutine.uncondition(query.model), data=observed))
+        posterior = _on(algorithm, query)
     n, draws = effective(posterior), posterior
     if posterior.num_particles > MEMBERS:  # -inf stays -inf
         weights = posterior.log_weights.softmax(0).nan_to_num(nan=1 / posterior.num_particles)
         n, draws = n.clamp(max=MEMBERS), posterior.take(multinomial(weights, MEMBERS))
-    nesting = posterior.sites.plates.nesting
-    looked = _Look(Query(model, guide_of(algorithm), inputs, kwargs, nesting), draws, truth, num_particles)
+    looked = _Look(query, draws, truth, num_particles)
     pool = looked.pool(n, draws, statistics)
     for name, x in pool.statistics.items():
         found.positions.setdefault(name, torch.zeros(0, dtype=torch.float64))
@@ -126,6 +128,31 @@ def _simulation(
         )
     )  # fmt: skip
     found.pools.append(pool)
+
+
+def _on(algorithm: Any, query: Query) -> Posterior:
+    """The algorithm's answer on the query's model.
+
+    :raises NotChecked: where that was not asked: an algorithm within it went on asking its own.
+    """
+    asked = False
+
+    def model(*args: Any, **kwargs: Any) -> Any:
+        nonlocal asked
+        asked = True
+        return query.model(*args, **kwargs)
+
+    try:
+        other = on(algorithm, model)
+    except ValueError as error:
+        raise NotChecked(str(error)) from error
+    posterior = answer(other, query.args, query.kwargs)
+    if not asked:
+        raise NotChecked(
+            f"simulate: {type(algorithm).__name__} does not ask the model that it is given, in which the simulated "
+            "observations are; write its method on(model, guide), which hands the model on, or say where they go"
+        )
+    return posterior
 
 
 def effective(posterior: Posterior) -> Tensor:

@@ -94,11 +94,12 @@ def check(
     at_least(0, steps=steps)
     report = Report()
     with _undisturbed(), pyro.validation_enabled(True):
-        weighted = _weigh(report, model, guide, args, kwargs, num_particles)
+        query = Query(model, guide, args, kwargs)
+        weighted = _weigh(report, query, num_particles)
         if weighted is not None:
-            _describe(report, model, args, kwargs, weighted)
+            _describe(report, query, weighted)
             if _has_evidence(report, weighted) and guide is not None and num_particles > 1:
-                _train(report, model, guide, args, kwargs, weighted, steps, learning_rate)
+                _train(report, query, weighted, steps, learning_rate)
     if show:
         render(report, Console())
     return report
@@ -120,24 +121,13 @@ def _undisturbed() -> Iterator[None]:
             del pyro.get_param_store()[name]
 
 
-def _weigh(
-    report: Report,
-    model: Program,
-    guide: Program | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    num_particles: int,
-) -> Weighted | None:
+def _weigh(report: Report, query: Query, num_particles: int) -> Weighted | None:
     """Particles with their u, or a problem."""
     try:
-        query = Query(model, guide, args, kwargs)
         weighted = weigh(query, num_particles)
         check_axes(Pair(query, weighted.guide, weighted.model, num_particles))
         # The prefix axis of the objectives, one more on the left; nothing is scored.
-        nesting = weighted.plates.nesting
-        programs.trace(
-            model, args, kwargs, Substitute(weighted.values), nesting=nesting, particles=num_particles, prefixes=2
-        )
+        query.trace(query.model, Substitute(weighted.values), particles=num_particles, prefixes=2)
         return weighted
     except SiteMismatch as error:
         report.problems.append(f"{_line(error)}; give model and guide the same latent sites, in the same order")
@@ -155,9 +145,7 @@ def _weigh(
     return None
 
 
-def _describe(
-    report: Report, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], weighted: Weighted
-) -> None:
+def _describe(report: Report, query: Query, weighted: Weighted) -> None:
     """Sample texts, axes, sd(u) and stop probabilities."""
     posterior = Posterior.of(weighted.guide, weighted.plates, weighted.u - math.log(len(weighted.u)))
     first: tuple[int, ...] = (0,) * len(weighted.plates.sizes)
@@ -165,10 +153,7 @@ def _describe(
         drawn = value[:5].movedim(0, len(first))[first]
         decode = posterior.sites.decoders.get(name)
         report.samples[name] = [str(s) for s in (decode(drawn) if decode else drawn.tolist())]
-    run = programs.trace(
-        model, args, kwargs, Substitute(weighted.values),
-        nesting=weighted.plates.nesting, particles=len(weighted.u), prefixes=1,
-    )  # fmt: skip
+    run = query.trace(query.model, Substitute(weighted.values), particles=len(weighted.u), prefixes=1)
     for name, node in programs.scored(run).items():
         report.axes[name] = _axes(node, weighted.plates.nesting)
     finite = weighted.u.masked_fill(weighted.u == -torch.inf, torch.nan)
@@ -268,18 +253,9 @@ def _why_impossible(node: Node, latent: bool) -> str:
     return "probability zero under every particle (zero evidence); check allowed"
 
 
-def _train(
-    report: Report,
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    weighted: Weighted,
-    steps: int,
-    learning_rate: float,
-) -> None:
+def _train(report: Report, query: Query, weighted: Weighted, steps: int, learning_rate: float) -> None:
     """Gradients, and a few steps on fixed draws; everything is put back."""
-    query = Query(model, guide, args, kwargs, weighted.plates.nesting)
+    model, guide, args, kwargs = query.model, query.proposal, query.args, dict(query.kwargs)
     parameters = _parameters(guide, weighted.guide)
     target = set(Owners.of(query).target)
     if parameters and target.issuperset(map(id, parameters.values())):

@@ -15,7 +15,7 @@ from ...engine.prompts import prompts
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
 from ..core.query import Query
-from ..posterior.algorithm import sized
+from ..posterior.algorithm import answer, sized
 from ..posterior.posterior import Posterior
 from ..samplers.smc.smc import Sequential
 from .comparison import Comparison, Point, Row, averaged
@@ -97,6 +97,7 @@ def compare(
     curves: list[Point] = []
     for name, given in algorithms.items():
         _tell(progress, name)
+        query = Query(model, (guides or {}).get(name), args, kwargs)
         of_seeds, points = [], []
         evidence = []
         for seed in chosen:
@@ -105,12 +106,10 @@ def compare(
             algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
             if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
                 meter.watch(Query(guide, None, args, kwargs).networks)
-            row, estimates = _measure(
-                name, algorithm, meter, repetitions, truth, (guides or {}).get(name), args, kwargs
-            )
+            row, estimates = _measure(name, algorithm, meter, repetitions, truth, query)
             of_seeds.append(row)
             evidence += estimates
-            points.append([_point(name, algorithm, meter, b, unit, truth, args, kwargs) for b in budgets])
+            points.append([_point(name, algorithm, meter, b, unit, truth, query) for b in budgets])
         row = averaged(of_seeds)
         if len(evidence) > 1:
             row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
@@ -164,8 +163,8 @@ class Meter:
         for network in self.networks.values():
             prompts(network).forget()
         tokens, start = self.tokens, time.perf_counter()
-        answer = run()
-        return answer, self.tokens - tokens, time.perf_counter() - start
+        found = run()
+        return found, self.tokens - tokens, time.perf_counter() - start
 
 
 def _measure(
@@ -174,12 +173,10 @@ def _measure(
     meter: Meter,
     repetitions: int,
     truth: Posterior | None,
-    guide: Program | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
 ) -> tuple[Row, list[Tensor]]:
     """One seed's figures, and its estimates of the log evidence (*plates)."""
-    answers, tokens, seconds = meter(lambda: [algorithm.run(*args, **kwargs) for _ in range(repetitions)])
+    answers, tokens, seconds = meter(lambda: [answer(algorithm, query.args, query.kwargs) for _ in range(repetitions)])
     queries = repetitions * answers[0].log_evidence.numel()
     row = Row(name, num_particles=answers[0].num_particles)
     row.query_tokens, row.seconds = tokens / queries, seconds / queries
@@ -201,9 +198,9 @@ def _measure(
         if alive:
             row.draws_tv = _mean(torch.stack([draw_quality(truth, a) for a in alive]))
             row.draws_modes = _mean(torch.stack([modes_drawn(truth, a) for a in alive]))
-        guide = guide or getattr(algorithm, "density", None)
+        guide = query.guide or getattr(algorithm, "density", None)
         if guide is not None:
-            quality = density_quality(truth, guide, args, kwargs)
+            quality = density_quality(truth, guide, query.args, dict(query.kwargs))
             row.density_tv, row.forward_kl, row.reverse_kl, row.density_modes = (_mean(x) for x in quality[:4])
             row.density_outside, row.reverse_kl_inside = _mean(quality.outside), _mean(quality.reverse_kl_inside)
     return row, [] if row.log_evidence is None else evidence
@@ -227,8 +224,8 @@ def particles_within(
     """
 
     def cost(n: int) -> float:
-        answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
-        return (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
+        found, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
+        return (tokens if unit == "tokens" else seconds) / found.log_evidence.numel()
 
     (few, less), (n, spent) = ((k, cost(k)) for k in pilots)
     tried = {few: less, n: spent}
@@ -257,18 +254,17 @@ def _point(
     budget: float,
     unit: str,
     truth: Posterior | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
 ) -> Point:
     """The algorithm with as many particles as the budget buys, by what a few runs cost."""
-    n = particles_within(algorithm, budget, meter, unit, args, kwargs, checks=3)
-    answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **kwargs))
-    queries = answer.log_evidence.numel()
+    n = particles_within(algorithm, budget, meter, unit, query.args, dict(query.kwargs), checks=3)
+    found, tokens, seconds = meter(partial(sized(algorithm, n).run, *query.args, **query.kwargs))
+    queries = found.log_evidence.numel()
     point = Point(name, budget, n, tokens / queries, seconds / queries, None, None)
     if truth is not None:
-        point.log_evidence_error = _mean((answer.log_evidence - truth.log_evidence).abs())
-        if bool((answer.log_weights.amax(0) > -torch.inf).all()):
-            point.draws_tv = _mean(draw_quality(truth, answer))
+        point.log_evidence_error = _mean((found.log_evidence - truth.log_evidence).abs())
+        if bool((found.log_weights.amax(0) > -torch.inf).all()):
+            point.draws_tv = _mean(draw_quality(truth, found))
     return point
 
 

@@ -17,18 +17,17 @@ from torch import Tensor
 from ...files import save_figure
 from ..core.arguments import at_least, is_integer
 from ..core.query import Query
-from ..posterior.algorithm import guide_of
+from ..posterior.algorithm import answer, query_of
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from ..samplers.smc.smc import Sequential
-from ..training.loop.verdict import judge
+from ..training.loop.verdict import MOST_LACKING, MOST_MISSED, judge
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
 
 LEVEL = 0.02  # how often calibration, all statistics together, finds fault with a correct algorithm
 WORST, ON_AVERAGE = 5, 10  # independent draws that the worst run, and the runs on average, should be worth
-MOST_LOST = 0.25  # of the evidence: the share that a trained guide may miss
 ENOUGH = 20  # data sets, plate elements counted singly, that can acquit
 
 
@@ -121,8 +120,9 @@ def diagnose(
       log p(z, observed); how often texts have each token; how many draws are equal.  One test for all (`pools`).
     - An evidence sandwich on the same data: :math:`E[\log \hat Z] \le \log Z \le E[\log \frac1N (w(z^*) + \sum w_n)]`,
       the true latents z* among the N = ``num_particles`` of the upper bound; from below draws of the proposal alone.
-    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop; and
-      which share of the evidence it misses, by the model's own draws.
+    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop; and,
+      by the model's own draws, which share of the evidence it misses and to which share of the posterior it gives too
+      little.
 
     What could not be checked is a finding too, and `Diagnosis.ok` is then false; what fails is suspect.
 
@@ -148,35 +148,39 @@ def diagnose(
         raise ValueError(f"algorithm: {type(algorithm).__name__} has no run(*args)")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        answers = [algorithm.run(*args, **kwargs) for _ in range(repetitions)]
+        answers = [answer(algorithm, args, kwargs) for _ in range(repetitions)]
         result = Diagnosis(posterior=answers[0])
         _judge_weights(result, answers)
         if not hasattr(algorithm, "model"):
             result.findings.append(_missing("the algorithm shows no model"))
             return result
+        query = query_of(algorithm, args, kwargs, answers[0].sites.plates.nesting)
         options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
         try:
-            result.calibration = calibrate(algorithm, args, kwargs, simulations=simulations, **options)
+            result.calibration = calibrate(algorithm, query, simulations=simulations, **options)
         except NotChecked as error:
             if simulations:
                 result.findings.append(_missing(str(error)))
         _judge_calibration(result)
-        if drift.is_trained(algorithm, args, kwargs) and bool((answers[0].log_evidence != -torch.inf).all()):
-            result.drifts = drift.drifts(algorithm.guide, answers[0], args, kwargs)
+        if drift.is_trained(query) and bool((answers[0].log_evidence != -torch.inf).all()):
+            result.drifts = drift.drifts(query, answers[0])
             for d in result.drifts:
                 result.findings.append(Finding(d.name, f"{d.proposed:.3g} -> {d.posterior:.3g}", d.meaning, d.suspect))
             if not kwargs:
-                result.findings.append(_judge_guide(algorithm, args))
+                result.findings += _judge_guide(query)
     return result
 
 
-def _judge_guide(algorithm: Any, args: tuple[Any, ...]) -> Finding:
+def _judge_guide(query: Query) -> list[Finding]:
     """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
-    nesting = getattr(algorithm, "max_plate_nesting", None)
-    query = Query(algorithm.model, guide_of(algorithm), args, max_plate_nesting=nesting)
-    lost = judge(query)["held_out_missed"]
-    meaning = "of the evidence is found by the model's own draws and not by the guide's"
-    return Finding("guide misses", f"{lost:.0%}", meaning, lost > MOST_LOST, lost)
+    found = judge(query)
+    missed, lacking = found["held_out_missed"], found["held_out_lacking"]
+    finds = "of the evidence is found by the model's own draws and not by the guide's"
+    lacks = "of the posterior is where the guide's density is too low"
+    return [
+        Finding("guide misses", f"{missed:.0%}", finds, missed > MOST_MISSED, missed),
+        Finding("guide lacks", f"{lacking:.0%}", lacks, lacking > MOST_LACKING, lacking),
+    ]
 
 
 def _missing(why: str) -> Finding:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ..core import programs
-from ..core.programs import Program, Substitute
+from ..core.programs import Substitute
+from ..core.query import Query
 from ..core.sites import is_terminable, texts_of
-from ..posterior.algorithm import guide_of
 from ..posterior.posterior import Posterior
 
 
@@ -30,16 +29,15 @@ class Drift:
     weights: tuple[Tensor, Tensor]
 
 
-def is_trained(algorithm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the algorithm has a guide with something to train: a module's or Pyro's parameters, or a text's language
+def is_trained(query: Query) -> bool:
+    """Whether there is a guide with something to train: a module's or Pyro's parameters, or a text's language
     model with parameters of its own, which is none of the model's.
     """
-    guide = guide_of(algorithm)
-    if guide is None:
+    if query.guide is None:
         return False
-    if isinstance(guide, nn.Module) and any(p.requires_grad for p in guide.parameters()):
+    if isinstance(query.guide, nn.Module) and any(p.requires_grad for p in query.guide.parameters()):
         return True
-    (model,), (proposal,) = (programs.sketches([p], args, kwargs) for p in (algorithm.model, guide))
+    proposal, model = query.sketches
     if any(node["type"] == "param" for node in proposal.nodes.values()):
         return True
     frozen, own = (list(programs.language_models(t).values()) for t in (model, proposal))
@@ -47,11 +45,11 @@ def is_trained(algorithm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 @torch.no_grad()
-def drifts(proposal: Program, posterior: Posterior, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Drift]:
+def drifts(query: Query, posterior: Posterior) -> list[Drift]:
     """Two rows for each text with a stop: its length, and the proposal's own probability of stopping at its end."""
-    n, nesting = posterior.num_particles, posterior.sites.plates.nesting
-    drawn = programs.trace(proposal, args, kwargs, programs.Draw(), nesting=nesting, particles=n)
-    weighted = programs.trace(proposal, args, kwargs, Substitute(posterior.values), nesting=nesting, particles=n)
+    n = posterior.num_particles
+    drawn = query.trace(query.proposal, programs.Draw(), particles=n)
+    weighted = query.trace(query.proposal, Substitute(posterior.values), particles=n)
     equal = torch.full_like(posterior.log_weights, 1 / n)
     found = []
     for name in posterior.values:

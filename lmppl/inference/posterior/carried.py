@@ -5,8 +5,9 @@ A latent is *local* where a plate around it also encloses an observation or a fa
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,46 +17,42 @@ from torch import Tensor
 
 from ... import text
 from ..core import programs
-from ..core.programs import Node, Program, Sketch, Substitute
+from ..core.programs import Node, Sketch, Substitute
+from ..core.query import Query, unknown
 from ..core.sites import innermost, prompt_of
-from .run import Run, arguments, equal, fits
 
 _PARTICLES = 64  # by which distributions are compared
 
 
-@dataclass(frozen=True)
-class Call:
-    """Another call of the model, with a sketch of its sites; ``site``: the one that is predicted."""
-
-    model: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    sketch: Trace
-    nesting: int
-    site: str | None = None
-
-    def trace(self, *handlers: Messenger, particles: int = _PARTICLES) -> Trace:
-        return _sketched(self.model, self.args, self.kwargs, self.nesting, particles, *handlers)
-
-
-def carried(run: Run | None, call: Call, values: Mapping[str, Tensor], keep: Collection[str] | None) -> set[str]:
-    """The latent sites of ``call`` that have the posterior's ``values`` (N, *plate axes, *event).
+def carried(
+    run: Query | None,
+    call: Query,
+    values: Mapping[str, Tensor],
+    keep: Collection[str] | None,
+    predicted: str | None = None,
+) -> set[str]:
+    """The latent sites of ``call``'s model that have the posterior's ``values`` (N, *plate axes, *event).
 
     ``keep`` names them, or None: a global latent is kept if its distribution, given those before it, is the same as in
     the run.  A local one is kept if that holds and the plate's elements are the run's own, by any of these signs: the
     distributions differ between the elements; an argument of the plate's size is equal to one of the run's; the whole
     call is the run's.
 
+    The ``predicted`` site is not.
+
     :raises ValueError: where some arguments of the plate's size are as in the run, and others neither that nor an
         observation; and for a run that is not known.
     """
-    latents = programs.latents(call.sketch)
+    latents = programs.latents(call.sketches[-1])
     if keep is not None:
         return _chosen(keep, values, latents, call.nesting)
-    names = [name for name in latents if name in values and name != call.site]
+    names = [name for name in latents if name in values and name != predicted]
     if not names:
         return set()
-    if run is None or (run.model is None and not fits(call.model, run)):
+    if run is not None and run.model is unknown:
+        run = replace(run, model=call.model)
+        run = run if _fits(run) else None
+    if run is None:
         for name in names:
             around = [f for f in latents[name]["cond_indep_stack"] if f.name != programs.PARTICLES]
             if around:
@@ -64,9 +61,9 @@ def carried(run: Run | None, call: Call, values: Mapping[str, Tensor], keep: Col
     first = next(iter(values.values()))
     index = torch.linspace(0, len(first) - 1, _PARTICLES, device=first.device).round().long()
     some = {name: value[index] for name, value in values.items()}
-    before = _sketched(run.model or call.model, run.args, run.kwargs, call.nesting, _PARTICLES, Substitute(some))
+    before = _sketched(replace(run, max_plate_nesting=call.nesting), Substitute(some))
     carry = _Carry(before, {name: some[name] for name in names}, Evidence.of(run, call, before))
-    call.trace(carry)
+    _sketched(call, carry)
     return carry.kept
 
 
@@ -114,20 +111,19 @@ class Evidence:
     arguments: tuple[list[Any], list[Any]]  # equal to one of the run's; neither that nor an observation
 
     @classmethod
-    def of(cls, run: Run, call: Call, before: Trace) -> Evidence:
-        model = run.model or call.model
-        old, new = arguments(model, run.args, run.kwargs), arguments(call.model, call.args, call.kwargs)
-        kept = [x for x in new if any(equal(x, y) for y in old)]
-        observed = [n["value"] for n in programs.scored(call.sketch).values() if n["is_observed"]]
+    def of(cls, run: Query, call: Query, before: Trace) -> Evidence:
+        old, new = _arguments(run), _arguments(call)
+        kept = [x for x in new if any(_equal(x, y) for y in old)]
+        observed = [n["value"] for n in programs.scored(call.sketches[-1]).values() if n["is_observed"]]
         changed = [
             x for x in new if not any(x is y for y in kept) and not any(_same_memory(x, value) for value in observed)
         ]
         seen = [n["value"] for n in programs.scored(before).values() if n["is_observed"]]
 
         def same(x: Any, y: Any) -> bool:  # or an observation that is left out
-            return equal(x, y) or (y is None and any(_same_memory(x, value) for value in seen))
+            return _equal(x, y) or (y is None and any(_same_memory(x, value) for value in seen))
 
-        everything = model == call.model and len(old) == len(new) and all(map(same, old, new))
+        everything = run.model == call.model and len(old) == len(new) and all(map(same, old, new))
         return cls(everything, (kept, changed))
 
 
@@ -140,7 +136,8 @@ def _chosen(keep: Collection[str], values: Mapping[str, Tensor], latents: Mappin
             both = [n for n in latents if n in values]
             raise ValueError(f"keep: {name!r} is none of the latent sites {both} of both the posterior and the model")
         plates = values[name].shape[1 : 1 + nesting]
-        shape = latents[name]["fn"].batch_shape[-nesting:] if nesting else ()
+        batch = tuple(latents[name]["fn"].batch_shape)
+        shape = ((1,) * nesting + batch)[len(batch) :]
         if any(a not in (1, b) for a, b in zip(plates, shape, strict=True)):
             raise ValueError(
                 f"keep: {name!r} has plates of shape {tuple(plates)} in the posterior, and {tuple(shape)} in this call"
@@ -156,12 +153,42 @@ def _unclear(name: str, local: list[Any], why: str) -> ValueError:
     )
 
 
-def _sketched(
-    model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int, particles: int, *handlers: Messenger
-) -> Trace:
+def _sketched(query: Query, *handlers: Messenger) -> Trace:
     """The model's sites, its texts not drawn."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return programs.trace(model, args, kwargs, Sketch(), *handlers, nesting=nesting, particles=particles)
+        return query.trace(query.model, Sketch(), *handlers, particles=_PARTICLES)
+
+
+def _arguments(query: Query) -> list[Any]:
+    """The arguments of a call, defaults included where the program tells them."""
+    try:
+        bound = inspect.signature(query.model).bind(*query.args, **query.kwargs)
+    except (TypeError, ValueError):
+        return [*query.args, *query.kwargs.values()]
+    bound.apply_defaults()
+    return [*bound.args, *bound.kwargs.values()]
+
+
+def _fits(query: Query) -> bool:
+    """Whether the model takes the arguments, as far as it tells."""
+    try:
+        inspect.signature(query.model).bind(*query.args, **query.kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # one that tells no signature
+        pass
+    return True
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments are the same in value."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and bool((a.cpu() == b.cpu()).all()))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
 
 
 def _shared_plates(node: Node, trace: Trace) -> list[Any]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ... import files, text
 from ...adapters import first_line
+from ..core.packed import pack, unpack
 from ..core.plates import Plates
+from ..core.query import Query, unknown
 from .posterior import Posterior, Sites
-from .run import Run
 
 KIND, TENSORS, REST, FORMAT = "posterior", "posterior.safetensors", "posterior.json", "lmppl posterior 1"
 P = TypeVar("P", bound=Posterior)
@@ -51,7 +52,7 @@ def save(posterior: Posterior, path: Path) -> None:
     except TypeError:  # an ancestry, say
         kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
     tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
-    arguments, given = (None, {}) if sites.run is None else sites.run.packed()
+    arguments, given = _packed(sites.query)
     tensors |= given
     rest = {
         "format": FORMAT,
@@ -112,13 +113,27 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
         raise ValueError("its tensors and its sites do not fit together")
     if any(len(values[k]) != n or values[k].dim() != 1 + plates.nesting + e for k, e in rest["event_dims"].items()):
         raise ValueError("the shapes of its values do not fit its weights")
-    run = Run.unpacked(rest.get("arguments"), tensors)
-    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"], run), **others)
+    query = _unpacked(rest.get("arguments"), tensors)
+    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"], query), **others)
+
+
+def _packed(query: Query | None) -> tuple[Any, dict[str, Tensor]]:
+    """A query's arguments as JSON and tensors; None where they are of other kinds."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        return query and pack([query.args, query.kwargs], "arguments", tensors), tensors
+    except TypeError:
+        return None, {}
+
+
+def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Query | None:
+    """The query of these arguments, its programs not known."""
+    return None if packed is None else Query(unknown, None, *unpack(packed, tensors))
 
 
 def _others(cls: type[Posterior]) -> list[str]:
-    """Everything but the values and the sites; a guide is a program."""
-    return [f.name for f in fields(cls) if f.name not in ("values", "sites", "guide")]
+    """Everything but the values and the sites."""
+    return [f.name for f in fields(cls) if f.name not in ("values", "sites")]
 
 
 def _flattened(posterior: Posterior, names: list[str]) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from ..core import programs
 from ..core.arguments import at_least, is_path, one_of, plate_element
 from ..core.plates import Plates
 from ..core.programs import Program
+from ..core.query import Query
 from ..core.resampling import SCHEMES
 from ..core.sites import lm_of, text_of
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
-from .run import Run
 
 if TYPE_CHECKING:
     from .predictive import Prediction, Predictive
@@ -33,14 +33,14 @@ Index = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Sites:
-    """What a posterior remembers of its program: plates, event dimensions, how texts are decoded, and its run."""
+    """What a posterior remembers of its program: plates, event dimensions, how texts are decoded, and its query."""
 
     plates: Plates
     event_dims: dict[str, int]
     decoders: dict[str, Callable[[Tensor], Any]] = field(repr=False)
     lms: dict[str, Any] = field(default_factory=dict, repr=False)
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends texts, perhaps nothing
-    run: Run | None = field(default=None, repr=False)
+    query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
 
 
@@ -62,7 +62,6 @@ class Posterior:
     log_weights: Tensor
     log_evidence: Tensor
     sites: Sites
-    guide: Program | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -70,14 +69,15 @@ class Posterior:
         trace: Trace,
         plates: Plates,
         log_weights: Tensor,
-        guide: Program | None = None,
-        run: Run | None = None,
+        query: Query | None = None,
         model: Trace | None = None,
     ) -> Posterior:
         """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates).
 
-        Auxiliary sites are left out: summed over, they are no part of it.  ``run``: the model and its arguments;
-        ``model``: the model's trace, where the first one is that of a guide.
+        Auxiliary sites are left out: summed over, they are no part of it.
+
+        :param query: what was asked; without it a prediction cannot tell which latents are the run's own.
+        :param model: the model's trace, where the first one is that of a guide.
         """
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         texts = {name: site for name, node in nodes.items() if (site := text_of(node["fn"])) is not None}
@@ -88,10 +88,10 @@ class Posterior:
             {name: site.fn.decode for name, site in texts.items()},
             lms,
             {name: site.stop_argument for name, site in texts.items()},
-            run,
-            None if model is None and guide is not None else scorer(model or trace, list(texts)),
+            query,
+            None if model is None and query and query.guide else scorer(model or trace, list(texts)),
         )
-        return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites, guide)
+        return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites)
 
     def __repr__(self) -> str:
         """One line: the sites, and how many particles of which plates."""
@@ -108,6 +108,11 @@ class Posterior:
     @property
     def num_particles(self) -> int:
         return self.log_weights.shape[0]
+
+    @property
+    def guide(self) -> Program | None:
+        """The guide that was asked, if any."""
+        return None if self.sites.query is None else self.sites.query.guide
 
     @property
     def probabilities(self) -> Tensor:
@@ -144,7 +149,7 @@ class Posterior:
         taken = score and (lambda: {name: plates.take(x, chosen) for name, x in score().items()})
         scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # where undefined, weights just sum to 1
         log_weights = (scale - math.log(n)).expand(n, *self.log_evidence.shape)
-        return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken), self.guide)
+        return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken))
 
     @property
     def text_log_probs(self) -> dict[str, Tensor]:
@@ -292,7 +297,7 @@ class Posterior:
         """
         from .predictive import predictive
 
-        return predictive(self, model, args, kwargs, sampler, num_particles, keep)
+        return predictive(self, Query(model, None, args, kwargs), sampler, num_particles, keep)
 
     def predict(
         self,
@@ -317,7 +322,8 @@ class Posterior:
         """
         from .predictive import predict
 
-        return predict(self, model, candidates, site, args, kwargs, sampler, num_particles, keep)
+        query = Query(model, None, args, kwargs)
+        return predict(self, query, candidates, site, sampler, num_particles, keep)
 
     # -- elsewhere ---------------------------------------------------------------------------------------------------
 

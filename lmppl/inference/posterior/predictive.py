@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from ..core import programs
 from ..core.arguments import at_least, is_program
 from ..core.partial import only
 from ..core.plates import Plates, kept_plates
-from ..core.programs import Program, Substitute
+from ..core.programs import Substitute
+from ..core.query import Query
 from ..core.sites import lm_of, text_of
 from ..core.weights import site_log_prob
-from .carried import Call, carried
+from .carried import carried
 from .log_weights import normalised
 from .posterior import Index, Posterior
-from .run import Run
 
 
 class Observe(Messenger):
@@ -136,38 +136,32 @@ class Prediction:
 @torch.no_grad()
 def predictive(
     posterior: Posterior,
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
     sampler: str | None = None,
     num_particles: int | None = None,
     keep: Collection[str] | None = None,
 ) -> Predictive:
     """See `Posterior.predictive`."""
-    is_program(model=model)
-    run, plates, log_weights = _run(posterior, model, args, kwargs, sampler, num_particles, keep)
+    query = _nested(query, posterior, sampler)
+    run, plates, log_weights = _run(posterior, query, sampler, num_particles, keep)
     observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
     log_probs = {name: site_log_prob(node, plates).expand(1, *log_weights.shape)[0] for name, node in observed.items()}
-    draws = Posterior.of(run, plates, log_weights, run=Run(model, args, kwargs))
-    return Predictive(draws, log_probs)
+    return Predictive(Posterior.of(run, plates, log_weights, query), log_probs)
 
 
 @torch.no_grad()
 def predict(
     posterior: Posterior,
-    model: Program,
+    query: Query,
     candidates: Tensor | Sequence[str],
     site: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     sampler: str | None = None,
     num_particles: int | None = None,
     keep: Collection[str] | None = None,
 ) -> Prediction:
     """See `Posterior.predict`."""
-    is_program(model=model)
-    nesting = max(posterior.sites.plates.nesting, programs.plate_nesting([model], args, kwargs))
-    nodes = programs.scored(_sketch(model, args, kwargs, nesting))
+    query = _nested(query, posterior, sampler)
+    nesting, nodes = query.nesting, programs.scored(query.sketches[-1])
     if not isinstance(site, str) or site not in nodes:
         raise ValueError(f"site: {site!r} is none of the model's sites {list(nodes)}")
     fn = nodes[site]["fn"]
@@ -177,19 +171,10 @@ def predict(
         raise ValueError(f"candidates: shape {tuple(values.shape)} has more axes than the plates and site {site!r}")
     values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
     # Latents are drawn once, whatever the candidate; what follows the site is not asked for.
-    drawn, plates, log_weights = _run(
-        posterior, model, args, kwargs, sampler, num_particles, keep, Observe({site: values[0]}), site=site
-    )
-    run = programs.trace(
-        model,
-        args,
-        kwargs,
-        Observe({site: values}),
-        Substitute(programs.values(drawn)),
-        nesting=nesting,
-        particles=len(log_weights),
-        prefixes=len(values),
-    )
+    first = Observe({site: values[0]})
+    drawn, plates, log_weights = _run(posterior, query, sampler, num_particles, keep, first, site=site)
+    each, known = Observe({site: values}), Substitute(programs.values(drawn))
+    run = query.trace(query.model, each, known, particles=len(log_weights), prefixes=len(values))
     log_probs = site_log_prob(run.nodes[site], plates).expand(len(values), *log_weights.shape)
     return Prediction(names, log_probs, log_weights)
 
@@ -213,17 +198,16 @@ def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str],
     return strings, site.complete(strings)
 
 
-def _sketch(model: Program, args: tuple[Any, ...], kwargs: dict[str, Any], nesting: int) -> Trace:
-    """The model's sites, without asking the network."""
-    with torch.random.fork_rng(devices=[]):
-        return programs.trace(model, args, kwargs, programs.Sketch(), nesting=nesting, particles=1)
+def _nested(query: Query, posterior: Posterior, sampler: str | None) -> Query:
+    """The query with axes for the plates of the posterior, of the model, and of the guide that is to draw."""
+    is_program(model=query.model)
+    every = replace(query, guide=posterior.guide) if sampler == "guide" else query
+    return replace(query, max_plate_nesting=max(posterior.sites.plates.nesting, every.nesting))
 
 
 def _run(
     posterior: Posterior,
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    query: Query,
     sampler: str | None,
     num_particles: int | None,
     keep: Collection[str] | None,
@@ -242,10 +226,7 @@ def _run(
         raise ValueError(f"keep: the sampler {sampler!r} draws every latent site; leave one of the two out")
     if num_particles is not None:
         at_least(1, num_particles=num_particles)
-    own = posterior.sites.plates
-    guides = [posterior.guide] if sampler == "guide" and posterior.guide is not None else []
-    nesting = max(own.nesting, programs.plate_nesting([*guides, model], args, kwargs))
-    sketch = _sketch(model, args, kwargs, nesting)
+    own, nesting, sketch = posterior.sites.plates, query.nesting, query.sketches[-1]
     plates = kept_plates([sketch if site is None else only(sketch, {site})], nesting)
     n = num_particles or posterior.num_particles
     log_weights = posterior.log_weights.new_full((n, *plates.sizes), -math.log(n))
@@ -254,7 +235,7 @@ def _run(
     if sampler is None:
         normalised(posterior.log_weights)
         known = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
-        kept = carried(posterior.sites.run, Call(model, args, kwargs, sketch, nesting, site), known, keep)
+        kept = carried(posterior.sites.query, query, known, keep, site)
     if kept:
         shared = set(zip(own.dims, own.sizes, strict=True)) <= set(zip(plates.dims, plates.sizes, strict=True))
         if num_particles is None and shared:
@@ -263,11 +244,9 @@ def _run(
         else:  # one plate element's weights say nothing of joint particles: draw each element's independently
             posterior = posterior.resample(n, "systematic" if shared else "multinomial")
         values = {name: _deeper(posterior.values[name], nesting - own.nesting) for name in kept}
-    for guide in guides:
-        values = programs.values(programs.trace(guide, args, kwargs, programs.Draw(), nesting=nesting, particles=n))
-    run = programs.trace(
-        model, args, kwargs, programs.Draw(), Substitute(values), *handlers, nesting=nesting, particles=n
-    )
+    if sampler == "guide" and posterior.guide is not None:
+        values = programs.values(query.trace(posterior.guide, programs.Draw(), particles=n))
+    run = query.trace(query.model, programs.Draw(), Substitute(values), *handlers, particles=n)
     return run, plates, log_weights
 
 

@@ -14,12 +14,12 @@ from ...randomness import Part, forked, part
 from ..core.observations import observe
 from ..core.programs import Program, scored
 from ..core.query import Query
-from ..posterior.algorithm import on, sized
+from ..posterior.algorithm import Sampler, answer, on, sized
 from ..posterior.posterior import Posterior
 from . import distributed
 
 
-class Sharded:
+class Sharded(Sampler):
     r"""Runs an algorithm on this process's part of the observations, and answers the posterior of all of them.
 
     .. math:: p(z \mid y) = \prod_i p(z_i \mid y_i)
@@ -49,6 +49,18 @@ class Sharded:
     def sized(self, num_particles: int) -> Sharded:
         return Sharded(sized(self.algorithm, num_particles))
 
+    @property
+    def density(self) -> Program:
+        """The algorithm's own, where it has one."""
+        found: Program = self.algorithm.density
+        return found
+
+    @property
+    def training_tokens(self) -> int:
+        """The algorithm's own, where it trains."""
+        found: int = self.algorithm.training_tokens
+        return found
+
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
         """The posterior of all observations, on every process; ``kwargs`` are not shared out."""
 
@@ -57,8 +69,7 @@ class Sharded:
             return plate_of(lambda: Query(*programs, own), lambda: Query(*programs, args), part)
 
         with distributed.shard(args, dim, few=True) as own:
-            posterior: Posterior = self.algorithm.run(*own, **kwargs)
-            return gathered(posterior)
+            return gathered(answer(self.algorithm, own, kwargs), args)
 
 
 def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part: Part) -> int:
@@ -95,8 +106,8 @@ def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part
     return own.plates.dims[0]
 
 
-def gathered(posterior: Posterior) -> Posterior:
-    """The posterior of all processes' observations from that of each, on every process.
+def gathered(posterior: Posterior, args: tuple[Any, ...]) -> Posterior:
+    """The posterior of all processes' observations, ``args``, from that of each, on every process.
 
     Supports of different sizes are filled up with their first value, at weight zero.
     """
@@ -114,14 +125,15 @@ def gathered(posterior: Posterior) -> Posterior:
         parts = [torch.cat([p, p[:1].expand(rows - len(p), *p.shape[1:])]) for p in parts]
         values[name] = torch.cat(parts, value.dim() - event_dims[name] + own.dim).to(value.device)
     others, kind = {}, type(posterior)
-    for name in (f.name for f in fields(posterior) if f.name not in ("values", "sites", "guide")):
+    for name in (f.name for f in fields(posterior) if f.name not in ("values", "sites")):
         try:
             others[name] = _gathered(getattr(posterior, name), len(plates.sizes))
         except TypeError:  # an ancestry, say
             kind = Posterior
     others = {f.name: others[f.name] for f in fields(kind) if f.name in others}
-    sites = replace(posterior.sites, plates=replace(plates, sizes=(own.total, *plates.sizes[1:])), run=None)
-    return kind(values=values, sites=sites, guide=posterior.guide, **others)
+    sites, whole = posterior.sites, replace(plates, sizes=(own.total, *plates.sizes[1:]))
+    sites = replace(sites, plates=whole, query=sites.query and replace(sites.query, args=args))
+    return kind(values=values, sites=sites, **others)
 
 
 def _gathered(x: Any, kept: int) -> Any:

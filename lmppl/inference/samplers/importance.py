@@ -10,12 +10,11 @@ from ..core.programs import Program
 from ..core.query import Pair, Query
 from ..core.validation import check_axes
 from ..core.weights import weigh
-from ..posterior.algorithm import Particles
+from ..posterior.algorithm import Sampler
 from ..posterior.posterior import Posterior
-from ..posterior.run import Run
 
 
-class Importance(Particles):
+class Importance(Sampler):
     r"""Importance sampling, all particles in one vectorised run.
 
     .. math:: z_n \sim q, \qquad \log w_n = u(z_n) - \log N, \qquad \log \hat Z = \log \sum_n w_n
@@ -53,5 +52,4 @@ class Importance(Particles):
         weighted = weigh(query, self.num_particles)
         check_axes(Pair(query, weighted.guide, weighted.model, self.num_particles))
         log_weights = weighted.u - math.log(self.num_particles)
-        run = Run(self.model, args, kwargs)
-        return Posterior.of(weighted.guide, weighted.plates, log_weights, self.guide, run, weighted.model)
+        return Posterior.of(weighted.guide, weighted.plates, log_weights, query, weighted.model)

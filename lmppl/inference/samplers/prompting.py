@@ -13,13 +13,12 @@ from ..core import programs
 from ..core.arguments import at_least, is_program
 from ..core.programs import Draw, Program
 from ..core.query import Query
-from ..posterior.algorithm import Particles
+from ..posterior.algorithm import Sampler
 from ..posterior.posterior import Posterior
-from ..posterior.run import Run
 from .importance import Importance
 
 
-class Prompting(Particles):
+class Prompting(Sampler):
     r"""Draws of a guide as they are, all of the same weight: what a prompted language model answers.
 
     .. math:: z_n \sim q, \qquad w_n = \tfrac1N
@@ -76,11 +75,12 @@ class Prompting(Particles):
             nesting = self.max_plate_nesting
             return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)
         # The model's plates say which draws belong together; its densities are not asked for.
-        pair = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting).run(Draw(), particles=n).matched()
+        query = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
+        pair = query.run(Draw(), particles=n).matched()
         drawn, plates = pair.proposal, pair.plates(subsampling=True)
         device = next((node["value"].device for node in programs.latents(drawn).values()), None)
         log_weights = torch.full((n, *plates.sizes), -math.log(n), device=device)
-        posterior = Posterior.of(drawn, plates, log_weights, self.guide, Run(self.model, args, kwargs))
+        posterior = Posterior.of(drawn, plates, log_weights, query)
         return replace(posterior, log_evidence=torch.full_like(log_weights[0], torch.nan))
 
 

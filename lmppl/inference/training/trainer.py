@@ -19,7 +19,7 @@ from ..core import programs
 from ..core.arguments import at_least, is_integer, is_path, is_program, steps_by_itself
 from ..core.programs import Program
 from ..core.query import Query
-from ..posterior.algorithm import OnPrograms
+from ..posterior.algorithm import Sampler
 from ..posterior.posterior import Posterior
 from ..processes import distributed
 from ..processes.sharded import plate_of
@@ -46,7 +46,7 @@ Programs: TypeAlias = tuple[Program, Program | None]  # model and guide
 logger = logging.getLogger("lmppl")
 
 
-class Trainer(OnPrograms, ABC):
+class Trainer(Sampler, ABC):
     """Updates a guide's parameters; owns the loop, the clipping, the log, the checkpoints and the count of tokens.
 
     :param model: a Pyro program.

@@ -22,7 +22,7 @@ from benchmarks.diagnose_rates import CASES, rate
 from lmppl import text
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
-from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sharded, diagnose
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Query, Sharded, diagnose
 from lmppl.inference.core import programs
 from lmppl.inference.core.plates import kept_plates
 from lmppl.inference.core.programs import Substitute
@@ -314,7 +314,8 @@ def test_the_sandwich_holds_the_evidence(num_particles):
         return observe(args, observed)
 
     algorithm = Importance(model, guide, num_particles)
-    found = calibrate(algorithm, (X, Y), {}, simulations=15, num_particles=num_particles, to_args=remember)
+    query = Query(model, guide, (X, Y))
+    found = calibrate(algorithm, query, simulations=15, num_particles=num_particles, to_args=remember)
     z = prior(X).enumerate_support()
     exact = prior(X).log_prob(z) + torch.stack([answer(X, z).log_prob(y) for y in seen])
     exact = exact.logsumexp(1).flatten()  # (data sets, K, cells) -> (data sets * cells)

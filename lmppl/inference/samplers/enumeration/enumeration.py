@@ -23,9 +23,8 @@ from ...core.query import Pair, Query
 from ...core.sites import text_of
 from ...core.validation import check_axes
 from ...core.weights import device_of, log_density, scale, site_log_prob
-from ...posterior.algorithm import OnPrograms
+from ...posterior.algorithm import Algorithm
 from ...posterior.posterior import Posterior
-from ...posterior.run import Run
 from .token_tree import Texts, dtype_of, explore, most_probable
 
 
@@ -93,7 +92,7 @@ class Enumerated(Posterior):
         return result[0] if single else result
 
 
-class Enumeration(OnPrograms):
+class Enumeration(Algorithm):
     r"""The exact posterior, by best-first search of the prior's joint token tree.
 
     .. math:: \log w(z) = \log p(z, observed), \qquad \log Z = \log \sum_z w(z)
@@ -165,7 +164,7 @@ class Enumeration(OnPrograms):
                 log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
         check_axes(Pair(query, trace, trace, len(log_weights)))
-        posterior = Posterior.of(trace, plates, log_weights, run=Run(self.model, query.args, dict(query.kwargs)))
+        posterior = Posterior.of(trace, plates, log_weights, query)
         unexplored = support.unexplored.to(log_weights.dtype)
         s = _smallest_scale(latents, plates)
         left_out = s * unexplored.log() + self._rest(trace) if s >= 1 else torch.full_like(unexplored, torch.inf)

@@ -20,9 +20,8 @@ from ...core.programs import Program, Substitute
 from ...core.query import Query
 from ...core.sites import is_text
 from ...core.validation import check_axes
-from ...posterior.algorithm import OnPrograms
+from ...posterior.algorithm import Sampler
 from ...posterior.posterior import Posterior, scorer
-from ...posterior.run import Run
 from .kernels import Density, Proposal, Values, accept, draw, independence, regrowth, select
 
 MOVES = ("regrowth", "independence")
@@ -93,10 +92,10 @@ class MarkovChains(Posterior):
 
     def take(self, chosen: Tensor) -> Posterior:
         """Draws ``chosen`` (n, *plates), equally weighted and no longer chains."""
-        return Posterior(self.values, self.log_weights, self.log_evidence, self.sites, self.guide).take(chosen)
+        return Posterior(self.values, self.log_weights, self.log_evidence, self.sites).take(chosen)
 
 
-class MetropolisHastings(OnPrograms):
+class MetropolisHastings(Sampler):
     r"""Metropolis-Hastings with all chains in one vectorised run; the moves are in `metropolis.kernels`.
 
     The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
@@ -184,14 +183,12 @@ class MetropolisHastings(OnPrograms):
         possible = (log_joint > -torch.inf).flatten(0, 1)  # (chain x draw, *kept)
         count = possible.sum(0)
         log_weights = torch.where(possible, -count.clamp(min=1).to(log_joint.dtype).log(), -torch.inf)
-        run = Run(self.model, state.query.args, dict(state.query.kwargs))
-        plain = Posterior.of(state.proposal, state.plates, log_weights, self.guide, run)
+        plain = Posterior.of(state.proposal, state.plates, log_weights, state.query)
         return MarkovChains(
             values=values,
             log_weights=log_weights,
             log_evidence=torch.where(count > 0, torch.nan, -torch.inf),
             sites=replace(plain.sites, score=lambda: state.score(values)),
-            guide=self.guide,
             log_joint=log_joint,
             acceptance={move: accepted / tried for move, (accepted, tried) in state.tally.items()},
         )

@@ -13,9 +13,8 @@ from torch import Tensor
 from ...core.arguments import at_least, is_number, is_program, one_of
 from ...core.programs import Program
 from ...core.resampling import SCHEMES
-from ...posterior.algorithm import Particles
+from ...posterior.algorithm import Sampler
 from ...posterior.posterior import Posterior
-from ...posterior.run import Run
 from .ancestry import Ancestry, ess_of_scores, khat_of_scores, survivors
 from .state import State
 from .twists import Twist, checked
@@ -23,7 +22,7 @@ from .twists import Twist, checked
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sequential(Posterior):
-    r"""Weighted particles with their ``ancestry``: every resampling on their way, see `lmppl.inference.smc.ancestry`.
+    r"""Weighted particles with their ``ancestry``: every resampling on their way, see `samplers.smc.ancestry`.
 
     The ESS and k-hat of the final weights say nothing of what was lost on the way: after the last resampling weights
     are alike.  `min_ess`, `survival` and `score_khat` do, and `suspect` is their verdict.
@@ -52,7 +51,7 @@ class Sequential(Posterior):
     def score_khat(self) -> Tensor:
         """The largest Pareto k-hat of the scores W psi at any resampling, (*plates); NaN where none is defined.
 
-        At each resampling: `lmppl.inference.smc.ancestry.khat_of_scores`.
+        At each resampling: `samplers.smc.ancestry.khat_of_scores`.
         """
         if not self.ancestry:
             return torch.full_like(self.log_evidence, torch.nan)
@@ -81,7 +80,7 @@ class Sequential(Posterior):
         return found
 
 
-class SMC(Particles):
+class SMC(Sampler):
     r"""Particles that grow token by token, weighed and resampled on the way.
 
     .. math:: W_t = W_{t-1} \, p(z_t \mid z_{<t})^{scale} / q(z_t \mid z_{<t}), \qquad \hat Z = \sum_n W^n
@@ -103,7 +102,7 @@ class SMC(Particles):
     :param num_particles: N.
     :param ess_threshold: between 0 (never resample) and 1 (whenever weights differ).
     :param resampling: "systematic", "stratified", "multinomial" or "residual".
-    :param twist: psi, see `lmppl.inference.smc.twists`: None, "stop", "flow" or a function prefix -> log psi.
+    :param twist: psi, see `samplers.smc.twists`: None, "stop", "flow" or a function prefix -> log psi.
     :param max_plate_nesting: guessed where not given.
 
     ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
@@ -154,6 +153,6 @@ def run(
     while site := state.next_text():
         state.grow(*site)
     state.check()
-    log_weights, origin = state.log_weights - math.log(smc.num_particles), Run(smc.model, args, kwargs)
-    found = Posterior.of(state.proposal, state.plates, log_weights, smc.guide, origin, state.target)
+    log_weights = state.log_weights - math.log(smc.num_particles)
+    found = Posterior.of(state.proposal, state.plates, log_weights, state.query, state.target)
     return Sequential(**{f.name: getattr(found, f.name) for f in fields(found)}, ancestry=tuple(state.ancestry))
