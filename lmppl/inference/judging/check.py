@@ -255,7 +255,7 @@ def _why_impossible(node: Node, latent: bool) -> str:
 
 def _train(report: Report, query: Query, weighted: Weighted, steps: int, learning_rate: float) -> None:
     """Gradients, and a few steps on fixed draws; everything is put back."""
-    model, guide, args, kwargs = query.model, query.proposal, query.args, dict(query.kwargs)
+    model, guide, args, kwargs = query.given
     parameters = _parameters(guide, weighted.guide)
     target = set(Owners.of(query).target)
     if parameters and target.issuperset(map(id, parameters.values())):
