@@ -167,12 +167,14 @@ class Start:
         :param needs: what another language model needs as ``data``; None: nothing.
         :raises ValueError: for another language model without ``data``, and a setting that is none.
         """
-        paper = paper_setting(options.get("setting", SETTINGS[0]))
+        setting = options.get("setting", SETTINGS[0])
+        if setting not in SETTINGS:
+            raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
         if lm is not None and data is None and needs is not None:
             raise ValueError(f"data: another language model needs {needs}")
         lm = lm or LanguageModel.embedded(world, device=options.get("device"))
         recipe, seed = options.get("recipe") or default, options.get("seed", 0)
-        return cls(name, lm, recipe.guide_lm(lm, seed, options.get("checkpoint")), recipe, seed, paper)
+        return cls(name, lm, recipe.guide_lm(lm, seed, options.get("checkpoint")), recipe, seed, setting == "paper")
 
     def experiment(
         self,
@@ -218,16 +220,6 @@ def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
     if len(observations) < 3:
         return observations, observations[-1:], observations[-1:]
     return observations[: -2 * n], observations[-n:], observations[-2 * n : -n]
-
-
-def paper_setting(setting: str) -> bool:
-    """Whether the target is the paper's released setting rather than the posterior.
-
-    :raises ValueError: for a setting that is neither.
-    """
-    if setting not in SETTINGS:
-        raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
-    return setting == "paper"
 
 
 def tempered(model: Program, temperature: float) -> Program:
