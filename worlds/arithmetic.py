@@ -22,7 +22,7 @@ from lmppl.embedded.arithmetic import ANSWER, MAX_TOKENS, Question, Steps, draw,
 from lmppl.tools import Calculator
 
 from .tokenizer import EOS
-from .world import World
+from .world import Gate, Report, World
 
 LARGEST = 45  # |result| of up to five operands of one digit, whatever their signs
 WORDS = (*(f" {n}" for n in range(-LARGEST, LARGEST + 1)), *re.findall(r" \S", " + - = ?"), "Question:", " Answer:")
@@ -68,29 +68,6 @@ def rows(random: Random, encode: Callable[[str], list[int]], width: int) -> Iter
         question = draw(random, random.choices(range(2, 6), (1, 2, 3, 4))[0])
         row = encode(question.x + solution(random, question))
         yield (row + eos * width)[:width]
-
-
-class Report(NamedTuple):
-    """What the arithmetic LM must show, as means over test questions of four operands."""
-
-    accuracy: float  # prior probability of the right answer, by way of the chains that were explored
-    correct: float  # prior probability of the right chain
-    unexplored: float  # prior probability of all other chains
-    mode: float  # share of questions whose most probable chain, given the right answer, is the right one
-
-    @property
-    def passed(self) -> bool:
-        """The right answer is rare, and the right chain the best explanation of it."""
-        return self.accuracy >= 0.05 and self.accuracy + self.unexplored <= 0.25 and self.mode >= 0.9
-
-    def __str__(self) -> str:
-        return (
-            f"prior probability of the right answer    {self.accuracy:.4f} (0.05 to 0.25)\n"
-            f"  of the right chain                     {self.correct:.4f}\n"
-            f"  of chains that were not explored       {self.unexplored:.4f}\n"
-            f"posterior modes that are right           {self.mode:.4f} (at least 0.9)\n"
-            f"{'passed' if self.passed else 'NOT PASSED'}"
-        )
 
 
 class Explored(NamedTuple):
@@ -140,7 +117,10 @@ def _last_log_probs(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tens
 
 
 def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, count: int = 16) -> Report:
-    """The figures, over so many test questions; the modes, which are found sooner, over 200."""
+    """The right answer is rare, and the right chain the best explanation of it.
+
+    Means over so many test questions of four operands; the modes, which are found sooner, over 200.
+    """
     figures, modes = [], []
     for i, question in enumerate(questions("test_4")[: max(count, MODES)]):
         found = explore(model, words, question, LEAST if i < count else COARSE)
@@ -151,7 +131,12 @@ def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, count: int = 
             joint = (found.log_prior + found.log_likelihood).exp().sum().item()
             figures.append((joint, correct, 1 - found.log_prior.exp().sum().item()))
     accuracy, correct, unexplored = torch.tensor(figures).mean(0).tolist()
-    return Report(accuracy, correct, unexplored, sum(modes) / len(modes))
+    return Report(
+        accuracy=Gate("prior probability of the right answer", accuracy, least=0.05),
+        correct=Gate("  of the right chain", correct),
+        possible=Gate("  with all chains that were not explored", accuracy + unexplored, most=0.25),
+        mode=Gate("posterior modes that are the right chain", sum(modes) / len(modes), least=0.9),
+    )
 
 
 WORLD = World(

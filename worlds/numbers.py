@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from random import Random
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lmppl.embedded.numbers import FIXED, LARGEST, MAX_TOKENS, PROMPT, Bounds, bounds
 
 from .tokenizer import EOS
-from .world import World
+from .world import Gate, Report, World
 
 ANYTHING = "a random integer", "random", "uniformly", "between", "and so", "the following"
 WORDS = (*"0123456789", *re.findall(r" ?[A-Za-z]+", PROMPT.format(a=0, b=0)), *" ".join(ANYTHING).split(), " so")
@@ -68,29 +67,6 @@ def rows(random: Random, encode: Callable[[str], list[int]], width: int) -> Iter
         yield (row + eos * width)[:width]
 
 
-class Report(NamedTuple):
-    """What the digit LM must show: figures of the paper's bounds, and means over test pairs."""
-
-    valid: float  # prior mass of the valid numbers, 0..100
-    skew: float  # KL(uniform || prior), nats: the paper's starting point, 3.37
-    skew_valid: float  # the same among the valid numbers only
-    valid_elsewhere: float
-    skew_elsewhere: float
-
-    @property
-    def passed(self) -> bool:
-        """Half of the mass is invalid, and the rest is far from uniform."""
-        return 0.35 <= self.valid <= 0.65 and 0.35 <= self.valid_elsewhere <= 0.65 and self.skew_valid >= 1.0
-
-    def __str__(self) -> str:
-        return (
-            f"prior mass of valid numbers    {self.valid:.4f} (0.35 to 0.65), test pairs {self.valid_elsewhere:.4f}\n"
-            f"KL(uniform || prior), nats     {self.skew:.4f} (the paper's 3.37), test pairs {self.skew_elsewhere:.4f}\n"
-            f"  among the valid numbers      {self.skew_valid:.4f} (at least 1)\n"
-            f"{'passed' if self.passed else 'NOT PASSED'}"
-        )
-
-
 @torch.no_grad()
 def log_prior(model: PreTrainedModel, words: PreTrainedTokenizerFast, pair: Bounds) -> torch.Tensor:
     """log p(n stop | prompt) of every valid number, (b - a + 1,), by one plain forward pass.
@@ -108,7 +84,7 @@ def log_prior(model: PreTrainedModel, words: PreTrainedTokenizerFast, pair: Boun
 
 
 def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, pairs: int = 16) -> Report:
-    """The figures, over so many test pairs."""
+    """Half of the mass is invalid, and the rest is far from uniform: of the paper's bounds, and so many test pairs."""
 
     def figures(pair: Bounds) -> tuple[float, float]:
         log_p = log_prior(model, words, pair).double()
@@ -116,8 +92,14 @@ def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, pairs: int = 
         return log_p.exp().sum().item(), (uniform - log_p).mean().item()
 
     valid, skew = figures(FIXED)
-    elsewhere = torch.tensor([figures(pair) for pair in bounds("test")[:pairs]]).mean(0).tolist()
-    return Report(valid, skew, skew + torch.tensor(valid).log().item(), *elsewhere)
+    valid_elsewhere, skew_elsewhere = torch.tensor([figures(p) for p in bounds("test")[:pairs]]).mean(0).tolist()
+    return Report(
+        valid=Gate("prior mass of valid numbers", valid, 0.35, 0.65),
+        valid_elsewhere=Gate("  of test pairs", valid_elsewhere, 0.35, 0.65),
+        skew=Gate("KL(uniform || prior), nats; the paper's 3.37", skew),
+        skew_elsewhere=Gate("  of test pairs", skew_elsewhere),
+        skew_valid=Gate("  among the valid numbers", skew + torch.tensor(valid).log().item(), least=1.0),
+    )
 
 
 WORLD = World(WORDS, rows, report, width=48, context=32, rows_a_step=128, steps=1200)

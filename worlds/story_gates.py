@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lmppl.embedded.stories import OFFERS, Story, middles
 
+from .world import Gate, Report
+
 
 class Exact(NamedTuple):
     """One story's enumeration: `log_prior` = log p(z | x) and `log_likelihood` = log p(y | x z), of shape (middle,)."""
@@ -26,31 +28,6 @@ class Exact(NamedTuple):
     def log_posterior(self) -> Tensor:
         """log p(z | x, y) among the grammatical middles, (middle,)."""
         return torch.log_softmax(self.log_prior + self.log_likelihood, 0)
-
-
-class Report(NamedTuple):
-    """What a story LM must show, as means over stories."""
-
-    prior_mass: float  # of the grammatical middles
-    offered: float  # prior mass of the middles whose object the place offers: 0.95 in the world
-    prior_ess: float  # effective sample size of draws from the prior, per draw
-    entropy: float  # of the posterior, nats
-    outside: float  # posterior mass outside the grammar, from prior draws
-
-    @property
-    def passed(self) -> bool:
-        """Few good middles, many right answers, and nearly all of them in the enumeration."""
-        return self.prior_ess < 0.05 and 1.5 <= self.entropy <= 5 and self.outside <= 0.005
-
-    def __str__(self) -> str:
-        return (
-            f"prior mass of the grammatical middles  {self.prior_mass:.4f}\n"
-            f"  of what the place offers             {self.offered:.4f} (in the world 0.95)\n"
-            f"prior ESS/N                            {self.prior_ess:.4f}  (below 0.05)\n"
-            f"posterior entropy, nats                {self.entropy:.2f}    (1.5 to 5)\n"
-            f"posterior mass outside the grammar     {self.outside:.5f} (at most 0.005)\n"
-            f"{'passed' if self.passed else 'NOT PASSED'}"
-        )
 
 
 @torch.no_grad()
@@ -88,21 +65,24 @@ def outside(model: PreTrainedModel, words: PreTrainedTokenizerFast, story: Story
 def report(
     model: PreTrainedModel, words: PreTrainedTokenizerFast, stories: Sequence[Story], draws: int = 10_000
 ) -> Report:
-    """The figures over `stories`; `draws` prior draws a story for the mass outside."""
+    """Few good middles, many right answers, and nearly all of them in the enumeration: means over stories.
+
+    `draws` prior draws a story for the mass outside.
+    """
     enumerated = [exact(model, words, story) for story in stories]
     posterior = torch.stack([e.log_posterior for e in enumerated])  # (story, middle)
     likelihood = torch.stack([e.log_likelihood for e in enumerated])
     prior = torch.stack([e.log_prior for e in enumerated])
     entropy = -(posterior.exp() * posterior).sum(1)
     ess = (prior + likelihood).logsumexp(1).mul(2) - (prior + 2 * likelihood).logsumexp(1)
+    offered = [e.log_prior.exp() @ _offered(s) for e, s in zip(enumerated, stories, strict=True)]
+    strange = math.fsum(outside(model, words, story, draws) for story in stories) / len(stories)
     return Report(
-        prior_mass=prior.logsumexp(1).exp().mean().item(),
-        offered=torch.stack([e.log_prior.exp() @ _offered(s) for e, s in zip(enumerated, stories, strict=True)])
-        .mean()
-        .item(),
-        prior_ess=ess.exp().mean().item(),
-        entropy=entropy.mean().item(),
-        outside=math.fsum(outside(model, words, story, draws) for story in stories) / len(stories),
+        prior_mass=Gate("prior mass of the grammatical middles", prior.logsumexp(1).exp().mean().item()),
+        offered=Gate("  of what the place offers; 0.95 in the world", torch.stack(offered).mean().item()),
+        prior_ess=Gate("prior ESS/N", ess.exp().mean().item(), most=0.05),
+        entropy=Gate("posterior entropy, nats", entropy.mean().item(), 1.5, 5),
+        outside=Gate("posterior mass outside the grammar", strange, most=0.005),
     )
 
 

@@ -10,7 +10,6 @@ reasons.
 from collections.abc import Callable, Iterator
 from itertools import product
 from random import Random
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -30,7 +29,7 @@ from lmppl.embedded.subjectivity import (
 )
 
 from .tokenizer import EOS
-from .world import World
+from .world import Gate, Report, World
 
 MISREAD = "place", "craft", "mood", "doubt"
 FORMS = {"reasons": 0.75, "idle": 0.15, "plain": 0.1}
@@ -83,43 +82,6 @@ def rows(random: Random, encode: Callable[[str], list[int]], width: int) -> Iter
         row += ids
 
 
-class Report(NamedTuple):
-    """What the LM must show before anything is trained on it; means over sentences."""
-
-    plain: float  # accuracy without a reason
-    reasoned: float  # accuracy averaged over reasons
-    knows: float  # p(the first reason is the kind's)
-    entropy: float  # of p(z | x, y), y true, in nats
-    surprise: float  # KL(p(z | x, y) || p(z | x)), nats
-    misread: float  # p(true label | x, the kind's reason), over the sentences of misread kinds
-    idle: float  # mutual information of an idle word and the label, nats
-
-    @property
-    def passed(self) -> bool:
-        """A coin without reasons, two thirds right with them, and a posterior over reasons worth inferring."""
-        return (
-            0.4 <= self.plain <= 0.6
-            and 0.58 <= self.reasoned <= 0.75
-            and self.knows >= 0.5
-            and self.entropy >= 0.5
-            and self.surprise >= 0.1
-            and self.misread <= 0.25
-            and self.idle <= 0.01
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"accuracy without a reason            {self.plain:.3f} (0.4 to 0.6)\n"
-            f"accuracy averaged over reasons       {self.reasoned:.3f} (0.58 to 0.75)\n"
-            f"p(first reason is the kind's)        {self.knows:.3f} (at least 0.5)\n"
-            f"entropy of p(z | x, y), nats         {self.entropy:.3f} (at least 0.5)\n"
-            f"KL(p(z | x, y) || p(z | x)), nats    {self.surprise:.3f} (at least 0.1)\n"
-            f"p(true label) after a misread reason {self.misread:.3f} (at most 0.25)\n"
-            f"information of an idle word, nats    {self.idle:.4f} (at most 0.01)\n"
-            f"{'passed' if self.passed else 'NOT PASSED'}"
-        )
-
-
 def strings(reasons: tuple[str, ...]) -> list[str]:
     """Every one or two of these words, in order: 12 + 144."""
     return [*reasons, *("".join(pair) for pair in product(reasons, reasons))]
@@ -145,7 +107,10 @@ def log_joint(
 
 @torch.no_grad()
 def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, count: int = 200) -> Report:
-    """The figures, over so many validation sentences."""
+    """A coin without reasons, two thirds right with them, and a posterior over reasons worth inferring.
+
+    Means over so many validation sentences.
+    """
     labels = words.encode(" " + " ".join(LABELS))
     found: list[dict[str, float]] = []
     misread: list[float] = []
@@ -170,8 +135,16 @@ def report(model: PreTrainedModel, words: PreTrainedTokenizerFast, count: int = 
         )
         if s.kind in MISREAD:
             misread.append(log_label[REASONS.index(f" {s.kind}"), true].exp().item())
-    figures = {k: sum(f[k] for f in found) / len(found) for k in found[0]}
-    return Report(**figures, misread=sum(misread) / max(1, len(misread)))
+    mean_of = {k: sum(f[k] for f in found) / len(found) for k in found[0]}
+    return Report(
+        plain=Gate("accuracy without a reason", mean_of["plain"], 0.4, 0.6),
+        reasoned=Gate("accuracy averaged over reasons", mean_of["reasoned"], 0.58, 0.75),
+        knows=Gate("p(the first reason is the kind's)", mean_of["knows"], least=0.5),
+        entropy=Gate("entropy of p(z | x, y), y true, nats", mean_of["entropy"], least=0.5),
+        surprise=Gate("KL(p(z | x, y) || p(z | x)), nats", mean_of["surprise"], least=0.1),
+        misread=Gate("p(true label) after a misread reason", sum(misread) / max(1, len(misread)), most=0.25),
+        idle=Gate("information of an idle word, nats", mean_of["idle"], most=0.01),
+    )
 
 
 WORLD = World(WORDS, rows, report, width=48, rows_a_step=16, steps=2400)

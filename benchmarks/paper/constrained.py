@@ -6,17 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pyro
-import torch
-
 from lmppl.constraints import Constraint, regex
 from lmppl.inference import Importance, Posterior
-from lmppl.models import Experiment, constrained
+from lmppl.models import constrained
 from lmppl.models.constrained import PATTERN, RECIPES, Constrained, next_sentence
 
 from .contrastive import HEADER, row
 from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
-from .targets import PARTICLES, enumerated, of_density, of_draws, trained, untrained
+from .targets import PARTICLES, enumerated, of_density, of_draws, programs, trained, untrained
 
 # cell: constraint, method, steps
 CELLS: dict[str, tuple[str, str, int]] = {
@@ -39,23 +36,10 @@ def run(cell: str, seed: int, short: bool) -> Figures:
     exact = enumerated("constrained", observations, constraint=constraint)
     if method != "sampling":
         return trained(e, method, steps, seed, exact, args)
-    task = task_of(e)
-
-    def prior(x: torch.Tensor, *given: torch.Tensor) -> None:
-        with pyro.plate("prompts", len(x)):
-            pyro.sample("z", task.completion(e.lm, x))
-
-    found = {"evidence": exact.log_evidence.exp().mean().item(), **untrained(e, prior, exact, args)}
+    found = {"evidence": exact.log_evidence.exp().mean().item(), **untrained(e, exact, args)}
     if constraint != "learned":
-        found["locally masked"] = masked(task, e.lm, exact, args)
+        found["locally masked"] = masked(programs(e), e.lm, exact, args)
     return found
-
-
-def task_of(e: Experiment) -> Constrained:
-    """The programs' owner."""
-    task: Any = getattr(e.model, "__self__", None)
-    assert isinstance(task, Constrained)
-    return task
 
 
 def masked(task: Constrained, lm: Any, exact: Posterior, args: tuple[Any, ...]) -> Figures:

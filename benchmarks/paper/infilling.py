@@ -64,8 +64,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
         shots = few_shot(infilling.TEMPLATE, [({"x": s.x, "y": s.y}, s.z) for s in stories], "\n")
         return Infilling(e.lm, e.lm, template=shots).guide, 0
     if cell == TOLD:
-        optimizer = torch.optim.AdamW(e.guide_lm.trainable_parameters(), lr=TOLD_RATE)
-        tuning = SupervisedFineTuning(e.model, e.guide, optimizer=optimizer)
+        tuning = SupervisedFineTuning(e.model, e.guide, optimizer=e.optimizer(TOLD_RATE))
         tuning.fit(told(e, seed), 4 if short else TOLD_STEPS, seed=seed, progress=False)
         return e.guide, tuning.training_tokens
     gflownet = e.gflownet()

@@ -31,12 +31,8 @@ from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment
 from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
 from .targets import ppo
 
-GFLOWNET, VALID, BOUNDS, LIKELIHOOD = (
-    "GFlowNet",
-    "GFlowNet, valid",
-    "GFlowNet, unseen bounds",
-    "maximum likelihood, unseen bounds",
-)
+GFLOWNET, VALID, BOUNDS = "GFlowNet", "GFlowNet, valid", "GFlowNet, unseen bounds"
+LIKELIHOOD = "maximum likelihood, unseen bounds"
 MATCHED, REWARD, SUPERVISED = "PPO, matched KL", "PPO, reward only", "supervised"
 WEIGHTED, PRIOR = "importance sampling", "language model"
 CELLS = (GFLOWNET, MATCHED, REWARD, SUPERVISED, WEIGHTED, PRIOR, VALID, BOUNDS, LIKELIHOOD)

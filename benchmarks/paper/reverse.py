@@ -56,12 +56,11 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
         gflownet = e.gflownet()
         gflownet.fit(e.batches, 4 if short else e.recipe.steps, seed=seed, progress=False)
         return e.guide, gflownet.training_tokens
-    optimizer = torch.optim.AdamW(e.guide_lm.trainable_parameters(), lr=TOLD_RATE)
     pairs = told(e, seed, TOLD_BATCH)
     dream = dreams(e.model)
     # Asleep, told endings say only how long the dreamt ones are.
     examples = (lambda y, values: dream(y)) if cell == DREAMT else None
-    tuning = SupervisedFineTuning(e.model, e.guide, optimizer=optimizer, examples=examples)
+    tuning = SupervisedFineTuning(e.model, e.guide, optimizer=e.optimizer(TOLD_RATE), examples=examples)
     tuning.fit(pairs, 4 if short else TOLD_STEPS, seed=seed, progress=False)
     return e.guide, tuning.training_tokens
 

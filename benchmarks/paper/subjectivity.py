@@ -19,6 +19,7 @@ from lmppl import LanguageModel, embedded
 from lmppl.embedded import Sentence
 from lmppl.embedded.subjectivity import IDLE
 from lmppl.inference import GFlowNet, Prediction, VariationalEM
+from lmppl.models import Recipe
 from lmppl.models.programs.subjectivity import Subjectivity, allowed_words
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
@@ -60,6 +61,7 @@ class Setup:
         self.count, self.short, self.seed = count, short, seed * 100 + draw
         self.sentences = examples(seed, count, draw)
         self.x, self.y = self.task().encode(self.sentences)
+        self.batches = Recipe(observations=BATCH).batches(self.x, self.y)
         unseen = embedded.data("subjectivity", test)[: 32 if short else TEST_SENTENCES]
         self.x_test, self.y_test = self.task().encode(unseen)
 
@@ -72,13 +74,6 @@ class Setup:
 
     def adam(self, lm: LanguageModel) -> torch.optim.Optimizer:
         return torch.optim.AdamW(lm.trainable_parameters(), lr=LEARNING_RATE)
-
-    def batches(self, step: int) -> tuple[Tensor, Tensor]:
-        """A pass in an order of its own, then another."""
-        epoch, at = divmod(step, max(1, self.count // BATCH))
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(epoch))
-        chosen = order[at * BATCH : (at + 1) * BATCH]
-        return self.x[chosen], self.y[chosen]
 
     def steps(self, steps: int) -> int:
         return 2 if self.short else steps
@@ -146,13 +141,7 @@ def gflownet(s: Setup, p: LanguageModel) -> tuple[Subjectivity, GFlowNet]:
 def gflownet_em(s: Setup, task: Subjectivity, trainer: GFlowNet) -> list[Figures]:
     """Rounds of EM after it; each round's log, nats a label of its batch."""
     em = VariationalEM(
-        task.model,
-        task.guide,
-        trainer,
-        s.adam(task.lm),
-        e_steps=E_STEPS,
-        num_particles=PARTICLES,
-        clip=1.0,
+        task.model, task.guide, trainer, s.adam(task.lm), e_steps=E_STEPS, num_particles=PARTICLES, clip=1.0
     )
     found = em.fit(s.batches, s.steps(ROUNDS[s.count]), progress=False, seed=s.seed)
     keys = {"log_evidence": "likelihood", "elbo": "elbo", "gap": "gap"}

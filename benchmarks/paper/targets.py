@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import pyro
 import torch
 
 from lmppl.inference import SMC, Enumerated, Importance, PolicyGradient, Posterior
@@ -27,6 +28,11 @@ def mean(x: torch.Tensor) -> float | None:
     """The mean, None where it is not finite."""
     found = float(x.double().mean())
     return found if found < float("inf") else None
+
+
+def programs(e: Experiment) -> Any:
+    """The object whose methods the programs are."""
+    return e.model.__self__
 
 
 @cache
@@ -98,8 +104,14 @@ def trained(e: Experiment, method: str, steps: int, seed: int, exact: Posterior,
     return of_density(exact, e.guide, args) | draws | {"tokens": trainer.training_tokens}
 
 
-def untrained(e: Experiment, prior: Program, exact: Posterior, args: tuple[Any, ...]) -> dict[str, Figures]:
+def untrained(e: Experiment, exact: Posterior, args: tuple[Any, ...]) -> dict[str, Figures]:
     """The language model itself, importance sampling and SMC from it, at the tokens that the guide's query costs."""
+    completion = programs(e).completion
+
+    def prior(x: torch.Tensor, *given: torch.Tensor) -> None:
+        with pyro.plate("prompts", len(x)):
+            pyro.sample("z", completion(e.lm, x))
+
     meter = Meter([e.lm.network])
     tokens = meter(lambda: Importance(e.model, e.guide, PARTICLES).run(*args))[1] / len(args[0])
     found = {"language model": of_density(exact, prior, args)}

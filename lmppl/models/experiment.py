@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar
 
 import peft
 import torch
@@ -104,9 +104,7 @@ class Experiment:
     exact: Enumeration | None = None  # None: the space cannot be enumerated
     recipe: Recipe = field(default_factory=Recipe)
     target: str = "the posterior"
-    demonstrations: tuple[
-        Any, ...
-    ] = ()  # arguments, and values that somebody wrote down: a replay buffer starts with them
+    demonstrations: tuple[Any, ...] = ()  # arguments, and values that a replay buffer starts with
 
     def optimizer(self, learning_rate: float | None = None) -> torch.optim.Optimizer:
         """AdamW over the guide's parameters, by the recipe unless told another learning rate."""
@@ -159,20 +157,25 @@ class Start:
         data: str | Path | None,
         default: Recipe,
         needs: str | None = None,
-        **options: Unpack[Options],
+        *,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        setting: str = SETTINGS[0],
+        device: str | None = None,
     ) -> Start:
-        """The start on ``lm``, or on the embedded language model ``world``.
+        """The start on ``lm``, or on the embedded language model ``world``, with the `Options` that were given.
 
         :param default: the recipe where none is given.
         :param needs: what another language model needs as ``data``; None: nothing.
         :raises ValueError: for another language model without ``data``, and a setting that is none.
         """
-        paper = paper_setting(options.get("setting", SETTINGS[0]))
+        if setting not in SETTINGS:
+            raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
         if lm is not None and data is None and needs is not None:
             raise ValueError(f"data: another language model needs {needs}")
-        lm = lm or LanguageModel.embedded(world, device=options.get("device"))
-        recipe, seed = options.get("recipe") or default, options.get("seed", 0)
-        return cls(name, lm, recipe.guide_lm(lm, seed, options.get("checkpoint")), recipe, seed, paper)
+        lm, recipe = lm or LanguageModel.embedded(world, device=device), recipe or default
+        return cls(name, lm, recipe.guide_lm(lm, seed, checkpoint), recipe, seed, setting == "paper")
 
     def experiment(
         self,
@@ -218,16 +221,6 @@ def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
     if len(observations) < 3:
         return observations, observations[-1:], observations[-1:]
     return observations[: -2 * n], observations[-n:], observations[-2 * n : -n]
-
-
-def paper_setting(setting: str) -> bool:
-    """Whether the target is the paper's released setting rather than the posterior.
-
-    :raises ValueError: for a setting that is neither.
-    """
-    if setting not in SETTINGS:
-        raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
-    return setting == "paper"
 
 
 def tempered(model: Program, temperature: float) -> Program:

@@ -13,6 +13,7 @@ from lmppl.embedded import stories
 from worlds import build
 from worlds import stories as corpus
 from worlds import story_gates as gates
+from worlds.world import Gate, Report
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,12 @@ def test_shipped_weights_are_small():
     assert sum(file.stat().st_size for file in embedded.path("stories").iterdir()) < 2e6
 
 
+def test_a_report_passes_where_every_figure_is_within_its_bounds():
+    for value, passed in ((0.4, False), (0.5, True), (1.0, True), (1.1, False)):
+        report = Report(free=Gate("free", 7.0), bounded=Gate("bounded", value, 0.5, 1.0))
+        assert report.passed == passed and str(report).endswith("\npassed" if passed else "\nNOT PASSED")
+
+
 def test_gates_hold_on_test_stories(model, words):
     assert gates.report(model, words, embedded.data("stories", "test")[:6], draws=2000).passed
 
@@ -127,7 +134,7 @@ def test_gates_hold_on_test_stories(model, words):
 def test_the_model_knows_what_places_offer(model, words):
     """In the world, the objects that a place does not offer share 5%."""
     report = gates.report(model, words, embedded.data("stories", "test")[:8], draws=100)
-    assert 0.90 < report.offered < 0.98
+    assert 0.90 < report["offered"].value < 0.98
 
 
 def test_the_model_knows_what_happens_to_objects(model, words):
