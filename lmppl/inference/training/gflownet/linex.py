@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ...core.weights import Balance
-from ..loop.schedules import Schedule
 from .divergences import LINEX
-from .exploration import Exploration
 from .var_grad import VarGrad
 
 
@@ -30,20 +30,8 @@ class Linex(VarGrad):
     networks", Linex(1); there against a learned log Z.
     """
 
-    def __init__(
-        self,
-        *,
-        num_particles: int = 16,
-        prefixes: int | str = "all",
-        exploration: Exploration | None = None,
-        reward_temperature: Schedule = 1.0,
-        floor: float = 50.0,
-        max_plate_nesting: int | float = float("inf"),
-    ):
-        super().__init__(
-            num_particles=num_particles, prefixes=prefixes, exploration=exploration, floor=floor,
-            reward_temperature=reward_temperature, max_plate_nesting=max_plate_nesting, divergence=LINEX,
-        )  # fmt: skip
+    def __init__(self, **kwargs: Any):
+        super().__init__(divergence=LINEX, **kwargs)
 
     def reduce(self, u: Tensor, balance: Balance) -> Tensor:
         return super().reduce(u, balance) / 2

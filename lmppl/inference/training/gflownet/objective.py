@@ -130,7 +130,7 @@ class Objective(pyro.infer.ELBO):
         if (given := programs.given_nesting(self.max_plate_nesting)) is not None:
             return given
         if self._guessed is None or self._guessed[0] is not model or self._guessed[1] is not guide:
-            self._guessed = (model, guide, programs.plate_nesting([guide, model], args, kwargs))
+            self._guessed = (model, guide, Query(model, guide, args, kwargs).nesting)
         return self._guessed[2]
 
     def residual(self, b: Balance) -> Tensor:

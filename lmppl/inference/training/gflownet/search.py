@@ -30,7 +30,8 @@ class Searched(Exploration):
     satisfy it; one that is trained on its own draws alone seldom sees any, and may lose what it has not drawn.  An
     observation for which nothing is found keeps the draws of the other exploration.  After a search that finds nothing
     for any observation the next 1, 3, 7, ... up to 63 steps do without: what is too rare to be found costs little.
-    Nothing is searched if the guide has latent sites that the model has not.
+    Nothing is searched if the guide has latent sites that the model has not.  Once begun, searches go on: a mode that
+    the guide has lost by then shows in none of its own draws.
 
     :param otherwise: what the other particles are drawn from, and all of them where draws are possible.
     :param tries: of the model, for each particle at most; a quarter of them first, the others where some observation

@@ -88,8 +88,7 @@ class GFlowNet(Trainer):
         if objective is not None:
             instance_of(Objective, objective=objective)
         if exploration == "default":
-            exploration = objective.exploration if objective is not None else None
-            exploration = DEFAULT_EXPLORATION if exploration is None else exploration
+            exploration = getattr(objective, "exploration", None) or DEFAULT_EXPLORATION
         elif exploration is not None:
             instance_of(Exploration, exploration=exploration)
         self.replay = replay
