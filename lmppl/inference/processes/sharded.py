@@ -14,7 +14,7 @@ from ...randomness import Part, forked, part
 from ..core import programs
 from ..core.observations import observe
 from ..core.programs import Program, scored
-from ..posterior.algorithm import Sampler, answer, on, sized
+from ..posterior.algorithm import Sampler, on, posterior_of, sized
 from ..posterior.posterior import Posterior
 from . import distributed
 
@@ -70,7 +70,7 @@ class Sharded(Sampler):
             return plate_of(self.model, self.guide or self.model, (lambda: args, lambda: own), {}, part)
 
         with distributed.shard(args, dim, few=True) as own:
-            return gathered(answer(self.algorithm, own, kwargs), args)
+            return gathered(posterior_of(self.algorithm, own, kwargs), args)
 
 
 def plate_of(
