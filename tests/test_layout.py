@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,6 +79,16 @@ def arrows(root: Path) -> Iterator[tuple[str, str, Path]]:
         tree, module = ast.parse(path.read_text()), path.relative_to(ROOT).with_suffix("").parts
         for other in imported(tree, module, root.relative_to(ROOT).parts) - {part}:
             yield part, other, path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(
+    "package", ["lmppl", "lmppl.inference", "lmppl.distributions", "lmppl.constraints", "lmppl.models"]
+)
+def test_no_public_name_hides_a_module(package):
+    """What is public is a module itself, or has a name that no module of the package has."""
+    found = import_module(package)
+    for name in found.__all__:
+        assert find_spec(f"{package}.{name}") is None or inspect.ismodule(getattr(found, name)), f"{package}.{name}"
 
 
 def test_arrows_run_downward_only():

@@ -24,7 +24,7 @@ from ..core.query import Query
 from ..core.resampling import multinomial
 from ..core.sites import is_text
 from ..core.weights import log_density_of_latents, log_ratio, site_log_prob
-from ..posterior.algorithm import answer, on
+from ..posterior.algorithm import on, posterior_of
 from ..posterior.posterior import Posterior
 from ..samplers.smc.bounds import simulate
 from .pools import MEMBERS, Pool, alike, member_weights
@@ -107,7 +107,7 @@ def _simulation(
     truth, observed = simulate(query.model, *query.args, **query.kwargs)
     if to_args is not None:
         query = replace(query, args=to_args(query.args, observed))
-        posterior = answer(algorithm, query.args, query.kwargs)
+        posterior = posterior_of(algorithm, query.args, query.kwargs)
     else:
         query = replace(query, model=pyro.condition(poutine.uncondition(query.model), data=observed))
         posterior = _on(algorithm, query)
@@ -146,7 +146,7 @@ def _on(algorithm: Any, query: Query) -> Posterior:
         other = on(algorithm, model)
     except ValueError as error:
         raise NotChecked(str(error)) from error
-    posterior = answer(other, query.args, query.kwargs)
+    posterior = posterior_of(other, query.args, query.kwargs)
     if not asked:
         raise NotChecked(
             f"simulate: {type(algorithm).__name__} does not ask the model that it is given, in which the simulated "

@@ -15,7 +15,7 @@ from ...engine.prompts import prompts
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
 from ..core.query import Query
-from ..posterior.algorithm import answer, sized
+from ..posterior.algorithm import posterior_of, sized
 from ..posterior.posterior import Posterior
 from ..samplers.smc.smc import Sequential
 from .comparison import Comparison, Point, Row, averaged
@@ -163,8 +163,8 @@ class Meter:
         for network in self.networks.values():
             prompts(network).forget()
         tokens, start = self.tokens, time.perf_counter()
-        found = run()
-        return found, self.tokens - tokens, time.perf_counter() - start
+        answer = run()
+        return answer, self.tokens - tokens, time.perf_counter() - start
 
 
 def _measure(
@@ -176,7 +176,9 @@ def _measure(
     query: Query,
 ) -> tuple[Row, list[Tensor]]:
     """One seed's figures, and its estimates of the log evidence (*plates)."""
-    answers, tokens, seconds = meter(lambda: [answer(algorithm, query.args, query.kwargs) for _ in range(repetitions)])
+    answers, tokens, seconds = meter(
+        lambda: [posterior_of(algorithm, query.args, query.kwargs) for _ in range(repetitions)]
+    )
     queries = repetitions * answers[0].log_evidence.numel()
     row = Row(name, num_particles=answers[0].num_particles)
     row.query_tokens, row.seconds = tokens / queries, seconds / queries
@@ -224,8 +226,8 @@ def particles_within(
     """
 
     def cost(n: int) -> float:
-        found, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
-        return (tokens if unit == "tokens" else seconds) / found.log_evidence.numel()
+        answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *args, **(kwargs or {})))
+        return (tokens if unit == "tokens" else seconds) / answer.log_evidence.numel()
 
     (few, less), (n, spent) = ((k, cost(k)) for k in pilots)
     tried = {few: less, n: spent}
@@ -258,13 +260,13 @@ def _point(
 ) -> Point:
     """The algorithm with as many particles as the budget buys, by what a few runs cost."""
     n = particles_within(algorithm, budget, meter, unit, query.args, dict(query.kwargs), checks=3)
-    found, tokens, seconds = meter(partial(sized(algorithm, n).run, *query.args, **query.kwargs))
-    queries = found.log_evidence.numel()
+    answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *query.args, **query.kwargs))
+    queries = answer.log_evidence.numel()
     point = Point(name, budget, n, tokens / queries, seconds / queries, None, None)
     if truth is not None:
-        point.log_evidence_error = _mean((found.log_evidence - truth.log_evidence).abs())
-        if bool((found.log_weights.amax(0) > -torch.inf).all()):
-            point.draws_tv = _mean(draw_quality(truth, found))
+        point.log_evidence_error = _mean((answer.log_evidence - truth.log_evidence).abs())
+        if bool((answer.log_weights.amax(0) > -torch.inf).all()):
+            point.draws_tv = _mean(draw_quality(truth, answer))
     return point
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...files import save_figure
 from ..core.arguments import at_least, is_integer
 from ..core.query import Query
-from ..posterior.algorithm import answer, query_of
+from ..posterior.algorithm import posterior_of, query_of
 from ..posterior.log_weights import smallest_sample
 from ..posterior.posterior import Posterior
 from ..samplers.smc.smc import Sequential
@@ -148,7 +148,7 @@ def diagnose(
         raise ValueError(f"algorithm: {type(algorithm).__name__} has no run(*args)")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        answers = [answer(algorithm, args, kwargs) for _ in range(repetitions)]
+        answers = [posterior_of(algorithm, args, kwargs) for _ in range(repetitions)]
         result = Diagnosis(posterior=answers[0])
         _judge_weights(result, answers)
         if not hasattr(algorithm, "model"):

@@ -9,7 +9,7 @@ import copy
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 from ..core.arguments import at_least
@@ -89,6 +89,8 @@ def sized(algorithm: Any, num_particles: int) -> Any:
     if callable(own):
         return own(num_particles)
     if "num_particles" in inspect.signature(algorithm.run).parameters:
+        if not hasattr(kind, "run"):  # a function of its own
+            return _with(algorithm, run=partial(algorithm.run, num_particles=num_particles))
 
         @wraps(kind.run)
         def run(self: Any, *args: Any, **kwargs: Any) -> Posterior:
@@ -107,8 +109,8 @@ def query_of(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], n
     return Query(algorithm.model, None if guide == algorithm.model else guide, args, kwargs, nesting)
 
 
-def answer(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Posterior:
-    """What it answers.
+def posterior_of(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Posterior:
+    """What an algorithm answers.
 
     :raises ValueError: where that is no posterior.
     """

@@ -14,7 +14,7 @@ from ...randomness import Part, forked, part
 from ..core.observations import observe
 from ..core.programs import Program, scored
 from ..core.query import Query
-from ..posterior.algorithm import Sampler, answer, on, sized
+from ..posterior.algorithm import Sampler, on, posterior_of, sized
 from ..posterior.posterior import Posterior
 from . import distributed
 
@@ -69,7 +69,7 @@ class Sharded(Sampler):
             return plate_of(lambda: Query(*programs, own), lambda: Query(*programs, args), part)
 
         with distributed.shard(args, dim, few=True) as own:
-            return gathered(answer(self.algorithm, own, kwargs), args)
+            return gathered(posterior_of(self.algorithm, own, kwargs), args)
 
 
 def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part: Part) -> int:

@@ -192,6 +192,24 @@ def test_texts_that_are_all_of_one_length_do_not_drift():
     assert length.posterior == pytest.approx(3.0) and not length.suspect
 
 
+@pytest.mark.parametrize(("q", "misses", "lacks"), [(0.5, 0.0, 0.0), (0.9, 0.0, 0.4), (1 - 1e-9, 0.5, 0.5)])
+def test_what_a_trained_guide_misses_and_what_it_lacks(q, misses, lacks):
+    """Posterior (1/2, 1/2), guide (q, 1 - q): the total variation is q - 1/2; only a value never drawn is missed."""
+
+    def coins():
+        with pyro.plate("data", CELLS):
+            pyro.sample("k", dist.Bernoulli(0.5))
+
+    def tossed():
+        p = pyro.param("p", torch.tensor(1 - q, dtype=torch.float64))
+        with pyro.plate("data", CELLS):
+            pyro.sample("k", dist.Bernoulli(p))
+
+    found = diagnose(Importance(coins, tossed, num_particles=200), simulations=0, repetitions=1)
+    for name, share in (("guide misses", misses), ("guide lacks", lacks)):
+        assert found[name].value == pytest.approx(share, abs=0.05) and found[name].suspect == (share > 0.2)
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 6), st.integers(0, 1000))
 def test_positions_are_uniform_for_exchangeable_draws(n, seed):

@@ -11,12 +11,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plate_of_three import P, X, Y, answer, joint, prior
+from plate_of_three import P, X, Y, answer, guide, joint, model, prior
 
 from lmppl import text
 from lmppl.distributions import Completion, Table, TextTable
-from lmppl.inference import SMC, Enumeration, Importance
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Prompting
 from lmppl.inference.posterior.log_weights import pareto_khat, smallest_sample
+
+# -- what was asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "asked"),
+    [
+        (Enumeration(model), None),
+        (Importance(model, num_particles=5), None),
+        (Importance(model, guide, num_particles=5), guide),
+        (SMC(model, guide, num_particles=5), guide),
+        (Prompting(model, guide, num_particles=5), guide),
+        (MetropolisHastings(model, guide, num_chains=2, num_samples=3, warmup=0), guide),
+    ],
+)
+def test_a_posterior_keeps_what_was_asked(algorithm, asked, tmp_path):
+    """Its programs and arguments; resampled too; and in a file the arguments."""
+    posterior = algorithm.run(X, y=Y)
+    for found in (posterior, posterior.resample(3)):
+        query = found.sites.query
+        assert query.model is model and query.guide is found.guide is asked
+        assert query.args == (X,) and query.kwargs == {"y": Y} and query.nesting == 1
+    posterior.save(tmp_path / "saved")
+    loaded = Posterior.load(tmp_path / "saved")
+    assert torch.equal(loaded.sites.query.args[0], X) and torch.equal(loaded.sites.query.kwargs["y"], Y)
+    with pytest.raises(ValueError, match="a posterior from a file does not know its program"):
+        loaded.sites.query.run(particles=1)
+
 
 # -- marginals -------------------------------------------------------------------------------------------------------
 
