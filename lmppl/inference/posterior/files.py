@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ... import files, text
-from ...adapters import first_line
+from ...damage import first_line
 from ..core.plates import Plates
 from .posterior import Posterior, Sites
 from .run import Run
