@@ -1,109 +1,39 @@
-"""One network shared by many views: the base weights, and any number of adapters that never disturb one another.
-
-PEFT's own switches (`set_adapter`, `disable_adapters`) change `requires_grad` of weights that belong to others. Here a
-view is switched on by setting the state of the tuner layers alone.
-"""
+"""The adapters of one network: any number of them, put in, taken out, saved and loaded."""
 
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial, wraps
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import peft
 import torch
-from huggingface_hub import snapshot_download
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lmppl import files, hub
-from lmppl.activations import fuse_activations
-from lmppl.parts import WRAPPERS, Parts, plain_key
+from lmppl import loading
+from lmppl.damage import CheckpointError, first_line
+from lmppl.loading import CONFIG, KIND, WEIGHTS
+from lmppl.parts import WRAPPERS, plain_key
+from lmppl.passes import Adapter, Lock, Passes
+
+__all__ = ["CONFIG", "KIND", "WEIGHTS", "Adapter", "CheckpointError", "Lock", "Network", "first_line"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Within = Callable[[], AbstractContextManager[None]]
 # These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 # In these, layers whose weights are read past an adapter (most of which PEFT refuses): "all-linear" is all the others.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 UNADAPTABLE = ["conv1d", "out_proj", "dt_proj"]
-KIND, CONFIG, WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
-
-
-class CheckpointError(OSError, ValueError):
-    """A path or name from which nothing can be loaded."""
-
-
-@dataclass(eq=False)
-class Adapter:
-    """One adapter: its PEFT configuration, its own parameters and the layers that hold them.
-
-    Its views hold it, and what is computed again for them; when nobody does, the network is rid of it.
-    """
-
-    name: str
-    config: peft.PeftConfig
-    parameters: list[nn.Parameter]
-    layers: set[nn.Module]
-
-
-class Lock:
-    """A lock that one thread may take several times; a copy of it, as of the model that it guards, is a new one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._depth = 0
-        self._waiting: deque[Callable[[], None]] = deque()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        self._depth += 1
-        try:
-            self._work()
-        except BaseException:
-            self._depth -= 1
-            self._lock.release()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self._work()
-        finally:
-            self._depth -= 1
-            self._lock.release()
-
-    def between(self, task: Callable[[], None]) -> None:
-        """Do this holding the lock, but not inside of what anybody does with it: now, or when they are done."""
-        self._waiting.append(task)
-        if self._lock.acquire(blocking=False):
-            try:
-                if not self._depth:
-                    with self:
-                        pass
-            finally:
-                self._lock.release()
-
-    def _work(self) -> None:
-        while self._depth == 1 and self._waiting:
-            self._waiting.popleft()()
-
-    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
-        return Lock, ()
 
 
 def _locked(method: Callable[Concatenate[Network, P], T]) -> Callable[Concatenate[Network, P], T]:
@@ -117,44 +47,15 @@ def _locked(method: Callable[Concatenate[Network, P], T]) -> Callable[Concatenat
     return held
 
 
-class Network(Parts):
-    """The Hugging Face model that all views share, with the tokens it has scored and what is known about it.
-
-    ``lock`` is held by whoever runs the model or changes what a run depends on.
-    """
+class Network(Passes):
+    """The Hugging Face model that all views share, with its adapters."""
 
     def __init__(self, model: Any) -> None:
         if any(isinstance(m, WRAPPERS) for m in model.modules()):
             raise ValueError(
                 "model already holds PEFT layers; pass the base model and load adapters with .with_adapter(path)"
             )
-        model.eval()
-        fuse_activations(model)
-        for module in model.modules():
-            # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
-            # look for in the tokens of every pass.
-            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
-                module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
         super().__init__(model)
-        self.lock = Lock()
-        self.tokens_scored = 0
-        self.adapters: weakref.WeakValueDictionary[str, Adapter] = weakref.WeakValueDictionary()
-        self.active: str | None = None  # the name of the adapter that is switched on
-        self.kept: dict[str, object] = {}
-
-    # Views -----------------------------------------------------------------------------------------------------------
-
-    def activate(self, adapter: Adapter | None) -> None:
-        """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
-        if self.active != (None if adapter is None else adapter.name):
-            self._switch(adapter)
-
-    def _switch(self, adapter: Adapter | None) -> None:
-        for layer in self.layers:
-            layer._disable_adapters = adapter is None or layer not in adapter.layers
-            if adapter is not None and layer in adapter.layers:
-                layer._active_adapter = [adapter.name]
-        self.active = None if adapter is None else adapter.name
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"adapters": dict(self.adapters)}
@@ -178,94 +79,6 @@ class Network(Parts):
             lock.between(take_out)
 
         weakref.finalize(adapter, dropped).atexit = False
-
-    @contextmanager
-    def base_frozen(self) -> Iterator[None]:
-        """No graph is built for the base weights inside.
-
-        Passes see others in their place, that share their memory: with `requires_grad` off, a backward pass that is
-        under way in another thread would lose their gradients. (Sharded weights are switched nevertheless.)
-        """
-        places = [] if self.sharded else [(owner, key, owner.get(key)) for owner, key in self.places]
-        trained = [(owner, key, p) for owner, key, p in places if type(p) is nn.Parameter and p.requires_grad]
-        frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for *_, p in trained}
-        switched = [
-            p for p in self.base_parameters if p.requires_grad and (self.sharded or type(p) is not nn.Parameter)
-        ]
-        for owner, key, p in trained:
-            owner[key] = frozen[p]
-        for p in switched:
-            p.requires_grad = False
-        try:
-            yield
-        finally:
-            for owner, key, p in trained:
-                owner[key] = p
-            for p in switched:
-                p.requires_grad = True
-
-    def run(
-        self,
-        adapter: Adapter | None,
-        input_ids: Tensor,
-        within: Within = nullcontext,
-        long: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
-
-        ``long``: see `Rotary.read`. Raises ValueError where modules of the adapter were replaced.
-
-        Where the model's gradient checkpointing is on, layers are computed again in the backward pass: with the adapter
-        of this pass, whichever has been active since, and inside ``within()``.
-        """
-
-        @contextmanager
-        def setting() -> Iterator[None]:
-            with self.lock:
-                self.activate(adapter)
-                freeze = adapter is not None and torch.is_grad_enabled()
-                with self.base_frozen() if freeze else nullcontext(), self.rotary.read(long), within():
-                    yield
-
-        with self.lock:
-            self.follow()
-            if adapter is not None:
-                self.refuse_removed(adapter)
-            if adapter is not None and not adapter.layers.issubset(self.layers):
-                raise ValueError(
-                    f"modules of {type(self.model).__name__} that held adapter {adapter.name!r} were replaced; "
-                    "save the adapter before, and load it with .with_adapter(path)"
-                )
-            if self.model.training:
-                self.model.eval()
-            layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
-            try:
-                for layer in layers:
-                    layer.__dict__["forward"] = partial(_repeated, layer, setting)
-                with setting():
-                    return self.model(input_ids, **kwargs)
-            finally:
-                for layer in layers:
-                    layer.__dict__.pop("forward", None)
-
-    def _layers_to_repeat(self, kwargs: dict[str, Any]) -> list[Any]:
-        """The layers to compute again in the backward pass; RuntimeError where that would not be right."""
-        marked = [m for m in self.checkpointing if m.gradient_checkpointing]
-        layers = [m for m in marked if isinstance(m, GradientCheckpointingLayer)]
-        reason = ""
-        if marked and not layers:
-            reason = f"{type(self.model).__name__} has no layers that can be computed again"
-        elif marked and any(isinstance(m, ParamWrapper) for m in self.layers):
-            # They replace a parameter while a layer runs, which a backward pass under way does not survive.
-            reason = "layers with adapters on bare parameters (experts) cannot be computed again"
-        elif marked and kwargs.setdefault("use_cache", False):
-            reason = "a pass that fills a cache cannot be computed again"
-        if reason:
-            raise RuntimeError(
-                f"gradient checkpointing: {reason}; switch it off: lm.model.activation_checkpointing_disable()"
-            )
-        return layers
 
     @_locked
     def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
@@ -317,11 +130,6 @@ class Network(Parts):
         del self.adapters[adapter.name]
         self._take_out(adapter.name)
 
-    def refuse_removed(self, adapter: Adapter) -> None:
-        """ValueError where the adapter was taken out."""
-        if self.adapters.get(adapter.name) is not adapter:
-            raise ValueError(f"adapter {adapter.name!r} was removed; add it again with .with_adapter")
-
     def _take_out(self, name: str) -> None:
         """Leave no module and no weight of the adapter of this name."""
         holding = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
@@ -359,12 +167,7 @@ class Network(Parts):
 
         After an error the model is as it was.
         """
-        try:
-            config, weights = files.read(path, lambda: _saved(path, str(self.base_parameters[0].device)))
-        except (ImportError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged file can make PEFT and safetensors raise anything
-            raise CheckpointError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
+        config, weights = loading.adapter(path, str(self.base_parameters[0].device))
         name = self._name(name)
         try:
             adapter = self.add(config, name)
@@ -429,35 +232,6 @@ class Network(Parts):
         return name
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length; where its first line announces the next, both."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 200)
-
-
-def _saved(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
-    """An adapter's configuration and weights, from a directory or from the Hugging Face hub."""
-    folder = Path(path)
-    if not folder.is_dir():
-        away = hub.out_of_reach(path)
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=[CONFIG, WEIGHTS], local_files_only=away))
-        except Exception as error:
-            raise FileNotFoundError(hub.unreachable() if away else first_line(error)) from error
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"there is no {file}")
-    files.verify(folder.absolute(), KIND)
-    try:
-        weights = load_file(folder / WEIGHTS, device=device)
-    except Exception as error:
-        raise ValueError(f"{WEIGHTS}: {first_line(error)}") from error
-    try:
-        return peft.PeftConfig.from_pretrained(str(folder)), weights
-    except Exception as error:
-        raise ValueError(f"{CONFIG}: {first_line(error)}") from error
-
-
 def _wrapped(layer: Any) -> Any:
     """What a layer that holds no adapter any more was put around."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
@@ -486,18 +260,3 @@ def _refuse(config: peft.PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start not in INITIALISATIONS:
         raise ValueError(f"peft_config.init_lora_weights={start!r} changes the base weights; use True or 'gaussian'")
-
-
-def _no_warning(*args: Any) -> None:
-    """In place of a warning about padding without a mask."""
-
-
-def _repeated(layer: Any, setting: Within, *args: Any, **kwargs: Any) -> Any:
-    """The layer's output, of which the backward pass keeps the input only."""
-
-    def compute(*args: Any, **kwargs: Any) -> Any:
-        with setting():
-            return type(layer).forward(layer, *args, **kwargs)
-
-    # transformers' own recomputation asks for train() mode, and so for dropout.
-    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -1,4 +1,4 @@
-"""Which file of a checkpoint is damaged, or of another one than the rest."""
+"""What is wrong with a checkpoint: which file of it is damaged, or of another one than the rest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import shorten
 
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -14,6 +15,16 @@ from . import files
 
 # What transformers reads, or goes on without in silence.
 CONFIGURATIONS = ("config.json", "generation_config.json")
+
+
+class CheckpointError(OSError, ValueError):
+    """A path or name from which nothing can be loaded."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line of bounded length; where its first line announces the next, both."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 200)
 
 
 def refuse_damaged(folder: Path, kind: str) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import cached_file
 
 from lmppl import hub
-from lmppl.adapters import CheckpointError, first_line
+from lmppl.damage import CheckpointError, first_line
 
 MAGIC = b"GGUF"
 # What says where a file is; all else says how to load it.

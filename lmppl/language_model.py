@@ -6,17 +6,15 @@ import copy
 import os
 import string as strings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmppl import damage, files, gguf_files, hub
+from lmppl import files, loading
 from lmppl import text as texts
-from lmppl.adapters import CONFIG, KIND, Adapter, CheckpointError, Network, first_line
+from lmppl.adapters import Adapter, Network
 from lmppl.chat import render
 from lmppl.stop_strings import Stops
 from lmppl.text import PAD
@@ -24,7 +22,6 @@ from lmppl.vocabulary import Vocabulary, first_int, flatten, nest
 
 Stop = str | int | Iterable[str | int] | Tensor | None
 TOKEN_BUDGET = 16_384
-BASE = "language model"  # the kind of files that a base is saved in
 
 
 class LanguageModel(nn.Module):
@@ -97,47 +94,9 @@ class LanguageModel(nn.Module):
         """
         if not isinstance(name_or_path, str | os.PathLike):
             raise ValueError(f"name_or_path: expected a directory, or a name on the hub, got {name_or_path!r}")
-        name = os.fspath(name_or_path)
-        trust = hf_kwargs.pop("trust_remote_code", False)
-        if away := "local_files_only" not in hf_kwargs and hub.out_of_reach(name):
-            hf_kwargs["local_files_only"] = True
-        shared = ("revision", "token", "cache_dir", "local_files_only")
-        tokenizer_kwargs = {k: hf_kwargs[k] for k in shared if k in hf_kwargs}
         if dtype is not None:
             hf_kwargs["dtype"] = dtype
-        if (gguf_file := hf_kwargs.pop("gguf_file", None)) is not None:
-            model, tokenizer, info = gguf_files.load(name, gguf_file, **hf_kwargs)
-            return cls._whole(f"{name}: {gguf_file}", model, tokenizer, info, device)
-        _settle(name)
-        if _is_path(name) and not (Path(name) / "config.json").is_file():
-            raise CheckpointError(f"{name}: no language model here (no config.json){_hint(Path(name))}")
-
-        def load() -> tuple[Any, Any]:
-            if Path(name).is_dir():
-                damage.refuse_damaged(Path(name).absolute(), BASE)
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
-            return tokenizer, AutoModelForCausalLM.from_pretrained(
-                name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
-            )
-
-        try:
-            tokenizer, (model, info) = files.read(name, load)
-        except (ImportError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged file can make transformers raise anything
-            reason = f"{hub.unreachable()}: " if away else damage.culprit(Path(name))
-            raise CheckpointError(f"{name}: no language model can be loaded ({reason}{first_line(error)})") from error
-        return cls._whole(name, model, tokenizer, info, device)
-
-    @classmethod
-    def _whole(cls, name: str, model: Any, tokenizer: Any, info: dict[str, Any], device: Any) -> LanguageModel:
-        """What was loaded, if no weight of it is one that the network made up, and no layer was left out."""
-        if info["missing_keys"]:
-            raise CheckpointError(f"{name}: weights are missing: {sorted(info['missing_keys'])[0]}")
-        if beyond := damage.layers_beyond(info["unexpected_keys"], model.state_dict()):
-            raise CheckpointError(
-                f"{name}: config.json is of a smaller network than the weights, which have {beyond[0]}"
-            )
+        model, tokenizer = loading.checkpoint(os.fspath(name_or_path), **hf_kwargs)
         return cls(model if device is None else model.to(device), tokenizer)
 
     @classmethod
@@ -273,11 +232,7 @@ class LanguageModel(nn.Module):
         if isinstance(peft_config, peft.PeftConfig):
             adapter = self.network.add(peft_config, name)
         elif isinstance(peft_config, str | os.PathLike):
-            path = os.fspath(peft_config)
-            _settle(path)
-            if _is_path(path) and not _is_adapter(Path(path)):
-                raise CheckpointError(f"{path}: no saved adapter here (no adapter_config.json)")
-            adapter = self.network.load(path, name)
+            adapter = self.network.load(os.fspath(peft_config), name)
         else:
             raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
         view = LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
@@ -320,7 +275,7 @@ class LanguageModel(nn.Module):
         What was saved there before is replaced, nothing else; ``lmppl.json`` says which files those are. Raises
         ValueError where files of these names were written by others, or changed since.
         """
-        with files.writing(directory, BASE if self._adapter is None else KIND) as fresh:
+        with files.writing(directory, loading.BASE if self._adapter is None else loading.KIND) as fresh:
             if self._adapter is None:
                 self.network.save_base(fresh)
                 # Of several chat templates each would be a file in a folder of its own.
@@ -491,30 +446,3 @@ def _several(stop: Stop) -> list[str | int]:
     if not several:
         raise ValueError("stop is empty; for texts without a stop, pass stop=None")
     return several
-
-
-def _is_path(name: str) -> bool:
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / CONFIG).is_file()
-
-
-def _settle(path: str) -> None:
-    """Finish a save that was cut off."""
-    try:
-        files.settle(Path(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {first_line(error)}") from error
-
-
-def _hint(path: Path) -> str:
-    """What to do where a path holds something else than a checkpoint."""
-    if _is_adapter(path):
-        return "; it is an adapter: load its base, then .with_adapter(path)"
-    if path.suffix == ".gguf":
-        return f"; for a GGUF file: from_pretrained({str(path.parent)!r}, gguf_file={path.name!r})"
-    if files := sorted(path.glob("*.gguf")):
-        return f"; it holds a GGUF file: pass gguf_file={files[0].name!r}"
-    return ""

@@ -26,7 +26,7 @@ import typer
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
-from .adapters import CheckpointError, first_line
+from .damage import CheckpointError, first_line
 from .files import sync
 from .gguf_files import gguf
 from .language_model import LanguageModel

@@ -32,6 +32,8 @@ LAYERS = {
     "parts": 1,
     "ngram": 1,
     "vocabulary": 1,
+    "loading": 2,
+    "passes": 2,
     "adapters": 2,
     "gguf_files": 2,
     "language_model": 3,
@@ -44,6 +46,8 @@ LAYERS = {
     "testing": 7,
     "pretrained": 7,
     "command_help": 7,
+    "command_options": 8,
+    "command_results": 8,
     "cli": 8,
 }
 # The same inside `inference`, one after the other.

@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..adapters import Lock, Network
+from ..adapters import Network
 from ..language_model import LanguageModel
+from ..passes import Lock
 from .chunks import is_sharded
 from .trials import agree, verified
 from .tuning import TUNING

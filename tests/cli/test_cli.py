@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lmppl import cli
+from lmppl.command_options import experiment_of, own_device
 from lmppl.inference.training.loop import checkpoint
 
 FILE = "adapter_model.safetensors"
@@ -147,14 +148,14 @@ def test_further_algorithms_train_guides_of_their_own(tmp_path, lmppl):
 @pytest.mark.parametrize("device, own", [("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
 def test_each_process_has_a_gpu_of_its_own(device, own, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert cli._own_device(device) == device
+    assert own_device(device) == device
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert cli._own_device(device) == own
+    assert own_device(device) == own
 
 
 def test_dtype_is_that_of_the_language_model(tmp_path, checkpoint):
     (tmp_path / "stories.txt").write_text(STORIES)
-    found = cli._experiment(
+    found = experiment_of(
         "infilling", str(checkpoint), tmp_path / "stories.txt", 0, "posterior", None, "cpu", "bfloat16"
     )
     assert found.lm.dtype == torch.bfloat16

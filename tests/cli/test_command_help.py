@@ -13,6 +13,7 @@ from paths import ROOT
 import lmppl
 from lmppl import cli
 from lmppl.catalogue import MODELS
+from lmppl.command_options import COMMON
 from lmppl.models import EXPERIMENTS, arithmetic, classifier, continuation, contrastive, infilling, random_number
 from lmppl.models.subjectivity import read_sentences
 
@@ -87,7 +88,7 @@ def test_the_catalogue_says_what_the_models_say_themselves():
     assert list(MODELS) == list(EXPERIMENTS)
     for name, make in EXPERIMENTS.items():
         assert MODELS[name].infers == (make.__doc__ or "").strip().splitlines()[0]
-        assert list(MODELS[name].options) == [p for p in inspect.signature(make).parameters if p not in cli.COMMON]
+        assert list(MODELS[name].options) == [p for p in inspect.signature(make).parameters if p not in COMMON]
 
 
 def test_the_examples_are_data(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ... import files, text
-from ...adapters import first_line
+from ...damage import first_line
 from ..core.packed import pack, unpack
 from ..core.plates import Plates
 from ..core.query import Query, unknown

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .... import files
-from ....adapters import first_line
+from ....damage import first_line
 from ...core.packed import pack, unpack
 from ...processes.distributed import first_alone, like, whole
 

@@ -1,0 +1,173 @@
+"""What the options of a command say, read and refused before anything is computed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .catalogue import MODELS
+from .command_help import nearest
+
+if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
+    from .models import Experiment
+
+COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "device", "options"}
+ALGORITHMS = ("importance", "smc", "gflownet")
+FURTHER = ("mcmc", "wake-sleep", "ppo")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Failure(Exception):
+    """Something the user can mend; printed in one line."""
+
+
+def _known(model: str) -> str:
+    if model not in MODELS:
+        raise Failure(f"{model!r} is no model; there are {', '.join(MODELS)}.{nearest(model, MODELS)}")
+    return model
+
+
+Model = Annotated[str, typer.Argument(help="Which model; [bold]lmppl list[/bold] names them.", callback=_known)]
+Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Observations of your own: see below.")]
+Setting = Annotated[str, typer.Option("--setting", help="The target: posterior, or the paper's released setting.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the model, e.g. temperature=0.9.")
+]
+Out = Annotated[Path, typer.Option("--out", help="Where results go.")]
+Seed = Annotated[int, typer.Option("--seed")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; default: the recipe's.")]
+Threads = Annotated[int, typer.Option("--threads", min=1, help="Torch threads.")]
+Device = Annotated[str, typer.Option("--device", help="Where the language model is: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help=f"Of the weights of --lm: {', '.join(DTYPES)}; default: as saved.")
+]
+
+
+def chosen_algorithms(algorithms: str) -> list[str]:
+    """The names of a comma-separated choice."""
+    chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
+    for name in chosen:
+        if name not in (*ALGORITHMS, *FURTHER):
+            known = (*ALGORITHMS, *FURTHER)
+            raise Failure(f"--algorithms: {name!r} is none of {', '.join(known)}.{nearest(name, known)}")
+    if not chosen:
+        raise Failure("--algorithms: name at least one")
+    return chosen
+
+
+def experiment_of(
+    model: str,
+    lm: str | None,
+    data: Path | None,
+    seed: int,
+    setting: str,
+    options: list[str] | None,
+    device: str,
+    dtype: str | None,
+    checkpoint: Path | None = None,
+) -> Experiment:
+    """The model that the options ask for, with its data and language models."""
+    if data is not None and not data.exists():
+        raise Failure(f"--data {data}: there is no such file or directory")
+    if lm == "":
+        raise Failure("--lm: it is empty; name a checkpoint's directory, or a name on the Hugging Face hub")
+    if not -(2**43) < seed < 2**43:
+        raise Failure(f"--seed {seed}: expected an integer of at most 43 bits")
+    import torch
+    import transformers
+
+    from .language_model import LanguageModel
+    from .models import EXPERIMENTS
+
+    device = own_device(device)
+    _check_device(device, dtype, lm)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    weights = None if dtype is None else getattr(torch, dtype)
+    loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
+    own = _own_options(model, options or [])
+    try:
+        return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)
+    except (TypeError, LookupError, RuntimeError, OverflowError, AssertionError) as error:
+        if not own:
+            raise
+        raise Failure(f"--set {' --set '.join(options or [])}: {model} cannot be made of this ({error})") from error
+
+
+def own_device(device: str) -> str:
+    """Of several processes each takes a GPU of its own."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
+    import torch
+
+    from .damage import first_line
+
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Failure(f"--device {device}: there is no such device here ({first_line(error)})") from None
+    if dtype is not None and (dtype not in DTYPES or lm is None):
+        raise Failure(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}, together with --lm")
+
+
+def _own_options(model: str, options: list[str]) -> dict[str, Any]:
+    """What a model's `experiment` takes besides what all of them take: numbers as numbers, the rest as text."""
+    from .models import EXPERIMENTS
+
+    known = [p for p in inspect.signature(EXPERIMENTS[model]).parameters if p not in COMMON]
+    found: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if name not in known or not equals:
+            names = f"expected NAME=VALUE with a name of {', '.join(known)} for {model}"
+            raise Failure(f"--set {option}: {names if known else f'{model} has no options'}")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+        kind = typing.get_type_hints(EXPERIMENTS[model])[name]
+        if kind is str or (str in typing.get_args(kind) and found[name] is not None):  # 5 as a text, too
+            found[name] = value
+        if not _is(found[name], kind):
+            raise Failure(f"--set {option}: expected {name} to be {_said(kind)}")
+    return found
+
+
+def _said(kind: Any) -> str:
+    """What an option is annotated with, in words."""
+    words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    return " or ".join(words.get(k, "several, as [0.8, 0.9]") for k in (typing.get_args(kind) or (kind,)))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a type that an option is annotated with."""
+    if isinstance(value, list):
+        return any(
+            typing.get_origin(k) is Sequence and all(_is(v, typing.get_args(k)[0]) for v in value)
+            for k in (typing.get_args(kind) or (kind,))
+        )
+    if isinstance(value, bool):
+        return kind is bool or bool in typing.get_args(kind)
+    kinds = typing.get_args(kind) or (kind,)
+    return isinstance(value, tuple(k for k in kinds if isinstance(k, type))) or (type(value) is int and float in kinds)
+
+
+def set_threads(threads: int) -> None:
+    most = 4 * (os.cpu_count() or 1)
+    if threads > most:
+        raise Failure(f"--threads {threads}: this machine has {os.cpu_count()} cores; at most {most} threads")
+    import torch
+
+    torch.set_num_threads(threads)

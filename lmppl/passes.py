@@ -1,0 +1,228 @@
+"""Passes through one network under any of its adapters, which never disturb one another.
+
+PEFT's own switches (`set_adapter`, `disable_adapters`) change `requires_grad` of weights that belong to others. Here a
+view is switched on by setting the state of the tuner layers alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lmppl.activations import fuse_activations
+from lmppl.parts import Parts
+
+Within = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter: its PEFT configuration, its own parameters and the layers that hold them.
+
+    Its views hold it, and what is computed again for them; when nobody does, the network is rid of it.
+    """
+
+    name: str
+    config: peft.PeftConfig
+    parameters: list[nn.Parameter]
+    layers: set[nn.Module]
+
+
+class Lock:
+    """A lock that one thread may take several times; a copy of it, as of the model that it guards, is a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        try:
+            self._work()
+        except BaseException:
+            self._depth -= 1
+            self._lock.release()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._work()
+        finally:
+            self._depth -= 1
+            self._lock.release()
+
+    def between(self, task: Callable[[], None]) -> None:
+        """Do this holding the lock, but not inside of what anybody does with it: now, or when they are done."""
+        self._waiting.append(task)
+        if self._lock.acquire(blocking=False):
+            try:
+                if not self._depth:
+                    with self:
+                        pass
+            finally:
+                self._lock.release()
+
+    def _work(self) -> None:
+        while self._depth == 1 and self._waiting:
+            self._waiting.popleft()()
+
+    def __reduce__(self) -> tuple[type[Lock], tuple[()]]:
+        return Lock, ()
+
+
+class Passes(Parts):
+    """The passes of a Hugging Face model, and how many tokens they have read.
+
+    ``lock`` is held by whoever runs the model or changes what a run depends on. ``adapters`` are those that the model
+    has, by name, as long as somebody else holds them; ``kept`` is what is remembered of passes.
+    """
+
+    def __init__(self, model: Any) -> None:
+        model.eval()
+        fuse_activations(model)
+        for module in model.modules():
+            # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
+            # look for in the tokens of every pass.
+            if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+                module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
+        super().__init__(model)
+        self.lock = Lock()
+        self.tokens_scored = 0
+        self.adapters: weakref.WeakValueDictionary[str, Adapter] = weakref.WeakValueDictionary()
+        self.active: str | None = None  # the name of the adapter that is switched on
+        self.kept: dict[str, object] = {}
+
+    def activate(self, adapter: Adapter | None) -> None:
+        """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
+        if self.active != (None if adapter is None else adapter.name):
+            self._switch(adapter)
+
+    def _switch(self, adapter: Adapter | None) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = adapter is None or layer not in adapter.layers
+            if adapter is not None and layer in adapter.layers:
+                layer._active_adapter = [adapter.name]
+        self.active = None if adapter is None else adapter.name
+
+    def refuse_removed(self, adapter: Adapter) -> None:
+        """ValueError where the adapter was taken out."""
+        if self.adapters.get(adapter.name) is not adapter:
+            raise ValueError(f"adapter {adapter.name!r} was removed; add it again with .with_adapter")
+
+    @contextmanager
+    def base_frozen(self) -> Iterator[None]:
+        """No graph is built for the base weights inside.
+
+        Passes see others in their place, that share their memory: with `requires_grad` off, a backward pass that is
+        under way in another thread would lose their gradients. (Sharded weights are switched nevertheless.)
+        """
+        places = [] if self.sharded else [(owner, key, owner.get(key)) for owner, key in self.places]
+        trained = [(owner, key, p) for owner, key, p in places if type(p) is nn.Parameter and p.requires_grad]
+        frozen = {p: nn.Parameter(p.detach(), requires_grad=False) for *_, p in trained}
+        switched = [
+            p for p in self.base_parameters if p.requires_grad and (self.sharded or type(p) is not nn.Parameter)
+        ]
+        for owner, key, p in trained:
+            owner[key] = frozen[p]
+        for p in switched:
+            p.requires_grad = False
+        try:
+            yield
+        finally:
+            for owner, key, p in trained:
+                owner[key] = p
+            for p in switched:
+                p.requires_grad = True
+
+    def run(
+        self,
+        adapter: Adapter | None,
+        input_ids: Tensor,
+        within: Within = nullcontext,
+        long: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
+
+        ``long``: see `Rotary.read`. Raises ValueError where modules of the adapter were replaced.
+
+        Where the model's gradient checkpointing is on, layers are computed again in the backward pass: with the adapter
+        of this pass, whichever has been active since, and inside ``within()``.
+        """
+
+        @contextmanager
+        def setting() -> Iterator[None]:
+            with self.lock:
+                self.activate(adapter)
+                freeze = adapter is not None and torch.is_grad_enabled()
+                with self.base_frozen() if freeze else nullcontext(), self.rotary.read(long), within():
+                    yield
+
+        with self.lock:
+            self.follow()
+            if adapter is not None:
+                self.refuse_removed(adapter)
+            if adapter is not None and not adapter.layers.issubset(self.layers):
+                raise ValueError(
+                    f"modules of {type(self.model).__name__} that held adapter {adapter.name!r} were replaced; "
+                    "save the adapter before, and load it with .with_adapter(path)"
+                )
+            if self.model.training:
+                self.model.eval()
+            layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
+            try:
+                for layer in layers:
+                    layer.__dict__["forward"] = partial(_repeated, layer, setting)
+                with setting():
+                    return self.model(input_ids, **kwargs)
+            finally:
+                for layer in layers:
+                    layer.__dict__.pop("forward", None)
+
+    def _layers_to_repeat(self, kwargs: dict[str, Any]) -> list[Any]:
+        """The layers to compute again in the backward pass; RuntimeError where that would not be right."""
+        marked = [m for m in self.checkpointing if m.gradient_checkpointing]
+        layers = [m for m in marked if isinstance(m, GradientCheckpointingLayer)]
+        reason = ""
+        if marked and not layers:
+            reason = f"{type(self.model).__name__} has no layers that can be computed again"
+        elif marked and any(isinstance(m, ParamWrapper) for m in self.layers):
+            # They replace a parameter while a layer runs, which a backward pass under way does not survive.
+            reason = "layers with adapters on bare parameters (experts) cannot be computed again"
+        elif marked and kwargs.setdefault("use_cache", False):
+            reason = "a pass that fills a cache cannot be computed again"
+        if reason:
+            raise RuntimeError(
+                f"gradient checkpointing: {reason}; switch it off: lm.model.activation_checkpointing_disable()"
+            )
+        return layers
+
+
+def _no_warning(*args: Any) -> None:
+    """In place of a warning about padding without a mask."""
+
+
+def _repeated(layer: Any, setting: Within, *args: Any, **kwargs: Any) -> Any:
+    """The layer's output, of which the backward pass keeps the input only."""
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with setting():
+            return type(layer).forward(layer, *args, **kwargs)
+
+    # transformers' own recomputation asks for train() mode, and so for dropout.
+    return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
