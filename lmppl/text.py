@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .rows import distinct_rows
+
 PAD = -1
 
 
@@ -144,7 +146,7 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
     if not batch.numel():
         return torch.zeros(batch, device=text.device)
     text = pad(text, max(text.shape[-1], 1))
-    rows, inverse = torch.unique(text.reshape(batch.numel(), -1), dim=0, return_inverse=True)
+    rows, inverse = distinct_rows(text.reshape(batch.numel(), -1))
     strings = lm.decode(rows)
     distinct = {s: i for i, s in enumerate(dict.fromkeys(strings))}
     values = [f(s) for s in distinct]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker("pretrained")
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection left will stay: no garbage collection needs to look through it again."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

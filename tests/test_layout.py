@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from paths import ROOT
 LAYERS = {
     "text": 0,
     "randomness": 0,
+    "rows": 0,
     "tools": 0,
     "activations": 0,
     "positions": 0,
@@ -127,3 +129,53 @@ def test_what_is_installed_needs_nothing_that_is_not():
             found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             found += [name.name for name in node.names] if isinstance(node, ast.Import) else []
             assert not {(name or "").split(".")[0] for name in found} & names, path
+
+
+def modules_of(tree: ast.AST) -> set[str]:
+    """The names that stand for modules of the package in a file."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {n.asname or "lmppl" for n in node.names if n.name.split(".")[0] == "lmppl"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lmppl":
+            path = ROOT.joinpath(*node.module.split("."))
+            found |= {
+                n.asname or n.name for n in node.names if (path / n.name).is_dir() or (path / f"{n.name}.py").exists()
+            }
+    return found
+
+
+def patches(tree: ast.AST) -> Iterator[ast.AST]:
+    """Where a file replaces what a module of the package keeps to itself: a private name, or any global of a module."""
+    modules = modules_of(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assigned = isinstance(node.ctx, ast.Store | ast.Del) and re.match("_[^_]", node.attr)
+            if node.attr == "__globals__" or (assigned and ast.unparse(node.value) != "self"):
+                yield node
+        elif isinstance(node, ast.Call) and len(node.args) >= 2:
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            target, name = (ast.unparse(a).strip("'\"") for a in node.args[:2])
+            if called in ("setattr", "delattr", "object", "patch") and (
+                name.startswith("_") or target.startswith("lmppl.") or target in modules
+            ):
+                yield node
+
+
+def test_no_test_replaces_what_a_module_keeps_to_itself():
+    """Tests set `TUNING`, pass an object of their own, or replace what another package documents."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        found = [
+            f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
+            for node in patches(ast.parse(path.read_text()))
+        ]
+        assert not found, found
+    for fault in (
+        "from lmppl.engine import chunks\nm.setattr(chunks, 'fitting', f)",
+        "import lmppl.files as there\nm.setattr(there, 'write', f)",
+        "m.setattr('lmppl.files.write', f)",
+        "m.setattr(lm, '_adapter', None)",
+        "lm._adapter = None",
+        "f.__globals__['run']",
+    ):
+        assert [*patches(ast.parse(fault))], fault

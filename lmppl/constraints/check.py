@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..language_model import LanguageModel
+from ..rows import distinct_rows
 from .arguments import as_lm
 from .masks import Constraint, PrefixConstraint, allowed_at, distinct
 
@@ -58,7 +59,7 @@ class Check(PrefixConstraint):
         """Whether each ``token`` (R,) may follow its ``prefix`` (R, t), BoolTensor (R,); `within` is not asked."""
         if not len(token):
             return torch.zeros_like(token, dtype=torch.bool)
-        candidates, index = torch.unique(torch.cat([prefix, token[:, None]], 1), dim=0, return_inverse=True)
+        candidates, index = distinct_rows(torch.cat([prefix, token[:, None]], 1))
         answers = [self._answer(part[:, :-1], part[:, -1]) for part in candidates.split(_AT_ONCE)]
         return torch.cat(answers)[index]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.tuning import TUNING
 from ..language_model import LanguageModel, Stop
 from ..text import PAD
 from .arguments import as_list, as_lm
@@ -24,7 +25,6 @@ from .endless import endless
 from .masks import PrefixConstraint, distinct
 from .spelling import llguidance
 
-_STATES = 4096  # matchers and masks remembered
 _FEW = 1024  # permitted tokens, all of which are looked behind
 _WIDE = 8  # with more ways to go on, one is taken to lead somewhere
 _AHEAD, _TRIED = 16, 1024  # tokens looked ahead, and texts tried in all
@@ -285,6 +285,6 @@ def _recall(cache: OrderedDict, key: tuple[int, ...]) -> Any:
 
 def _remember(cache: OrderedDict, key: tuple[int, ...], value: Any) -> Any:
     cache[key] = value
-    if len(cache) > _STATES:
+    if len(cache) > TUNING.matchers:
         cache.popitem(last=False)
     return value

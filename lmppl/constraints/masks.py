@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..language_model import LanguageModel
+from ..rows import distinct_rows
 from ..text import PAD
 from .arguments import as_list, as_lm
 
@@ -118,5 +119,5 @@ def distinct(prefix: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows (n, t) of ``prefix`` (..., t), and which of them each is, (number of rows,)."""
     rows = prefix.reshape(prefix.shape[:-1].numel(), prefix.shape[-1])
     padded = torch.nn.functional.pad(rows, (0, 1))  # rows of no token at all would not be taken
-    found, index = torch.unique(padded, dim=0, return_inverse=True)
+    found, index = distinct_rows(padded)
     return found[:, :-1], index

@@ -16,6 +16,7 @@ from ..constraints.arguments import as_list
 from ..engine.decoding import rows_at_once
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
+from ..rows import distinct_rows
 from ..tools import Tool
 from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
@@ -234,7 +235,7 @@ class Completion(TorchDistribution):
     def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
         prompts = self._prompts()
         used, index = torch.unique(index, return_inverse=True)
-        distinct, merged = torch.unique(prompts[used], dim=0, return_inverse=True)
+        distinct, merged = distinct_rows(prompts[used])
         kind = RejectionSteps if isinstance(rules.allowed, Check) else TokenSteps
         return kind(self.lm, distinct, merged[index], rules, share)
 

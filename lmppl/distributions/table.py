@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from .. import randomness, text
 from ..language_model import Stop
+from ..rows import distinct_rows
 from ..stop_strings import Stops
 from .protocols import PrefixScores
 from .support import Texts
@@ -82,7 +83,7 @@ class Table(TorchDistribution):
         """Which of the values each is, (...); K where it is none."""
         batch = value.shape[: value.dim() - len(self.event_shape)]
         known, asked = self.values.reshape(len(self.values), -1), value.reshape(batch.numel(), -1)
-        _, kind = torch.unique(torch.cat([known, asked.to(known.dtype)]), dim=0, return_inverse=True)
+        _, kind = distinct_rows(torch.cat([known, asked.to(known.dtype)]))
         rows = torch.full_like(kind, len(known))
         rows[kind[: len(known)]] = torch.arange(len(known), device=kind.device)
         return rows[kind[len(known) :]].view(batch)

@@ -1,4 +1,4 @@
-"""Equal rows: which they are, and a batch laid out so that each is there once."""
+"""A batch laid out so that each of its different rows is there once."""
 
 from __future__ import annotations
 
@@ -6,23 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import text
-
-
-def first(rows: Tensor) -> Tensor:
-    """For each row of integers (R, K) the first one that is equal to it, (R,).
-
-    Rows are compared by a sum of their numbers with fixed weights, modulo 2^64, and then one by one.
-    """
-    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
-    found = _first((rows * weights.to(rows.device)).sum(-1).unique(return_inverse=True)[1])
-    if torch.equal(rows[found], rows):
-        return found
-    return _first(torch.unique(rows, dim=0, return_inverse=True)[1])
-
-
-def _first(kind: Tensor) -> Tensor:
-    row = torch.arange(len(kind), device=kind.device)
-    return torch.full_like(row, len(row)).scatter_reduce(0, kind, row, "amin")[kind]
 
 
 def grid(same: Tensor, length: Tensor) -> Tensor:

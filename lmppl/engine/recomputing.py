@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from ..rows import distinct_rows
 from .decoding import Decoder
 from .prompts import prompts
 from .scoring import chunk_rows, counts_columns, with_bos
@@ -33,7 +34,7 @@ class Recomputing:
 
     @torch.no_grad()
     def _read(self) -> Tensor:
-        rows, inverse = torch.unique(self.tokens, dim=0, return_inverse=True)
+        rows, inverse = distinct_rows(self.tokens)
         last = text.length(rows) - 1
         parts = [
             (view, chunk)

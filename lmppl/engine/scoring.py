@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from ..rows import distinct_rows, first_equal
 from . import distinct
 from .again import again, read_again
 from .chunks import fitting
@@ -104,10 +105,10 @@ class _Asked(NamedTuple):
 
 
 def _asked(rows: Tensor, start: Tensor, width: int, key: Tensor | None) -> _Asked:
-    read = distinct.first(rows)
+    read = first_equal(rows)
     which, result = torch.arange(len(rows), device=rows.device), None
     if key is not None and bool((read != which).any()):
-        same = distinct.first(torch.cat([read[:, None], start[:, None], key], 1))
+        same = first_equal(torch.cat([read[:, None], start[:, None], key], 1))
         if bool((same != which).any()):
             which, result = same.unique(return_inverse=True)
     wanted = start[which, None] - 1 + torch.arange(width, device=rows.device)
@@ -281,7 +282,7 @@ def _read_plain(lm: LanguageModel, tokens: Tensor, first: int, run: Run, at_once
 
     The result is (M, D), and where in it the rows' positions from ``first`` on are, (P, N, B, W).
     """
-    unique, inverse = torch.unique(tokens.flatten(0, -2), dim=0, return_inverse=True)
+    unique, inverse = distinct_rows(tokens.flatten(0, -2))
     parts = [
         run(lm, part.clamp(min=0), first, tokens=int(text.length(part).sum()), use_cache=False)
         for part in unique.split(max(1, at_once // unique.shape[1]))

@@ -28,7 +28,9 @@ class Tuning:
     room: int = 32  # tokens that a cache has room for before it is copied
     sooner_copied: int = 32  # tokens that are sooner copied than given room
     few_permitted: float = 0.7  # of the vocabulary: with fewer, they are sooner taken out than the others barred
+    matchers: int = 4096  # of a grammar, after as many prefixes, that are kept
     # Enumeration
+    least: float = 2**-20  # of the mass that may be left out: a node of less is not kept
     nodes: int = 4096  # expanded at once in one tree
     expansions: int = 10_000  # that a tree may make, or 8 times the support asked for where that is more
     waiting: int = 2**20  # nodes waiting at once, all trees together

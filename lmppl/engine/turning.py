@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
+from ..rows import distinct_rows
 from .decoding import Decoder
 from .scoring import with_bos
 from .views import by_length
@@ -28,7 +29,7 @@ class Turning:
         for view in views:
             if view.long not in self.decoders:
                 tokens = self.tokens if view.long else self.tokens[:, : view.max_length]
-                rows, index = torch.unique(tokens, dim=0, return_inverse=True)
+                rows, index = distinct_rows(tokens)
                 self.decoders[view.long] = Decoder(view, rows, index, whole=True)
         self.decoders = {view.long: self.decoders[view.long] for view in views}
 

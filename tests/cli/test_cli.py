@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file
 
 from lmppl import cli
 from lmppl.command_options import experiment_of, own_device
-from lmppl.inference.training.loop import checkpoint
 
 FILE = "adapter_model.safetensors"
 STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"
@@ -97,9 +97,14 @@ def test_train_is_taken_up_by_its_own_command_only_and_touches_nothing_else(tmp_
 
 
 def test_checkpoint_every_says_how_often(lmppl, monkeypatch):
-    saved = []
-    save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args: (saved.append(args[2]), save(*args)))
+    saved, replace = [], os.replace
+
+    def seen(source, target):
+        replace(source, target)
+        if str(target).endswith("training/training.json"):
+            saved.append(json.loads(Path(target).read_text())["step"])
+
+    monkeypatch.setattr(os, "replace", seen)
     run = lmppl("train", "random_number", "--steps", "5", "--checkpoint-every", "2", "--out", "out")
     assert run.returncode == 0 and saved == [0, 2, 4, 5], run.stderr
     assert lmppl("train", "random_number", "--checkpoint-every", "0").returncode != 0

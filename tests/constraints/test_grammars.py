@@ -21,6 +21,7 @@ from lmppl import LanguageModel
 from lmppl.constraints import Check, ban, every, grammar, json_schema, only, regex, without, words
 from lmppl.constraints.masks import keeps
 from lmppl.distributions import Completion
+from lmppl.engine.tuning import TUNING
 from lmppl.text import length, pad
 
 PATTERNS = st.recursive(
@@ -73,12 +74,25 @@ def test_without_a_stop_every_beginning_can_go_on():
     assert support == expected
 
 
+class Asked:
+    """Another object, which notes each time that one attribute of it is asked for."""
+
+    def __init__(self, of, name, times):
+        self.of, self.name, self.times = of, name, times
+
+    def __getattr__(self, name):
+        if name == self.name:
+            self.times.append(name)
+        return getattr(self.of, name)
+
+
 def test_a_growing_text_costs_one_token_a_step_and_reordering_nothing(monkeypatch):
     allowed = regex(AB, "(ab|b)*")
-    read, looked = [], []
-    after, fresh = allowed._after, allowed._fresh_mask
-    monkeypatch.setattr(allowed, "_after", lambda m, token: read.append(token) or after(m, token))
-    monkeypatch.setattr(allowed, "_fresh_mask", lambda m, prefix: looked.append(m) or fresh(m, prefix))
+    read, looked = [], []  # a token is read once it is known to spell something; a mask is made for the endings at hand
+    allowed.spelling, allowed.endings = (
+        Asked(allowed.spelling, "is_silent", read),
+        Asked(allowed.endings, "certain", looked),
+    )
     prefix = torch.zeros(6, 0, dtype=torch.long)
     for _ in range(4):
         allowed(prefix)
@@ -92,9 +106,7 @@ def test_a_growing_text_costs_one_token_a_step_and_reordering_nothing(monkeypatc
         allowed(prefix.flip(0))
         allowed.accepts(prefix)
         assert not read and not looked
-    monkeypatch.setattr(
-        "lmppl.constraints.grammars._STATES", 3
-    )  # forgotten states are read again, with the same result
+    monkeypatch.setattr(TUNING, "matchers", 3)  # forgotten states are read again, with the same result
     forgetful = regex(AB, "(ab|b)*")
     everything = torch.tensor([z[:-1] for z in Case(AB, lambda: None, in_turn).texts(3) if len(z) == 4])
     assert torch.equal(forgetful(everything), allowed(everything))

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from packing import V, gather
 from reference import Plain, tokens
 from tiny import ARCHITECTURES, tiny_lm
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from lmppl.distributions import Completion, NextToken, token_steps
+from lmppl.distributions import Completion, NextToken
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import Recomputing, decoder
 from lmppl.engine.scoring import score, supports_trees
@@ -87,10 +88,23 @@ def test_a_shared_prompt_is_prefilled_once():
 
 
 def test_trials_are_not_counted():
-    lm = tiny_lm(vocab=V)
+    lm = tiny_lm(vocab=V, tried=False)
     supports_trees(lm)
     decoder(lm, torch.tensor([[2, 3]]), torch.tensor([0]))
     assert lm.tokens_scored == 2
+
+
+class Searches(TorchFunctionMode):
+    """In how many rows at once tokens are searched for, each draw by draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.searchsorted:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("allowed", [None, [0, 3, 4], "of the prefix"])
@@ -104,22 +118,18 @@ def test_rows_are_drawn_a_few_at_a_time(allowed, monkeypatch):
             mask = torch.ones(*prefix.shape[:-1], V, dtype=torch.bool)
             return mask if prefix.shape[-1] == 0 else mask.scatter(-1, prefix[..., -1:], False)
 
-    whole, drawn = token_steps._drawn, []
-
-    def counting(rules, logits, *others):
-        at_once.append(len(logits))
-        return whole(rules, logits, *others)
-
-    monkeypatch.setattr(token_steps, "_drawn", counting)
+    drawn = []
+    monkeypatch.setattr(TUNING, "fewest", 2**25)
     for most in (2**25, 7 * V):
         monkeypatch.setattr(TUNING, "logits_at_once", most)
-        monkeypatch.setattr(token_steps, "fitting", lambda lm, floats, most: most)
         for d in (
             Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=limits, temperature=temperature, allowed=allowed),
             Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=3, allowed=allowed),
         ):
             torch.manual_seed(0)
-            z, log_prob = d.sample_and_log_prob((8,))
+            with Searches() as searches:
+                z, log_prob = d.sample_and_log_prob((8,))
+            at_once += searches.rows
             steps = d.token_steps(torch.Size((8, 3)))
             drawn.append((z, log_prob, steps.score(z[..., 0].flatten())))
         assert max(at_once) == (24 if most == 2**25 else 7)
@@ -199,7 +209,7 @@ def test_bos_counts_towards_the_context(add_bos):
 
 @pytest.mark.parametrize("what", ["sample", "log_prob", "prefix_log_probs", "NextToken"])
 def test_nan_logits_raise(what):
-    lm = tiny_lm(vocab=V)
+    lm = tiny_lm(vocab=V, tried=False)
     with torch.no_grad():
         lm.model.transformer.ln_f.weight.fill_(torch.nan)
     prompt, value = torch.tensor([2, 3]), torch.tensor([3, 0])

@@ -15,6 +15,7 @@ from lmppl import text
 from lmppl.distributions import Completion, NextToken
 from lmppl.engine import distinct
 from lmppl.inference import Importance
+from lmppl.rows import distinct_rows, first_equal
 
 LM = tiny_lm(vocab=7, seed=0, dtype=torch.float64, max_length=64)
 PROMPTS = torch.tensor([[2, 3, 4, -1], [2, 3, 5, 6], [6, 1, -1, -1]])
@@ -38,14 +39,23 @@ def counted(lm, compute):
 def test_the_first_equal_row(values, columns, rows, seed):
     found = torch.randint(-1, values, (rows, columns), generator=torch.Generator().manual_seed(seed))
     expected = [found.tolist().index(row) for row in found.tolist()]
-    assert distinct.first(found).tolist() == expected
+    assert first_equal(found).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float64])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 300])
+def test_distinct_rows_are_those_of_torch(rows, dtype):
+    for values in (2, 2**40):
+        found = torch.randint(-1, values, (rows, 3), generator=torch.Generator().manual_seed(0)).to(dtype)
+        for a, b in zip(distinct_rows(found), torch.unique(found, dim=0, return_inverse=True), strict=True):
+            assert torch.equal(a, b)
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10_000))
 def test_a_grid_has_each_distinct_row_once(P, N, B, kinds, seed):
     g = torch.Generator().manual_seed(seed)
     kind = torch.randint(kinds, (P * N * B,), generator=g)
-    same, length = distinct.first(kind[:, None]), torch.randint(1, 9, (kinds,), generator=g)[kind]
+    same, length = first_equal(kind[:, None]), torch.randint(1, 9, (kinds,), generator=g)[kind]
     grid = distinct.grid(same.view(P, N, B), length)
     assert sorted(grid[grid >= 0].tolist()) == sorted(set(same.tolist()))
     assert bool((grid[0, 0] >= 0).all())

@@ -14,7 +14,7 @@ from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine import scoring, unembedding
+from lmppl.engine import scoring
 from lmppl.engine.decoding import Decoder
 from lmppl.engine.recomputing import decoder
 from lmppl.engine.scoring import supports_trees
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packed_is_plain_in_log_prob_and_gradient(arch):
     """Every prefix of 3 texts in 2 plate elements, an observation after each: the shape of a GFlowNet's reward."""
-    lm = tiny_lm(arch, vocab=V)
+    lm = tiny_lm(arch, vocab=V, tried=False)
     assert supports_trees(lm)
     g = torch.Generator().manual_seed(0)
     z = torch.randint(1, V, (3, 2, 5), generator=g)  # (particle, plate, L)
@@ -222,7 +222,7 @@ def test_a_window_that_does_not_reach_the_attention_is_no_tree():
     """The trial tree is 9 tokens deep: that a layer's window is 20 only the configuration knows."""
     lm = UNUSUAL["wide sliding window"]()
     assert scoring.windows(lm) == [20, 20] and supports_trees(lm)
-    lm = tiny_lm("llama", vocab=V)
+    lm = tiny_lm("llama", vocab=V, tried=False)
     lm.model.config.sliding_window = 20  # these layers hand no window on
     assert not supports_trees(lm)
 
@@ -294,11 +294,10 @@ def test_logits_in_parts_are_logits_at_once(monkeypatch):
     context = stopped_prefixes(torch.tensor([2, 3, 4]), torch.randint(1, V, (6, 2, 5)))
     y = torch.tensor([3, 2, 0])
     monkeypatch.setattr(TUNING, "many_logits", 0)
-    monkeypatch.setattr(TUNING, "cache", 0)
     found = []
     with torch.no_grad():
-        for fewest in (10, 2**20):
-            monkeypatch.setattr(unembedding, "fitting", lambda lm, floats, most, n=fewest: min(n, most))
+        for at_once in (10, 2**20):
+            monkeypatch.setattr(TUNING, "logits_at_once", at_once * V)
             found.append(scored(lm, context, y))
     assert (found[0] - found[1]).abs().max() < 1e-9
 

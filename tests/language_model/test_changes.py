@@ -19,7 +19,7 @@ V = 8
 
 @pytest.fixture
 def lm() -> LanguageModel:
-    return tiny_lm("gpt2", dtype=torch.float32)
+    return tiny_lm("gpt2", dtype=torch.float32, tried=False)
 
 
 @torch.no_grad()
@@ -119,7 +119,7 @@ def test_what_was_kept_without_hooks_is_known_after_them(lm):
 
 def test_facts_found_under_a_hook_are_not_the_networks(lm):
     """A hook that looks at a token's column makes packing wrong; without it packing is right again."""
-    twin = tiny_lm("gpt2", dtype=torch.float32)
+    twin = tiny_lm("gpt2", dtype=torch.float32, tried=False)
     scores(twin)
 
     def by_column(module, args, out):
@@ -135,14 +135,14 @@ def test_facts_found_under_a_hook_are_not_the_networks(lm):
 
 def test_autocast_keeps_and_recalls_nothing():
     """In single precision: autocast leaves double alone."""
-    lm = tiny_lm("gpt2", dtype=torch.float32)
+    lm = tiny_lm("gpt2", dtype=torch.float32, tried=False)
     before = scores(lm)
     with torch.autocast("cpu", torch.bfloat16):
         inside = scores(lm)
         torch.testing.assert_close(inside, fresh(lm), atol=1e-6, rtol=0)
     assert 1e-6 < (inside - before).abs().max() < 0.5
     torch.testing.assert_close(scores(lm), before, atol=1e-6, rtol=0)
-    other = tiny_lm("gpt2", dtype=torch.float32)
+    other = tiny_lm("gpt2", dtype=torch.float32, tried=False)
     with torch.autocast("cpu", torch.bfloat16):
         scores(other)
     torch.testing.assert_close(scores(other), before, atol=1e-6, rtol=0)

@@ -17,8 +17,8 @@ PROMPTS = torch.tensor([[2, 3, 4, 5], [4, 4, 4, text.PAD]])
 V = 8
 
 
-def views() -> list[LanguageModel]:
-    lm = tiny_lm("llama", dtype=torch.float64)
+def views(tried: bool = True) -> list[LanguageModel]:
+    lm = tiny_lm("llama", dtype=torch.float64, tried=tried)
     return [lm, adapter(lm, 1), adapter(lm, 2)]
 
 
@@ -63,9 +63,9 @@ def test_scores_are_those_of_each_view_alone():
 def test_facts_found_by_several_at_once_are_right():
     """Each thread meets a network that nothing is known of."""
     for _ in range(5):
-        fresh = views()
+        fresh = views(tried=False)
         found = together(*(lambda v=v: scores(v) for v in fresh), times=1)
-        known = views()
+        known = views(tried=False)
         for view in known:
             scores(view)
         for (each,), view in zip(found, known, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from itertools import product
 
 import pyro
@@ -13,8 +12,7 @@ from tables import Table
 from torch import Tensor
 
 from lmppl import LanguageModel, text
-from lmppl.distributions import Completion
-from lmppl.inference.training.densities import Drawn
+from lmppl.distributions import Completion, TextTable
 
 
 def still(parameters, **kwargs) -> dict:
@@ -29,6 +27,19 @@ def gradient(trainer, parameters, *args) -> list[Tensor]:
 
 def close(found: list[Tensor], expected: list[Tensor], within: float = 1e-10) -> bool:
     return all((a - b).abs().max() < within for a, b in zip(found, expected, strict=True))
+
+
+class Rigged(TextTable):
+    """A table of texts from which particle n draws row ``drawn[n]``."""
+
+    def __init__(self, table: TextTable, drawn: Tensor):
+        self.__dict__.update(table.__dict__)
+        self.drawn = drawn
+
+    def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        z = self.values[self.drawn.view(-1, *[1] * (len(shape) - 1)).expand(shape)]
+        return z, self.log_prob(z)
 
 
 class One:
@@ -46,6 +57,7 @@ class One:
         row = torch.tensor([0.3, -0.4, 0.1, 0.9], dtype=torch.float64) if row is None else row
         self.logits = row.repeat(13, 1).requires_grad_()
         self.args = (self.y,)
+        self.drawn: Tensor | None = None  # the row of each particle, where the guide's draws are not left to chance
 
     def row(self, y: Tensor) -> Tensor:
         return (text.pad(y, 3)[..., None, :] == self.seen).all(-1).int().argmax(-1)
@@ -57,7 +69,8 @@ class One:
 
     def guide(self, y):
         with pyro.plate("data", len(y)):
-            pyro.sample("z", Table(self.lm, self.support, self.logits[self.row(y)]))
+            table = Table(self.lm, self.support, self.logits[self.row(y)])
+            pyro.sample("z", table if self.drawn is None else Rigged(table, self.drawn))
 
     def reward(self, kind: str, T: float) -> Tensor:
         joint = (self.log_prior + self.log_likelihood) / T
@@ -78,13 +91,13 @@ class One:
     def still(self, kind, **kwargs):
         return kind(self.model, self.guide, **still([self.logits], **kwargs))
 
-    def expected_gradient(self, trainer, module, monkeypatch) -> Tensor:
+    def expected_gradient(self, trainer) -> Tensor:
         """Of the loss of two particles for one y, by enumerating all 16 pairs of draws."""
         at = self.row(self.y)[0]
         log_q = self.logits.detach()[at].log_softmax(-1)
         total = torch.zeros(4, dtype=torch.float64)
         for pair in product(range(4), repeat=2):
             rows = torch.tensor(pair)
-            monkeypatch.setattr(module, "Drawn", partial(Drawn, values={"z": self.support[rows][:, None]}))
+            self.drawn = rows
             total += log_q[rows].sum().exp() * gradient(trainer, [self.logits], self.y)[0][at]
         return total

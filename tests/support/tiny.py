@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
+from typing import Any
+
 import torch
 import transformers
 from paths import SHARED
@@ -10,6 +14,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from lmppl import LanguageModel
+from lmppl.distributions import Completion
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "neox")
 GPT2 = SHARED / "lms" / "gpt2-tokenizer"  # a real tokenizer, where there is one
@@ -83,16 +88,9 @@ def adapter(lm: LanguageModel, seed: int, r: int = 4, std: float = 0.1) -> Langu
     return view
 
 
-def tiny_lm(
-    arch: str = "gpt2",
-    vocab: int = 8,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float64,
-    pad_is_eos: bool = True,
-    add_bos: bool = False,
-    max_length: int = 64,
-) -> LanguageModel:
-    """A language model whose next-token distributions are far from uniform."""
+@cache
+def _prototype(arch: str, vocab: int, seed: int, dtype: torch.dtype, max_length: int, default: torch.dtype) -> Any:
+    """The network of a `tiny_lm`; ``default`` is the precision of what is not given one (see `precision.double`)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(arch, vocab, max_length), dtype=dtype)
@@ -102,4 +100,35 @@ def tiny_lm(
                     parameter.normal_(std=0.4)
                 elif name.endswith("bias"):
                     parameter.normal_(std=0.1)
-    return LanguageModel(model, tiny_tokenizer(vocab, pad_is_eos, add_bos))
+    return model
+
+
+@cache
+def _facts(arch: str, vocab: int, dtype: torch.dtype, max_length: int, default: torch.dtype) -> dict[str, bool]:
+    """What trials show of such a network, whatever its seed."""
+    lm = LanguageModel(deepcopy(_prototype(arch, vocab, 0, dtype, max_length, default)), tiny_tokenizer(vocab))
+    with torch.random.fork_rng():
+        d = Completion(lm, torch.tensor([1, 1]), max_tokens=2)
+        d.log_prob(d.sample((2,)))
+    return dict(lm.network.facts)
+
+
+def tiny_lm(
+    arch: str = "gpt2",
+    vocab: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    pad_is_eos: bool = True,
+    add_bos: bool = False,
+    max_length: int = 64,
+    tried: bool = True,
+) -> LanguageModel:
+    """A language model whose next-token distributions are far from uniform.
+
+    ``tried``: what trials show of a network (cached decoding, tree attention, ...) is known, from another of its kind.
+    """
+    kind = dtype, max_length, torch.get_default_dtype()
+    lm = LanguageModel(deepcopy(_prototype(arch, vocab, seed, *kind)), tiny_tokenizer(vocab, pad_is_eos, add_bos))
+    if tried:
+        lm.network.facts.update(_facts(arch, vocab, *kind))
+    return lm

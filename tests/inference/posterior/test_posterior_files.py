@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import arviz
 import numpy as np
@@ -152,7 +153,7 @@ def test_a_posterior_replaces_one_of_its_kind_whole_and_nothing_else(tmp_path, e
         raise OSError("no space left")
 
     with monkeypatch.context() as m, pytest.raises(OSError):
-        m.setattr("lmppl.inference.posterior.files.save_file", full_disk)
+        m.setattr(os, "fsync", full_disk)
         particles.save(tmp_path / "p")
     same(exact, Posterior.load(tmp_path / "p"), 0)
     assert [f.name for f in tmp_path.iterdir()] == ["p"]

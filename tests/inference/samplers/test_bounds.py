@@ -21,7 +21,7 @@ from lmppl.inference.judging.quality import density_quality
 from lmppl.inference.posterior.posterior import Posterior
 from lmppl.inference.samplers.enumeration.enumeration import Enumeration
 from lmppl.inference.samplers.smc.bounds import Bounds, Sandwich, divergences, simulate
-from lmppl.inference.samplers.smc.smc import SMC
+from lmppl.inference.samplers.smc.smc import SMC, run
 
 RUNS = 400
 KINDS = {
@@ -151,17 +151,17 @@ def test_the_posterior_as_proposal_leaves_no_gap(threshold):
     torch.testing.assert_close(bounds.standard_errors[0], torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_the_retained_particle_is_kept_to_its_end(monkeypatch):
-    """Particle 0 of a conditional run is the exact sample, whatever was resampled."""
-    import lmppl.inference.samplers.smc.bounds as module
-
+def test_the_retained_particle_is_kept_to_its_end():
+    """Particle 0 of a conditional run is the exact sample, whatever was resampled; the upper bound is its evidence."""
     program = Program(2, runs=50)
     sample = exact_of(program).resample(1)
-    found = []
-    monkeypatch.setattr(module, "run", lambda *a: found.append(real(*a)) or found[-1])
-    real = SMC.run.__globals__["run"]
-    Sandwich(program.model, broad(program), 5, 1.0).run(exact_sample=sample.samples)
-    conditional = found[1]
+    pyro.set_rng_seed(1)
+    bounds = Sandwich(program.model, broad(program), 5, 1.0).run(exact_sample=sample.samples)
+    pyro.set_rng_seed(1)
+    smc = SMC(program.model, broad(program), 5, 1.0)
+    assert torch.equal(smc.run().log_evidence, bounds.lowers[0])
+    conditional = run(smc, (), {}, sample.samples)
+    assert torch.equal(conditional.log_evidence, bounds.uppers[0])
     assert len(conditional.ancestry) >= 2
     for name, value in sample.samples.items():
         assert torch.equal(conditional.samples[name][0], value[0])

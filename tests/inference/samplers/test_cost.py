@@ -14,7 +14,6 @@ from tiny import tiny_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
-from lmppl.distributions.token_steps import TokenSteps
 from lmppl.engine.prompts import prompts
 from lmppl.inference import SMC, GFlowNet, Importance, PooledVarGrad, SubTB, VarGrad
 
@@ -121,30 +120,30 @@ def test_a_prompt_is_read_by_few_chunks_of_texts(views):
     assert once < tokens <= once + 9 * (500 // 40 + 1)
 
 
-def test_a_text_that_has_ended_costs_nothing(views, monkeypatch):
-    """Counts are kept while rows end and are reordered; they are what is there to count."""
+def test_a_text_that_has_ended_costs_nothing(views):
+    """A pass reads the last token of each row that has one, however rows end and are reordered; steps that share
+    another's are in step with it and read nothing.
+    """
     lm, _ = views
-    counted, ask = [], TokenSteps._logits
-
-    def logits(steps):
-        if steps._pending is not None:
-            counted.append((steps._unread, int((steps._pending != text.PAD).sum()), len(steps.ended)))
-            assert steps.alive == int((~steps.ended).sum())
-        return ask(steps)
-
-    monkeypatch.setattr(TokenSteps, "_logits", logits)
-    limits = torch.tensor([3, 1, 6])  # texts of unequal length, with and without a stop
-    prompt = torch.tensor([[3], [4], [5]])
+    limits, prompt = torch.tensor([3, 1, 6]), torch.tensor([[3], [4], [5]])
     mask = torch.arange(8) != 5
-
-    def texts(stop, allowed=None):
-        with pyro.plate("data", 3):
-            pyro.sample("z", Completion(lm, prompt, max_tokens=limits, stop=stop, allowed=allowed))
-
-    pyro.set_rng_seed(0)
-    for stop in ("eos", None):
-        texts_under_a_mask = SMC(lambda s=stop: texts(s), lambda s=stop: texts(s, mask), 20, ess_threshold=1.0)
-        assert texts_under_a_mask.run().ancestry
-        Completion(lm, prompt, max_tokens=limits, stop=stop).sample_and_log_prob((20,))
-    assert all(found == expected for found, expected, _ in counted)
-    assert any(0 < expected < rows for _, expected, rows in counted)
+    found = []
+    for stop in ("eos", None):  # texts of unequal length, with and without a stop
+        masked = Completion(lm, prompt, max_tokens=limits, stop=stop, allowed=mask)
+        steps = masked.token_steps(torch.Size((20, 3)))
+        shared = Completion(lm, prompt, max_tokens=limits, stop=stop).token_steps(torch.Size((20, 3)), steps)
+        for t in range(6):
+            before = lm.tokens_scored
+            token, _ = steps.draw(torch.rand(60))
+            shared.score(token)
+            if t:
+                expected = int((steps.prefix[:, -1] != text.PAD).sum())
+                assert lm.tokens_scored - before == expected
+                found.append(expected)
+            which = torch.randint(60, (60,))
+            for each in (steps, shared):
+                each.append(token)
+                assert each.alive == int((~each.ended).sum())
+            for each in (steps, shared):
+                each.select(which)
+    assert any(0 < n < 60 for n in found)

@@ -16,7 +16,6 @@ from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.engine.tuning import TUNING
 from lmppl.inference import Enumeration
-from lmppl.inference.samplers.enumeration import token_tree
 
 
 @settings(max_examples=40)
@@ -84,17 +83,10 @@ def test_pruned_mass_is_accounted_for_and_the_floor_lowered(monkeypatch):
     lm = LMS[0]
     x, y = lm.encode("a"), lm.encode(Y, stop="eos")
     usual = Enumeration(infilling(lm, x, y), mass=0.97).run()
-    start = token_tree.Tree._start
-    starts = []
-
-    def high(tree):
-        tree.floor = -1.0 if not starts else tree.floor  # far too high: most of the mass falls below
-        starts.append(tree.floor)
-        start(tree)
-
-    monkeypatch.setattr(token_tree.Tree, "_start", high)
+    floor = -1.0  # far too high: most of the mass falls below
+    monkeypatch.setattr(TUNING, "least", math.exp(floor) / 0.03)
     found = Enumeration(infilling(lm, x, y), mass=0.97).run()
-    assert len(starts) > 1
+    assert float(found.log_prior.min()) < floor
     assert float(found.unexplored) <= 0.03
     assert_same(as_dict(found.samples["z"], found.log_weights), as_dict(usual.samples["z"], usual.log_weights))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import pyro
 import pytest
@@ -13,8 +12,7 @@ from problems import adapted, lm_guide, one_text
 
 from lmppl.inference import PolicyGradient, VarGrad
 from lmppl.inference.core.plates import Plates
-from lmppl.inference.training import policy_gradient
-from lmppl.inference.training.densities import Densities, Drawn
+from lmppl.inference.training.densities import Densities
 
 TARGETS = [("likelihood", 1.0, 1.0), ("likelihood", 0.5, 1.0), ("likelihood", 1.0, 2.0), ("joint", 2.0, 1.0)]
 
@@ -38,11 +36,11 @@ def test_on_the_elbo_it_is_vargrad_on_the_same_draws(lm, algorithm):
 
 @pytest.mark.parametrize(("reward", "kl", "T"), [*TARGETS, ("joint", 0.0, 1.0), ("likelihood", 0.0, 1.0)])
 @pytest.mark.parametrize("baseline", ["leave-one-out", None])
-def test_the_expected_gradient_is_the_objectives(lm, reward, kl, T, baseline, monkeypatch):
+def test_the_expected_gradient_is_the_objectives(lm, reward, kl, T, baseline):
     """All 16 pairs of draws: E grad = grad of -(E_q R - kl KL(q || prior)), written out over the four texts."""
     one = One(lm)
     settings = {"reward": reward, "kl": kl, "reward_temperature": T, "baseline": baseline, "num_particles": 2}
-    found = one.expected_gradient(one.still(PolicyGradient, **settings), policy_gradient, monkeypatch)
+    found = one.expected_gradient(one.still(PolicyGradient, **settings))
     logits = one.logits.detach()[0].requires_grad_()
     log_q = logits.log_softmax(-1)
     objective = (log_q.exp() * (one.reward(reward, T) - kl * (log_q - one.log_prior))).sum()
@@ -51,7 +49,7 @@ def test_the_expected_gradient_is_the_objectives(lm, reward, kl, T, baseline, mo
 
 
 @pytest.mark.parametrize(("reward", "kl", "T"), TARGETS)
-def test_the_optimum_is_the_prior_times_the_exponential_reward(lm, reward, kl, T, monkeypatch):
+def test_the_optimum_is_the_prior_times_the_exponential_reward(lm, reward, kl, T):
     one = One(lm)
     target = one.log_prior + one.reward(reward, T) / kl
     if (reward, kl) == ("likelihood", 1.0):  # matched: the posterior, tempered as a whole
@@ -59,7 +57,7 @@ def test_the_optimum_is_the_prior_times_the_exponential_reward(lm, reward, kl, T
     one = One(lm, target)
     settings = {"reward": reward, "kl": kl, "reward_temperature": T, "num_particles": 2}
     trainer = one.still(PolicyGradient, **settings)
-    assert one.expected_gradient(trainer, policy_gradient, monkeypatch).abs().max() < 1e-10
+    assert one.expected_gradient(trainer).abs().max() < 1e-10
 
 
 def test_the_loss_is_minus_the_elbo(lm):
@@ -72,12 +70,11 @@ def test_the_loss_is_minus_the_elbo(lm):
     assert metrics["loss"] == pytest.approx(metrics["kl"] - metrics["reward"])
 
 
-def test_ppo_is_three_clipped_ascents_on_the_same_draws(lm, monkeypatch):
+def test_ppo_is_three_clipped_ascents_on_the_same_draws(lm):
     """Against a plain loop over samples and epochs; large steps, so that ratios leave the interval."""
     rows, epsilon, rate = [0, 1, 1, 3, 3], 0.2, 0.7
     one, plain = One(lm), One(lm).logits[0].tolist()
-    values = {"z": one.support[torch.tensor(rows)][:, None]}
-    monkeypatch.setattr(policy_gradient, "Drawn", partial(Drawn, values=values))
+    one.drawn = torch.tensor(rows)
     settings = {"algorithm": "ppo", "epochs": 3, "clip_ratio": epsilon, "num_particles": 5, "clip": math.inf}
     optimizer = torch.optim.SGD([one.logits], lr=rate)
     metrics = PolicyGradient(one.model, one.guide, optimizer=optimizer, **settings).step(one.y)

@@ -76,7 +76,7 @@ class Tree:
         self.allowance, self.max_support = allowance, max_support
         self.capacity = max(4 * max_support, TUNING.waiting // cells)
         # Nodes below the floor are not kept, only their mass.  Lowered if that mass turns out to be needed.
-        self.floor = math.log(allowance) - math.log(2**20) if allowance > 0 else -math.inf
+        self.floor = math.log(allowance) + math.log(TUNING.least) if allowance > 0 else -math.inf
         self.capped = False
         self._start()
 

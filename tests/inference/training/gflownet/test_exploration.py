@@ -30,7 +30,6 @@ from lmppl.inference import (
 from lmppl.inference.core.programs import Values
 from lmppl.inference.core.query import Query
 from lmppl.inference.samplers.metropolis.kernels import density
-from lmppl.inference.training.gflownet import local_search
 from lmppl.inference.training.gflownet.exploration import Source
 from lmppl.inference.training.loop.schedules import linear
 from lmppl.text import equal
@@ -202,16 +201,23 @@ def joint(lm, found: Source, values: Values) -> Tensor:
         return density(Query(found.model, found.guide, max_plate_nesting=found.nesting), n, values).joint
 
 
-def test_local_search_moves_its_share_and_leaves_the_rest(lm, guide_lm, monkeypatch):
-    found = source(lm, lm_guide(guide_lm))
-    calls, regrow = [], local_search.regrow
-    monkeypatch.setattr(local_search, "regrow", lambda *a, **k: calls.append(k) or regrow(*a, **k))
+def test_local_search_moves_its_share_and_leaves_the_rest(lm, guide_lm):
+    """Each move runs the guide as often as any other."""
+    runs, plain = [], lm_guide(guide_lm)
+    found = source(lm, lambda: runs.append(1) or plain())
+
+    def cost(exploration) -> int:
+        before = len(runs)
+        draw(exploration, found, 40)
+        return len(runs) - before
+
     base = draw(Tempered(1.5, 0.5), found, 40)["z"]
     z = draw(LocalSearch(Tempered(1.5, 0.5), moves=3, fraction=0.25, temperature=2.0), found, 40)["z"]
     assert torch.equal(z[:30], base[:30]) and not torch.equal(z[30:], base[30:])
-    assert [k["temperature"] for k in calls] == [2.0] * 3
-    calls.clear()
-    assert torch.equal(draw(LocalSearch(Tempered(1.5, 0.5), fraction=0.0), found, 40)["z"], base) and not calls
+    costs = [cost(LocalSearch(Tempered(1.5, 0.5), moves=n, fraction=0.25)) for n in (1, 2, 4)]
+    assert costs[2] - costs[1] == 2 * (costs[1] - costs[0]) > 0
+    still = LocalSearch(Tempered(1.5, 0.5), fraction=0.0)
+    assert torch.equal(draw(still, found, 40)["z"], base) and cost(still) == cost(still.base)
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])

@@ -1,0 +1,39 @@
+"""Equal rows of numbers: torch compares rows one by one, microseconds each, and so only those left by a first look."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def first_equal(rows: Tensor) -> Tensor:
+    """For each row of numbers (R, W) the first one that is equal to it, (R,).
+
+    Rows are compared by a sum of their numbers with fixed weights, modulo 2^64, and then one by one.
+    """
+    weights = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=torch.Generator().manual_seed(0))
+    found = _first((rows * weights.to(rows.device)).sum(-1).unique(return_inverse=True)[1])
+    if torch.equal(rows[found], rows):
+        return found
+    return _first(torch.unique(rows, dim=0, return_inverse=True)[1])
+
+
+def _first(kind: Tensor) -> Tensor:
+    row = torch.arange(len(kind), device=kind.device)
+    return torch.full_like(row, len(row)).scatter_reduce(0, kind, row, "amin")[kind]
+
+
+def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows of numbers (K, W) in lexicographic order, and which of them each of (R, W) is, (R,).
+
+    >>> distinct_rows(torch.tensor([[5, 1], [2, 7], [5, 1]]))
+    (tensor([[2, 7], [5, 1]]), tensor([1, 0, 1]))
+    """
+    if len(rows) < _FEW:
+        return torch.unique(rows, dim=0, return_inverse=True)
+    once, kind = first_equal(rows).unique(return_inverse=True)
+    found, place = torch.unique(rows[once], dim=0, return_inverse=True)
+    return found, place[kind]
+
+
+_FEW = 64  # rows that are sooner compared one by one
