@@ -129,7 +129,7 @@ def test_an_algorithm_within_another_is_judged_on_the_right_model():
     """Calibration simulates data: whoever looks at the given ones instead is far off."""
     for make in (ALGORITHMS["Sharded"], ALGORITHMS["VariationalEM"]):
         inner, outer = (
-            diagnose(a, X, simulations=40, num_particles=8) for a in (Importance(model, num_particles=7), make(model))
+            diagnose(a, X, simulations=12, num_particles=8) for a in (Importance(model, num_particles=7), make(model))
         )
         rows = [
             {f.name: f.figure for f in d.findings if f.name.startswith(("SBC", "evidence"))} for d in (inner, outer)
