@@ -21,10 +21,10 @@ demo: $(INSTALLED)
 	$(BIN)/lmppl compare infilling --out $(OUT)
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 --dist worksteal -q
 
 test-slow: $(INSTALLED)
-	$(BIN)/pytest -n 2 -q -m 'slow and not pretrained'
+	$(BIN)/pytest -n 2 --dist worksteal -q -m 'slow and not pretrained'
 
 # A pretrained language model, fetched and converted once; prints where it is.
 smollm2: $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -40,6 +41,13 @@ def bodies(lm, stops: tuple[int, ...], most: int) -> list[tuple[int, ...]]:
     return found
 
 
+@cache
+def written(lm, stops: tuple[int, ...]) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Every text of at most three tokens and a stop, and its string."""
+    texts = [(*z, s) for z in bodies(lm, stops, 3) for s in stops]
+    return texts, [lm.vocabulary.decode(list(z)) for z in texts]
+
+
 def assert_no_dead_end(allowed, lm, stops: tuple[int, ...], most: int, ahead: int) -> None:
     """From every permitted prefix of at most ``most`` tokens a stop is permitted within ``ahead`` more."""
     level = [()]
@@ -75,8 +83,9 @@ def test_what_is_permitted_is_what_can_be_written_and_ended(lm, pattern, ending,
     pattern += ending
     stop = STOPS[which] if lm is AB else ["eos", "bc", ["bc", "eos"], "c", ["c", "bc"], "!"][which]
     stops = tuple(lm.stop_ids(stop).tolist())
-    texts = [(*z, s) for z in bodies(lm, stops, 3) for s in stops]
-    expected = [re.fullmatch(pattern, lm.vocabulary.decode(list(z)), re.DOTALL) is not None for z in texts]
+    texts, strings = written(lm, stops)
+    matches = re.compile(pattern, re.DOTALL).fullmatch
+    expected = [matches(string) is not None for string in strings]
     try:
         allowed = regex(lm, pattern, stop=stop)
     except ValueError as error:
