@@ -33,7 +33,7 @@ def two(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     run = subprocess.run(
-        [*launch, "tests/support/distributed_script.py", str(out)],
+        [*launch, "tests/distributed_script.py", str(out)],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[:10000] + run.stderr[-2000:]

@@ -1,6 +1,6 @@
 """What `test_distributed.py` runs on one process and, started by torchrun, on two: the figures go to OUT/rank.json.
 
-torchrun --standalone --nproc_per_node 2 tests/support/distributed_script.py OUT
+torchrun --standalone --nproc_per_node 2 tests/distributed_script.py OUT
 """
 
 from __future__ import annotations
