@@ -87,11 +87,11 @@ class ObjectiveContract:
         pyro.set_rng_seed(3)
         drawn = objective.draw(found.model, guide, (), {})["z"]  # (5, 2, E)
         (b,) = balances
-        plain, q = Plain(lm), Completion(guide_lm, X, **limits)
+        plain = Plain(lm)
         expected = torch.zeros((), dtype=torch.float64)
         for i in range(2):
             log_p, log_q, stop = {}, {}, {}
-            x = tokens(X[i])
+            x, q = tokens(X[i]), Completion(guide_lm, X[i], **limits)
             for n in range(5):
                 z = tokens(drawn[n, i])
                 whole = len(z) - 1
@@ -107,10 +107,10 @@ class ObjectiveContract:
                     seen = Law(plain, x + z[:t], 2).log_prob(tokens(Y[i]))
                     reward = 0.0 if factor is None else float(factor(torch.tensor(cut)))
                     log_p[n, t] = (prior + seen + reward) / T
-                    value = torch.full((2, 3), PAD)
-                    value[:, : t + 1] = torch.tensor(cut)
-                    log_q[n, t] = q.log_prob(value)[i]
-                    stop[n, t] = q.token_log_probs(value)[i, t].exp().item()
+                    value = torch.full((3,), PAD)
+                    value[: t + 1] = torch.tensor(cut)
+                    each = q.token_log_probs(value)
+                    log_q[n, t], stop[n, t] = each[: t + 1].sum(), each[t].exp().item()
             largest = max(log_p.values())
             u = {k: (p if p > -math.inf else largest - objective.floor) - log_q[k] for k, p in log_p.items()}
             expected = expected + self.by_double_loop(u, stop, identified=case != "from one token") / 2
@@ -291,33 +291,25 @@ class TestDetailedBalanceByAnAlpha(ObjectiveContract):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [SubTB, VarGrad, PooledVarGrad, Linex])
-@pytest.mark.parametrize("way", ["torch optimiser", "SVI"])
-def test_training_halves_the_total_variation(lm, kind, way):
-    """``objective(model, guide)`` under a torch optimiser, and as the ``loss`` of SVI over registered parameters."""
-    guide_lm = adapted(lm)
-    found, inner, objective = one_text(lm), lm_guide(guide_lm), kind(num_particles=16)
-    params = guide_lm.trainable_parameters()
-    before = [p.detach().clone() for p in params]
+KINDS = [SubTB, VarGrad, PooledVarGrad, Linex]
 
-    def guide():
-        for i, p in enumerate(params):
-            pyro.param(f"guide_{i}", p)
-        inner()
 
-    if way == "SVI":
-        step = SVI(found.model, guide, pyro.optim.Adam({"lr": 3e-2}), loss=objective).step
-    else:
-        loss_fn, optimizer = objective(found.model, inner), torch.optim.Adam(params, lr=3e-2)
+def by_optimizer(found, guide_lm, objective, steps: int, lr: float) -> list[float]:
+    """The losses of some steps of ``objective(model, guide)`` under a torch optimiser."""
+    loss_fn, losses = objective(found.model, lm_guide(guide_lm)), []
+    optimizer = torch.optim.Adam(guide_lm.trainable_parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
 
-        def step() -> float:
-            optimizer.zero_grad()
-            loss = loss_fn()
-            loss.backward()
-            optimizer.step()
-            return loss.item()
 
-    z = texts_of(lm)[:, None]
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_halves_the_total_variation(lm, kind):
+    guide_lm, found, z = adapted(lm), one_text(lm), texts_of(lm)[:, None]
     exact = pyro.poutine.trace(found.posterior(1.0)).get_trace().nodes["z"]["fn"].log_prob(z).exp()
 
     def total_variation() -> float:
@@ -325,7 +317,26 @@ def test_training_halves_the_total_variation(lm, kind, way):
             return (Completion(guide_lm, X, **PRIOR).log_prob(z).exp() - exact).abs().sum(0).mean().item() / 2
 
     start = total_variation()
-    for _ in range(40):
-        step()
+    by_optimizer(found, guide_lm, kind(num_particles=16), 40, 3e-2)
     assert total_variation() < 0.5 * start
-    assert all((p != q).any() for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_svi_makes_the_steps_of_a_torch_optimiser(lm, kind):
+    """The objective as the ``loss`` of SVI, over registered parameters: the same losses and parameters."""
+    guides, found = [adapted(lm), adapted(lm)], one_text(lm)
+    pyro.set_rng_seed(1)
+    losses = by_optimizer(found, guides[0], kind(num_particles=8), 3, 3e-2)
+    params, inner = guides[1].trainable_parameters(), lm_guide(guides[1])
+    before = [p.detach().clone() for p in params]
+
+    def guide():
+        for i, p in enumerate(params):
+            pyro.param(f"guide_{i}", p)
+        inner()
+
+    svi = SVI(found.model, guide, pyro.optim.Adam({"lr": 3e-2}), loss=kind(num_particles=8))
+    pyro.set_rng_seed(1)
+    assert [svi.step() for _ in losses] == pytest.approx(losses, rel=1e-9)
+    for p, q, old in zip(params, guides[0].trainable_parameters(), before, strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-9) and bool((p != old).any())
