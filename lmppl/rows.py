@@ -26,8 +26,9 @@ def _first(kind: Tensor) -> Tensor:
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows of numbers (K, W) in lexicographic order, and which of them each of (R, W) is, (R,).
 
-    >>> distinct_rows(torch.tensor([[5, 1], [2, 7], [5, 1]]))
-    (tensor([[2, 7], [5, 1]]), tensor([1, 0, 1]))
+    >>> rows, kind = distinct_rows(torch.tensor([[5, 1], [2, 7], [5, 1]]))
+    >>> rows.tolist(), kind.tolist()
+    ([[2, 7], [5, 1]], [1, 0, 1])
     """
     if len(rows) < _FEW:
         return torch.unique(rows, dim=0, return_inverse=True)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import embedded
 from ..catalogue import SETTINGS
+from ..distributions.arguments import as_lm
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
@@ -163,13 +164,19 @@ class Start:
         checkpoint: str | Path | None = None,
         setting: str = SETTINGS[0],
         device: str | None = None,
+        **unknown: Any,
     ) -> Start:
         """The start on ``lm``, or on the embedded language model ``world``, with the `Options` that were given.
 
         :param default: the recipe where none is given.
         :param needs: what another language model needs as ``data``; None: nothing.
-        :raises ValueError: for another language model without ``data``, and a setting that is none.
+        :raises ValueError: for another language model without ``data``, what is none, and a setting that is none.
+        :raises TypeError: for other options.
         """
+        if unknown:
+            raise TypeError(f"{name}: experiment() got an unexpected keyword argument {next(iter(unknown))!r}")
+        if lm is not None:
+            as_lm(lm)
         if setting not in SETTINGS:
             raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
         if lm is not None and data is None and needs is not None:

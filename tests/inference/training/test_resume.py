@@ -10,7 +10,7 @@ import pytest
 import torch
 from tasks import Task
 
-from lmppl.inference import GFlowNet, ReweightedWakeSleep, SubTB, VarGrad
+from lmppl.inference import GFlowNet, ReweightedWakeSleep, StopTraining, SubTB, TrajectoryBalance, VarGrad
 from lmppl.inference.training.loop.identity import digest
 from lmppl.locks import LockedError
 
@@ -244,3 +244,28 @@ def test_a_signal_during_the_last_save_is_not_lost(tmp_path, number):
     finally:
         signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "training.json").read_text())["step"] == 1
+
+
+def test_a_learned_log_z_is_saved_from_the_start_and_goes_on_as_if_nothing_had_been(tmp_path):
+    whole, parts = ([Task(), tmp_path / name] for name in ("whole", "parts"))
+    trainers = [task.gflownet(objective=TrajectoryBalance()) for task, _ in (whole, parts)]
+    history = fit(*whole, 4, trainer=trainers[0])
+
+    def stop(step, metrics):
+        if step == 1:
+            raise StopTraining
+
+    assert fit(*parts, 4, trainer=trainers[1], callback=stop) == history[:2]
+    again = Task()
+    trainer = again.gflownet(objective=TrajectoryBalance())
+    assert fit(again, parts[1], 4, trainer=trainer) == history[2:]
+    for p, q in zip(trainers[0].objective.parameters(), trainer.objective.parameters(), strict=True):
+        assert torch.equal(p, q) and bool(p.count_nonzero())
+
+
+def test_a_metric_called_step_is_not_the_logs(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for steps in (1, 2):
+        task = Task()
+        fit(task, tmp_path / "c", steps, log=log, callback=lambda step, metrics: metrics.update(step=7.5))
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [0, 1]

@@ -85,19 +85,19 @@ class LogPartition(nn.Module):
 
     .. math:: \log Z_\psi(x) = b + w \cdot \tanh(P \bar e(x))
 
-    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix; b starts from the mean
-    of the first batch's u, w from zero.  Where the guide's first latent is no text, or its prompt differs between
-    particles, b alone serves all observations.
+    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix; w starts from
+    zero, b from the mean u of the first batch that is possible.  Where the guide's first latent is no text, or its
+    prompt differs between particles, b alone serves all observations.
     """
 
     def __init__(self, features: int = 256):
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor(torch.nan))
+        self.bias = nn.Parameter(torch.tensor(0.0))
         self.weight = nn.Parameter(torch.zeros(features))
 
     def forward(self, balance: Balance, u: Tensor) -> Tensor:
         """(*kept), from the guide's trace; ``u`` (1, particle, *kept) sets the first value."""
-        if bool(self.bias.isnan()):
+        if not bool(self.bias):  # no batch has been seen
             with torch.no_grad():
                 seen = balance.valid & (balance.log_p > -torch.inf)
                 count = distributed.total(seen.sum()).clamp(min=1)

@@ -64,7 +64,7 @@ class Log:
             except (TypeError, ValueError):
                 del found[name]
                 wrong.append(name)
-        self._append(json.dumps({"step": step, **found}).encode() + b"\n")
+        self._append(json.dumps({"step": step} | found | {"step": step}).encode() + b"\n")
         if wrong:
             kind = type(metrics[wrong[0]]).__name__
             raise ValueError(f"callback: the metric {wrong[0]!r} is a {kind}, which the log cannot hold; add numbers")
