@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_FEW = 64  # rows that are sooner compared one by one
+
 
 def first_equal(rows: Tensor) -> Tensor:
     """For each row of numbers (R, W) the first one that is equal to it, (R,).
@@ -35,6 +37,3 @@ def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     once, kind = first_equal(rows).unique(return_inverse=True)
     found, place = torch.unique(rows[once], dim=0, return_inverse=True)
     return found, place[kind]
-
-
-_FEW = 64  # rows that are sooner compared one by one
