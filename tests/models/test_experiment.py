@@ -9,7 +9,9 @@ from lmppl.models import EXPERIMENTS
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_option_that_is_none_is_refused_by_name(name):
-    with pytest.raises(TypeError, match="sead"):
+    with pytest.raises(TypeError, match=r"experiment\(\) got an unexpected keyword argument .sead."):
         EXPERIMENTS[name](sead=1)
     with pytest.raises(ValueError, match="setting: expected one of 'posterior', 'paper', got 'posteriori'"):
         EXPERIMENTS[name](setting="posteriori")
+    with pytest.raises(ValueError, match="lm: expected a LanguageModel, got 'x'"):
+        EXPERIMENTS[name](lm="x")
