@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lmppl import loading
 from lmppl.damage import CheckpointError, first_line
+from lmppl.layers import fuse_adapters
 from lmppl.loading import CONFIG, KIND, WEIGHTS
 from lmppl.parts import WRAPPERS, plain_key
 from lmppl.passes import Adapter, Lock, Passes
@@ -101,6 +102,7 @@ class Network(Passes):
                 # Of an output layer that shares the embeddings' weight: what it warns of is merging.
                 warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
+            fuse_adapters(self.model)
             cast_adapter_dtype(self.model, name)  # half precision is too coarse for an optimiser's steps
             done = True
         except (ValueError, TypeError) as error:

@@ -159,6 +159,11 @@ class LanguageModel(nn.Module):
         return self._adapter is not None
 
     @property
+    def adapter_name(self) -> str | None:
+        """What the network knows this view's adapter by."""
+        return None if self._adapter is None else self._adapter.name
+
+    @property
     def tokens_scored(self) -> int:
         """How many tokens have gone through the network, all views together.
 

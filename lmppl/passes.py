@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmppl.activations import fuse_activations
+from lmppl.layers import widen_output
 from lmppl.parts import Parts
 
 Within = Callable[[], AbstractContextManager[None]]
@@ -95,6 +96,7 @@ class Passes(Parts):
     def __init__(self, model: Any) -> None:
         model.eval()
         fuse_activations(model)
+        widen_output(model)
         for module in model.modules():
             # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
             # look for in the tokens of every pass.

@@ -22,6 +22,7 @@ LAYERS = {
     "rows": 0,
     "tools": 0,
     "activations": 0,
+    "layers": 0,
     "positions": 0,
     "spelling": 0,
     "chat": 0,

@@ -22,7 +22,7 @@ from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
 from .protocols import PrefixScores
 from .rejection import RejectionSteps
-from .rules import Rules
+from .rules import Rules, Selection
 from .support import Texts, every_text
 from .token_steps import DeadEnd, TokenSteps
 
@@ -417,28 +417,34 @@ class Completion(TorchDistribution):
         # A token that ends the text predicts nothing, nor does the last one where there is no stop token.
         read = end - (ending.by_string.long() if self.stop.numel() else 1)
         # The network reads no further than the longest value.
-        reach = min(max(1, int(read.max()) + 1) if value.numel() else 0, width)
+        reach = min(max(1, int(read.max()) + 1) if value.numel() else 0, width, self._uncertain)
         flat = value.expand(*batch, width)[..., :reach].reshape(batch.numel(), reach)
         flat_own = ending.stop.expand(batch).flatten()
 
-        def head(logits: Tensor, rows: Tensor) -> Tensor:
-            both = torch.stack([flat[rows].clamp(min=0), flat_own[rows][:, None].expand(-1, reach)], -1)  # (r, T, 2)
-            return rules.select(rows).selected(logits, both, flat[rows])
-
+        asked = torch.stack([flat.clamp(min=0), flat_own[:, None].expand(-1, reach)], -1)  # (R, T, 2)
         if reach:
             needed = value.masked_fill(at >= read[..., None], text.PAD)
             own = rules.columns()
             key = None if own is None else torch.cat([flat, flat_own[:, None], own.expand(len(flat), -1)], 1)
-            both = score(self.lm, self.prompt, needed[..., :reach], head, key).expand(*batch, reach, 2)
+            both = score(self.lm, self.prompt, needed[..., :reach], Selection(rules, asked, flat), key).expand(
+                *batch, reach, 2
+            )
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device, dtype=_score_dtype(self.lm))
         refuse_nan(token)
+        token = token.masked_fill((at >= self._uncertain) & ~rules.is_stop(value), -torch.inf)
         token = token.masked_fill(at >= length[..., None], 0.0)
         token = token.masked_fill((at >= ending.width[..., None]) & (at < length[..., None]), -torch.inf)
         stop = stop.masked_fill(at > end[..., None], -torch.inf)
         stop = stop.masked_fill(ending.by_string[..., None] & (at == end[..., None]), 0.0)
         return _Scores(token, stop, possible.expand(batch))
+
+    @property
+    def _uncertain(self) -> int:
+        """How many tokens of a text are not certain: the only stop is, at the limit."""
+        shared = self.stop.numel() == 1 and not self.max_tokens.dim()
+        return int(self.max_tokens) if shared else int(self.event_shape[0])
 
     def _expanded(self, x: Tensor, event_dim: int = 0) -> Tensor:
         batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]

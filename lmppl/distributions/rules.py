@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -91,6 +92,10 @@ class Rules:
 
     def selected(self, logits: Tensor, tokens: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
         """`log_probs` of ``tokens`` (R, T, k) alone, without the other tokens' ever being there; (R, T, k)."""
+        runs = self.runs(first, logits.shape[1])
+        if runs is not None and not self.tempered and not self.broad:
+            found = [selected_log_softmax(logits[:, a:b], tokens[:, a:b], barrier) for a, b, barrier in runs]
+            return torch.cat(found, 1) if len(found) > 1 else found[0]
         logits, dead = self.permitted(logits, prefix, first)
         log_probs = selected_log_softmax(logits, tokens)
         return log_probs if dead is None else log_probs.masked_fill(dead, -torch.inf)
@@ -102,7 +107,7 @@ class Rules:
         only.  An inserted token has logit 0, all others -inf.
         """
         T = logits.shape[1]
-        if self._tempered:
+        if self.tempered:
             logits = logits / (self.temperature[:, None, None] if self.temperature.dim() else self.temperature)
         if T == 1 and self._constant(first):
             barrier, dead, _ = self._known(first)
@@ -124,7 +129,7 @@ class Rules:
         return int(self.min_tokens.max()), int(self.max_tokens.max())
 
     @cached_property
-    def _tempered(self) -> bool:
+    def tempered(self) -> bool:
         return self.temperature.requires_grad or not bool((self.temperature == 1).all())
 
     @cached_property
@@ -157,6 +162,20 @@ class Rules:
                     few = replace(self, stop=self.stop[:0], strings=None, allowed=None, vocab_size=len(tokens)), tokens
             self._cases[case] = barrier, dead, few
         return self._cases[case]
+
+    def runs(self, first: int, T: int) -> list[tuple[int, int, Tensor | None]] | None:
+        """Of the T columns from ``first`` on those from a to b, where what is barred is always the same: (a, b, barrier
+        (V,) or None), the barrier being -inf at what is barred, else 0.
+
+        None where rows differ, a tool may write, or nothing is permitted somewhere.
+        """
+        if self.insertions is not None or not T or not self._constant(first):
+            return None
+        cuts = sorted({0, T} | {t - first for t in self._limits if first < t < first + T})
+        found = [(a, b, *self._known(first + a)[:2]) for a, b in pairwise(cuts)]
+        if any(dead is not None for *_, dead in found):
+            return None
+        return [(a, b, None if barrier is None else barrier.flatten()) for a, b, barrier, _ in found]
 
     def narrowed(self, t: int) -> tuple[Rules, Tensor] | None:
         """The rules after ``t`` tokens among those (k,) alone that are permitted then, and these.
@@ -258,12 +277,45 @@ class Rules:
         return mask
 
 
-def selected_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
-    """``logits.log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k), keeping one tensor (..., V)."""
+class Selection:
+    """A head of `score`: the log-probabilities, under rules, of some tokens at every position.
+
+    ``tokens`` (R, T, k); ``value`` (R, T) is what constraints and tools read.
+    """
+
+    def __init__(self, rules: Rules, tokens: Tensor, value: Tensor):
+        self.rules, self.tokens, self.value = rules, tokens, value
+
+    def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """(r, T, k) from the logits (r, T, V) of these rows (r,)."""
+        return self.rules.select(rows).selected(logits, self.tokens[rows], self.value[rows])
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, Tensor | None]] | None:
+        """`Rules.runs`, where a token's log-probability is a plain softmax's over what is not barred; else None."""
+        if self.rules.tempered or self.rules.broad:
+            return None
+        return self.rules.runs(0, self.tokens.shape[1])
+
+
+def selected_log_softmax(logits: Tensor, index: Tensor, barrier: Tensor | None = None) -> Tensor:
+    """``(logits + barrier).log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k).
+
+    For the gradient one tensor (..., V) is kept, else none.  ``barrier`` (V,): -inf at what is barred, else 0.
+    """
     if has_torch_function((logits, index)):  # as of Pyro's tensors that know which sample sites they came from
-        return handle_torch_function(selected_log_softmax, (logits, index), logits, index)
-    result: Tensor = _SelectedLogSoftmax.apply(logits, index)
+        return handle_torch_function(selected_log_softmax, (logits, index), logits, index, barrier)
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        parts = logits.flatten(0, -2).split(max(1, TUNING.looked_at // logits.shape[-1]))
+        indices = index.flatten(0, -2).split(len(parts[0]))
+        found = [_behind(x, barrier).log_softmax(-1).gather(-1, i) for x, i in zip(parts, indices, strict=True)]
+        return torch.cat(found).view(index.shape)
+    result: Tensor = _SelectedLogSoftmax.apply(_behind(logits, barrier), index)
     return result
+
+
+def _behind(logits: Tensor, barrier: Tensor | None) -> Tensor:
+    return logits if barrier is None else logits + barrier
 
 
 class _SelectedLogSoftmax(torch.autograd.Function):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..engine.chunks import fitting
+from ..engine.chunks import drawn_from
 from ..engine.recomputing import decoder
-from ..engine.tuning import TUNING
 from ..language_model import LanguageModel
 from .rules import Rules
 
@@ -93,7 +92,7 @@ class TokenSteps:
     def _in_parts(self, compute: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> list[Tensor]:
         """``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, on no more rows at once than fit."""
         logits = self._logits()
-        at_once = fitting(self.lm, logits.shape[1], max(1, TUNING.logits_at_once // logits.shape[1]))
+        at_once = drawn_from(self.lm)
         if len(logits) <= at_once:
             return list(compute(self.rules, logits, self.prefix, *each))
         rows = torch.arange(len(logits), device=logits.device)

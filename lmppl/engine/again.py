@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..language_model import LanguageModel
+from ..language_model import TOKEN_BUDGET, LanguageModel
 from .chunks import is_sharded
+from .tuning import TUNING
 
 T = TypeVar("T")
 
@@ -20,6 +21,43 @@ def again(compute: Callable[..., T], *args: Any) -> T:
     """``compute(*args)``, of which the backward pass finds nothing but the arguments."""
     result: T = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def kept_tokens(lm: LanguageModel) -> int:
+    """Of how many tokens the activations are kept for the backward pass: the token budget, or less in a processor's
+    memory, where those of a token take much.
+    """
+    if lm.device.type != "cpu" or is_sharded(lm):
+        return lm.token_budget
+    floats = TUNING.activations * lm.token_budget // TOKEN_BUDGET
+    return max(1, min(lm.token_budget, floats // max(1, activations(lm))))
+
+
+def activations(lm: LanguageModel) -> int:
+    """How many floats the backward pass of this view keeps of a token below the output layer: looked up in one pass."""
+    with lm.network.lock:
+        lm.network.follow()
+        known: Any = lm.network.kept.setdefault("activations", {})
+        key = lm.network.changes, lm.adapter_name, any(m.gradient_checkpointing for m in lm.network.checkpointing)
+        if key not in known:
+            known[key] = _activations(lm)
+        return int(known[key])
+
+
+def _activations(lm: LanguageModel, tokens: int = 8) -> int:
+    weights = {w.untyped_storage().data_ptr() for w in lm.model.parameters()}
+    found: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes() // 4
+        return x
+
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        lm.forward(ids, tokens=0, use_cache=False, logits_to_keep=1)
+    return sum(found.values()) // tokens
 
 
 def read_again(lm: LanguageModel, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,12 @@ def fitting(lm: LanguageModel, floats: int, most: int) -> int:
     return min(most, max(TUNING.fewest, TUNING.cache // floats))
 
 
+def drawn_from(lm: LanguageModel) -> int:
+    """How many rows of logits to draw tokens from at once: on a processor as many as stay in its caches meanwhile."""
+    floats = TUNING.looked_at if lm.device.type == "cpu" else TUNING.logits_at_once
+    return max(1, floats // lm.vocab_size)
+
+
 def is_sharded(lm: LanguageModel) -> bool:
     """Whether the weights are spread over processes, so that every pass is a collective that all must enter."""
     return lm.network.sharded

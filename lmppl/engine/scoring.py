@@ -20,7 +20,7 @@ from .. import text
 from ..language_model import LanguageModel
 from ..rows import distinct_rows, first_equal
 from . import distinct
-from .again import again, read_again
+from .again import again, kept_tokens, read_again
 from .chunks import fitting
 from .packing import Run, Tree
 from .tree_attention import windows_seen
@@ -235,7 +235,7 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
 
     It begins with the last one, and is done with it before it comes to those that it has to compute again.
     """
-    budget = min(lm.token_budget if part.split else chunk_rows(lm, 1) for part in parts)
+    budget = kept_tokens(lm) if all(part.split for part in parts) else chunk_rows(lm, 1)
     tokens = logits = 0
     found: list[_Part] = []
     for part in reversed(parts):

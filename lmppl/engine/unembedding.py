@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from ..language_model import LanguageModel
 from .again import again
-from .chunks import fitting
+from .chunks import fitting, is_sharded
 from .trials import agree, precise, verified
 from .tuning import TUNING
 
@@ -55,8 +57,12 @@ def unembed_each(
     """``head(logits (r, T, V), rows (r,))`` for the states (M, D) at ``index`` (R, T), no more logits than fit at once.
 
     With gradient, the logits of all chunks but the last (of that too: ``all_again``) are computed again in the backward
-    pass and never kept.
+    pass and never kept; or `selected` gives result and gradient without, where it can.
     """
+    if torch.is_grad_enabled() and (runs := getattr(head, "runs", None)) and (weight := plain_weight(lm)) is not None:
+        tokens = head.tokens[rows]
+        found = [selected(states, weight, index[:, a:b], tokens[:, a:b], barrier) for a, b, barrier in runs]
+        return torch.cat(found, 1)
 
     def part(states: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         wanted, inverse = torch.unique(index, return_inverse=True)
@@ -74,6 +80,60 @@ def unembed_each(
         part(states, *chunk) if number - i <= kept else again(part, states, *chunk) for i, chunk in enumerate(chunks)
     ]
     return torch.cat(results) if number > 1 else results[0]
+
+
+def plain_weight(lm: LanguageModel) -> Tensor | None:
+    """The weight W (V, D) of an output layer that is nothing but a product with it, and has no gradient; else None."""
+    head, base = lm.model.get_output_embeddings(), set(lm.network.base_parameters)
+    if not lm.has_adapter or not isinstance(head, nn.Linear) or head.weight not in base or is_sharded(lm):
+        return None
+    if head.weight.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(lm.device.type):
+        return None
+    weight: Tensor = head.weight.detach()
+    return weight if verified(lm, "plain_head", _plain_trial) else None
+
+
+def _plain_trial(lm: LanguageModel) -> bool:
+    states = torch.randn(4, lm.model.get_output_embeddings().in_features, generator=torch.Generator().manual_seed(0))
+    states = states.to(lm.device, lm.dtype)
+    return agree(lm, linear(states, lm.model.get_output_embeddings().weight), unembed(lm, states), 1e-5)
+
+
+def selected(states: Tensor, weight: Tensor, index: Tensor, tokens: Tensor, barrier: Tensor | None) -> Tensor:
+    r"""The log-probabilities (R, T, k) of ``tokens`` after the states (M, D) at ``index`` (R, T).
+
+    .. math:: \log p_i = w_i \cdot h + b_i - \log \sum_v e^{w_v \cdot h + b_v}, \qquad
+              \nabla_h \log p_i = w_i - \sum_v p_v w_v
+
+    Neither needs the logits but a few at a time: of each state the mean weight is kept for the backward pass.
+    """
+    result: Tensor = _Selected.apply(states[index.flatten()], weight, tokens.flatten(0, 1), barrier)
+    return result.view(tokens.shape)
+
+
+class _Selected(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, barrier: Tensor | None) -> Tensor:
+        result, means = [], []
+        at_once = max(1, TUNING.unembedded // len(weight))
+        room = states.new_empty(min(at_once, len(states)), len(weight))
+        for some, chosen in zip(states.split(at_once), tokens.split(at_once), strict=True):
+            logits = torch.mm(some, weight.T, out=room[: len(some)])
+            logits = logits if barrier is None else logits.add_(barrier)
+            largest = logits.amax(-1, keepdim=True)
+            picked = logits.gather(-1, chosen) - largest
+            odds = logits.sub_(largest).exp_()
+            total = odds.sum(-1, keepdim=True)
+            result.append(picked - total.log())
+            means.append((odds @ weight) / total)
+        ctx.save_for_backward(weight, tokens, torch.cat(means))
+        return torch.cat(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, tokens, means = ctx.saved_tensors
+        return (grad[..., None] * weight[tokens]).sum(1) - grad.sum(-1, keepdim=True) * means, None, None, None
 
 
 def splits(lm: LanguageModel) -> bool:

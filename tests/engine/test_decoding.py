@@ -119,9 +119,8 @@ def test_rows_are_drawn_a_few_at_a_time(allowed, monkeypatch):
             return mask if prefix.shape[-1] == 0 else mask.scatter(-1, prefix[..., -1:], False)
 
     drawn = []
-    monkeypatch.setattr(TUNING, "fewest", 2**25)
     for most in (2**25, 7 * V):
-        monkeypatch.setattr(TUNING, "logits_at_once", most)
+        monkeypatch.setattr(TUNING, "looked_at", most)
         for d in (
             Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=limits, temperature=temperature, allowed=allowed),
             Completion(lm, torch.tensor([[2, 3]] * 3), max_tokens=3, allowed=allowed),

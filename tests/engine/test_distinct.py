@@ -23,9 +23,12 @@ TEXTS = torch.tensor([[3, 2, 0], [4, 0, -1], [0, -1, -1], [3, 5, 0]])
 
 
 def tokens_of(prompts, texts) -> int:
-    """The tokens of every distinct pair, without the text's last, which predicts nothing."""
-    pairs = {(*p, "then", *t) for p, t in zip(prompts.tolist(), texts.tolist(), strict=True)}
-    return sum(sum(token not in (text.PAD, "then") for token in pair) - 1 for pair in pairs)
+    """The tokens of every distinct pair, without those of a text's two that predict nothing: its last one, and one
+    before a stop that is certain.
+    """
+    read = [[token for token in t if token != text.PAD][:-1][:1] for t in texts.tolist()]
+    pairs = {(*p, "then", *t) for p, t in zip(prompts.tolist(), read, strict=True)}
+    return sum(sum(token not in (text.PAD, "then") for token in pair) for pair in pairs)
 
 
 def counted(lm, compute):

@@ -185,7 +185,7 @@ def test_an_adapter_is_saved_for_peft_and_loads_back(lm, tmp_path):
     assert len(again.trainable_parameters()) == len(view.trainable_parameters())
     base = LanguageModel.from_pretrained(tmp_path / "lm").model
     plain = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert torch.equal(plain(IDS).logits, logits(view))
+    torch.testing.assert_close(plain(IDS).logits, logits(view))  # peft adds up in another order
 
 
 def test_modules_to_save_belong_to_the_adapter(tmp_path):

@@ -1,0 +1,83 @@
+"""Linear layers that do what transformers' and PEFT's do, in fewer operations or faster ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+WIDE = 16_384  # outputs from which on one product of all is slow on a processor
+COLUMNS = 1024  # outputs that are computed at once instead
+
+
+def widen_output(model: Any) -> None:
+    """Let the output layer of ``model``, where it is a plain one of very many words, be a `Wide`, in place."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and head.out_features >= WIDE:
+        head.__class__ = Wide
+
+
+def fuse_adapters(model: nn.Module) -> None:
+    """Let every LoRA of a linear layer in ``model`` be a `Linear` of this module, in place."""
+    for module in model.modules():
+        if type(module) is lora.Linear:
+            module.__class__ = Linear
+
+
+class Wide(nn.Linear):
+    """A linear layer of which a processor, where no gradient is asked for, computes some outputs at a time.
+
+    One product of a few rows with 50,000 columns reaches a third of the speed of large products, blocks of it two
+    thirds.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = type(self.weight) is nn.Parameter and input.device.type == "cpu"
+        if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        rows = input.reshape(-1, self.in_features)
+        out = rows.new_empty(len(rows), self.out_features)
+        for weight, columns in zip(self.weight.split(COLUMNS), out.split(COLUMNS, 1), strict=True):
+            torch.mm(rows, weight.T, out=columns)
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+class Linear(lora.Linear):  # PEFT knows its layers by this name
+    r"""PEFT's LoRA of a linear layer, in three matrix products and no further pass over what they give.
+
+    .. math:: W x + s\, B A x
+
+    What is more than that (several adapters at once, variants, biases, hooks, other types) is left to PEFT.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or self.merged_adapters:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        if self._disable_adapters:
+            return self.base_layer(x)
+        pair = self._factors(x)
+        if pair is None:
+            return super().forward(x)
+        down, up, scaling = pair
+        out = self.base_layer(x)
+        low = linear(x, down)
+        return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.T, alpha=scaling).view_as(out)
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and s of the only adapter that is on, where it is nothing but these."""
+        names = self._active_adapter
+        if len(names) != 1 or (name := names[0]) in self.lora_variant or name not in self.lora_A:
+            return None
+        if self.training or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
+            return None
+        both = self.lora_A[name], self.lora_B[name]
+        for m in both:
+            if type(m) is not nn.Linear or m.bias is not None or m._forward_hooks or m._forward_pre_hooks:
+                return None
+            if type(m.weight) is not nn.Parameter or m.weight.dtype != x.dtype:
+                return None
+        return both[0].weight, both[1].weight, self.scaling[name]
