@@ -55,7 +55,7 @@ paper: $(INSTALLED)
 # All of them run, whatever one of them misses; then it is said which did, and make fails. The peers, which another
 # machine may not have, fail nothing.
 bench: $(INSTALLED)
-	@mkdir -p out; missed=; for name in sampling passes step scaling peers; do \
+	@mkdir -p out; missed=; for name in sampling passes step default_step scaling peers; do \
 		echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name --out out/$$name.json || missed="$$missed $$name"; \
 	done; \
@@ -64,7 +64,7 @@ bench: $(INSTALLED)
 
 # The same on the checkpoint of $LMPPL_SMOLLM2, else on the one that `make smollm2` makes; some 25 minutes on an idle core.
 # One alone, or two: make bench-pretrained PRETRAINED="step passes".
-PRETRAINED ?= sampling passes step scaling peers
+PRETRAINED ?= sampling passes step default_step scaling peers
 bench-pretrained: $(INSTALLED)
 	@mkdir -p out/pretrained; path=$$LMPPL_SMOLLM2; \
 	test -n "$$path" || path=$$($(BIN)/python -m lmppl.pretrained smollm2) || exit 1; \

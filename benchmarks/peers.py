@@ -208,10 +208,10 @@ def main(
     text: Annotated[str, typer.Option(help="Repeated and cut, it is the prompt.")] = (
         "Once upon a time there was a little dog. "
     ),
-    prompt: Annotated[list[int] | None, typer.Option(help="Lengths; default 8 and 100, of a checkpoint 8.")] = None,
+    prompt: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
     tokens: Annotated[int, typer.Option(help="New tokens of every text.")] = 16,
     particles: Annotated[list[int] | None, typer.Option(help="Default 32 and 128, of a checkpoint 32.")] = None,
-    repetitions: Annotated[int | None, typer.Option(help="Of each cell; default 9, of a checkpoint 3.")] = None,
+    repetitions: Annotated[int | None, typer.Option(min=2, help="Of each cell; default 9, of a checkpoint 3.")] = None,
     long: Annotated[int | None, typer.Option(help="Particles of the reference; default 1024, or 128.")] = None,
     width: Annotated[int, typer.Option(help="Width of the random model.")] = 128,
     vocab: Annotated[int, typer.Option(help="Vocabulary of the random model.")] = 2048,
@@ -232,7 +232,7 @@ def main(
         peers = [Peer(python, name, path, folder / f"{name}.log") for name in PEERS]
         words = lm.tokenizer.convert_ids_to_tokens(range(len(lm.tokenizer)))
         allowed = [i for i, word in enumerate(words) if "e" not in word.lower() and i != lm.eos_id]
-        for length in prompt or ([8] if pretrained else [8, 100]):
+        for length in prompt or [8, 100]:
             ids = lm.tokenizer.encode(text * length)[:length]
             task = {"prompt": lm.tokenizer.decode(ids), "ids": ids, "allowed": allowed, "tokens": tokens}
             truth = reference(lm, task, long)

@@ -9,8 +9,7 @@ frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  
 the same weights in networks as transformers and peft make them.  Both are plain causal attention in float32, one
 thread, in one process, repetitions interleaved; a ratio above 1 is faster than the published shape.  Before anything is
 timed, both must give the same loss and gradient on the same texts.  Shares of peak are of operations as torch counts
-them.  The default step is 8 observations x 16 particles under the default objective, with nothing read beforehand, in a
-process of its own: seconds, and memory above that of the loaded network.
+them.
 """
 
 from __future__ import annotations
@@ -19,9 +18,6 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Annotated, Any
 
 import peft
@@ -50,15 +46,12 @@ from benchmarks.measuring import (
 from benchmarks.sampling import language_model, network
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.engine.prompts import prompts
 from lmppl.inference import GFlowNet, SubTB, VarGrad
 from lmppl.inference.training.gflownet.sub_tb import pairwise
 
 STOP = 1
 TOLERANCE = 1e-4
 REQUIRED = {"all prefixes": {20: 2.5, 200: 5.0}, "3 prefixes": {20: 4.0, 200: 10.0}, "VarGrad": {20: 4.0, 200: 10.0}}
-DEFAULT = {"observations": 8, "particles": 16}  # a step of these takes, on a pretrained network,
-SECONDS, BYTES = 40.0, 1.5e9  # at most
 
 
 class Task:
@@ -169,33 +162,7 @@ def contestants(networks: Published, task: Task, particles: int) -> dict[str, Ca
     }
 
 
-def default_step(place: Place, checkpoint: Path, sizes: dict[str, int], repetitions: int) -> dict[str, Any]:
-    """Seconds, the tokens read and peak bytes of the default step, in the process that calls this."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    pyro.enable_validation(False)
-    lm = place.language_model(checkpoint)
-    guide = lm.with_adapter(LORA)
-
-    def step(prompt: int, tokens: int, observed: int, observations: int, particles: int) -> Callable[[], Any]:
-        task = Task(lm, guide, prompt, tokens, observed, observations)
-        optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-5)
-        return GFlowNet(task.model, task.guide, optimizer=optimizer, num_particles=particles).step
-
-    step(2, 2, 2, observations=1, particles=2)()  # what a first one loads
-    run, seconds = step(**sizes), []
-
-    def steps() -> None:
-        for _ in range(repetitions):
-            prompts(lm.network).forget()
-            seconds.append(place.seconds(run))
-
-    before = lm.tokens_scored
-    peak = place.peak_memory(steps)
-    return {"sizes": sizes, "seconds": seconds, "tokens": (lm.tokens_scored - before) // repetitions, "bytes": peak}
-
-
-def goals(rows: list[dict[str, Any]], default: dict[str, Any] | None, random: bool, exact: bool) -> Iterator[Goal]:
+def goals(rows: list[dict[str, Any]], random: bool, exact: bool) -> Iterator[Goal]:
     """What should be reached, by a random network or not; ``exact``: in the precision in which both sides agree."""
     for row in rows:
         for name in REQUIRED:
@@ -205,9 +172,6 @@ def goals(rows: list[dict[str, Any]], default: dict[str, Any] | None, random: bo
         if exact:
             differs = max(row["loss"], row["gradient"])
             yield Goal(f"difference of loss and gradient, prompt {row['prompt']}", TOLERANCE, differs, at_most=True)
-    if default is not None:
-        yield Goal("the default step, seconds", SECONDS, statistics.median(default["seconds"]), at_most=True)
-        yield Goal("the default step, GB", BYTES / 1e9, default["bytes"] / 1e9, at_most=True)
 
 
 def main(
@@ -217,11 +181,10 @@ def main(
     tokens: Annotated[int, typer.Option(help="Most latent tokens.")] = 16,
     observed: Annotated[int, typer.Option(help="Observed tokens.")] = 10,
     batch: Annotated[int, typer.Option(help="Observations a step.")] = 2,
-    particles: Annotated[int | None, typer.Option(help="Samples of each; default 16, of a checkpoint 8.")] = None,
+    particles: Annotated[int | None, typer.Option(help="Samples of each; default 16, of a checkpoint 4.")] = None,
     repetitions: Annotated[int | None, typer.Option(help="Of each cell; default 7, of a checkpoint 3.")] = None,
     activation: Annotated[str, typer.Option(help="gelu_new or, fused, gelu_pytorch_tanh.")] = "gelu_new",
     prompt: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
-    default: Annotated[int, typer.Option(help="Default steps of a checkpoint; 0: none.")] = 2,
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -231,7 +194,7 @@ def main(
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     place, pretrained = Place(device, dtype), checkpoint is not None
-    particles, repetitions = particles or (8 if pretrained else 16), repetitions or (3 if pretrained else 7)
+    particles, repetitions = particles or (4 if pretrained else 16), repetitions or (3 if pretrained else 7)
     rows: list[dict[str, Any]] = []
     if checkpoint is None:
         lm, make = language_model(width, vocab, activation), lambda: place.put(network(width, vocab, activation))
@@ -240,34 +203,25 @@ def main(
         lm, make = place.language_model(checkpoint), lambda: place.plain(checkpoint)
     guide = lm.with_adapter(LORA)
     for length in prompt or ([20] if pretrained else [20, 200]):
-        print(f"prompt {length}", file=sys.stderr)
+        print(f"prompt {length}: both on the same texts", file=sys.stderr)
         networks = Published(guide, LORA, make)
         torch.manual_seed(0)
         task = Task(lm, guide, length, tokens, observed, batch)
         loss, gradient = agreement(networks, task, 2 if pretrained else particles)
         runs = contestants(networks, task, particles)
+        print(f"prompt {length}: operations", file=sys.stderr)
         work = {name: operations(run) for name, run in runs.items()}
+        print(f"prompt {length}: {repetitions} repetitions", file=sys.stderr)
         seconds = place.timed({**runs, **place.limits()}, repetitions, warm=not pretrained)  # they ran to be counted
         limits = place.speeds(seconds)
         ratios = {k: faster(seconds, "published", k) for k in REQUIRED}
         share = {k: work[k] / statistics.median(seconds[k]) / limits[0] for k in runs}
         found = {"seconds": seconds, "ratios": ratios, "loss": loss, "gradient": gradient, "operations": work}
         rows.append({"prompt": length, **found, "limits": limits, "share of peak": share})
-    stepped = None
-    if checkpoint is not None and default:
-        del lm, guide, networks, task, runs  # room for the other process
-        sizes = {"prompt": (prompt or [20])[0], "tokens": tokens, "observed": observed, **DEFAULT}
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            stepped = pool.submit(default_step, place, checkpoint, sizes, default).result()
     machine = introduce(place, [row["limits"] for row in rows])
     report(rows, f"{batch} observations x {particles} particles, {repetitions} repetitions", in_markdown)
-    if stepped is not None:
-        print(
-            f"the default step, {stepped['sizes']}: {spread(stepped['seconds'], '.1f')} s, "
-            f"{stepped['tokens']:,} tokens, {stepped['bytes'] / 1e9:.2f} GB above the loaded network"
-        )
-    save(out, machine=machine, checkpoint=checkpoint, cells=rows, default=stepped)
-    judge(goals(rows, stepped, not pretrained, dtype == "float32"), in_markdown)
+    save(out, machine=machine, checkpoint=checkpoint, cells=rows)
+    judge(goals(rows, not pretrained, dtype == "float32"), in_markdown)
 
 
 def report(rows: list[dict[str, Any]], sizes: str, in_markdown: bool) -> None:

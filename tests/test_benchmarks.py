@@ -10,7 +10,7 @@ import pytest
 import torch
 import typer
 
-from benchmarks import measuring, passes, sampling, step
+from benchmarks import default_step, measuring, passes, sampling, step
 from benchmarks.measuring import Goal, Matrices, Place, faster, operations, spread
 
 WIDTH, VOCAB = 32, 64
@@ -86,7 +86,8 @@ def test_a_goal_is_a_bound_from_below_or_from_above():
     [
         (sampling, {"tokens": 3, "particles": [2], "prompt": [4], "repetitions": 1}),
         (passes, {"scored": (2, 3), "trained": (2, 3), "prompt": 2, "repetitions": 1}),
-        (step, {"tokens": 2, "observed": 2, "particles": 2, "prompt": [3], "repetitions": 1, "default": 0}),
+        (step, {"tokens": 2, "observed": 2, "particles": 2, "prompt": [3], "repetitions": 1}),
+        (default_step, {"prompt": 2, "tokens": 2, "observed": 2, "batch": 2, "particles": 2, "repetitions": 1}),
     ],
 )
 def test_a_benchmark_runs_on_a_checkpoint(benchmark, small, tmp_path, monkeypatch, capsys):
