@@ -59,7 +59,8 @@ def main(
     torch.manual_seed(0)
     pyro.enable_validation(False)
     place = Place(device, dtype)
-    name, lm, _ = next(networks(place, checkpoint, [width], vocab))
+    ((name, make, _),) = networks(place, checkpoint, [width], vocab)
+    lm = make()
     guide = lm.with_adapter(LORA)
 
     def trainer(*sizes: int, num_particles: int) -> GFlowNet:

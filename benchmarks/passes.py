@@ -79,9 +79,10 @@ def main(
     torch.manual_seed(0)
     pyro.enable_validation(False)
     place = Place(device, dtype)
-    ((name, lm, plain),) = networks(place, checkpoint, [width], vocab)
+    ((name, make, make_plain),) = networks(place, checkpoint, [width], vocab)
+    lm = make()
     guide = lm.with_adapter(LORA)
-    matrices = Matrices.of(plain, guide)
+    matrices = Matrices.of(make_plain(), guide)
     start, *texts = (torch.randint(3, lm.vocab_size, s, device=device) for s in ((prompt,), scored, trained))
     runs = {"scoring": scoring(lm, start, texts[0]), "training": training(guide, start, texts[1])}
     work = {

@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import Mock, patch
@@ -129,15 +130,21 @@ def counting() -> Iterator[Mock]:
         yield counted
 
 
-def networks(place: Place, checkpoint: Path | None, widths: list[int], vocab: int) -> Iterator[tuple[str, Any, Any]]:
-    """Name, language model, and the same network as transformers makes it."""
+def networks(
+    place: Place, checkpoint: Path | None, widths: list[int], vocab: int
+) -> Iterator[tuple[str, Callable[[], LanguageModel], Callable[[], Any]]]:
+    """Names, what makes the language model, and what makes the same network as transformers does."""
     if checkpoint is not None:
-        yield checkpoint.name, place.language_model(checkpoint), place.plain(checkpoint)
+        yield checkpoint.name, lambda: place.language_model(checkpoint), lambda: place.plain(checkpoint)
         return
-    for width in widths:
+
+    def placed(width: int) -> LanguageModel:
         lm = language_model(width, vocab)
         place.put(lm.model)
-        yield f"width {width}", lm, place.put(network(width, vocab))
+        return lm
+
+    for width in widths:
+        yield f"width {width}", partial(placed, width), lambda width=width: place.put(network(width, vocab))
 
 
 def goals(row: dict[str, Any], pretrained: bool) -> Iterator[Goal]:
@@ -172,8 +179,9 @@ def main(
     pretrained = checkpoint is not None
     tokens, repetitions = tokens or (20 if pretrained else 24), repetitions or (3 if pretrained else 9)
     found, shown, limits = [], [], []
-    for name, lm, plain in networks(place, checkpoint, width or [64, 256], vocab):
-        guide = lm.with_adapter(LORA)
+    for name, make, make_plain in networks(place, checkpoint, width or [64, 256], vocab):
+        # A network for each: the base is not slowed by adapters that it does not use.
+        lm, guide, plain = make(), make().with_adapter(LORA), make_plain()
         matrices = Matrices.of(plain, guide)
         for length in prompt or ([10, 100] if pretrained else [6, LONG]):
             start = torch.randint(3, lm.vocab_size, (length,), device=device)
