@@ -121,15 +121,17 @@ def cell(name: str, size: dict[str, int], network: Network, repetitions: int) ->
     }
 
 
-def limit(network: Network, size: dict[str, int]) -> dict[str, Any]:
+def limit(network: Network, size: dict[str, int], names: Sequence[str], repetitions: int) -> dict[str, Any]:
     """Operations of one run over those of a large matrix product in the same time, and where the time goes."""
     alone()
     place = network.place
     peak, bandwidth = place.speeds(place.timed(place.limits(), REPETITIONS))
     found: dict[str, Any] = {"limits": (peak, bandwidth)}
-    for name, run in runs(network.make(size["vocabulary"]), size).items():
-        run()
-        share = operations(run) / min(place.seconds(run) for _ in range(REPETITIONS)) / peak
+    every = runs(network.make(size["vocabulary"]), size)
+    for name in names:
+        run = every[name]
+        work = operations(run)  # and what a first run loads
+        share = work / min(place.seconds(run) for _ in range(repetitions)) / peak
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             run()
         events = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)
@@ -179,9 +181,10 @@ def main(
         grown["vocabulary"] = (*GROWN["vocabulary"][:-1], len(AutoTokenizer.from_pretrained(tokenizer)))
     repetitions = repetitions or (REPETITIONS if checkpoint is None else 1)
     network = Network(Place(device, dtype), checkpoint, budget=budget)
+    names = run or (RUNS if checkpoint is None else RUNS[1:])
     measured, rows = [], []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for name in run or (RUNS if checkpoint is None else RUNS[1:]):
+        for name in names:
             for axis in only or grown:
                 cells = []
                 for value in (sizes := grown[axis]):
@@ -192,7 +195,7 @@ def main(
                 rows.append(row(name, axis, sizes, cells))
                 print(rows[-1], file=sys.stderr)
         larger = start if checkpoint else start | {"particles": 64, "latent tokens": 16}
-        found = pool.submit(limit, network, larger).result()
+        found = pool.submit(limit, network, larger, names, repetitions).result()
     torch.set_num_threads(1)
     machine = introduce(network.place, [found.pop("limits")])
     print(f"One size at a time; the others are {start}. Token budget {budget:,}. Seconds: medians of {repetitions}.\n")
