@@ -90,13 +90,12 @@ def test_a_goal_is_a_bound_from_below_or_from_above():
         (default_step, {"prompt": 2, "tokens": 2, "observed": 2, "batch": 2, "particles": 2, "repetitions": 1}),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_benchmark_runs_on_a_checkpoint(benchmark, small, dtype, tmp_path, monkeypatch, capsys):
+def test_a_benchmark_runs_on_a_checkpoint(benchmark, small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measuring, "PRODUCT", 64)
     monkeypatch.setattr(measuring, "READING", 64)
     sampling.language_model(WIDTH, VOCAB).save_pretrained(tmp_path / "lm")
     try:
-        benchmark.main(out=tmp_path / "out.json", checkpoint=tmp_path / "lm", dtype=dtype, **small)
+        benchmark.main(out=tmp_path / "out.json", checkpoint=tmp_path / "lm", **small)
     except typer.Exit as missed:  # a share of peak, for instance
         assert missed.exit_code == 1
     found = json.loads((tmp_path / "out.json").read_text())
