@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo paper smollm2 test test-pretrained test-slow lint format bench peers build clean
+.PHONY: .venv algorithms demo paper smollm2 test test-pretrained test-slow lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -55,11 +55,24 @@ paper: $(INSTALLED)
 # All of them run, whatever one of them misses; then it is said which did, and make fails. The peers, which another
 # machine may not have, fail nothing.
 bench: $(INSTALLED)
-	@mkdir -p out; missed=; for name in sampling step scaling peers; do \
+	@mkdir -p out; missed=; for name in sampling passes step default_step scaling peers; do \
 		echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name --out out/$$name.json || missed="$$missed $$name"; \
 	done; \
 	echo "== missed their aims or broke off:$${missed:- none}"; \
+	test -z "$${missed% peers}"
+
+# The same on the checkpoint of $LMPPL_SMOLLM2, else on the one that `make smollm2` makes; some 25 minutes on an idle core.
+# One alone, or two: make bench-pretrained PRETRAINED="step passes".
+PRETRAINED ?= sampling passes step default_step scaling peers
+bench-pretrained: $(INSTALLED)
+	@mkdir -p out/pretrained; path=$$LMPPL_SMOLLM2; \
+	test -n "$$path" || path=$$($(BIN)/python -m lmppl.pretrained smollm2) || exit 1; \
+	missed=; for name in $(PRETRAINED); do \
+		echo "== $$name"; \
+		$(BIN)/python -m benchmarks.$$name --checkpoint "$$path" --out out/pretrained/$$name.json || missed="$$missed $$name"; \
+	done; \
+	echo "== missed their goals or broke off:$${missed:- none}"; \
 	test -z "$${missed% peers}"
 
 peers: $(INSTALLED)

@@ -1,20 +1,23 @@
 """Speed of sampling with log-probabilities, and of SMC with a token mask, beside Hugging Face's ``generate``.
 
     python -m benchmarks.sampling --out sampling.json
+    python -m benchmarks.sampling --checkpoint PATH    # a pretrained network instead of random ones
 
-All three write exactly ``--tokens`` new tokens from one prompt, in one process, on one thread, repetitions interleaved;
-``generate``, of the network as transformers makes it, samples with its KV cache and returns no probabilities.  The SMC
-proposes from a mask that keeps a quarter of the vocabulary and weighs by the mass it keeps, resampling below an
-effective sample size of N/2.  A ratio above 1 is faster than ``generate``; each repetition gives one, and the table
-shows their median and range.
+All write exactly ``--tokens`` new tokens from one prompt, in one process, on one thread, repetitions interleaved;
+``generate``, of the network as transformers makes it, samples with its KV cache and returns no probabilities.
+*Sampling* is from the base network, *adapter* from a view with LoRA on it.  The SMC proposes from a mask that keeps a
+quarter of the vocabulary and weighs by the mass it keeps, resampling below an effective sample size of N/2.  A ratio
+above 1 is faster than ``generate``; each repetition gives one, and the table shows their median and range.  The *share
+of peak* counts the matrices that all tokens of a text but the last must go through, two operations a number.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import Mock, patch
@@ -23,17 +26,34 @@ import pyro
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models
 
+from benchmarks.measuring import (
+    LORA,
+    Checkpoint,
+    Device,
+    Dtype,
+    Goal,
+    InMarkdown,
+    Matrices,
+    Out,
+    Place,
+    faster,
+    introduce,
+    judge,
+    save,
+    show,
+    spread,
+)
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.inference.core.resampling import SCHEMES, systematic
 from lmppl.inference.samplers.smc.smc import SMC
 
+OURS = "sampling", "adapter", "SMC"
 REQUIRED = {"sampling": 1.1, "SMC": 1.0}
 LONG, REQUIRED_AFTER_LONG = 100, 1.3  # tokens of a prompt, and what is required after it
+PRETRAINED = {16: (1.3, 0.35), 64: (2.0, 0.55)}  # by rows: times as fast as generate, share of peak
 
 
 def network(width: int, vocab: int, activation: str = "gelu_new") -> Any:
@@ -65,12 +85,13 @@ def language_model(width: int, vocab: int, activation: str = "gelu_new") -> Lang
 
 
 def contestants(
-    lm: LanguageModel, plain: Any, prompt: torch.Tensor, particles: int, tokens: int
+    lm: LanguageModel, guide: LanguageModel, plain: Any, prompt: torch.Tensor, particles: int, tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name; ``generate`` of the same network, ``plain``, is what the others are measured against."""
-    mask = torch.arange(lm.vocab_size) % 4 == 0  # a quarter is allowed, the stop among it
+    mask = torch.arange(lm.vocab_size, device=lm.device) % 4 == 0  # a quarter is allowed
+    mask[list(lm.eos_ids)] = True
     exactly = {"max_tokens": tokens, "min_tokens": tokens}
-    text = Completion(lm, prompt, **exactly)
+    text, guided = Completion(lm, prompt, **exactly), Completion(guide, prompt, **exactly)
     ids = prompt[None].expand(particles, -1)
     attend = torch.ones_like(ids)
 
@@ -96,68 +117,99 @@ def contestants(
     return {
         "generate": generate,
         "sampling": lambda: text.sample_and_log_prob((particles,)),
+        "adapter": lambda: guided.sample_and_log_prob((particles,)),
         "SMC": smc.run,
     }
 
 
-def resamplings(run: Callable[[], Any]) -> int:
-    """How many times a run resamples, each time reordering its KV cache."""
+@contextmanager
+def counting() -> Iterator[Mock]:
+    """Counts how often SMC resamples, each time reordering its KV cache."""
     counted = Mock(side_effect=systematic)
     with patch.dict(SCHEMES, systematic=counted):
-        run()
-    return counted.call_count
+        yield counted
 
 
-def timed(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Processor seconds of every run of each contestant; they take turns, so that a busy machine slows all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if repetition:  # the first is a warm-up
-                seconds[name].append(time.process_time() - start)
-    return seconds
+def networks(
+    place: Place, checkpoint: Path | None, widths: list[int], vocab: int
+) -> Iterator[tuple[str, Callable[[], LanguageModel], Callable[[], Any]]]:
+    """Names, what makes the language model, and what makes the same network as transformers does."""
+    if checkpoint is not None:
+        yield checkpoint.name, lambda: place.language_model(checkpoint), lambda: place.plain(checkpoint)
+        return
+
+    def placed(width: int) -> LanguageModel:
+        lm = language_model(width, vocab)
+        place.put(lm.model)
+        return lm
+
+    for width in widths:
+        yield f"width {width}", partial(placed, width), lambda width=width: place.put(network(width, vocab))
+
+
+def goals(row: dict[str, Any], pretrained: bool) -> Iterator[Goal]:
+    """What one cell should reach."""
+    cell, n = f"{row['network']}, prompt {row['prompt']}, {row['particles']} rows", row["particles"]
+    for name in OURS:
+        ratio = statistics.median(row["ratios"][name])
+        if not pretrained and name in REQUIRED:
+            asked = REQUIRED_AFTER_LONG if row["prompt"] >= LONG else REQUIRED[name]
+            yield Goal(f"{cell}: {name} / generate", asked, ratio)
+        if pretrained and n in PRETRAINED:
+            yield Goal(f"{cell}: {name} / generate", PRETRAINED[n][0], ratio)
+            yield Goal(f"{cell}: {name}, share of peak", PRETRAINED[n][1], row["share of peak"][name])
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
-    vocab: Annotated[int, typer.Option(help="Vocabulary of the models.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="New tokens of every text.")] = 24,
-    repetitions: Annotated[int, typer.Option(help="Timed repetitions of each cell.")] = 9,
-    width: Annotated[list[int] | None, typer.Option(help="Widths of the models.")] = None,
+    out: Out = None,
+    vocab: Annotated[int, typer.Option(help="Vocabulary of the random models.")] = 2048,
+    tokens: Annotated[int | None, typer.Option(help="Of every text; default 24, of a checkpoint 20.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="Of each cell; default 9, of a checkpoint 3.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Widths of the random models.")] = None,
     particles: Annotated[list[int] | None, typer.Option(help="Numbers of texts at a time.")] = None,
     prompt: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    in_markdown: InMarkdown = False,
 ) -> None:
     """Time all cells and print the ratios; exit with 1 where a requirement is missed."""
     torch.set_num_threads(1)
-    console = Console(width=110)
-    table = Table(title=f"speed relative to generate: median (range) of {repetitions}; vocabulary {vocab}")
-    for column in ("width", "prompt", "particles", "generate [s]", *REQUIRED, "resamplings"):
-        table.add_column(column, justify="right")
-    rows = []
-    for d in width or [64, 256]:
-        lm, plain = language_model(d, vocab), network(d, vocab)
-        for length in prompt or [6, 100]:
-            start = torch.randint(1, vocab, (length,))
-            for n in particles or [32, 128]:
-                runs = contestants(lm, plain, start, n, tokens)
-                seconds, reordered = timed(runs, repetitions), resamplings(runs["SMC"])
-                base = seconds["generate"]
-                ratios = {k: [b / s for b, s in zip(base, seconds[k], strict=True)] for k in REQUIRED}
-                cell = {"width": d, "prompt": length, "particles": n, "resamplings": reordered}
-                rows.append({**cell, "seconds": seconds, "ratios": ratios})
-                cells = [f"{statistics.median(r):.2f} ({min(r):.2f}-{max(r):.2f})" for r in ratios.values()]
-                table.add_row(str(d), str(length), str(n), f"{statistics.median(base):.3f}", *cells, str(reordered))
-    console.print(table)
-    if out is not None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        out.write_text(json.dumps({"vocab": vocab, "tokens": tokens, **versions, "cells": rows}, indent=1))
-    slow = [(r["width"], r["prompt"], r["particles"], k) for r in rows for k, least in REQUIRED.items()
-            if statistics.median(r["ratios"][k]) < (REQUIRED_AFTER_LONG if r["prompt"] >= LONG else least)]  # fmt: skip
-    if slow:
-        console.print(f"slower than required: {slow}")
-        raise typer.Exit(1)
+    place = Place(device, dtype)
+    pretrained = checkpoint is not None
+    tokens, repetitions = tokens or (20 if pretrained else 24), repetitions or (3 if pretrained else 9)
+    found, shown, limits = [], [], []
+    for name, make, make_plain in networks(place, checkpoint, width or [64, 256], vocab):
+        # A network for each: the base is not slowed by adapters that it does not use.
+        lm, guide, plain = make(), make().with_adapter(LORA), make_plain()
+        matrices = Matrices.of(plain, guide)
+        for length in prompt or ([10, 100] if pretrained else [6, LONG]):
+            start = torch.randint(3, lm.vocab_size, (length,), device=device)
+            for n in particles or ([16, 64] if pretrained else [32, 128]):
+                print(f"{name}, prompt {length}, {n} rows", file=sys.stderr)
+                runs = contestants(lm, guide, plain, start, n, tokens)
+                few = 2 if pretrained and place.on_cpu else tokens
+                for run in contestants(lm, guide, plain, start, n, few).values():
+                    run()  # to warm up
+                with counting() as counted:
+                    seconds = place.timed({**runs, **place.limits()}, repetitions, warm=False)
+                limits.append(place.speeds(seconds))
+                useful = {k: matrices.forward(n * (tokens - 1), adapter=k == "adapter") for k in runs}
+                row: dict[str, Any] = {"network": name, "prompt": length, "particles": n, "seconds": seconds}
+                row["ratios"] = {k: faster(seconds, "generate", k) for k in OURS}
+                row["share of peak"] = {k: useful[k] / statistics.median(s) / limits[-1][0] for k, s in seconds.items()}
+                row |= {"resamplings": counted.call_count / repetitions, "limits": limits[-1]}
+                found.append(row)
+                cells = [f"{statistics.median(seconds['generate']):.3f}", *(spread(row["ratios"][k]) for k in OURS)]
+                shares = " ".join(f"{share:.0%}" for share in row["share of peak"].values())
+                shown.append([name, str(length), str(n), *cells, shares, f"{row['resamplings']:.1f}"])
+    machine = introduce(place, limits, sum(p.nbytes for p in plain.parameters()))
+    show(
+        f"{tokens} new tokens: times as fast as generate, median (range) of {repetitions}; shares of peak in order",
+        ["network", "prompt", "rows", "generate, s", *OURS, "share of peak", "resampled"], shown, in_markdown,
+    )  # fmt: skip
+    save(out, machine=machine, tokens=tokens, cells=found)
+    judge((goal for row in found for goal in goals(row, pretrained)), in_markdown)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,49 @@
 """Speed of a GFlowNet step beside the published shape of its computation, on the same network and samples.
 
     python -m benchmarks.step --out step.json
+    python -m benchmarks.step --checkpoint PATH    # a pretrained network instead of a random one
 
 A step is: sample, rewards of all prefixes with the observation after each, loss, backward, optimiser.  The published
 shape samples with a graph and a KV cache, and scores prompt, prefix, stop and observation in a forward pass of the
 frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  It uses nothing of lmppl but the loss:
 the same weights in networks as transformers and peft make them.  Both are plain causal attention in float32, one
 thread, in one process, repetitions interleaved; a ratio above 1 is faster than the published shape.  Before anything is
-timed, both must give the same loss and gradient on the same texts.
+timed, both must give the same loss and gradient on the same texts.  Shares of peak are of operations as torch counts
+them.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
+import sys
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import peft
 import pyro
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sampling import language_model, network, timed
+from benchmarks.measuring import (
+    LORA,
+    Checkpoint,
+    Device,
+    Dtype,
+    Goal,
+    InMarkdown,
+    Out,
+    Place,
+    faster,
+    introduce,
+    judge,
+    operations,
+    save,
+    show,
+    spread,
+)
+from benchmarks.sampling import language_model, network
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.inference import GFlowNet, SubTB, VarGrad
@@ -44,8 +59,8 @@ class Task:
 
     def __init__(self, lm: LanguageModel, guide: LanguageModel, prompt: int, tokens: int, observed: int, batch: int):
         self.lm, self.q, self.tokens = lm, guide, tokens
-        self.x = torch.randint(2, lm.vocab_size, (batch, prompt))
-        self.y = torch.randint(2, lm.vocab_size, (batch, observed))
+        self.x = torch.randint(2, lm.vocab_size, (batch, prompt)).to(lm.device)
+        self.y = torch.randint(2, lm.vocab_size, (batch, observed)).to(lm.device)
 
     def model(self) -> None:
         with pyro.plate("data", len(self.x)):
@@ -77,23 +92,23 @@ def published_loss(networks: Published, task: Task, particles: int, given: Tenso
     N, B, T = particles, len(task.x), task.tokens
     x = task.x.expand(N, B, -1).flatten(0, 1)  # (R, Lx)
     y = task.y.expand(N, B, -1).flatten(0, 1)
-    rows = torch.arange(len(x))
+    rows, zeros = torch.arange(len(x), device=x.device), torch.zeros(len(x), device=x.device)
     z = x.new_empty(len(x), 0)
-    over = torch.zeros(len(x), dtype=torch.bool)
-    log_q, log_p = torch.zeros(len(x)), torch.zeros(len(x))  # of z_1..z_t
+    over = torch.zeros_like(rows, dtype=torch.bool)
+    log_q, log_p = zeros, zeros  # of z_1..z_t
     u, valid = [], []
     cache, ids = None, x
     for t in range(T + 1):
         out = networks.policy(ids, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        q = out.logits[:, -1].log_softmax(-1)  # (R, V)
+        q = out.logits[:, -1].float().log_softmax(-1)  # (R, V)
         with torch.no_grad():  # prompt, prefix, stop and observation, once more from the start
             stop = torch.full_like(x[:, :1], STOP)
             whole = torch.cat([x, z, stop, y], 1)
-            scores = networks.frozen(whole, use_cache=False).logits.log_softmax(-1)
+            scores = networks.frozen(whole, use_cache=False).logits.float().log_softmax(-1)
             at = x.shape[1] + t - 1  # what follows z_1..z_t
             tail = scores[:, at + 1 : -1].gather(-1, y[..., None]).sum((1, 2))
-            end = scores[:, at, STOP] if t < T else torch.zeros(len(x))
+            end = scores[:, at, STOP] if t < T else zeros
         u.append(log_p + end + tail - log_q - (q[:, STOP] if t < T else 0.0))
         valid.append(~over)
         if t == T:
@@ -107,7 +122,7 @@ def published_loss(networks: Published, task: Task, particles: int, given: Tenso
         over = over | (token == STOP)
         z, ids = torch.cat([z, token[:, None]], 1), token[:, None]
     at_end = torch.stack(valid).view(T + 1, N, B)
-    at = torch.arange(T + 1).view(-1, 1, 1).expand(T + 1, N, B)
+    at = torch.arange(T + 1, device=x.device).view(-1, 1, 1).expand(T + 1, N, B)
     residual = torch.stack(u).view(T + 1, N, B).masked_fill(~at_end, 0.0)
     return pairwise(residual, at_end, at, 1.0).mean()
 
@@ -147,71 +162,81 @@ def contestants(networks: Published, task: Task, particles: int) -> dict[str, Ca
     }
 
 
-def operations(run: Callable[[], Any]) -> int:
-    """Of a run's matrix products, as torch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def product(width: int = 2048) -> tuple[int, Callable[[], Any]]:
-    """The operations of one large matrix product, and that product: what the machine reaches at most."""
-    a = torch.randn(width, width)
-    return 2 * width**3, lambda: a @ a
+def goals(rows: list[dict[str, Any]], random: bool, exact: bool) -> Iterator[Goal]:
+    """What should be reached, by a random network or not; ``exact``: in the precision in which both sides agree."""
+    for row in rows:
+        for name in REQUIRED:
+            if random and row["prompt"] in REQUIRED[name]:
+                ratio = statistics.median(row["ratios"][name])
+                yield Goal(f"{name} / published, prompt {row['prompt']}", REQUIRED[name][row["prompt"]], ratio)
+        if exact:
+            differs = max(row["loss"], row["gradient"])
+            yield Goal(f"difference of loss and gradient, prompt {row['prompt']}", TOLERANCE, differs, at_most=True)
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")] = None,
-    width: Annotated[int, typer.Option(help="Width of the network.")] = 128,
-    vocab: Annotated[int, typer.Option(help="Vocabulary of the network.")] = 2048,
+    out: Out = None,
+    width: Annotated[int, typer.Option(help="Width of the random network.")] = 128,
+    vocab: Annotated[int, typer.Option(help="Vocabulary of the random network.")] = 2048,
     tokens: Annotated[int, typer.Option(help="Most latent tokens.")] = 16,
     observed: Annotated[int, typer.Option(help="Observed tokens.")] = 10,
     batch: Annotated[int, typer.Option(help="Observations a step.")] = 2,
-    particles: Annotated[int, typer.Option(help="Samples of each.")] = 16,
-    repetitions: Annotated[int, typer.Option(help="Timed repetitions of each cell.")] = 7,
+    particles: Annotated[int | None, typer.Option(help="Samples of each; default 16, of a checkpoint 4.")] = None,
+    repetitions: Annotated[int | None, typer.Option(help="Of each cell; default 7, of a checkpoint 3.")] = None,
     activation: Annotated[str, typer.Option(help="gelu_new or, fused, gelu_pytorch_tanh.")] = "gelu_new",
     prompt: Annotated[list[int] | None, typer.Option(help="Lengths of the prompt.")] = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    in_markdown: InMarkdown = False,
 ) -> None:
     """Time all cells and print the ratios; exit with 1 where they disagree or a requirement is missed."""
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    console, missed = Console(width=110), []
+    place, pretrained = Place(device, dtype), checkpoint is not None
+    particles, repetitions = particles or (4 if pretrained else 16), repetitions or (3 if pretrained else 7)
     rows: list[dict[str, Any]] = []
-    table = Table(title=f"a step relative to the published shape: median (range) of {repetitions}")
-    for column in ("prompt", "published [s]", *REQUIRED, "loss differs by", "gradient by"):
-        table.add_column(column, justify="right")
-    lm = language_model(width, vocab, activation)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    guide = lm.with_adapter(config)
-    for length in prompt or [20, 200]:
-        networks = Published(guide, config, lambda: network(width, vocab, activation))
+    if checkpoint is None:
+        lm, make = language_model(width, vocab, activation), lambda: place.put(network(width, vocab, activation))
+        place.put(lm.model)
+    else:
+        lm, make = place.language_model(checkpoint), lambda: place.plain(checkpoint)
+    guide = lm.with_adapter(LORA)
+    for length in prompt or ([20] if pretrained else [20, 200]):
+        print(f"prompt {length}: both on the same texts", file=sys.stderr)
+        networks = Published(guide, LORA, make)
         torch.manual_seed(0)
         task = Task(lm, guide, length, tokens, observed, batch)
-        loss, gradient = agreement(networks, task, particles)
+        loss, gradient = agreement(networks, task, 2 if pretrained else particles)
         runs = contestants(networks, task, particles)
+        print(f"prompt {length}: operations", file=sys.stderr)
         work = {name: operations(run) for name, run in runs.items()}
-        large, multiply = product()
-        seconds = timed({**runs, "product": multiply}, repetitions)
-        most = large / statistics.median(seconds.pop("product"))
-        base = seconds["published"]
-        ratios = {k: [b / s for b, s in zip(base, seconds[k], strict=True)] for k in REQUIRED}
-        share = {name: work[name] / statistics.median(seconds[name]) / most for name in runs}
+        print(f"prompt {length}: {repetitions} repetitions", file=sys.stderr)
+        seconds = place.timed({**runs, **place.limits()}, repetitions, warm=not pretrained)  # they ran to be counted
+        limits = place.speeds(seconds)
+        ratios = {k: faster(seconds, "published", k) for k in REQUIRED}
+        share = {k: work[k] / statistics.median(seconds[k]) / limits[0] for k in runs}
         found = {"seconds": seconds, "ratios": ratios, "loss": loss, "gradient": gradient, "operations": work}
-        rows.append({"prompt": length, **found, "peak": most, "share of peak": share})
-        shown = [f"{statistics.median(r):.1f} ({min(r):.1f}-{max(r):.1f})" for r in ratios.values()]
-        table.add_row(str(length), f"{statistics.median(base):.2f}", *shown, f"{loss:.0e}", f"{gradient:.0e}")
-        missed += [f"{k}, prompt {length}" for k, r in ratios.items()
-                   if statistics.median(r) < REQUIRED[k].get(length, 0.0)]  # fmt: skip
-        missed += [f"agreement, prompt {length}"] * (max(loss, gradient) > TOLERANCE)
-    console.print(table)
+        rows.append({"prompt": length, **found, "limits": limits, "share of peak": share})
+    machine = introduce(place, [row["limits"] for row in rows])
+    report(rows, f"{batch} observations x {particles} particles, {repetitions} repetitions", in_markdown)
+    save(out, machine=machine, checkpoint=checkpoint, cells=rows)
+    judge(goals(rows, not pretrained, dtype == "float32"), in_markdown)
+
+
+def report(rows: list[dict[str, Any]], sizes: str, in_markdown: bool) -> None:
+    """Print how fast the steps are, and what they compute at which share of the machine's peak."""
+    speeds, shares = [], []
     for row in rows:
-        shown = [f"{k} {n / 1e9:.1f} at {row['share of peak'][k]:.0%}" for k, n in row["operations"].items()]
-        console.print(f"prompt {row['prompt']}, GFLOP and share of {row['peak'] / 1e9:.0f} GFLOP/s: {', '.join(shown)}")
-    if out is not None:
-        out.write_text(json.dumps({"torch": torch.__version__, "cells": rows}, indent=1))
-    if missed:
-        console.print(f"missed: {', '.join(missed)}")
-        raise typer.Exit(1)
+        cells = [spread(r, ".1f") for r in row["ratios"].values()]
+        base = f"{statistics.median(row['seconds']['published']):.2f}"
+        speeds.append([str(row["prompt"]), base, *cells, f"{row['loss']:.0e}", f"{row['gradient']:.0e}"])
+        for name, work in row["operations"].items():
+            seconds = f"{statistics.median(row['seconds'][name]):.2f}"
+            shares.append([str(row["prompt"]), name, seconds, f"{work / 1e9:.1f}", f"{row['share of peak'][name]:.0%}"])
+    header = ["prompt", "published, s", *REQUIRED, "loss differs by", "gradient by"]
+    show(f"A step, times as fast as the published shape: {sizes}, median (range)", header, speeds, in_markdown)
+    show("Distance to the limit", ["prompt", "", "s", "GFLOP", "share of peak"], shares, in_markdown)
 
 
 if __name__ == "__main__":
