@@ -107,7 +107,7 @@ def test_each_task_has_its_first_step():
 
 
 def test_what_proves_wrong_is_said_again_once():
-    """A step takes one second at first and two from the fourth on: after a tenth of the steps, at least ten, it shows."""
+    """A step takes one second at first and two from the fifth on: it shows after a tenth of the steps."""
     run = Run(0, 300, 100, 1000, seconds=lambda i: 1 + (i > 3), held_out=False)
     said = run.go()
     assert list(said) == [2, 30]

@@ -120,7 +120,7 @@ class Looks:
         return count + JUDGED if count and self._draws else count
 
     def trial(self, draws: int) -> bool:
-        """A look at fewer draws, of which nothing is kept; False where it was a whole one, since draws do not matter."""
+        """A look at so many draws, of which nothing is kept; False where it is not of draws, and so was a whole one."""
         assert self.evaluate is not None
         self._draws = "held_out_sd_u" in self.evaluate(draws)
         return self._draws
