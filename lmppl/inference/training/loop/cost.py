@@ -111,7 +111,8 @@ class Forecast:
             self.said = cost.total_seconds
             return self.line(cost)
         first_look = self.looks.every if self.looks.count(self.start) else 0
-        if done != self.start + max(10, first_look, int(AGAIN * self.steps)):
+        after, whole = max(10, first_look, int(AGAIN * self.steps)), self.steps - self.start
+        if done - self.start != after or 2 * after > whole:
             return ""
         cost = self.cost(done, known - self.turns)
         wrong = abs(cost.total_seconds / max(self.said, 1e-9) - 1) > OFF
