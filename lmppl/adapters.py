@@ -91,7 +91,8 @@ class Network(Passes):
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
         if getattr(config, "target_modules", None) == "all-linear":
-            config.exclude_modules = config.exclude_modules or self._unadaptable() or None
+            own = config.exclude_modules or []
+            config.exclude_modules = own if isinstance(own, str) else [*own, *self._unadaptable()] or None
         before = {p: p.requires_grad for p in self.model.parameters()}
         done = False
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from .command_help import ModelCommand, usage
 from .command_options import (
     ALGORITHMS,
     FURTHER,
+    Budget,
     Data,
     Device,
     Dtype,
@@ -31,19 +32,23 @@ from .command_options import (
     Setting,
     Steps,
     Threads,
+    check_budget,
     chosen_algorithms,
     experiment_of,
     set_threads,
 )
 from .command_results import (
+    Matching,
+    Minutes,
     annotate,
     candidates_of,
     claim_training,
+    comparing,
     console,
     contents,
     density_tv,
     exact_posterior,
-    matching,
+    plan_of,
     sample_text,
     save_training,
     train_beside,
@@ -110,6 +115,7 @@ def compare_command(
     ] = ",".join(ALGORITHMS),
     out: Out = Path("out"),
     steps: Steps = None,
+    budget: Budget = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short training: see it work.")] = False,
     checkpoint: Annotated[Path | None, typer.Option(help="A trained adapter to use instead of training.")] = None,
     particles: Annotated[
@@ -120,13 +126,24 @@ def compare_command(
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
-    """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior."""
+    """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior.
+
+    The minutes of --budget are for everything: loading, the exact posterior, trainings, which share alike what is left,
+    and the comparison.
+    """
     chosen = chosen_algorithms(algorithms)
+    trained = [n for n in ("gflownet", *TRAINED) if n in chosen and not (n == "gflownet" and checkpoint)]
+    check_budget(budget, steps=steps, quick=quick)
+    if budget is not None and not trained:
+        raise Failure(f"--budget {budget:g}: nothing is trained here")
+    minutes = None if budget is None else Minutes(budget)
     import torch
 
-    from .inference import compare
+    from .inference import Trainer, compare
     from .inference.judging.comparison import FILES
     from .inference.posterior.algorithm import sized
+    from .models import Experiment
+    from .models.budget import plan
 
     set_threads(threads)
     make = partial(experiment_of, model, lm, data, seed, setting, options, device, dtype)
@@ -135,18 +152,32 @@ def compare_command(
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     exact, exact_tokens = exact_posterior(experiment)
-    gflownet, length = experiment.gflownet(), steps or experiment.recipe.length(quick)
-    if "gflownet" in chosen and checkpoint is None:
-        train_beside(gflownet, experiment, exact, length, out, seed)
+    length = steps or experiment.recipe.length(quick)
+    if minutes is not None:
+        with console.status("Finding how long a comparison takes"):
+            count = len(chosen) + ({"smc", "gflownet"} <= set(chosen))  # SMC from the prior, and from the guide
+            minutes.kept = comparing(experiment, particles, count, REPETITIONS, exact is not None)
+
+    def train(name: str, own: Experiment, out: Path) -> Trainer:
+        """The trained guide of an experiment."""
+        steps, looks, maker = length, None, partial(trainer_of, name)
+        if minutes is not None:
+            found = plan(own, minutes.share(len(trained) - trained.index(name)), maker)
+            console.print(f"{name}, {found}", soft_wrap=True)
+            own, steps, looks = found.of(own), found.steps, found.looks(own)
+        trainer = maker(own)
+        train_beside(trainer, own, exact, steps, out, seed, looks)
+        return trainer
+
+    gflownet = train("gflownet", experiment, out) if "gflownet" in trained else experiment.gflownet()
     with console.status("Finding how many particles cost as much as the GFlowNet's"):
-        match = matching(experiment, sized(gflownet, particles))
+        match = Matching(experiment, sized(gflownet, particles))
         candidates = candidates_of(chosen, experiment, sized(gflownet, particles), match)
     for name in (n for n in TRAINED if n in chosen):
         other = make(None)  # an adapter of its own
-        trainer = trainer_of(name, other)
         (out / name).mkdir(exist_ok=True)
-        train_beside(trainer, other, exact, length, out / name, seed)
-        candidates[name] = match(trainer, other)
+        candidates[name] = match(train(name, other, out / name), other)
+    console.print(match.cost(REPETITIONS), soft_wrap=True)
     with console.status("Comparing") as status:
         result = compare(
             experiment.model, candidates, *experiment.test, exact=exact, exact_tokens=exact_tokens,
@@ -171,6 +202,7 @@ def train_command(
     options: Options = None,
     out: Out = Path("out/train"),
     steps: Steps = None,
+    budget: Budget = None,
     seed: Seed = 0,
     threads: Threads = 1,
     device: Device = "cpu",
@@ -182,18 +214,28 @@ def train_command(
     """Train a model's guide at leisure: checkpoints under --out, and the same command resumes.
 
     Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
+    The minutes of --budget are for the training, looks at held-out observations in it; the choice is in the checkpoint.
     """
+    check_budget(budget, steps=steps)
     set_threads(threads)
     from .inference.processes.distributed import world
 
     experiment = experiment_of(model, lm, data, seed, setting, options, device, dtype)
     claim_training(out)
+    identity = {"model": model, "setting": setting, "options": " ".join(sorted(options or []))} | contents(data)
+    length = steps or LEISURE * experiment.recipe.steps
+    looks: dict[str, Any] = {"held_out": experiment.held_out}
+    found = plan_of(experiment, budget, out)
     out.mkdir(parents=True, exist_ok=True)
+    if found is not None:
+        if not world().rank:
+            console.print(str(found), soft_wrap=True)
+        experiment, length, looks = found.of(experiment), found.steps, found.looks(experiment)
+        identity |= found.identity
     gflownet = experiment.gflownet()
     gflownet.fit(
-        experiment.batches, steps or LEISURE * experiment.recipe.steps, seed=seed, held_out=experiment.held_out,
-        log=out / "run.jsonl", checkpoint=out / "training", checkpoint_every=checkpoint_every,
-        identity={"model": model, "setting": setting, "options": " ".join(sorted(options or []))} | contents(data),
+        experiment.batches, length, seed=seed, log=out / "run.jsonl", checkpoint=out / "training",
+        checkpoint_every=checkpoint_every, identity=identity, **looks,
     )  # fmt: skip
     if world().rank:
         return  # started by torchrun: the first process writes and reports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import typing
 from collections.abc import Sequence
@@ -44,6 +45,10 @@ Options = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Where results go.")]
 Seed = Annotated[int, typer.Option("--seed")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Training steps; default: the recipe's.")]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget", metavar="MINUTES", help="Choose observations, particles and steps that take so long."),
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Torch threads.")]
 Device = Annotated[str, typer.Option("--device", help="Where the language model is: cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[
@@ -61,6 +66,17 @@ def chosen_algorithms(algorithms: str) -> list[str]:
     if not chosen:
         raise Failure("--algorithms: name at least one")
     return chosen
+
+
+def check_budget(budget: float | None, **others: Any) -> None:
+    """Refuse what is no time, and other options that say how long to train."""
+    if budget is None:
+        return
+    if not 0 < budget < math.inf:
+        raise Failure(f"--budget {budget:g}: expected minutes, a positive number")
+    for name, value in others.items():
+        if value:
+            raise Failure(f"--budget and --{name}: each says how long to train; give one of them")
 
 
 def experiment_of(

@@ -18,11 +18,11 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
     from .inference import Comparison, Posterior, Trainer
     from .inference.posterior.algorithm import Algorithm
     from .models import Experiment
-
-    Match = Callable[[Algorithm, Experiment], Algorithm]
+    from .models.budget import Plan
 
 console = Console(markup=False, emoji=False)  # users' texts, data and file names are shown as they are
 OUTSIDE_DRAWS = 10_000
+MATCHED = 5  # runs, at most, that it takes to find an algorithm's particles
 CURVE = "training.png"
 
 
@@ -38,7 +38,9 @@ def exact_posterior(experiment: Experiment) -> tuple[Posterior | None, int | Non
 
 
 def trainer_of(name: str, experiment: Experiment) -> Trainer:
-    """What trains the experiment's guide otherwise than a GFlowNet: "wake-sleep", or a policy gradient."""
+    """What trains the experiment's guide: "gflownet", "wake-sleep", or a policy gradient."""
+    if name == "gflownet":
+        return experiment.gflownet()
     from .inference import PolicyGradient, ReweightedWakeSleep
 
     given: dict[str, Any] = {"optimizer": experiment.optimizer(), "num_particles": experiment.recipe.particles}
@@ -47,10 +49,74 @@ def trainer_of(name: str, experiment: Experiment) -> Trainer:
     return PolicyGradient(experiment.model, experiment.guide, algorithm=name, **given)
 
 
+def comparing(experiment: Experiment, particles: int, algorithms: int, repetitions: int, exact: bool) -> float:
+    """Seconds that a comparison takes, about: each algorithm's run is as long as the GFlowNet's, which is measured.
+
+    :param exact: whether there is an exact posterior, outside of which `annotate` looks for mass.
+    """
+    from .inference.posterior.algorithm import sized
+
+    gflownet = experiment.gflownet()
+
+    def seconds(n: int) -> float:
+        began = time.perf_counter()
+        sized(gflownet, n).run(*experiment.test)
+        return time.perf_counter() - began
+
+    outside = 20 * seconds(-(-OUTSIDE_DRAWS // len(experiment.test[0]) // 10)) if exact else 0.0  # of two guides
+    return outside + seconds(particles) * (2 + repetitions * algorithms + MATCHED * (algorithms - 1))
+
+
+class Minutes:
+    """What `compare --budget` has time for: the trainings share what the comparison leaves.
+
+    :param kept: seconds to keep for the comparison.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
+        self.minutes, self.clock, self.kept = minutes, clock, 0.0
+        self.end = clock() + 60 * minutes
+
+    def share(self, trainings: int) -> float:
+        """Minutes of the next of so many trainings."""
+        left = self.end - self.clock() - self.kept
+        if left <= 0:
+            from .inference.training.loop.cost import duration
+
+            took, compared = duration(60 * self.minutes - left - self.kept), duration(self.kept)
+            raise Failure(
+                f"--budget {self.minutes:g}: no time is left to train: {took} have gone, and the comparison takes "
+                f"about {compared}; give more minutes, or choose fewer --algorithms or --particles"
+            )
+        return left / trainings / 60
+
+
+def plan_of(experiment: Experiment, minutes: float | None, out: Path) -> Plan | None:
+    """What a training of so many minutes takes; of one that is taken up, what it was begun with."""
+    from .inference.training.loop import checkpoint as checkpoints
+    from .models.budget import Plan, plan
+
+    before = checkpoints.identity(out / "training")
+    found = Plan.saved(before)
+    if before and minutes != (found and found.minutes):
+        begun = "without --budget" if found is None else f"with --budget {found.minutes:g}"
+        raise Failure(f"--out {out}: the run there was begun {begun}; take it up likewise, or name another directory")
+    return found if found is not None or minutes is None else plan(experiment, minutes)
+
+
 def train_beside(
-    trainer: Trainer, experiment: Experiment, exact: Posterior | None, steps: int, out: Path, seed: int
+    trainer: Trainer,
+    experiment: Experiment,
+    exact: Posterior | None,
+    steps: int,
+    out: Path,
+    seed: int,
+    looks: dict[str, Any] | None = None,
 ) -> None:
-    """Train a guide, by the exact posterior where there is one, with log, curve and adapter in ``out``."""
+    """Train a guide, by the exact posterior where there is one, with log, curve and adapter in ``out``.
+
+    :param looks: what `fit` is told of held-out observations; None: all of them, as often as usual.
+    """
     from .inference.training.loop import checkpoint as checkpoints
     from .inference.training.loop.log import Log
 
@@ -60,7 +126,8 @@ def train_beside(
     Log(out / "run.jsonl").cut(0)
     if exact is not None:
         console.print(f"Total variation of the guide before training: {density_tv(exact, experiment):.3f}")
-    trainer.fit(experiment.batches, steps, seed=seed, held_out=experiment.held_out, log=out / "run.jsonl")
+    looks = {"held_out": experiment.held_out} if looks is None else looks
+    trainer.fit(experiment.batches, steps, seed=seed, log=out / "run.jsonl", **looks)
     save_training(experiment, out)
 
 
@@ -92,31 +159,53 @@ def save_training(experiment: Experiment, out: Path) -> None:
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
-def matching(experiment: Experiment, gflownet: Algorithm) -> Match:
-    """What gives an algorithm as many particles as cost the GFlowNet's tokens a query."""
-    from .inference.judging.compare import PILOTS, Meter, particles_within
-    from .inference.posterior.algorithm import sized
+class Matching:
+    """Gives algorithms as many particles as cost the GFlowNet's tokens a query; and knows what all of them cost.
 
-    meter = Meter([experiment.lm.network])
-    answer, spent, _ = meter(lambda: gflownet.run(*experiment.test))
-    n, tokens = answer.num_particles, spent / len(experiment.test[0])
+    ``tokens`` and ``seconds`` are those of one run of each on the test observations, by what they took here.
+    """
 
-    def match(algorithm: Algorithm, own: Experiment) -> Algorithm:
-        meter.watch([own.lm.network])
-        pilots = min(n, PILOTS[0]), min(4 * n, PILOTS[1])
-        return sized(algorithm, particles_within(algorithm, tokens, meter, args=own.test, pilots=pilots, checks=3))
+    def __init__(self, experiment: Experiment, gflownet: Algorithm):
+        from .inference.judging.compare import Meter
 
-    return match
+        self.meter, self.count = Meter([experiment.lm.network]), len(experiment.test[0])
+        answer, self.once, self.seconds_once = self.meter(lambda: gflownet.run(*experiment.test))
+        self.particles, self.tokens, self.seconds = answer.num_particles, 0.0, 0.0
+
+    def cost(self, repetitions: int) -> str:
+        """What comparing them will cost, in words."""
+        from .inference.training.loop.cost import amount, duration
+
+        tokens, seconds = amount(repetitions * self.tokens), duration(repetitions * self.seconds)
+        return f"Comparing, {repetitions} runs of each algorithm: about {tokens} tokens, {seconds}"
+
+    def own(self, gflownet: Algorithm) -> Algorithm:
+        """The GFlowNet itself, when it is compared too."""
+        self.tokens, self.seconds = self.tokens + self.once, self.seconds + self.seconds_once
+        return gflownet
+
+    def __call__(self, algorithm: Algorithm, own: Experiment) -> Algorithm:
+        from .inference.judging.compare import PILOTS, particles_within
+        from .inference.posterior.algorithm import sized
+
+        self.meter.watch([own.lm.network])
+        pilots, budget = (min(self.particles, PILOTS[0]), min(4 * self.particles, PILOTS[1])), self.once / self.count
+        n = particles_within(algorithm, budget, self.meter, args=own.test, pilots=pilots, checks=3)
+        tokens, seconds = self.meter.last  # of a run with about as many particles
+        self.tokens, self.seconds = self.tokens + self.once, self.seconds + seconds * self.once / tokens
+        return sized(algorithm, n)
 
 
-def candidates_of(chosen: list[str], experiment: Experiment, gflownet: Algorithm, match: Match) -> dict[str, Algorithm]:
+def candidates_of(
+    chosen: list[str], experiment: Experiment, gflownet: Algorithm, match: Matching
+) -> dict[str, Algorithm]:
     """The algorithms, all others with as many particles as cost the GFlowNet's tokens."""
     from .inference import SMC, Importance, MetropolisHastings
 
     found: dict[str, Algorithm] = {}
     model, guide = experiment.model, experiment.guide
     if "gflownet" in chosen:
-        found["GFlowNet"] = gflownet
+        found["GFlowNet"] = match.own(gflownet)
     if "importance" in chosen:
         found["importance sampling (prior)"] = match(Importance(model), experiment)
     if "smc" in chosen:

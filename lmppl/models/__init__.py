@@ -13,10 +13,11 @@ from importlib import import_module
 
 from ..catalogue import MODELS
 from .arithmetic import Arithmetic
+from .budget import Plan, plan
 from .constrained import Constrained
 from .continuation import Continuation
 from .contrastive import Contrastive
-from .experiment import Experiment, Recipe
+from .experiment import PRETRAINED, Experiment, Recipe
 from .infilling import Infilling
 from .random_number import RandomNumber
 from .reverse import Reverse
@@ -32,14 +33,17 @@ EXPERIMENTS = {name: _maker(name) for name in MODELS}
 
 __all__ = [
     "EXPERIMENTS",
+    "PRETRAINED",
     "Arithmetic",
     "Constrained",
     "Continuation",
     "Contrastive",
     "Experiment",
     "Infilling",
+    "Plan",
     "RandomNumber",
     "Recipe",
     "Reverse",
     "Subjectivity",
+    "plan",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -27,7 +28,13 @@ TEST_OBSERVATIONS = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a guide is trained; they won `benchmarks/recipes.py`, see docs/recipes.md."""
+    """How a guide is trained; see docs/recipes.md.
+
+    The defaults are for small networks, and won `benchmarks/recipes.py`; `PRETRAINED` is for large ones.
+
+    :param upper_layers: which layers get an adapter: so many counted from the top (an integer), or such a share of
+        them (a float, 1.0 are all); None: all.  The output layer is none of them, see ``output_layer``.
+    """
 
     steps: int = 1000
     quick_steps: int = 250
@@ -39,6 +46,7 @@ class Recipe:
     replay: Callable[[], Replay] | None = None
     adapter: dict[str, Any] = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
     output_layer: bool = False  # adapt it too: see `linear_layers`
+    upper_layers: int | float | None = None
 
     def passes(self, count: int, seed: int = 0) -> Callable[[int], torch.Tensor]:
         """Which of ``count`` observations a step trains on: a pass in an order of its own, then another."""
@@ -72,7 +80,48 @@ class Recipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             layers = {"target_modules": linear_layers(lm)} if self.output_layer else {}
+            if self.upper_layers is not None:
+                lower = decoder_layers(lm)[: -self.adapted(len(decoder_layers(lm)))]
+                layers["exclude_modules"] = [name for name in linear_layers(lm) if name.startswith(tuple(lower))]
             return lm.with_adapter(peft.LoraConfig(**self.adapter | layers))
+
+    def adapted(self, layers: int) -> int:
+        """How many of so many layers, counted from the top, get an adapter.
+
+        :raises ValueError: where ``upper_layers`` is no such number.
+        """
+        upper = self.upper_layers
+        if upper is None:
+            return layers
+        most = 1.0 if isinstance(upper, float) else layers
+        if isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 < upper <= most:
+            raise ValueError(f"upper_layers: expected an integer up to {layers}, or a share up to 1.0, got {upper!r}")
+        return math.ceil(upper * layers - 1e-9) if isinstance(upper, float) else upper
+
+
+# Of networks of more parameters than LARGE: what is measured by `benchmarks/pretrained_recipes.py` goes here.
+PRETRAINED = Recipe(observations=2, particles=8, learning_rate=2e-4)
+LARGE = 20_000_000
+
+
+def recipe_for(lm: LanguageModel, own: Recipe, large: int = LARGE) -> Recipe:
+    """An experiment's own recipe, and on a large network its batch, rate, adapter and objective those of `PRETRAINED`.
+
+    A network of more than ``large`` parameters is: none of the embedded ones, most pretrained ones.  What is the
+    experiment's own stays so: its steps, its replay buffer, and an objective other than the usual one.
+    """
+    if sum(p.numel() for p in lm.network.base_parameters) <= large:
+        return own
+    usual = own.objective is Recipe.objective
+    return replace(
+        own,
+        observations=PRETRAINED.observations,
+        particles=PRETRAINED.particles,
+        learning_rate=PRETRAINED.learning_rate,
+        adapter=PRETRAINED.adapter,
+        upper_layers=PRETRAINED.upper_layers,
+        objective=PRETRAINED.objective if usual else own.objective,
+    )
 
 
 def linear_layers(lm: LanguageModel) -> list[str]:
@@ -85,6 +134,18 @@ def linear_layers(lm: LanguageModel) -> list[str]:
     layers = {name: lm.model.get_submodule(name) for name in names}
     plain = {name: m.get_base_layer() if hasattr(m, "get_base_layer") else m for name, m in layers.items()}
     return sorted(name for name, m in plain.items() if isinstance(m, torch.nn.Linear | Conv1D))
+
+
+def decoder_layers(lm: LanguageModel) -> list[str]:
+    """What the names of each decoder layer's modules begin with, from the bottom to the top.
+
+    :raises ValueError: where the network keeps its layers in no list.
+    """
+    count = lm.model.config.get_text_config().num_hidden_layers
+    for name, module in lm.model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return [f"{name}.{i}." for i in range(count)]
+    raise ValueError(f"upper_layers: {type(lm.model).__name__} has no list of its {count} layers; leave it None")
 
 
 @dataclass
@@ -112,6 +173,22 @@ class Experiment:
         rate = self.recipe.learning_rate if learning_rate is None else learning_rate
         return torch.optim.AdamW(self.guide_lm.trainable_parameters(), lr=rate, betas=self.recipe.betas)
 
+    def sized(self, observations: int, particles: int) -> Experiment:
+        """The same experiment, of whose batches a step takes so many observations at a time, of so many particles.
+
+        What is left of a batch waits for another pass.
+        """
+        recipe = replace(self.recipe, observations=observations, particles=particles)
+        if callable(self.batches):
+            return replace(self, recipe=recipe, batches=_parts(self.batches, observations))
+        tasks = [task._replace(batches=_parts(task.batch, observations)) for task in self.tasks]
+        return replace(self, recipe=recipe, batches=tasks)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The programs to train on, with their batches."""
+        return [Task(self.model, self.guide, self.batches)] if callable(self.batches) else [*self.batches]
+
     def gflownet(self) -> GFlowNet:
         """A trainer for the guide."""
         trainer = GFlowNet(
@@ -128,10 +205,21 @@ class Experiment:
         return trainer
 
 
+def _parts(batches: Callable[[int], tuple[Any, ...]], rows: int) -> Callable[[int], tuple[Any, ...]]:
+    """Each batch so many observations at a time: a function of the step."""
+    parts = max(1, len(batches(0)[0]) // rows)
+
+    def part(step: int) -> tuple[Any, ...]:
+        batch, at = divmod(step, parts)
+        return tuple(x[at * rows : (at + 1) * rows] for x in batches(batch))
+
+    return part
+
+
 class Options(TypedDict, total=False):
     """What every experiment takes besides what is its own."""
 
-    recipe: Recipe | None  # how the guide is trained; None: as is best for the experiment
+    recipe: Recipe | None  # how the guide is trained; None: as is best for the experiment, see `recipe_for`
     seed: int  # of the guide's first weights and of the batches
     checkpoint: str | Path | None  # a trained adapter that the guide starts from
     setting: str  # the target: "posterior", or "paper", the paper's released one
@@ -168,7 +256,7 @@ class Start:
     ) -> Start:
         """The start on ``lm``, or on the embedded language model ``world``, with the `Options` that were given.
 
-        :param default: the recipe where none is given.
+        :param default: the recipe where none is given; on a large network, see `recipe_for`.
         :param needs: what another language model needs as ``data``; None: nothing.
         :raises ValueError: for another language model without ``data``, what is none, and a setting that is none.
         :raises TypeError: for other options.
@@ -181,7 +269,8 @@ class Start:
             raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
         if lm is not None and data is None and needs is not None:
             raise ValueError(f"data: another language model needs {needs}")
-        lm, recipe = lm or LanguageModel.embedded(world, device=device), recipe or default
+        lm = lm or LanguageModel.embedded(world, device=device)
+        recipe = recipe or recipe_for(lm, default)
         return cls(name, lm, recipe.guide_lm(lm, seed, checkpoint), recipe, seed, setting == "paper")
 
     def experiment(

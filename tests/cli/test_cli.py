@@ -110,6 +110,48 @@ def test_checkpoint_every_says_how_often(lmppl, monkeypatch):
     assert lmppl("train", "random_number", "--checkpoint-every", "0").returncode != 0
 
 
+def test_train_within_a_budget_is_taken_up_by_the_same_command(tmp_path, lmppl):
+    """What was chosen is in the checkpoint, and is not chosen anew."""
+
+    def fit() -> tuple[list[str], dict]:
+        run = lmppl("train", "random_number", "--budget", "0.05", "--out", "out")
+        assert run.returncode == 0, run.stderr
+        chosen = [line for line in run.stdout.splitlines() if line.startswith("0.05 minutes: ")]
+        return chosen, json.loads((tmp_path / "out" / "training" / "training.json").read_text())
+
+    (chosen,), state = fit()
+    steps, particles = state["of"]["budget steps"], state["of"]["budget particles"]
+    assert f"{steps:,} steps of 1 x {particles} draws" in chosen and state["step"] == steps
+    assert state["of"]["objective.num_particles"] == particles
+    assert len((tmp_path / "out" / "run.jsonl").read_text().splitlines()) == steps
+    assert fit() == ([chosen], state)
+    for other, said in (
+        (["--budget", "0.06"], "with --budget 0.05"), ([], "with --budget 0.05"), (["--steps", "3"], "--budget 0.05"),
+    ):  # fmt: skip
+        run = lmppl("train", "random_number", *other, "--out", "out")
+        assert run.returncode == 1 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
+    run = lmppl("train", "random_number", "--steps", "1", "--out", "plain")
+    assert run.returncode == 0, run.stderr
+    run = lmppl("train", "random_number", "--budget", "0.05", "--out", "plain")
+    assert run.returncode == 1 and "was begun without --budget" in run.stderr, run.stderr
+
+
+@pytest.mark.slow
+def test_compare_within_a_budget_says_what_it_will_cost(tmp_path, lmppl):
+    options = ["--particles", "16", "--algorithms", "gflownet,wake-sleep"]
+    run = lmppl("compare", "random_number", "--budget", "0.5", *options)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines if " draws (observations x particles)" in line] == [
+        "gflownet", "wake-sleep",
+    ]  # fmt: skip
+    (said,) = [line for line in lines if line.startswith("Comparing, 4 runs of each algorithm: about ")]
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]
+    tokens = sum(4 * row["query_tokens"] for row in rows if not row["reference"])
+    foretold = said.split("about ")[1].split(" tokens")[0].replace(",", "")
+    assert float(foretold) == pytest.approx(tokens, rel=0.15)  # particles are found to 5%, and draws differ
+
+
 @pytest.mark.slow
 def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
     run = lmppl("compare", "continuation", "--steps", "2", "--particles", "4", "--algorithms", "gflownet")
@@ -205,6 +247,12 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["train", "infilling", "--seed", str(10**30)], "at most 43 bits"),
         (["train", "infilling", "--lm", "", "--data", "stories.txt"], "--lm: it is empty"),
         (["train", "continuation", "--set", "temperature=true"], "a number or several, as [0.8, 0.9]"),
+        (["train", "infilling", "--budget", "10", "--steps", "5"], "--budget and --steps: each says how long to train"),
+        (["compare", "infilling", "--budget", "10", "--quick"], "--budget and --quick: each says how long to train"),
+        (["train", "infilling", "--budget", "0"], "--budget 0: expected minutes, a positive number"),
+        (["train", "infilling", "--budget", "nan"], "--budget nan: expected minutes, a positive number"),
+        (["train", "random_number", "--budget", "0.0001"], "minutes: 0.0001 are too few: a step of 1 x 4 draws takes"),
+        (["compare", "infilling", "--budget", "10", "--algorithms", "smc"], "--budget 10: nothing is trained here"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, word):
@@ -228,6 +276,7 @@ def test_a_mistake_is_one_line_and_a_nonzero_exit(tmp_path, lmppl, arguments, wo
         (["list", "infilling"], ["unexpected extra argument", "infilling"]),
         (["train", "infilling", "--steps", "1e3"], ["--steps", "integer", "'1e3'", "train --help"]),
         (["train", "infilling", "--seed=2.5"], ["--seed", "integer", "'2.5'"]),
+        (["train", "infilling", "--budget", "2h"], ["--budget", "'2h'", "train --help"]),
         (["compare", "infilling", "--threads", "0"], ["--threads", "'0'", "1"]),
         (["compare", "infilling", "--particles", "-3"], ["--particles", "'-3'"]),
         (["sample", "infilling"], ["Missing option '--checkpoint'"]),

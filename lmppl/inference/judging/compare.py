@@ -145,10 +145,14 @@ def compare(
 
 
 class Meter:
-    """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included."""
+    """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included.
+
+    ``last`` is the cost of the last run.
+    """
 
     def __init__(self, networks: list[Any]):
         self.networks: dict[int, Any] = {}
+        self.last = 0, 0.0
         self.watch(networks)
 
     def watch(self, networks: list[Any]) -> None:
@@ -164,7 +168,8 @@ class Meter:
             prompts(network).forget()
         tokens, start = self.tokens, time.perf_counter()
         answer = run()
-        return answer, self.tokens - tokens, time.perf_counter() - start
+        self.last = self.tokens - tokens, time.perf_counter() - start
+        return answer, *self.last
 
 
 def _measure(

@@ -26,8 +26,9 @@ from ..processes.sharded import plate_of
 from ..samplers.importance import Importance
 from ..samplers.smc.bounds import ExactSample
 from .loop.batches import Batches, Task, is_task, readable
+from .loop.cost import Spent
 from .loop.descent import Descent
-from .loop.evaluation import Looks, check_exact, examine
+from .loop.evaluation import LOOK, Looks, check_exact, examine
 from .loop.evaluation import standard_deviation as standard_deviation
 from .loop.identity import settings
 from .loop.loop import MOST_SKIPPED as MOST_SKIPPED
@@ -192,13 +193,13 @@ class Trainer(Sampler, ABC):
             self.training_tokens += distributed.total(sum(network.tokens_scored for network in networks) - before)
             return distributed.average(metrics)
 
-    def _held_out(self, args: tuple[Any, ...], exact_sample: Any = None) -> dict[str, float]:
+    def _held_out(self, args: tuple[Any, ...], draws: int, exact_sample: Any = None) -> dict[str, float]:
         """`evaluate`, each process on its part."""
         dim = self._plate(self._query(*args), lambda query: replace(query, args=query.args[: len(args)]))
         given = () if exact_sample is None or distributed.world().size == 1 else (dict(exact_sample),)
         with distributed.shard((*args, *given), dim, few=True) as own:
             exact = {} if exact_sample is None else {"exact_sample": own[-1] if given else exact_sample}
-            return distributed.average(self.evaluate(*own[: len(args)], **exact))
+            return distributed.average(self.evaluate(*own[: len(args)], num_particles=draws, **exact))
 
     def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
         """`judge`, each process on its part."""
@@ -281,6 +282,9 @@ class Trainer(Sampler, ABC):
             ones that `simulate` drew it with for instance, or an exact `Posterior`: log Z is then bounded from above.
         :returns: the metrics of every step run by this call.
 
+        After two steps it says what all of them will cost, in tokens and time: above the progress bar, and to the
+        logger "lmppl" at the level INFO.
+
         At the end a warning says where the guide is not the posterior (most of the last training draws were impossible;
         on ``held_out`` a small ESS, a large k-hat, or mass that the guide misses, all in the log's last line), and what
         to try.
@@ -325,16 +329,18 @@ class Trainer(Sampler, ABC):
         if checkpoint is not None:
             self._refuse(tasks, seed)
         asked = tuple(held_out or ())
-        evaluate = None if held_out is None else lambda: self._held_out(asked, exact_sample)
+        evaluate = None if held_out is None else lambda draws: self._held_out(asked, draws, exact_sample)
         looks = Looks(evaluate, lambda: self._judged(asked), evaluate_every, steps)
+        spent = Spent(lambda: self.training_tokens)
         with Record(log, checkpoint) as record, shown, forked():
             if record.where is not None:
                 of |= data_and_networks(self, tasks, seed)
             saving = Saving(self, record, of, {"scheduler": rates, "stop": stops, "looks": looks})
-            start = saving.take_up()
+            with spent.on(spent.saves):
+                start = saving.take_up()
             Loop(
                 self._counted, self._descent, tasks, steps, seed, accumulate, rates, looks, stops, record, saving,
-                shown, self.history, checkpoint_every,
+                shown, self.history, checkpoint_every, spent, stop is not None,
             ).run(start, kind, progress)  # fmt: skip
         if self.history:
             warn(kind, self.history)
@@ -367,7 +373,7 @@ class Trainer(Sampler, ABC):
         return None
 
     def evaluate(
-        self, *args: Any, num_particles: int = 64, exact_sample: ExactSample | None = None, **kwargs: Any
+        self, *args: Any, num_particles: int = LOOK, exact_sample: ExactSample | None = None, **kwargs: Any
     ) -> dict[str, float]:
         """How near the guide is to the posterior, from its own draws and half as many of the model's latents.
 

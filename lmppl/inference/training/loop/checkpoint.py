@@ -67,6 +67,17 @@ def exists(directory: Path) -> bool:
     return any((directory / name).exists() for name in (TENSORS, STATE))
 
 
+def identity(directory: Path) -> dict[str, Any]:
+    """What the run of a checkpoint is of, see `identity`; empty where there is none.
+
+    :raises ValueError: where the checkpoint is damaged or another thing.
+    """
+    if not exists(directory):
+        return {}
+    found: dict[str, Any] = files.read(directory, lambda: _read(directory))[0].get("of", {})
+    return found
+
+
 def load(
     directory: Path, optimizer: Optimizer | Sequence[Optimizer], of: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:

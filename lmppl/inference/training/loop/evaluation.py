@@ -21,6 +21,8 @@ from ...samplers.smc.bounds import ExactSample, upper_bound
 from .verdict import khat, missed, of_all, verdict
 
 REMEMBERED = 3  # looks that a verdict compares with
+LOOK = 64  # draws of the guide in a look
+JUDGED = 3  # of them are as many draws as `judge` makes and scores
 
 
 @torch.no_grad()
@@ -97,20 +99,42 @@ class Looks:
 
     def __init__(
         self,
-        evaluate: Callable[[], dict[str, float]] | None,
+        evaluate: Callable[[int], dict[str, float]] | None,
         judge: Callable[[], dict[str, float]],
         every: int,
         steps: int,
     ):
         self.evaluate, self.judge, self.every, self.steps = evaluate, judge, every, steps
         self.before: list[dict[str, float]] = []
+        self._draws = True  # whether what is found is of draws of a guide
+
+    def count(self, done: int) -> int:
+        """How many are to come after so many steps."""
+        if self.evaluate is None or done >= self.steps:
+            return 0
+        return self.steps // self.every - done // self.every + bool(self.steps % self.every)
+
+    def due(self, done: int) -> int:
+        """Likewise; the last one, at which the guide is judged, counts as several."""
+        count = self.count(done)
+        return count + JUDGED if count and self._draws else count
+
+    def trial(self, draws: int) -> bool:
+        """A look at so many draws, of which nothing is kept; False where it is not of draws, and so was a whole one."""
+        assert self.evaluate is not None
+        self._draws = "held_out_sd_u" in self.evaluate(draws)
+        return self._draws
+
+    def at(self, step: int) -> bool:
+        """Whether there is one after this step."""
+        return self.evaluate is not None and ((step + 1) % self.every == 0 or step + 1 == self.steps)
 
     def __call__(self, step: int) -> dict[str, Any]:
         """What is found after this step; nothing where nobody looks."""
-        last = step + 1 == self.steps
-        if self.evaluate is None or ((step + 1) % self.every and not last):
+        if self.evaluate is None or not self.at(step):
             return {}
-        found: dict[str, Any] = self.evaluate()
+        last = step + 1 == self.steps
+        found: dict[str, Any] = self.evaluate(LOOK)
         if last:
             found |= self.judge()
         if "held_out_sd_u" in found:

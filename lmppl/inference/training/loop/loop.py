@@ -7,13 +7,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ...core.query import Query
 from ...processes import distributed
 from .batches import Task
+from .cost import Forecast, Spent
 from .descent import Descent, mean
 from .evaluation import Looks
 from .rates import Rates
@@ -46,17 +49,25 @@ class Loop:
     trackers: Trackers
     history: list[dict[str, Any]]
     checkpoint_every: int
+    spent: Spent
+    may_end: bool  # before its last step
     said: str = field(default="", init=False)  # the last verdict
 
     def run(self, start: int, name: str, progress: bool) -> None:
         """All steps from ``start`` on."""
+        turns = len(self.tasks) // gcd(len(self.tasks), self.accumulate)
+        cost = Forecast(start, self.steps, self.spent, self.looks, self.checkpoint_every, turns, self.may_end)
         with _bar(name, progress) as bar, self.rates, self.descent.over(self.accumulate):
             shown = bar.add_task("", total=self.steps, completed=start)
             for step in range(start, 0 if self.stops.ended else self.steps):
+                before = self.spent.mark()
                 stopped = self.step(step)
                 bar.update(shown, advance=1, description=self._description())
                 if stopped:
                     break
+                if "skipped" not in self.history[-1]:  # which costs less than others
+                    self.spent.add(before)
+                _say(cost(step + 1), bar)
         self.stops.finish()
 
     def step(self, step: int) -> bool:
@@ -65,7 +76,9 @@ class Loop:
         self.rates.begin(step)
         metrics: dict[str, Any] = self._tried(step)
         self.rates.end(updated="skipped" not in metrics)
-        metrics |= self.looks(step)
+        if self.looks.at(step):
+            with self.spent.on(self.spent.looks):
+                metrics |= self.looks(step)
         self.history.append(metrics)
         stopped = False
         try:
@@ -76,7 +89,8 @@ class Loop:
         told = self.record.told()
         if told or stopped or (step + 1) % self.checkpoint_every == 0 or step + 1 == self.steps:
             self.rates.rest()
-            self.saving.save(step + 1)
+            with self.spent.on(self.spent.saves):
+                self.saving.save(step + 1)
         if told:
             self.record.end(told)
         return stopped
@@ -120,6 +134,14 @@ class Loop:
 def shown(metrics: Mapping[str, Any]) -> str:
     """The first metrics, in a line."""
     return "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, int | float))[:60]
+
+
+def _say(line: str, bar: Progress) -> None:
+    """Above the bar, and in the log of the program."""
+    if line and distributed.world().rank == 0:
+        logger.info(line)
+        if not bar.disable:
+            bar.console.print(Text(line), soft_wrap=True)
 
 
 @contextmanager

@@ -1,0 +1,242 @@
+r"""So many minutes: how many observations, particles and steps a training takes.
+
+A step on m observations with n particles each takes about :math:`c(m, n) = a + b\,m n` seconds; R seconds are enough
+for :math:`S = R / c` steps, which see :math:`S\,m\,n` draws.  Many steps of few draws teach more than few steps of
+many, as long as there are several draws of an observation to compare, and several observations.  So
+
+1. sizes (m, n) go from `LEAST` to the recipe's, each with twice the draws of the one before;
+2. the largest is taken of which the recipe's number of steps fits, the smallest where none does;
+3. and as many steps of it as fit.
+
+More time buys first steps, up to the recipe's number, then draws, then steps again; and since
+:math:`m n / c(m, n)` grows with m n, the draws in all, :math:`S\,m\,n`, never fall.
+
+A size is measured by steps of its own, as long as larger ones may fit: a step that fits as often as the recipe says is
+a small part of the time.  `STEPS` of the time is for steps, at most `LOOKS` for looks at held-out observations; the
+rest is kept back, because texts may grow longer in training.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from ..inference import Trainer
+from ..inference.core.arguments import is_number
+from ..inference.processes.distributed import first_alone, world
+from ..inference.training.loop.cost import duration
+from ..inference.training.loop.evaluation import JUDGED
+from ..randomness import forked
+from .experiment import Experiment
+
+STEPS, LOOKS = 0.75, 0.15  # of the time
+ENOUGH = 100  # steps; fewer seldom teach a guide
+FEW_LOOKS = 5  # without less on fewer observations
+EVERY = 50  # steps between two looks, at least
+
+
+class Size(NamedTuple):
+    """Of a step: observations, and particles of each."""
+
+    observations: int
+    particles: int
+
+    @property
+    def draws(self) -> int:
+        return self.observations * self.particles
+
+    def __str__(self) -> str:
+        return f"{self.observations} x {self.particles}"
+
+
+LEAST = Size(2, 4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training takes that is to last so many minutes, see `plan`.
+
+    :param held_out: how many of the held-out observations are looked at; 0: none.
+    :param seconds: of a step, as measured.
+    :param why: why not more draws or fewer, in words.
+    """
+
+    minutes: float
+    observations: int
+    particles: int
+    steps: int
+    held_out: int
+    evaluate_every: int
+    seconds: float
+    why: str
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The experiment with so many observations and particles a step."""
+        return experiment.sized(self.observations, self.particles)
+
+    def looks(self, experiment: Experiment) -> dict[str, Any]:
+        """What `fit` is told of held-out observations."""
+        some = tuple(x[: self.held_out] for x in experiment.held_out)
+        return {"held_out": some, "evaluate_every": self.evaluate_every} if self.held_out else {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For the checkpoint, from which a run that is taken up has its plan."""
+        return {f"budget {name}": value for name, value in asdict(self).items()}
+
+    @classmethod
+    def saved(cls, identity: Mapping[str, Any]) -> Plan | None:
+        """What `identity` was made of; None: it is of a run without a plan."""
+        found: dict[str, Any] = {f.name: identity.get(f"budget {f.name}") for f in fields(cls)}
+        return None if None in found.values() else cls(**found)
+
+    def __str__(self) -> str:
+        size = Size(self.observations, self.particles)
+        looks = f"looks at {self.held_out} of held_out every {self.evaluate_every:,} steps"
+        return (
+            f"{self.minutes:.3g} minutes: {self.steps:,} steps of {size} draws (observations x particles), "
+            f"{duration(self.seconds)} each: {self.why}; {looks if self.held_out else 'no looks at held_out'}"
+        )
+
+
+def plan(
+    experiment: Experiment,
+    minutes: float,
+    make: Callable[[Experiment], Trainer] = Experiment.gflownet,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Plan:
+    """With how many observations, particles and steps training the experiment's guide takes so many minutes.
+
+    A few steps are measured, whose time counts; then guide and generator are as they were.  It is no deadline: a tenth
+    of the time is kept back, and texts that grow much longer take more than was measured.
+
+    :param make: what makes the trainer of an experiment.
+    :raises ValueError: where there is time for no step.
+
+    Example::
+
+        experiment = infilling.experiment()
+        found = plan(experiment, minutes=0.5)
+        experiment = found.of(experiment)
+        experiment.gflownet().fit(experiment.batches, found.steps, **found.looks(experiment))
+    """
+    is_number("a positive number", lambda x: 0 < x < math.inf, minutes=minutes)
+    began, recipe = clock(), experiment.recipe
+    rows = min(len(task.batch(0)[0]) for task in experiment.tasks)
+    least = Size(max(LEAST.observations, world().size), max(LEAST.particles, recipe.objective().least_particles))
+    to_try = sizes(Size(min(rows, recipe.observations), recipe.particles), least)
+    with as_it_was(experiment):
+
+        @cache
+        def cost(size: Size) -> float:
+            seconds = _step(experiment.sized(*size), make, clock)
+            return first_alone(lambda: seconds)  # of several processes one measures for all
+
+        cost(to_try[0])
+        own = _look(experiment, make, clock)
+        look = first_alone(lambda: own)
+        left = first_alone(lambda: 60 * minutes - (clock() - began))
+        size, steps = choose(STEPS * left, cost, to_try, recipe.steps)
+    held_out, every = looks(LOOKS * left, look, len(experiment.held_out[0]), steps)
+    if steps < 1:
+        raise ValueError(
+            f"minutes: {minutes:g} are too few: a step of {size} draws takes {duration(cost(size))}, and measuring "
+            f"that took {duration(60 * minutes - left)}; {ENOUGH} steps need about "
+            f"{math.ceil(minutes - left / 60 + ENOUGH * cost(size) / STEPS / 60)} minutes"
+        )
+    return Plan(minutes, *size, steps, held_out, every, cost(size), _why(size, steps, to_try, recipe.steps))
+
+
+def choose(seconds: float, cost: Callable[[Size], float], to_try: Sequence[Size], wanted: int) -> tuple[Size, int]:
+    """The largest size of which the wanted number of steps fits, and how many do.
+
+    :param cost: seconds of a step of a size; asked as long as they fit.
+    :param to_try: sizes, from the smallest on.
+    """
+    chosen = to_try[0]
+    for size in to_try:
+        if wanted * cost(size) > seconds:
+            break
+        chosen = size
+    return chosen, max(0, math.floor(seconds / cost(chosen)))
+
+
+def sizes(most: Size, least: Size = LEAST) -> list[Size]:
+    """From the smallest to ``most``: it, and what halving it gives, observations or particles, of which there is more.
+
+    >>> [str(size) for size in sizes(Size(8, 16))]
+    ['2 x 4', '2 x 8', '4 x 8', '4 x 16', '8 x 16']
+    """
+    found = [most]
+    while True:
+        m, n = found[0]
+        fewer, each = m // 2 >= least.observations, n // 2 >= least.particles
+        if not fewer and not each:
+            return found
+        more = m * least.particles >= n * least.observations  # observations, by what there must be of both
+        found.insert(0, Size(m // 2, n) if fewer and (more or not each) else Size(m, n // 2))
+
+
+def looks(seconds: float, one: float, observations: int, steps: int) -> tuple[int, int]:
+    """At how many held-out observations to look, and every how many steps, in so many seconds.
+
+    :param one: seconds of a look at one.
+    """
+    some = min(observations, math.floor(seconds / max(one, 1e-9) / (FEW_LOOKS + JUDGED)))
+    if some < 1:
+        return 0, max(1, steps)
+    times = math.floor(seconds / max(one, 1e-9) / some) - JUDGED
+    return some, max(EVERY, math.ceil(steps / times))
+
+
+@contextmanager
+def as_it_was(experiment: Experiment) -> Iterator[None]:
+    """Whatever is trained inside, afterwards the guide and the generator are as before."""
+    parameters = experiment.guide_lm.trainable_parameters()
+    before = [p.detach().clone() for p in parameters]
+    try:
+        with forked():
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(parameters, before, strict=True):
+                p.copy_(value)
+                p.grad = None
+
+
+def _step(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: Callable[[], float]) -> float:
+    """Seconds of a step, the mean over tasks; of two the shorter one: the first may hold what is done once."""
+    trainer, taken = make(experiment), []
+    for task in experiment.tasks:
+        own, both = trainer.on(task.model, task.guide), []
+        for step in range(2):
+            batch, began = task.batch(step), clock()
+            own.step(*batch)
+            both.append(clock() - began)
+        taken.append(min(both))
+    return sum(taken) / len(taken)
+
+
+def _look(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: Callable[[], float]) -> float:
+    """Seconds of a look at one held-out observation; of several at once each takes at most as long."""
+    trainer, one, began = make(experiment), [x[:1] for x in experiment.held_out], clock()
+    trainer.evaluate(*one)
+    return clock() - began
+
+
+def _why(size: Size, steps: int, to_try: Sequence[Size], wanted: int) -> str:
+    if steps < min(ENOUGH, wanted):
+        return f"the fewest draws, and yet fewer than {min(ENOUGH, wanted)} steps, which seldom teach a guide"
+    if steps < wanted:
+        return f"the fewest draws, since the recipe's {wanted:,} steps do not fit"
+    if size != to_try[-1]:
+        return f"the most draws of which the recipe's {wanted:,} steps fit"
+    return f"the recipe's size, of which {wanted:,} steps fit"
