@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import forked
 from paths import ROOT
 
 from lmppl.testing import TextContract
@@ -30,11 +31,14 @@ del EXTENSIONS["An objective"]  # it is examples/own_objective.py
 
 
 def run(path: Path, *args: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(path), *args]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (found,) = forked(partial(main, path, *args))
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
+
+
+def main(path: Path, *args: str) -> None:
+    sys.argv[:] = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.parametrize(
