@@ -18,7 +18,7 @@ from problems import VOCAB, A, B, X, adapted, lm_guide, one_text, texts_of
 from reference import Plain
 from tasks import Task
 from test_exploration import law, same_law
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -80,7 +80,7 @@ def serving(writer: Any) -> Iterator[str]:
             return None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # asks as often whether to end
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -258,6 +258,6 @@ def test_bad_arguments_are_named(lm):
         Served(lm, "http://localhost:8000/v1", "guide").remote(
             text_of(Completion(lm, X, max_tokens=2, allowed=ban(lm, ["a"])))
         )
-    other = Completion(tiny_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
+    other = Completion(flat_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
     assert Served(lm, "http://localhost:8000/v1", "guide").remote(text_of(other)) is other
     assert texts_of(lm).shape[0] > 4
