@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import peft
 import pyro
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl.distributions import Completion
@@ -25,7 +25,7 @@ class Task:
         x: Sequence[str] = ("abc", "d"),
         y: Sequence[str] = ("cab", "ed"),
     ):
-        self.lm = tiny_lm(seed=seed, dtype=dtype, vocab=vocab)
+        self.lm = flat_lm(seed=seed, dtype=dtype, vocab=vocab)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.q = self.lm.with_adapter(peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from plate_of_three import P
 from rich.console import Console
+from tiny import flat_lm
 
 from benchmarks.diagnose_rates import CASES, rate
 from lmppl import text
@@ -30,6 +30,7 @@ from lmppl.inference.judging.calibration import calibrate, position
 from lmppl.inference.judging.evidence import winnings
 from lmppl.inference.judging.pools import Pool, judge, member_weights, ranks
 
+P = flat_lm(vocab=5, seed=0)
 CELLS = 40  # a plate element is a data set of its own
 X = P.encode(["a", "", "ba", "c"] * 10)
 Y = P.encode(["b", "a", "", "c"] * 10, stop="eos")

@@ -10,7 +10,7 @@ import peft
 import pyro
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
@@ -22,7 +22,7 @@ TOKENS, LONGER = 4, 150
 
 @pytest.fixture(scope="module")
 def views():
-    lm = tiny_lm(max_length=256)
+    lm = flat_lm(max_length=256)
     return lm, lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
 
 
