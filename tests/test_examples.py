@@ -16,7 +16,7 @@ from paths import ROOT
 from lmppl.testing import TextContract
 
 EXAMPLES, PRETRAINED = (sorted((ROOT / "examples").glob(p)) for p in ("*.py", "pretrained/*.py"))
-SLOW = {"local_and_global", "own_objective"}
+SLOW = {"local_and_global", "own_objective", "quickstart"}
 
 
 def programs(page: Path) -> dict[str, str]:
@@ -41,15 +41,26 @@ def main(path: Path, *args: str) -> None:
     runpy.run_path(str(path), run_name="__main__")
 
 
+def of_the_quickstart(printed: str) -> None:
+    ess = [int(line.split("ESS ")[1].split()[0]) for line in printed.splitlines() if "ESS" in line]
+    prior, trained = ess  # of 512: what training is for
+    assert trained > 5 * prior
+
+
 @pytest.mark.parametrize(
     "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
 )
 def test_an_example_runs(path):
     printed = run(path)
     if path.stem == "quickstart":
-        ess = [int(line.split("ESS ")[1].split()[0]) for line in printed.splitlines() if "ESS" in line]
-        prior, trained = ess  # of 512: what training is for
-        assert trained > 5 * prior
+        of_the_quickstart(printed)
+
+
+def test_the_quickstart_trains_in_fewer_steps(tmp_path):
+    program = (ROOT / "examples" / "quickstart.py").read_text()
+    assert program.count("steps=150") == 1
+    (tmp_path / "shorter.py").write_text(program.replace("steps=150", "steps=60"))
+    of_the_quickstart(run(tmp_path / "shorter.py"))
 
 
 @pytest.mark.pretrained
