@@ -255,7 +255,7 @@ def test_an_exact_m_step_follows_the_likelihood(lm, both):
 
 
 def test_a_short_training_lowers_the_divergence():
-    recipe = Recipe(steps=60, observations=8, particles=16, learning_rate=3e-3)
+    recipe = Recipe(steps=30, observations=8, particles=12, learning_rate=6e-3)
     made = experiment(recipe=recipe)
     exact = made.exact.run(*made.test)
 
