@@ -94,7 +94,8 @@ def test_the_same_questions_keep_their_reasons(posterior):
 
 
 @torch.no_grad()
-def test_keep_says_which(posterior):
+def test_keep_says_which():
+    posterior = Importance(reasoned, num_particles=100).run(X, Y)
     z, k = posterior.samples["z"], posterior.samples["k"]
     for keep in (["k", "z"], ["z"], ["k"], "k", [], set(), ("z", "k")):
         for x in (X, NEW):

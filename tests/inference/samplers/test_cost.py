@@ -6,6 +6,8 @@ each prompt that several texts share once in all. Never once per particle.
 
 from __future__ import annotations
 
+from functools import cache
+
 import peft
 import pyro
 import pytest
@@ -26,6 +28,7 @@ def views():
     return lm, lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
 
 
+@cache
 def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
     """Tokens of one run (of one step, if it is trained) of an algorithm on z ~ LM(x), y ~ LM(x z), w ~ LM(x)."""
     lm, q = views
