@@ -317,8 +317,9 @@ def tabular(lm: LanguageModel, problem: str) -> tuple[Callable, list[Tensor], Ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize("problem", ["from one token", "a category first"])
-def test_pairs_within_a_sample_do_not_identify_and_the_pooled_form_does(lm, problem):
+def test_pairs_within_a_sample_do_not_identify_and_the_pooled_form_does(problem):
     """Trained alike: the pooled form reaches the posterior; the un-pooled loss goes to zero far away from it."""
+    lm = tiny_lm(vocab=VOCAB)
     found = PROBLEMS[problem](lm)
     ends = {}
     for kind in (SubTB, Unpooled):
