@@ -3,6 +3,8 @@ BIN := .venv/bin
 OUT ?= out/infilling
 # On two shared cores one thread a process is steadier than two.
 export OMP_NUM_THREADS ?= 1
+# Modules are compiled once, not by every process that starts.
+export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 

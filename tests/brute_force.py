@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from pyro import poutine
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion
 
-LMS = [tiny_lm(vocab=5, seed=s, dtype=torch.float64) for s in range(3)]
+LMS = [flat_lm(vocab=5, seed=s, dtype=torch.float64) for s in range(3)]
 SEED = st.integers(0, 2)
 Y = "ab"
 

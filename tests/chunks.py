@@ -22,7 +22,10 @@ def chunk_lm(words: tuple[str, ...] = WORDS, seed: int = 33, dtype: torch.dtype 
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[0], pad_token=words[0])
-    return LanguageModel(tiny_lm(vocab=len(words), seed=seed, dtype=torch.float32).model.to(dtype), tokenizer)
+    tried = tiny_lm(vocab=len(words), seed=seed, dtype=torch.float32)
+    lm = LanguageModel(tried.model.to(dtype), tokenizer)
+    lm.network.facts.update(tried.network.facts)
+    return lm
 
 
 @dataclass
@@ -59,7 +62,7 @@ class StringLaw(Law):
         for t, token in enumerate(value):
             if self.over(value[:t]) or t >= self.max_tokens + bool(self.stops):
                 return -torch.inf
-            total += float(self.next(value[:t])[token])
+            total += self.step(value[:t])[token]
             if total == -torch.inf:
                 return total
         return total if self.over(value) or (not self.stops and len(value) == self.max_tokens) else -torch.inf
@@ -71,9 +74,7 @@ class StringLaw(Law):
             if self.over(prefix) or (not self.stops and len(prefix) == self.max_tokens):
                 found[prefix] = log_p
             else:
-                waiting += [
-                    ((*prefix, v), log_p + p) for v, p in enumerate(self.next(prefix).tolist()) if p > -torch.inf
-                ]
+                waiting += [((*prefix, v), log_p + p) for v, p in enumerate(self.step(prefix)) if p > -torch.inf]
         return found
 
     def stopped(self, value: Tokens) -> list[Tokens]:

@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 from reference import Tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ def spelled_lm(*tokens: str, seed: int = 0) -> LanguageModel:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(("<eos>", *tokens))}))
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    return LanguageModel(tiny_lm(vocab=max(8, len(tokens) + 1), seed=seed).model, tokenizer)
+    return LanguageModel(flat_lm(vocab=max(8, len(tokens) + 1), seed=seed).model, tokenizer)
 
 
 AB = spelled_lm(".", "a", "b", "ab", "ba", "abb", "<eos")  # one text, many ways to cut it; the last is no eos

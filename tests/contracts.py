@@ -272,7 +272,7 @@ class TextContract(testing.TextContract, LMDistributionContract):
         assert (by_token.sum(-1) - d.log_prob(z)).abs().max() < 1e-9
         for b, law in enumerate(self.laws(Plain(lm))):
             value = tokens(z[0, b])
-            expected = [float(law.next(value[:t])[v]) for t, v in enumerate(value)]
+            expected = [law.step(value[:t])[v] for t, v in enumerate(value)]
             assert by_token[0, b, : len(value)].tolist() == pytest.approx(expected, abs=1e-9)
 
     def test_prefix_log_probs(self, d, lm):

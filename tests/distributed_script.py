@@ -1,4 +1,4 @@
-"""What `test_distributed.py` runs on one process and, started by torchrun, on two: the figures go to OUT/rank.json.
+"""What `test_distributed.py` runs on one process and, as torchrun starts them, on two: figures go to OUT/rank.json.
 
 torchrun --standalone --nproc_per_node 2 tests/distributed_script.py OUT
 """
@@ -16,7 +16,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from tiny import adapter, tiny_lm
+from tiny import adapter, flat_lm
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -50,7 +50,7 @@ class Task:
     """
 
     def __init__(self, trains: str = "q") -> None:
-        self.lm = tiny_lm(vocab=5, seed=3, dtype=torch.float64)
+        self.lm = flat_lm(vocab=5, seed=3, dtype=torch.float64)
         elsewhere = 100 * world().rank
         self.p = adapter(self.lm, 1 + elsewhere * ("p" in trains), r=2)
         self.q = adapter(self.lm, 2 + elsewhere * ("q" in trains), r=2)
@@ -285,7 +285,7 @@ def fully_sharded(out: Path) -> dict[str, Any]:
 
 def in_pieces(adapted: bool) -> LanguageModel:
     """A network of its own, sharded over processes before it is wrapped; perhaps frozen, with an adapter on it."""
-    lm = tiny_lm(vocab=5, seed=4, dtype=torch.float64)
+    lm = flat_lm(vocab=5, seed=4, dtype=torch.float64)
     network, tokenizer = lm.model, lm.tokenizer
     if world().size > 1:
         network = type(network)(network.config).double().requires_grad_(not adapted)  # not wrapped yet
@@ -355,6 +355,7 @@ CHECKS = (
 def main(out: Path) -> None:
     from accelerate import PartialState
 
+    PartialState._reset_state()  # that of the process that this one is a fork of
     state = PartialState(cpu=True)
     assert state.num_processes == world().size == 2, "started as one process"
     results = {check.__name__: check(out) for check in (*CHECKS, otherwise, refused)}

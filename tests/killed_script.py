@@ -25,7 +25,7 @@ import pyro.distributions as dist
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import LanguageModel
 from lmppl.inference import Importance, Posterior, Trainer
@@ -123,7 +123,7 @@ def killed(kind: str, save: Callable[[str, Path], Any], load: Callable[[Path], s
 
 # -- what is saved -----------------------------------------------------------------------------------------------------
 
-lm = tiny_lm()
+lm = flat_lm()
 
 
 def view(which: str) -> LanguageModel:
@@ -152,7 +152,7 @@ def as_peft_reads(path: Path) -> str:
     return "peft sees " + one({"old" if alpha == 4 else "new", "old" if weights.flatten()[0] < 0.15 else "new"})
 
 
-bases = {"old": tiny_lm(seed=1), "new": tiny_lm(seed=2)}
+bases = {"old": flat_lm(seed=1), "new": flat_lm(seed=2)}
 
 
 def base(path: Path) -> str:

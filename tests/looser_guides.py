@@ -5,15 +5,15 @@ from __future__ import annotations
 import pyro
 import torch
 from programs_by_hand import contains
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
 
 RUNS = 600
-LM = tiny_lm(vocab=6)  # <eos> . a b c d
-OTHER = tiny_lm("llama", vocab=6, seed=1)
+LM = flat_lm(vocab=6)  # <eos> . a b c d
+OTHER = flat_lm("llama", vocab=6, seed=1)
 A, B, C, D = (LM.encode(s)[0] for s in "abcd")
 Y = LM.encode("b", stop="eos")
 

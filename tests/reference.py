@@ -49,6 +49,7 @@ class Law:
     stops: Tokens = (0,)
     allowed: Callable[[Tokens], set[int]] | None = None
     temperature: float = 1.0
+    memo: dict[Tokens, list[float]] = field(default_factory=dict, init=False, repr=False)
 
     def next(self, prefix: Tokens) -> Tensor:
         """(V,) log-probabilities of the token after ``prefix``."""
@@ -63,13 +64,19 @@ class Law:
         banned = torch.tensor([v not in permitted for v in range(len(logits))])
         return logits.masked_fill(banned, -torch.inf).log_softmax(-1)
 
+    def step(self, prefix: Tokens) -> list[float]:
+        """`next`, found once."""
+        if prefix not in self.memo:
+            self.memo[prefix] = self.next(prefix).tolist()
+        return self.memo[prefix]
+
     def log_prob(self, value: Tokens) -> float:
         """log p(value), -inf for what cannot be drawn."""
         total = 0.0
         for t, token in enumerate(value):
             if any(v in self.stops for v in value[:t]) or t > self.max_tokens - (not self.stops):
                 return -torch.inf
-            total += float(self.next(value[:t])[token])
+            total += self.step(value[:t])[token]
             if total == -torch.inf:
                 return total
         complete = value[-1:] and value[-1] in self.stops if self.stops else len(value) == self.max_tokens

@@ -24,8 +24,9 @@ class Task:
         vocab: int = 8,
         x: Sequence[str] = ("abc", "d"),
         y: Sequence[str] = ("cab", "ed"),
+        layers: int = 1,
     ):
-        self.lm = tiny_lm(seed=seed, dtype=dtype, vocab=vocab)
+        self.lm = tiny_lm(seed=seed, dtype=dtype, vocab=vocab, layers=layers)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.q = self.lm.with_adapter(peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))

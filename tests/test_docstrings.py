@@ -80,7 +80,7 @@ def spelling_lm() -> LanguageModel:
     backend = Tokenizer(models.Unigram([(p, -float(len(p) > 0)) for p in pieces], unk_id=0))
     backend.decoder = decoders.Fuse()
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(pieces), max_length=256))
+    network = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(pieces), max_length=256, layers=1))
     return LanguageModel(network, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
+import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from forked import forked
 from paths import ROOT
 
 from lmppl.testing import TextContract
 
 EXAMPLES, PRETRAINED = (sorted((ROOT / "examples").glob(p)) for p in ("*.py", "pretrained/*.py"))
-SLOW = {"local_and_global", "own_objective"}
+SLOW = {"local_and_global", "own_objective", "quickstart"}
 
 
 def programs(page: Path) -> dict[str, str]:
@@ -30,11 +31,20 @@ del EXTENSIONS["An objective"]  # it is examples/own_objective.py
 
 
 def run(path: Path, *args: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(path), *args]
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (found,) = forked(partial(main, path, *args))
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
+
+
+def main(path: Path, *args: str) -> None:
+    sys.argv[:] = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def of_the_quickstart(printed: str) -> None:
+    ess = [int(line.split("ESS ")[1].split()[0]) for line in printed.splitlines() if "ESS" in line]
+    prior, trained = ess  # of 512: what training is for
+    assert trained > 5 * prior
 
 
 @pytest.mark.parametrize(
@@ -43,9 +53,14 @@ def run(path: Path, *args: str) -> str:
 def test_an_example_runs(path):
     printed = run(path)
     if path.stem == "quickstart":
-        ess = [int(line.split("ESS ")[1].split()[0]) for line in printed.splitlines() if "ESS" in line]
-        prior, trained = ess  # of 512: what training is for
-        assert trained > 5 * prior
+        of_the_quickstart(printed)
+
+
+def test_the_quickstart_trains_in_fewer_steps(tmp_path):
+    program = (ROOT / "examples" / "quickstart.py").read_text()
+    assert program.count("steps=150") == 1
+    (tmp_path / "shorter.py").write_text(program.replace("steps=150", "steps=60"))
+    of_the_quickstart(run(tmp_path / "shorter.py"))
 
 
 @pytest.mark.pretrained

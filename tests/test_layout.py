@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,26 +66,28 @@ def test_the_links_show_the_packages_and_cannot_be_imported(name):
     assert run.returncode == 1 and f"ImportError: import lmppl.{name}, not {name}" in run.stderr
 
 
-def imported(tree: ast.AST, module: tuple[str, ...], package: tuple[str, ...]) -> set[str]:
-    """The parts of a package that a module imports, relatively or not; ``module`` is its path below the repository."""
-    found = []
-    for node in ast.walk(tree):
+@cache
+def imported(path: Path) -> list[tuple[str, ...]]:
+    """What a file below the repository imports, relatively or not, by the parts of its name."""
+    found, module = [], path.relative_to(ROOT).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [name.name.split(".") for name in node.names]
+            found += [(*name.name.split("."),) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = [*module[: -node.level]] if node.level else []
-            base += node.module.split(".") if node.module else []
-            found += [[*base, name.name] for name in node.names]
-    depth = len(package)
-    return {name[depth] for name in found if tuple(name[:depth]) == package and len(name) > depth}
+            base = module[: -node.level] if node.level else ()
+            base += (*node.module.split("."),) if node.module else ()
+            found += [(*base, name.name) for name in node.names]
+    return found
 
 
 def arrows(root: Path) -> Iterator[tuple[str, str, Path]]:
     """A part of a package, another part that it imports, and the file that does so."""
+    package = root.relative_to(ROOT).parts
+    depth = len(package)
     for path in sorted(root.rglob("*.py")):
         part = path.relative_to(root).parts[0].removesuffix(".py")
-        tree, module = ast.parse(path.read_text()), path.relative_to(ROOT).with_suffix("").parts
-        for other in imported(tree, module, root.relative_to(ROOT).parts) - {part}:
+        others = {name[depth] for name in imported(path) if name[:depth] == package and len(name) > depth}
+        for other in others - {part}:
             yield part, other, path.relative_to(ROOT)
 
 
@@ -126,10 +129,7 @@ def test_what_is_installed_needs_nothing_that_is_not():
     names = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()} - {"lmppl", "inference", "models"}
     assert {"worlds", "benchmarks"} <= names
     for path in (ROOT / "lmppl").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            found = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-            found += [name.name for name in node.names] if isinstance(node, ast.Import) else []
-            assert not {(name or "").split(".")[0] for name in found} & names, path
+        assert not {name[0] for name in imported(path)} & names, path
 
 
 def modules_of(tree: ast.AST) -> set[str]:

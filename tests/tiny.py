@@ -49,12 +49,12 @@ def tiny_tokenizer(vocab: int = 8, pad_is_eos: bool = True, add_bos: bool = Fals
     )
 
 
-def tiny_config(arch: str, vocab: int, max_length: int = 64) -> transformers.PreTrainedConfig:
-    """Two layers of width 16 with 2 heads; dropout is on, so that a test notices a network left in train mode."""
+def tiny_config(arch: str, vocab: int, max_length: int = 64, layers: int = 2) -> transformers.PreTrainedConfig:
+    """Layers of width 16 with 2 heads; dropout is on, so that a test notices a network left in train mode."""
     common = {
         "vocab_size": vocab,
         "hidden_size": 16,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "intermediate_size": 32,
         "max_position_embeddings": max_length,
@@ -65,7 +65,13 @@ def tiny_config(arch: str, vocab: int, max_length: int = 64) -> transformers.Pre
     grouped = {**common, "num_key_value_heads": 1, "attention_dropout": 0.1}
     if arch == "gpt2":
         return GPT2Config(
-            vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=max_length, bos_token_id=0, eos_token_id=0
+            vocab_size=vocab,
+            n_embd=16,
+            n_layer=layers,
+            n_head=2,
+            n_positions=max_length,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     if arch == "llama":
         return LlamaConfig(**grouped, tie_word_embeddings=False)
@@ -89,11 +95,13 @@ def adapter(lm: LanguageModel, seed: int, r: int = 4, std: float = 0.1) -> Langu
 
 
 @cache
-def _prototype(arch: str, vocab: int, seed: int, dtype: torch.dtype, max_length: int, default: torch.dtype) -> Any:
+def _prototype(
+    arch: str, vocab: int, seed: int, layers: int, dtype: torch.dtype, max_length: int, default: torch.dtype
+) -> Any:
     """The network of a `tiny_lm`; ``default`` is the precision of what is not given one (see `precision.double`)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(tiny_config(arch, vocab, max_length), dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(tiny_config(arch, vocab, max_length, layers), dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
@@ -104,9 +112,11 @@ def _prototype(arch: str, vocab: int, seed: int, dtype: torch.dtype, max_length:
 
 
 @cache
-def _facts(arch: str, vocab: int, dtype: torch.dtype, max_length: int, default: torch.dtype) -> dict[str, bool]:
+def _facts(
+    arch: str, vocab: int, layers: int, dtype: torch.dtype, max_length: int, default: torch.dtype
+) -> dict[str, bool]:
     """What trials show of such a network, whatever its seed."""
-    lm = LanguageModel(deepcopy(_prototype(arch, vocab, 0, dtype, max_length, default)), tiny_tokenizer(vocab))
+    lm = LanguageModel(deepcopy(_prototype(arch, vocab, 0, layers, dtype, max_length, default)), tiny_tokenizer(vocab))
     with torch.random.fork_rng():
         d = Completion(lm, torch.tensor([1, 1]), max_tokens=2)
         d.log_prob(d.sample((2,)))
@@ -122,13 +132,19 @@ def tiny_lm(
     add_bos: bool = False,
     max_length: int = 64,
     tried: bool = True,
+    layers: int = 2,
 ) -> LanguageModel:
     """A language model whose next-token distributions are far from uniform.
 
     ``tried``: what trials show of a network (cached decoding, tree attention, ...) is known, from another of its kind.
     """
-    kind = dtype, max_length, torch.get_default_dtype()
+    kind = layers, dtype, max_length, torch.get_default_dtype()
     lm = LanguageModel(deepcopy(_prototype(arch, vocab, seed, *kind)), tiny_tokenizer(vocab, pad_is_eos, add_bos))
     if tried:
         lm.network.facts.update(_facts(arch, vocab, *kind))
     return lm
+
+
+def flat_lm(*args: Any, **kwargs: Any) -> LanguageModel:
+    """A `tiny_lm` of one layer: where a network is only what probabilities come from, and half as many are as good."""
+    return tiny_lm(*args, layers=1, **kwargs)

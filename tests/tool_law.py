@@ -72,17 +72,17 @@ class ToolLaw(Law):
     """The law of one text with tools, by a loop over its characters so far."""
 
     tools: tuple = field(default=())
+    inserted: dict[Tokens, list[int]] = field(default_factory=dict, init=False, repr=False)
 
     def pending(self, prefix: Tokens) -> list[int]:
-        pending: list[int] = []
-        for n in range(len(prefix) + 1):
-            if n and pending:
-                pending = pending[1:] if pending[0] == prefix[n - 1] else []
-            so_far = "".join(WORDS[i] for i in prefix[:n] if i != EOS)
+        if prefix not in self.inserted:
+            before = self.pending(prefix[:-1]) if prefix else []
+            pending = before[1:] if before and before[0] == prefix[-1] else []
+            so_far = "".join(WORDS[i] for i in prefix if i != EOS)
             answers = [tool(so_far) for tool in self.tools] if not pending else []
             answer = next((a for a in answers if a and set(a) <= set("01=")), "")  # what the vocabulary can spell
-            pending = pending or LM.encode(answer).tolist()
-        return pending
+            self.inserted[prefix] = pending or LM.encode(answer).tolist()
+        return self.inserted[prefix]
 
     def next(self, prefix: Tokens) -> Tensor:
         pending = self.pending(prefix)
@@ -95,7 +95,7 @@ class ToolLaw(Law):
         if (prefix and prefix[-1] in self.stops) or (not self.stops and len(prefix) == self.max_tokens):
             return {prefix: log_p}
         found = {}
-        for v, step in enumerate(self.next(prefix).tolist()):
+        for v, step in enumerate(self.step(prefix)):
             if step > -torch.inf:
                 found |= self.tree((*prefix, v), log_p + step)
         return found

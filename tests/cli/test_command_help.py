@@ -136,23 +136,42 @@ def test_an_error_is_shown_as_it_is(monkeypatch, capsys):
     assert "'[test][/][0;1]:smile:' is none of" in capsys.readouterr().err
 
 
-def test_the_packages_names_are_there_when_asked_for():
-    """In a process of its own: a name is there, and nothing is imported before it is asked for."""
+def in_a_process_of_its_own(program: str) -> str:
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_packages_names_are_known_before_anything_is_imported():
     program = """
 import json, sys
 import lmppl
-assert "torch" not in sys.modules
 names = dir(lmppl)
-from lmppl import check, text, LanguageModel
-assert lmppl.check is check and callable(check)
-assert lmppl.distributions.Completion and lmppl.models.EXPERIMENTS and lmppl.text is text
 try:
     lmppl.nonsense
 except AttributeError as error:
-    print(json.dumps([names, str(error), hasattr(lmppl, "__main__")]))
+    print(json.dumps([names, str(error), hasattr(lmppl, "__main__"), "torch" in sys.modules]))
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    names, error, runs = json.loads(run.stdout)
+    names, error, runs, heavy = json.loads(in_a_process_of_its_own(program))
     assert {"LanguageModel", "check", "text", "inference", "__version__"} <= set(names)
-    assert error == "module 'lmppl' has no attribute 'nonsense'" and not runs
+    assert error == "module 'lmppl' has no attribute 'nonsense'" and not runs and not heavy
+
+
+THERE = """
+import lmppl
+from lmppl import check, text, LanguageModel
+assert lmppl.check is check and callable(check)
+assert lmppl.distributions.Completion and lmppl.models.EXPERIMENTS and lmppl.text is text
+"""
+
+
+def test_the_packages_names_are_there_when_asked_for(monkeypatch):
+    """Also where they have not been asked for before."""
+    for name in ("check", "text", "LanguageModel", "distributions", "models"):
+        monkeypatch.delitem(vars(lmppl), name, raising=False)
+    exec(THERE, {})
+
+
+@pytest.mark.slow
+def test_the_packages_names_are_there_in_a_process_of_its_own():
+    in_a_process_of_its_own(THERE)

@@ -10,7 +10,7 @@ import torch
 from constraint_cases import AB, CASES, Case, tensor
 from ngrams import written_lm
 from reference import Law, Plain, Tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -34,7 +34,7 @@ def case(request) -> Case:
 @pytest.mark.parametrize("stop", ["eos", [0, 3], None], ids=["eos", "two stops", "none"])
 @pytest.mark.parametrize("broader", [{}, {"temperature": 1.7, "epsilon": 0.2}], ids=["own", "broader"])
 def test_a_draw_among_few_tokens_is_that_draw_among_all(allowed, stop, broader, monkeypatch):
-    lm = tiny_lm(dtype=torch.float64)
+    lm = flat_lm(dtype=torch.float64)
     least = 0 if stop is None else 2
     text = Completion(lm, torch.tensor([4, 5]), max_tokens=4, min_tokens=least, stop=stop, allowed=allowed)
     drawn = []

@@ -25,7 +25,7 @@ PROMPT = torch.tensor([[2, 3, 4], [4, 5, text.PAD]])
 def loss(*views: LanguageModel) -> torch.Tensor:
     """Of every view: a stop after each prefix, an observation after each, and a text whose temperature is learned."""
     g = torch.Generator().manual_seed(0)
-    z = torch.randint(1, V, (7, 2, 5), generator=g)
+    z = torch.randint(1, V, (4, 2, 5), generator=g)
     z[1, 0, 3:] = text.PAD
     z = text.cat(z, torch.tensor([0]))
     total = torch.zeros((), dtype=torch.float64)

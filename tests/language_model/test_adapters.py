@@ -341,7 +341,7 @@ CONFIGS = [
 def test_an_adapter_that_nobody_holds_leaves_the_model_as_it_was(config):
     lm = tiny_lm("llama")
     before, base = inventory(lm), logits(lm)
-    for _ in range(64 if config is LORA else 3):
+    for _ in range(16 if config is LORA else 3):
         logits(lm.with_adapter(config))
     assert inventory(lm) == before and not lm.network.adapters
     kept, gone = adapted(lm, 1, config), adapted(lm, 2, config)

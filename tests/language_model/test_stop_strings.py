@@ -92,7 +92,8 @@ def test_the_law_by_brute_force(stop, longest, shortest):
     assert_follows(d, laws)
     z, log_prob = d.sample_and_log_prob((200,))
     assert (d.log_prob(z) - log_prob).abs().max() < 1e-4
-    assert all(tokens(row) in law.support() for b, law in enumerate(laws) for row in z[:20, b])
+    for b, law in enumerate(laws):
+        assert {tokens(row) for row in z[:, b]} <= law.support().keys()
 
 
 def test_constraints_and_their_prefixes():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from reference import Law, Plain, tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
@@ -23,7 +23,7 @@ T = torch.tensor([0.5, 0.8], dtype=torch.float64)
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[LanguageModel, torch.Tensor]:
-    lm = tiny_lm(vocab=6)
+    lm = flat_lm(vocab=6)
     return lm, lm.encode(["ab", "c"])
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_temperature_is_refused_by_name(temperature):
 def test_too_long_a_prompt_is_refused_by_name(tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\n" + "abcdefgh" * 8 + "\n")
     with pytest.raises(ValueError, match="data: the prompt 'abcdefgh"):
-        continuation.experiment(tiny_lm(vocab=12), tmp_path / "prompts.txt", recipe=Recipe(adapter={"r": 1}))
+        continuation.experiment(flat_lm(vocab=12), tmp_path / "prompts.txt", recipe=Recipe(adapter={"r": 1}))
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from precision import single
 from reference import Law, Plain, tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import embedded
 from lmppl.models import measures
@@ -57,7 +57,7 @@ def test_bert_score_with_the_hidden_states_of_a_checkpoint():
 
 
 def test_the_likelihood_of_a_story_is_that_of_plain_loops():
-    lm = tiny_lm(vocab=6)
+    lm = flat_lm(vocab=6)
     x, y = lm.encode(["a", "bc"]), lm.encode(["c.", "b"])
     z = torch.stack([lm.encode(["ab.", "c."]), lm.encode([".", "bba"])[:, : lm.encode("ab.").shape[-1]]])
     found = measures.story_log_likelihood(lm, x, z, y)

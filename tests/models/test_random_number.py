@@ -217,7 +217,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
             cli.main()
         assert not stop.value.code, capfd.readouterr().err
 
-    run("compare", "random_number", "--data", "bounds.txt", "--steps", "2", "--particles", "64")
+    run("compare", "random_number", "--data", "bounds.txt", "--steps", "2", "--particles", "8")
     result = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert result["unexplored"] == 0
     enumeration = result["rows"][-1]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from reference import Law, Plain, tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl.inference import Enumeration, Importance
 from lmppl.inference.judging.quality import density_quality, outside_mass
@@ -17,7 +17,7 @@ MAX_TOKENS = 2
 
 @pytest.fixture(scope="module")
 def tiny():
-    lm = tiny_lm(vocab=5)
+    lm = flat_lm(vocab=5)
     return lm, Reverse(lm, lm, prefix="a", max_tokens=MAX_TOKENS, template="{y}b"), lm.encode(["ab", "c."])
 
 

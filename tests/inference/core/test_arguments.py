@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import constraints
 from lmppl.distributions import Completion
@@ -37,7 +37,7 @@ from lmppl.inference import (
     plot_ancestry,
 )
 
-LM = tiny_lm(vocab=5)
+LM = flat_lm(vocab=5)
 X, Y = torch.tensor([[2], [3]]), torch.tensor([[3, 0], [2, 0]])
 
 

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, AutoGuide, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay
@@ -24,7 +24,7 @@ class Setup:
     """Infilling on a tiny language model, with a guide that is not its base."""
 
     def __init__(self, vocab: int = 6, seed: int = 3, noise: float = 0.1):
-        self.lm = tiny_lm(seed=seed, vocab=vocab, dtype=torch.float64)
+        self.lm = flat_lm(seed=seed, vocab=vocab, dtype=torch.float64)
         self.q = self.lm.with_adapter(CONFIG)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(1)
@@ -99,7 +99,7 @@ def test_saved_and_loaded_it_is_the_same(setup, tmp_path):
 
 
 def test_limits_stops_constraints_and_masks_are_the_models():
-    lm = tiny_lm(vocab=6, dtype=torch.float64)
+    lm = flat_lm(vocab=6, dtype=torch.float64)
     q = lm.with_adapter(CONFIG)
     allowed = torch.tensor([1, 1, 1, 0, 1, 1], dtype=torch.bool)
     limits = {"max_tokens": torch.tensor([1, 3]), "min_tokens": 1, "allowed": allowed, "stop": ("eos", ".")}
@@ -125,7 +125,7 @@ class TwoTexts:
     """k ~ Categorical; z ~ LM(x); w ~ LM(x z); y ~ LM(x z w) observed."""
 
     def __init__(self):
-        self.lm = tiny_lm(vocab=4, seed=2, dtype=torch.float64)
+        self.lm = flat_lm(vocab=4, seed=2, dtype=torch.float64)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.q = self.lm.with_adapter(CONFIG)
@@ -240,7 +240,7 @@ def test_smc_is_unbiased_with_it(setup):
 
 def test_subsampled_observations_are_those_that_are_shown():
     """With the default prompt, a subsampled plate's texts go with their own observations."""
-    lm = tiny_lm(vocab=8, dtype=torch.float64)
+    lm = flat_lm(vocab=8, dtype=torch.float64)
     q = lm.with_adapter(CONFIG)
     x, y = lm.encode(["a", "b", "c", "d", "e"]), lm.encode(["aa", "bb", "cc", "dd", "ee"])
 
@@ -284,4 +284,4 @@ def test_bad_templates_are_named(setup, template, match):
 
 def test_a_base_model_without_an_adapter_is_refused(setup):
     with pytest.raises(ValueError, match="base model"):
-        AutoGuide(setup.task.model, tiny_lm(seed=9, vocab=6).with_adapter(CONFIG), TEMPLATE)(*setup.args)
+        AutoGuide(setup.task.model, flat_lm(seed=9, vocab=6).with_adapter(CONFIG), TEMPLATE)(*setup.args)

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import LanguageModel, constraints, text
 from lmppl.adapters import CheckpointError
@@ -25,7 +25,7 @@ OBJECTIVES = {"SubTB": SubTB, "VarGrad": VarGrad, "PooledVarGrad": PooledVarGrad
 
 @pytest.fixture
 def lm() -> LanguageModel:
-    return tiny_lm(vocab=V)
+    return flat_lm(vocab=V)
 
 
 COMPLETIONS = {

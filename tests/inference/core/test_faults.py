@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
@@ -24,7 +24,7 @@ from lmppl.inference import (
     VarGrad,
 )
 
-P = tiny_lm(vocab=5, seed=0, dtype=torch.float64)
+P = flat_lm(vocab=5, seed=0, dtype=torch.float64)
 Q = P.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
 X, Y = P.encode(["a", "b", "ba"]), P.encode(["ab", "b", ""], stop="eos")
 N = 5

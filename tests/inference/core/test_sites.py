@@ -11,7 +11,7 @@ import torch
 from five_sigma import assert_counts, evidence_within
 from hidden_chain import Chain, every_text, probability
 from pyro import poutine
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
@@ -30,7 +30,7 @@ from lmppl.inference import (
 from lmppl.inference.core.sites import text_of
 from lmppl.testing import TextContract
 
-LM = tiny_lm("gpt2", vocab=5)
+LM = flat_lm("gpt2", vocab=5)
 X = torch.tensor([[2, 3], [4, 2]])
 
 

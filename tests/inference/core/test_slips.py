@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 from typer.testing import CliRunner
 
 from lmppl import LanguageModel, check, constraints, text
@@ -28,7 +28,7 @@ from lmppl.inference import (
     diagnose,
 )
 
-LM = tiny_lm(vocab=6)  # <eos> . a b c d
+LM = flat_lm(vocab=6)  # <eos> . a b c d
 X, Y = torch.tensor([[2], [3]]), torch.tensor([[3, 0], [2, 0]])
 
 
@@ -141,7 +141,7 @@ def test_slips(case):
 
 def test_one_string_is_one_token_not_its_letters():
     """A word in the place of a list of words: its letters may be tokens too, and would be banned without a word."""
-    ab = tiny_lm(vocab=6)  # <eos> . a b c d
+    ab = flat_lm(vocab=6)  # <eos> . a b c d
     assert torch.equal(constraints.ban(ab, "a"), constraints.ban(ab, ["a"]))
     with pytest.raises(ValueError, match="tokens: .*'ab'"):
         constraints.ban(ab, "ab")

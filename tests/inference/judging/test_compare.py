@@ -16,7 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, compare
@@ -27,7 +27,7 @@ from lmppl.inference.posterior.algorithm import sized
 
 @pytest.fixture(scope="module")
 def task():
-    lm = tiny_lm(seed=2)
+    lm = flat_lm(seed=2)
     args = (lm.encode(["abc", "d"]), lm.encode(["ca", "ed"], stop="eos"))
 
     def model(x, y):
@@ -156,7 +156,7 @@ def test_compare_counts_tokens_and_keeps_the_truth_beside(task, tmp_path):
 def test_the_tokens_of_a_guide_with_a_network_of_its_own_are_counted(task):
     """Same prompts and limits: what the guide's network reads comes on top of what the model's reads."""
     lm, model, guide, args, _ = task
-    other = tiny_lm(seed=5)
+    other = flat_lm(seed=5)
 
     def stranger(x, y):
         with pyro.plate("stories", len(x)):

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from plate_of_three import P
 from rich.console import Console
+from tiny import flat_lm
 
 from benchmarks.diagnose_rates import CASES, rate
 from lmppl import text
@@ -30,6 +30,7 @@ from lmppl.inference.judging.calibration import calibrate, position
 from lmppl.inference.judging.evidence import winnings
 from lmppl.inference.judging.pools import Pool, judge, member_weights, ranks
 
+P = flat_lm(vocab=5, seed=0)
 CELLS = 40  # a plate element is a data set of its own
 X = P.encode(["a", "", "ba", "c"] * 10)
 Y = P.encode(["b", "a", "", "c"] * 10, stop="eos")
@@ -279,12 +280,12 @@ def banned(**rules):
         pyro.sample("z", prior(X, **(rules or {"allowed": ban(P, "b")})))
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_faults_are_found(name):
-    """At 200 data sets of a token each, whose observation tells little, every seed of two."""
+def test_planted_faults_are_found(name, seed):
+    """At 200 data sets of a token each, whose observation tells little."""
     algorithm, options = PLANTED[name]
-    for seed in range(2):
-        assert not diagnose(algorithm, X, Y, seed=seed, simulations=5, repetitions=1, **options).ok
+    assert not diagnose(algorithm, X, Y, seed=seed, simulations=5, repetitions=1, **options).ok
 
 
 def test_what_is_right_is_seldom_suspected():

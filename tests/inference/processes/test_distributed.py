@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import distributed_script as script
 import pytest
 import torch
+from forked import forked
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
@@ -30,13 +33,12 @@ NAMES = [check.__name__ for check in script.CHECKS]
 def two(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     """The figures of both of two processes, and the directory they wrote to."""
     out = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
-    run = subprocess.run(
-        [*launch, "tests/distributed_script.py", str(out)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[:10000] + run.stderr[-2000:]
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    as_torchrun = [common | {"TORCHELASTIC_RUN_ID": "two", "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    for run in forked(partial(script.main, out), as_torchrun):
+        assert run.returncode == 0, run.stderr[:10000] + run.stderr[-2000:]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)], out
 
 

@@ -6,11 +6,13 @@ each prompt that several texts share once in all. Never once per particle.
 
 from __future__ import annotations
 
+from functools import cache
+
 import peft
 import pyro
 import pytest
 import torch
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
@@ -22,10 +24,11 @@ TOKENS, LONGER = 4, 150
 
 @pytest.fixture(scope="module")
 def views():
-    lm = tiny_lm(max_length=256)
+    lm = flat_lm(max_length=256)
     return lm, lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
 
 
+@cache
 def cost(views, make, num_particles, prompt_tokens, side=False) -> int:
     """Tokens of one run (of one step, if it is trained) of an algorithm on z ~ LM(x), y ~ LM(x z), w ~ LM(x)."""
     lm, q = views

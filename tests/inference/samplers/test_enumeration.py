@@ -9,7 +9,7 @@ from brute_force import LMS, SEED, Y, as_dict, assert_same, brute, infilling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import text
@@ -150,7 +150,7 @@ def test_quality_of_draws_and_density_without_plates():
 def test_prompts_get_their_bos_once():
     """A tokenizer that puts a bos before any text, and prompts that are empty, alone and in a batch."""
     for add_bos in (False, True):
-        lm = tiny_lm("llama", vocab=6, dtype=torch.float64, add_bos=add_bos)
+        lm = flat_lm("llama", vocab=6, dtype=torch.float64, add_bos=add_bos)
         x, y = lm.encode(["", "a"]), lm.encode(["a", "a"], stop="eos")
 
         def model(lm=lm, x=x, y=y):

@@ -10,7 +10,7 @@ import torch
 from brute_force import LMS, SEED, Y, as_dict, assert_same, brute, infilling
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion
@@ -107,7 +107,7 @@ def test_too_many_nodes_to_hold(monkeypatch):
 
 def test_a_large_vocabulary_stays_within_its_means():
     """26 letters and 12 tokens: 26^12 texts; the most probable are found, the rest is bounded."""
-    lm = tiny_lm(vocab=26, seed=1)
+    lm = flat_lm(vocab=26, seed=1)
     x, y = lm.encode("a"), lm.encode(Y, stop="eos")
     found = Enumeration(infilling(lm, x, y, max_tokens=12), max_support=300).run()
     assert len(found.log_weights) == 300

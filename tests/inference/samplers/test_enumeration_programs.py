@@ -12,7 +12,7 @@ from brute_force import LMS, SEED, Y, as_dict, assert_same, infilling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl import text
 from lmppl.distributions import Completion, NextToken
@@ -76,7 +76,7 @@ def chain_brute(lm, x, y):
 
 @torch.no_grad()
 def test_several_sites_in_program_order():
-    lm = tiny_lm(vocab=4, seed=5, dtype=torch.float64)
+    lm = flat_lm(vocab=4, seed=5, dtype=torch.float64)
     x, y = lm.encode("a"), lm.encode("b", stop="eos")
     expected = chain_brute(lm, x, y)
     joint = torch.stack([v[1] for v in expected.values()])
@@ -213,7 +213,7 @@ def test_observations_in_a_plate_that_is_not_kept_are_joint():
 
 
 def test_latents_of_a_sequential_plate_are_joint():
-    lm = tiny_lm(vocab=4, dtype=torch.float64)
+    lm = flat_lm(vocab=4, dtype=torch.float64)
     x, y = lm.encode(["a", "b"]), lm.encode(["a", "b"], stop="eos")
 
     def model():

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from problems import EOS, A, B
 from problems import X as PROMPTS
 from pyro import poutine
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, MetropolisHastings, ZeroEvidence
 
-LM = tiny_lm(vocab=4, dtype=torch.float64)
+LM = flat_lm(vocab=4, dtype=torch.float64)
 
 # -- chains against enumeration --------------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ LM = tiny_lm(vocab=4, dtype=torch.float64)
 @st.composite
 def programs(draw) -> tuple[Callable, Callable | None, list[str]]:
     """A small model, perhaps a guide, and the model's latent sites."""
-    p, q = (tiny_lm(draw(st.sampled_from(["gpt2", "llama"])), vocab=4, seed=draw(st.integers(0, 99))) for _ in range(2))
+    p, q = (flat_lm(draw(st.sampled_from(["gpt2", "llama"])), vocab=4, seed=draw(st.integers(0, 99))) for _ in range(2))
     x = p.encode(draw(st.lists(st.text("ab", max_size=3), min_size=2, max_size=2)))
     y = p.encode(draw(st.lists(st.text("ab", max_size=2), min_size=2, max_size=2)), stop="eos")
     plate, second, before, guided = (draw(st.booleans()) for _ in range(4))
@@ -123,7 +123,7 @@ def subsampled():
 
 def test_each_move_costs_two_passes_over_the_text_and_one_over_what_follows():
     """Regrowing it, scoring the ending it had, and the observation after the new one; the prompt once in each."""
-    lm = tiny_lm(vocab=4)
+    lm = flat_lm(vocab=4)
     prompt = torch.randint(1, 4, (20,))
 
     def model():
@@ -228,11 +228,14 @@ def mixing(slope: float):
     return model
 
 
-@pytest.mark.parametrize(("slope", "moves"), [(0.0, "independence"), (15.0, "regrowth")])
-def test_rhat_and_ess_are_those_of_arviz(slope, moves):
+@pytest.mark.parametrize(
+    ("slope", "moves", "num_chains", "num_samples"), [(0.0, "independence", 6, 100), (15.0, "regrowth", 6, 40)]
+)
+def test_rhat_and_ess_are_those_of_arviz(slope, moves, num_chains, num_samples):
     """Independent draws mix; chains in the valleys' two sides do not."""
-    chains = MetropolisHastings(mixing(slope), num_chains=6, num_samples=100, warmup=50, moves=moves).run()
-    lengths = text.length(chains.samples["z"]).view(6, 100, 2)
+    size = {"num_chains": num_chains, "num_samples": num_samples, "warmup": 20}
+    chains = MetropolisHastings(mixing(slope), moves=moves, **size).run()
+    lengths = text.length(chains.samples["z"]).view(*chains.log_joint.shape)
     for i in range(2):
         for name, x in [("log_joint", chains.log_joint), ("length(z)", lengths)]:
             if bool((x[..., i] == x[0, 0, i]).all()):
@@ -247,7 +250,9 @@ def test_rhat_and_ess_are_those_of_arviz(slope, moves):
         assert float(chains.acceptance["independence"].min()) > 0.3
         assert float(chains.rhat["log_joint"].max()) < 1.03 and float(chains.ess.min()) > 100
     else:
-        mode = ((chains.samples["z"] == A).sum(-1) > 4).view(6, 100, 2).double().mean(1)  # (chain, plate)
+        mode = (
+            ((chains.samples["z"] == A).sum(-1) > 4).view(num_chains, num_samples, 2).double().mean(1)
+        )  # (chain, plate)
         assert float(mode[:, 0].min()) < 0.2 and float(mode[:, 0].max()) > 0.8
         assert float(chains.rhat["log_joint"][0]) > 1.5 and float(chains.ess[0]) < 20
 
@@ -293,7 +298,7 @@ def test_arguments_are_named_in_errors(wrong):
 
 
 def test_a_model_without_latents_is_named():
-    lm = tiny_lm(vocab=5)
+    lm = flat_lm(vocab=5)
     text = torch.tensor([[2, 0]])
     with pytest.raises(ValueError, match="model: it has no latent site"):
         MetropolisHastings(lambda: pyro.sample("y", Completion(lm, text[:, :1], max_tokens=1), obs=text)).run()

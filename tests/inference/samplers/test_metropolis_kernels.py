@@ -14,7 +14,7 @@ from problems import DOT, EOS, A, B
 from problems import X as PROMPTS
 from pyro import poutine
 from reference import Law, Plain, Tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import text
@@ -23,8 +23,8 @@ from lmppl.inference.core.query import Query
 from lmppl.inference.samplers.metropolis.kernels import accept, independence, regrow
 from lmppl.text import PAD
 
-LM = tiny_lm(vocab=4, dtype=torch.float64)
-OTHER = tiny_lm("llama", vocab=4, seed=1, dtype=torch.float64)
+LM = flat_lm(vocab=4, dtype=torch.float64)
+OTHER = flat_lm("llama", vocab=4, seed=1, dtype=torch.float64)
 PLAIN, PLAIN_OTHER = Plain(LM), Plain(OTHER)
 
 State = tuple[Tokens, ...]
@@ -44,7 +44,7 @@ def transition_matrix(states: list[State], log_target: dict[State, float], propo
 
 def ending(law: Law, z: Tokens, t: int) -> float:
     """q(z_{>t} | z_{<=t})."""
-    return math.exp(sum(float(law.next(z[:s])[z[s]]) for s in range(t, len(z))))
+    return math.exp(sum(law.step(z[:s])[z[s]] for s in range(t, len(z))))
 
 
 def regrown(law: Law) -> Callable[[Tokens], Iterator[tuple[Tokens, float, float]]]:

@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 from em_task import Task as EMTask
-from tiny import tiny_lm
+from tiny import flat_lm
 
 import lmppl.inference
 from lmppl.distributions import Completion
@@ -36,7 +36,7 @@ from lmppl.inference import (
 )
 from lmppl.inference.posterior.algorithm import on, sized
 
-LM = tiny_lm(vocab=5, dtype=torch.float64)
+LM = flat_lm(vocab=5, dtype=torch.float64)
 X, Y, OTHER = torch.tensor([[2], [3]]), torch.tensor([[3, 0], [2, 0]]), torch.tensor([[1, 0], [4, 0]])
 
 

@@ -10,7 +10,7 @@ from five_sigma import within
 from looser_guides import LM, OTHER, RUNS, A, B, D, Y, evidence, hard, likelihood, masked_program, prior, proposal, runs
 from programs_by_hand import contains
 from pyro import poutine
-from tiny import ARCHITECTURES, tiny_lm
+from tiny import ARCHITECTURES, flat_lm
 from torch import Tensor
 
 from lmppl.inference.core.resampling import SCHEMES
@@ -24,7 +24,7 @@ from lmppl.inference.samplers.smc.smc import SMC
     [*((a, "systematic") for a in ARCHITECTURES), *(("gpt2", scheme) for scheme in SCHEMES)],
 )
 def test_evidence_without_a_guide(arch, scheme):
-    lm = tiny_lm(arch, vocab=6)
+    lm = flat_lm(arch, vocab=6)
 
     def model():
         with runs():

@@ -11,7 +11,7 @@ import torch
 from five_sigma import within
 from looser_guides import LM, C, D, Y, evidence, hard, likelihood, masked_program, prior, proposal, runs
 from programs_by_hand import contains
-from tiny import ARCHITECTURES, tiny_lm
+from tiny import ARCHITECTURES, flat_lm
 
 from lmppl.constraints import ban
 from lmppl.distributions import Completion
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize("joint", [False, True])
 def test_with_the_posterior_as_guide_and_its_flow_as_twist_every_run_gives_the_evidence(joint):
     """W psi = Z at every prefix. The factor makes the posterior the guide's law, with Z = e^2."""
-    lm, other = tiny_lm(vocab=6, dtype=torch.float64), tiny_lm("llama", vocab=6, seed=1, dtype=torch.float64)
+    lm, other = flat_lm(vocab=6, dtype=torch.float64), flat_lm("llama", vocab=6, seed=1, dtype=torch.float64)
     shape = (2,) if joint else ()
 
     def texts(lm):
@@ -83,7 +83,7 @@ def test_resampled_particles_carry_equal_weights_before_the_last_token():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_keep_their_own_cache_when_they_are_reordered(arch):
     """Steps with random selections in between say what one forward pass says; prompts of unequal length too."""
-    lm = tiny_lm(arch, vocab=6)
+    lm = flat_lm(arch, vocab=6)
     prompt = lm.encode(["ab", "cdab", "", "d"])
     fn = Completion(lm, prompt, max_tokens=5, min_tokens=4)
     shape = torch.Size([3, 4])

@@ -9,7 +9,7 @@ from five_sigma import evidence_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs_by_hand import Program
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference.core.resampling import SCHEMES
@@ -116,7 +116,7 @@ def test_a_twist_of_two_arguments_sees_the_sites_before_it():
 
 def test_a_twist_that_a_third_of_the_particles_win_wrongly_loses_no_others():
     """40 nats for every "a", which says nothing of what follows: the mean of Z-hat is Z, and sharp."""
-    lm, runs = tiny_lm(vocab=6, dtype=torch.float64), 60
+    lm, runs = flat_lm(vocab=6, dtype=torch.float64), 60
 
     def model(runs: int) -> None:
         with pyro.plate("runs", runs):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from five_sigma import assert_counts
 from four_texts import One
-from problems import PROBLEMS, A, Y
+from problems import PROBLEMS, VOCAB, A, Y
 from tasks import Task
+from tiny import tiny_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import (
@@ -87,9 +88,9 @@ def test_sleep_reaches_the_posterior_of_every_dream(lm):
     assert float((p_y * one.total_variations()).sum()) < 0.06
 
 
-def test_reward_only_collapses_on_a_mode(lm):
+def test_reward_only_collapses_on_a_mode():
     """kl=0: the expected reward exceeds the posterior's own, the entropy is lost, and q is far from the posterior."""
-    one = One(lm)
+    one = One(tiny_lm(vocab=VOCAB))  # whose posterior has an entropy to lose
     trainer = one.trainer(PolicyGradient, algorithm="ppo", reward="joint", kl=0.0)
     trainer.fit([(one.y,)], 50, warmup=5, progress=False)
     at = one.row(one.y)[0]

@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 from em_task import ADAM, SGD, SIZE, Task
-from tiny import adapter, tiny_lm
+from tiny import adapter, flat_lm
 from torch import Tensor
 
 from lmppl.distributions import Completion
@@ -166,7 +166,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
 @pytest.mark.slow
 def test_a_guide_that_sees_y_teaches_a_model_to_predict_it():
     """y follows x in the alphabet 85 times in 100, else any other letter; 60 pairs to learn from, 100 to predict."""
-    lm = tiny_lm(vocab=6, seed=3, dtype=torch.float64)
+    lm = flat_lm(vocab=6, seed=3, dtype=torch.float64)
     p, q = adapter(lm, 1), adapter(lm, 2)
     generator = torch.Generator().manual_seed(0)
     letters = list("abcd")

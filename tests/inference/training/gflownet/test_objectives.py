@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import combinations
 from itertools import pairwise as pairwise_
 
@@ -27,6 +28,16 @@ from lmppl.inference.training.gflownet import (
 )
 from lmppl.text import PAD
 
+BROADER = Tempered(1.5, 0.5)
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def plain(lm) -> Plain:
+    """The language model's probabilities, asked for once."""
+    return Plain(lm)
+
+
 # One contract for every objective -------------------------------------------------------------------------------------
 
 
@@ -40,15 +51,16 @@ class ObjectiveContract:
         """The loss of one observation from u[n, t] and q(stop)[n, t], n over samples and t over prefix lengths."""
         raise NotImplementedError
 
-    @pytest.mark.parametrize("explore", [None, Tempered(1.5, 0.5)])
-    @pytest.mark.parametrize("temperature", [1.0, 2.5])
+    @pytest.mark.parametrize(
+        ("temperature", "explore"), [(1.0, None), (2.5, BROADER), slow(1.0, BROADER), slow(2.5, None)]
+    )
     @pytest.mark.parametrize("problem", PROBLEMS)
     def test_vanishes_at_the_posterior(self, lm, problem, temperature, explore):
         found = PROBLEMS[problem](lm)
         objective = self.make(num_particles=12, reward_temperature=temperature, exploration=explore)
         assert abs(objective.loss(found.model, found.posterior(temperature))) < 1e-6
 
-    @pytest.mark.parametrize("prefixes", ["all", 2, 3])
+    @pytest.mark.parametrize("prefixes", [2, 3])
     @pytest.mark.parametrize("problem", ["one text", "from one token", "two texts", "a hard factor"])
     def test_vanishes_on_every_subset_of_prefixes(self, lm, problem, prefixes):
         found = PROBLEMS[problem](lm)
@@ -63,7 +75,7 @@ class ObjectiveContract:
     @pytest.mark.parametrize(
         "case", ["on-policy", "tempered reward", "exploration", "three prefixes", "from one token", "a hard factor"]
     )
-    def test_equals_a_plain_double_loop(self, lm, case):
+    def test_equals_a_plain_double_loop(self, lm, plain, case):
         """Values and gradients, on a guide that is a language model with an adapter."""
         guide_lm = adapted(lm)
         low = 1 if case == "from one token" else 0
@@ -76,7 +88,7 @@ class ObjectiveContract:
             with pyro.plate("data", 2):
                 pyro.sample("z", Completion(guide_lm, X, **limits))
 
-        options = {"exploration": Tempered(1.5, 0.5)} if case == "exploration" else {}
+        options = {"exploration": BROADER} if case == "exploration" else {}
         options |= {"prefixes": 2} if case == "three prefixes" else {}
         objective = self.make(num_particles=5, reward_temperature=T, max_plate_nesting=1, **options)
         pyro.set_rng_seed(3)
@@ -87,11 +99,11 @@ class ObjectiveContract:
         pyro.set_rng_seed(3)
         drawn = objective.draw(found.model, guide, (), {})["z"]  # (5, 2, E)
         (b,) = balances
-        plain = Plain(lm)
         expected = torch.zeros((), dtype=torch.float64)
         for i in range(2):
             log_p, log_q, stop = {}, {}, {}
             x, q = tokens(X[i]), Completion(guide_lm, X[i], **limits)
+            known: dict[tuple, Tensor] = {}  # log q of the tokens of a text
             for n in range(5):
                 z = tokens(drawn[n, i])
                 whole = len(z) - 1
@@ -109,7 +121,8 @@ class ObjectiveContract:
                     log_p[n, t] = (prior + seen + reward) / T
                     value = torch.full((3,), PAD)
                     value[: t + 1] = torch.tensor(cut)
-                    each = q.token_log_probs(value)
+                    each = known.get(cut)
+                    each = known.setdefault(cut, q.token_log_probs(value) if each is None else each)
                     log_q[n, t], stop[n, t] = each[: t + 1].sum(), each[t].exp().item()
             largest = max(log_p.values())
             u = {k: (p if p > -math.inf else largest - objective.floor) - log_q[k] for k, p in log_p.items()}

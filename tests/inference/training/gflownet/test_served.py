@@ -18,7 +18,7 @@ from problems import VOCAB, A, B, X, adapted, lm_guide, one_text, texts_of
 from reference import Plain
 from tasks import Task
 from test_exploration import law, same_law
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -80,7 +80,7 @@ def serving(writer: Any) -> Iterator[str]:
             return None
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # asks as often whether to end
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -153,7 +153,7 @@ def test_a_server_with_other_weights_teaches_the_same_posterior():
 
     With 16 particles the total variation is 0.07 to 0.11 after as many steps (3 seeds), with 64 it is 0.074 and 0.085.
     """
-    task = Task()
+    task = Task(layers=2)
     exact = Enumeration(task.model).run(*task.args)
 
     def distance() -> float:
@@ -258,6 +258,6 @@ def test_bad_arguments_are_named(lm):
         Served(lm, "http://localhost:8000/v1", "guide").remote(
             text_of(Completion(lm, X, max_tokens=2, allowed=ban(lm, ["a"])))
         )
-    other = Completion(tiny_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
+    other = Completion(flat_lm(vocab=VOCAB, seed=1), X, max_tokens=2)
     assert Served(lm, "http://localhost:8000/v1", "guide").remote(text_of(other)) is other
     assert texts_of(lm).shape[0] > 4
