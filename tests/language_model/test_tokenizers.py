@@ -176,7 +176,7 @@ def test_a_constraint_accepts_what_its_pattern_matches_in_the_decoded_text(case)
             assert keeps(allowed, ended, lm.vocab_size).item() == matches, lm.decode(z)
 
     @few
-    @given(st.lists(of(family), min_size=1, max_size=4), st.randoms(use_true_random=False))
+    @given(st.lists(of(family, max_size=5), min_size=1, max_size=2), st.randoms(use_true_random=False))
     def holds(strings, random):
         known = [i for i, s in enumerate(lm.vocabulary.spelled) if s]
         accepted([*(lm.encode(s) for s in strings), torch.tensor(random.choices(known, k=3))])

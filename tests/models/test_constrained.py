@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from precision import single
 from reference import Law, Plain, tokens
-from tiny import flat_lm
+from tiny import tiny_lm
 
 from lmppl import LanguageModel, cli, text
 from lmppl.constraints import Slots, regex
@@ -31,7 +31,7 @@ TV = 0.15
 
 @pytest.fixture(scope="module")
 def tiny():
-    lm = flat_lm(vocab=6, seed=24)
+    lm = tiny_lm(vocab=6, seed=24)
     return lm, lm.encode(["ab", "c"])
 
 
@@ -234,7 +234,7 @@ def test_a_short_training_reaches_the_posterior(tiny):
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):
     """Words that every text has: the evidence is one, and every draw of the prior weighs one."""
-    lm = flat_lm(vocab=6)
+    lm = tiny_lm(vocab=6)
     lm.model.save_pretrained(tmp_path / "lm")
     lm.tokenizer.save_pretrained(tmp_path / "lm")
     (tmp_path / "prompts.txt").write_text("ab\ncb\n")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from precision import single
 from reference import Law, Plain, tokens
-from tiny import flat_lm
+from tiny import tiny_lm
 
 from lmppl import cli
 from lmppl.constraints import Slots
@@ -26,7 +26,7 @@ POWERS = [(1.0, 0.0), (1.25, 0.25), (2.0, 1.0), (0.7, 1.3)]
 
 @pytest.fixture(scope="module")
 def tiny():
-    lm = flat_lm(vocab=6, seed=2)
+    lm = tiny_lm(vocab=6, seed=2)
     return lm, lm.encode(["ab", "c"]), lm.encode(["ca", "b"])
 
 
@@ -142,7 +142,7 @@ def test_the_embedded_target_is_enumerated_whole():
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):
     """With a = 1 and b = 0 every draw of the prior weighs one: log Z is 0 exactly."""
-    lm = flat_lm(vocab=6)
+    lm = tiny_lm(vocab=6)
     lm.model.save_pretrained(tmp_path / "lm")
     lm.tokenizer.save_pretrained(tmp_path / "lm")
     (tmp_path / "pairs.txt").write_text("ab\tca\n\nbc\tb\n")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import flat_lm
+from tiny import tiny_lm
 from torch import Tensor
 
 from lmppl import LanguageModel
@@ -76,7 +76,7 @@ GUIDED: dict[str, Callable] = {
 
 @cache
 def language_model(seed: int) -> LanguageModel:
-    return flat_lm(vocab=VOCAB, seed=seed, dtype=torch.float64)
+    return tiny_lm(vocab=VOCAB, seed=seed, dtype=torch.float64)
 
 
 class Problem:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from problems import EOS, A, B
 from problems import X as PROMPTS
 from pyro import poutine
-from tiny import flat_lm
+from tiny import flat_lm, tiny_lm
 from torch import Tensor
 
 from lmppl import text
@@ -149,7 +149,7 @@ def test_tempered_chains_reach_a_mode_that_others_do_not():
     After 100 moves from the prior, the plain transition matrix has 25% of untempered chains in the second basin, whose
     posterior mass is 97%.
     """
-    prior = Completion(LM, "ab", max_tokens=8, stop=None, allowed=[A, B], temperature=4.0)
+    prior = Completion(tiny_lm(vocab=4), "ab", max_tokens=8, stop=None, allowed=[A, B], temperature=4.0)
     support = prior.enumerate_support()  # (256, 8)
     log_prior, by_token = prior.log_prob(support).detach(), prior.token_log_probs(support).detach()
     home = support[log_prior.argmax()]
