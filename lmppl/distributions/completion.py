@@ -433,8 +433,8 @@ class Completion(TorchDistribution):
             needed = value.masked_fill(at >= read[..., None], text.PAD)
             own = rules.columns()
             key = None if own is None else torch.cat([flat, flat_own[:, None], own.expand(len(flat), -1)], 1)
-            both = yield Request(self.lm, self.prompt, needed[..., :reach], head, key)
-            both = both.expand(*batch, reach, 2)
+            needed = needed.expand(*batch, width)[..., :reach]  # rules may differ where neither prompt nor value does
+            both = yield Request(self.lm, self.prompt, needed, head, key)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device, dtype=_score_dtype(self.lm))
