@@ -25,6 +25,32 @@ def _first(kind: Tensor) -> Tensor:
     return torch.full_like(row, len(row)).scatter_reduce(0, kind, row, "amin")[kind]
 
 
+def covering(rows: Tensor) -> Tensor:
+    """For each text (R, W) the longest one that begins with it, the first of these, (R,); it covers itself.
+
+    Beginnings are compared as `first_equal` compares rows: by sums of numbers, and then token by token.
+
+    >>> covering(torch.tensor([[5, -1], [5, 1], [2, 7], [5, 1]])).tolist()
+    [1, 1, 2, 1]
+    """
+    number, width = rows.shape
+    weights = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0))
+    sums = ((rows + 1) * weights.to(rows.device)).cumsum(1)  # of the first tokens; padding adds nothing
+    length = (rows >= 0).sum(1)
+    whole, order = sums[:, -1].sort(stable=True)
+    ends = length.unique()
+    ends = ends[ends > 0] - 1
+    first = torch.searchsorted(whole, sums[:, ends].contiguous()).clamp(max=number - 1)  # (R, E)
+    begins = (whole[first] == sums[:, ends]) & (ends < length[:, None])
+    row = torch.arange(number, device=rows.device)
+    longest = (length * number + number - 1 - row)[:, None].expand_as(first)[begins]
+    best = torch.zeros_like(row).scatter_reduce(0, first[begins], longest, "amax")
+    found = number - 1 - best[torch.searchsorted(whole, sums[:, -1].contiguous())] % number
+    found = found.where(length > 0, row)
+    agrees = (rows[found] == rows) | (rows < 0)
+    return found if bool(agrees.all()) else first_equal(rows)
+
+
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows of numbers (K, W) in lexicographic order, and which of them each of (R, W) is, (R,).
 

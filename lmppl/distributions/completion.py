@@ -13,8 +13,9 @@ from torch.distributions import constraints as torch_constraints
 from .. import randomness, text
 from ..constraints import Check, Constraint, checked, reaches
 from ..constraints.arguments import as_list
+from ..engine.asking import Asking, asking, asks
 from ..engine.decoding import rows_at_once
-from ..engine.scoring import score, with_bos
+from ..engine.scoring import Request, with_bos
 from ..language_model import LanguageModel
 from ..rows import distinct_rows
 from ..tools import Tool
@@ -354,9 +355,10 @@ class Completion(TorchDistribution):
 
     # -- scoring -------------------------------------------------------------------------------------------------
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    @asks
+    def log_prob(self, value: Tensor) -> Asking[Tensor]:
         """log p(value), (*batch); -inf for a text that cannot be drawn; ValueError for a malformed one."""
-        scores = self._scores(value)
+        scores = yield from asking(self._scores, value)
         return self._expanded(scores.token.sum(-1).masked_fill(~scores.possible, -torch.inf))
 
     def token_log_probs(self, value: Tensor) -> Tensor:
@@ -376,9 +378,10 @@ class Completion(TorchDistribution):
         """
         return self.prefix_scores(value).log_probs
 
-    def prefix_scores(self, value: Tensor) -> PrefixScores:
+    @asks
+    def prefix_scores(self, value: Tensor) -> Asking[PrefixScores]:
         """`prefix_log_probs` together with the log-probability of stopping at each prefix, from the same pass."""
-        scores = self._scores(value)
+        scores = yield from asking(self._scores, value)
         before = torch.nn.functional.pad(scores.token, (1, 0)).cumsum(-1)  # (..., E + 1): log p(z_1..z_t)
         if not self.stop.numel():
             never = torch.full_like(before, -torch.inf)  # (..., max_tokens + 1)
@@ -389,7 +392,8 @@ class Completion(TorchDistribution):
         )
         return PrefixScores(self._expanded(log_probs, 1), self._expanded(stop, 1))
 
-    def _scores(self, value: Tensor) -> _Scores:
+    @asks
+    def _scores(self, value: Tensor) -> Asking[_Scores]:
         if not isinstance(value, Tensor):
             raise ValueError(f"value: {no_text(self, value)}")
         value = value.to(self.prompt.device)
@@ -426,9 +430,8 @@ class Completion(TorchDistribution):
             needed = value.masked_fill(at >= read[..., None], text.PAD)
             own = rules.columns()
             key = None if own is None else torch.cat([flat, flat_own[:, None], own.expand(len(flat), -1)], 1)
-            both = score(self.lm, self.prompt, needed[..., :reach], Selection(rules, asked, flat), key).expand(
-                *batch, reach, 2
-            )
+            needed = needed.expand(*batch, width)[..., :reach]  # rules may differ where neither prompt nor value does
+            both = yield Request(self.lm, self.prompt, needed, Selection(rules, asked, flat), key)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
             token = stop = torch.zeros(*batch, width, device=value.device, dtype=_score_dtype(self.lm))

@@ -2,24 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .. import text
 
 
-def grid(same: Tensor, length: Tensor) -> Tensor:
-    """The rows (P', N', B') that a batch (P, N, B) has to read, each once; -1 where there is none.
+def grids(batches: list[Tensor], length: Tensor, cost: Callable[[Tensor], int]) -> list[Tensor]:
+    """Grids (P, N, B) in which each row of several batches is there once.
 
-    ``same``: the first row of the flattened batch that is equal to each; ``length`` (R,): its tokens.  Rows stay beside
-    those of their axes, with which they share most: per b those n come first that have a row to read, per (n, b) the
-    longest of its rows, and every b has one.
+    ``batches`` (*batch): the rows to read, -1 where there is none; ``length`` (R,): the tokens of each.  A batch has a
+    grid of its own, unless one for several of them has a lower ``cost``.
     """
-    rows = torch.arange(same.numel(), device=same.device).view(same.shape)
-    there = same == rows
+    batches = [batch for batch in batches if bool((batch >= 0).any())]
+    if len(batches) == 1:
+        return [grid(axes(batches[0]), length)]
+    found: list[tuple[list[Tensor], int, Tensor]] = []
+    for batch in batches:
+        own = grid(axes(batch), length)
+        best = [batch], cost(own), own
+        for i, (others, least, _) in enumerate(found):
+            group = [*others, batch]
+            both = [grid(axes(x), length) for x in beside(group)]
+            spent, shared = min(((cost(x), x) for x in both), key=lambda pair: pair[0])
+            if spent < least + best[1]:
+                found[i] = group, spent, shared
+                break
+        else:
+            found.append(best)
+    return [each for *_, each in found]
+
+
+def axes(batch: Tensor) -> Tensor:
+    """A batch as (P, N, B): axis 0 (prefixes, or particles) shares most, then axis 1; the rest are observations."""
+    P, N = (*batch.shape, 1, 1)[:2]
+    return batch.reshape(P, N, -1)
+
+
+def beside(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Batches side by side, along an axis of their own and along their first one; -1 where one has no row."""
+    dims = max(1, *(batch.dim() for batch in batches))
+    batches = [batch.reshape(*[1] * (dims - batch.dim()), *batch.shape) for batch in batches]
+    sizes = [max(n) for n in zip(*(batch.shape for batch in batches), strict=True)]
+    padded = []
+    for batch in batches:
+        room = [(0, n - m) for n, m in zip(sizes, batch.shape, strict=True)]
+        padded.append(torch.nn.functional.pad(batch, [x for pair in reversed(room) for x in pair], value=-1))
+    return torch.stack(padded), torch.cat(padded)
+
+
+def grid(rows: Tensor, length: Tensor) -> Tensor:
+    """The rows of a batch (P, N, B), -1 where there is none to read, closer together: (P', N', B').
+
+    Rows stay beside those of their axes, with which they share most: per b those n come first that have a row to read,
+    per (n, b) the longest of its rows, and every b has one.
+    """
+    there = rows >= 0
     if bool(there.all()):
         return rows
-    rows = rows.where(there, -1)[..., there.flatten(0, 1).any(0)]
+    rows = rows[..., there.flatten(0, 1).any(0)]
     count = (rows >= 0).sum(0)  # (N, B)
     columns = (count == 0).int().argsort(dim=0, stable=True)[: int((count > 0).sum(0).max())]
     rows = rows.gather(1, columns.expand(len(rows), *columns.shape))
@@ -30,4 +73,5 @@ def grid(same: Tensor, length: Tensor) -> Tensor:
 def at(rows: Tensor, grid: Tensor) -> Tensor:
     """The tokens (P, N, B, W) of a grid's rows; where there is none, those of the longest beside it, or none."""
     filled = torch.where(grid >= 0, grid, grid[:1])
-    return rows[filled].masked_fill((filled < 0)[..., None], text.PAD)
+    width = int(text.length(rows[grid[grid >= 0]]).max())
+    return rows[filled, :width].masked_fill((filled < 0)[..., None], text.PAD)

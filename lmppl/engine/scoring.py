@@ -8,7 +8,7 @@ mask under causal attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
-from ..rows import distinct_rows, first_equal
+from ..rows import covering, distinct_rows, first_equal
 from . import distinct
 from .again import again, kept_tokens, read_again
 from .chunks import fitting
@@ -58,6 +58,16 @@ def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:
     return max(1, budget // max(1, tokens_per_row))
 
 
+class Request(NamedTuple):
+    """What a network is asked: `score` of these."""
+
+    lm: LanguageModel
+    context: Tensor
+    value: Tensor
+    head: Head
+    key: Tensor | None = None
+
+
 def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head, key: Tensor | None = None) -> Tensor:
     """Apply ``head`` to the logits that predict each token of ``value`` after ``context``.
 
@@ -66,73 +76,145 @@ def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head, key: Te
     flattened batch.  Equal rows of tokens are read once.  ``key`` (rows, K), integers: what else ``head`` knows of a
     row; rows that are equal in it too have one result.
     """
-    context = with_bos(lm, context)
-    batch = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1])
-    width = value.shape[-1]
-    if batch.numel() == 0 or width == 0:
-        rows = torch.arange(batch.numel(), device=value.device)
-        empty = torch.zeros(batch.numel(), width, lm.vocab_size, device=value.device)
-        return head(empty, rows).unflatten(0, batch) if batch else head(empty, rows).squeeze(0)
-    start = text.length(context).expand(batch)
-    tokens = text.cat(context, value[..., :-1]).expand(*batch, -1)  # (*batch, W)
-    if lm.max_length is not None and tokens.shape[-1] > lm.max_length:
-        raise ValueError(
-            f"prompt: prompt and text together have {tokens.shape[-1] + 1} tokens, but this model's context holds "
-            f"{lm.max_length}; shorten the prompt or max_tokens"
-        )
-    # Axis 0 (prefixes, or particles) shares most, then axis 1; the rest are separate observations: (P, N, B, W).
-    shape = (batch + (1, 1))[:2] if len(batch) < 2 else batch[:2]
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    asked = _asked(rows, start.flatten(), width, key)
-    grid = distinct.grid(asked.read.view(*shape, -1), text.length(rows))
-    parts = _parts(lm, distinct.at(rows, grid), grid, asked)
+    return score_together([Request(lm, context, value, head, key)])[0]
+
+
+def score_together(requests: Sequence[Request]) -> list[Tensor]:
+    """`score` of each of several requests to one language model.
+
+    What rows of different requests share is read once: a row is not read that begins another one, and rows of several
+    requests are packed into one tree where that sends fewer tokens through the network.
+    """
+    batches = [_Batch.of(request) for request in requests]
+    asking = [i for i, batch in enumerate(batches) if batch.tokens.numel()]
+    found = {i: _nothing(requests[i], batches[i]) for i in range(len(requests)) if i not in asking}
+    for together in [asking] if _alike(requests, batches) else [[i] for i in asking]:
+        if together:
+            results = _together(requests[0].lm, [requests[i] for i in together], [batches[i] for i in together])
+            found.update(zip(together, results, strict=True))
+    return [found[i] for i in range(len(requests))]
+
+
+class _Batch(NamedTuple):
+    """The rows of a request."""
+
+    shape: torch.Size
+    tokens: Tensor  # (*shape, W); none where nothing is asked
+    start: Tensor  # (R,): the tokens of the context
+    width: int  # of the value
+
+    @classmethod
+    def of(cls, request: Request) -> _Batch:
+        lm, value = request.lm, request.value
+        context = with_bos(lm, request.context)
+        shape, width = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1]), value.shape[-1]
+        if shape.numel() == 0 or width == 0:
+            return cls(shape, value.new_empty(0, 0), value.new_empty(0), width)
+        start = text.length(context).expand(shape).flatten()
+        tokens = text.cat(context, value[..., :-1])
+        if lm.max_length is not None and tokens.shape[-1] > lm.max_length:
+            raise ValueError(
+                f"prompt: prompt and text together have {tokens.shape[-1] + 1} tokens, but this model's context holds "
+                f"{lm.max_length}; shorten the prompt or max_tokens"
+            )
+        return cls(shape, tokens.expand(*shape, -1), start, width)
+
+
+def _nothing(request: Request, batch: _Batch) -> Tensor:
+    device = request.value.device
+    rows = torch.arange(batch.shape.numel(), device=device)
+    result = request.head(torch.zeros(len(rows), batch.width, request.lm.vocab_size, device=device), rows)
+    return result.unflatten(0, batch.shape) if batch.shape else result.squeeze(0)
+
+
+def _alike(requests: Sequence[Request], batches: list[_Batch]) -> bool:
+    """Whether all rows are read with the same factors: a short one is not read again as part of a long one."""
+    turn = requests[0].lm.network.rotary.turn
+    return turn is None or requests[0].lm.long is not None or all(b.tokens.shape[-1] <= turn for b in batches)
+
+
+def _together(lm: LanguageModel, requests: list[Request], batches: list[_Batch]) -> list[Tensor]:
+    width, sizes = max(batch.tokens.shape[-1] for batch in batches), [batch.shape.numel() for batch in batches]
+    each = [text.pad(batch.tokens, width).reshape(-1, width) for batch in batches]
+    rows = each[0] if len(each) == 1 else torch.cat(each)
+    read = first_equal(rows) if len(each) == 1 else covering(rows)
+    length = text.length(rows)
+    own = read.where(read == torch.arange(len(rows), device=rows.device), -1).split(sizes)
+    asked = [
+        _asked(batch, request.key, *of)
+        for batch, request, *of in zip(batches, requests, read.split(sizes), length.split(sizes), strict=True)
+    ]
+
+    def cost(grid: Tensor) -> int:
+        tokens = distinct.at(rows, grid)
+        plain = int((grid >= 0).sum()) * tokens.shape[-1]
+        tree = _packed(lm, tokens, plain)
+        return plain if tree is None else tree.cost
+
+    grids = distinct.grids([x.view(batch.shape) for x, batch in zip(own, batches, strict=True)], length, cost)
+    parts: Iterable[_Part] = (part for grid in grids for part in _parts(lm, distinct.at(rows, grid), grid, asked))
     if torch.is_grad_enabled():
-        parts = iter(_kept(lm, [*parts]))
-    result = _in_order(((part.results, _scores(lm, part, head)) for part in parts), len(asked.rows))
-    result = result if asked.result is None else result.index_select(0, asked.result)
-    return result.reshape(*batch, *result.shape[1:])
+        parts = _kept(lm, [*parts])
+    heads = [request.head for request in requests]
+    found = _in_order((each for part in parts for each in _scores(lm, part, heads)), [len(a.rows) for a in asked])
+    found = [x if a.result is None else x.index_select(0, a.result) for x, a in zip(found, asked, strict=True)]
+    return [x.reshape(*batch.shape, *x.shape[1:]) for x, batch in zip(found, batches, strict=True)]
 
 
 class _Asked(NamedTuple):
-    """Of which rows (K,) results are wanted, and where."""
+    """Of which rows (K,) of a request results are wanted, and where."""
 
     rows: Tensor  # (K,)
     wanted: Tensor  # (K, T): where in its row each token of the value is predicted
     length: Tensor  # (K,): the tokens of each
-    cell: Tensor  # (K,): the row that is read for it, which has the same tokens
-    read: Tensor  # (R,): the same for every row
+    cell: Tensor  # (K,): the row, among all requests', that is read for it, which begins with the same tokens
     result: Tensor | None  # (R,): which of the K results is each row's; None: its own
 
 
-def _asked(rows: Tensor, start: Tensor, width: int, key: Tensor | None) -> _Asked:
-    read = first_equal(rows)
-    which, result = torch.arange(len(rows), device=rows.device), None
-    if key is not None and bool((read != which).any()):
-        same = first_equal(torch.cat([read[:, None], start[:, None], key], 1))
+def _asked(batch: _Batch, key: Tensor | None, read: Tensor, length: Tensor) -> _Asked:
+    which, result = torch.arange(len(read), device=read.device), None
+    if key is not None:
+        same = first_equal(torch.cat([read[:, None], batch.start[:, None], length[:, None], key], 1))
         if bool((same != which).any()):
             which, result = same.unique(return_inverse=True)
-    wanted = start[which, None] - 1 + torch.arange(width, device=rows.device)
-    wanted = wanted.clamp(max=rows.shape[1] - 1)
-    return _Asked(which, wanted, text.length(rows)[which], read[which], read, result)
+    wanted = batch.start[which, None] - 1 + torch.arange(batch.width, device=read.device)
+    wanted = wanted.clamp(max=batch.tokens.shape[-1] - 1)
+    return _Asked(which, wanted, length[which], read[which], result)
 
 
-def _in_order(found: Iterator[tuple[Tensor, Tensor]], number: int) -> Tensor:
-    """The results (number, ...) of rows that come in parts, each with its rows.
+def _in_order(found: Iterator[tuple[_Share, Tensor]], numbers: list[int]) -> list[Tensor]:
+    """The results (number, ...) of each request, that come in parts.
 
     Without gradient they are written where they belong: each for itself, small among activations that come and go,
     would have a processor's memory in pieces that are too small for the next ones.
     """
-    rows, first = next(found)
-    if len(rows) == number:
-        return first
-    if torch.is_grad_enabled():
-        order, results = zip((rows, first), *found, strict=True)
-        return torch.cat(results)[torch.cat(order).argsort()]
-    result = first.new_empty(number, *first.shape[1:])
-    result[rows] = first
-    for rows, part in found:
-        result[rows] = part
-    return result
+    results: dict[int, Tensor] = {}
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for share, part in found:
+        i, number = share.request, numbers[share.request]
+        if len(share.results) == number:
+            results[i] = part
+        elif torch.is_grad_enabled():
+            kept.setdefault(i, []).append((share.results, part))
+        else:
+            if i not in results:
+                results[i] = part.new_empty(number, *part.shape[1:])
+            results[i][share.results] = part
+    for i, parts in kept.items():
+        order, each = zip(*parts, strict=True)
+        results[i] = torch.cat(each)[torch.cat(order).argsort()]
+    return [results[i] for i in range(len(numbers))]
+
+
+class _Share(NamedTuple):
+    """What a part answers of one request."""
+
+    request: int
+    results: Tensor  # (r,): of those asked for
+    rows: Tensor  # (r,): of the batch
+    length: Tensor  # (r,)
+    at: Tensor  # (r,): which of the part's rows is read for each
+    wanted: Tensor  # (r, T): where in its row each token of the value is predicted
 
 
 @dataclass(frozen=True)
@@ -140,38 +222,37 @@ class _Part:
     """Rows that are read at once, and how."""
 
     tokens: Tensor  # (P, N, B, W), all PAD where there is no row
-    results: Tensor  # (r,): of those asked for
-    rows: Tensor  # (r,): of the batch
-    at: Tensor  # (r,): where among the P N B rows each is read
-    wanted: Tensor  # (r, T): where in its row each token of the value is predicted
+    shares: list[_Share]
     cost: int  # tokens through the network
     readings: list[_Reading]
     split: bool  # hidden states first, then logits a few at a time
     again: bool = False  # whether the backward pass reads it again, its activations not being kept
     logits_again: bool = False  # whether it computes all of the logits again
 
-    def read(self, run: Run, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it the positions ``wanted`` (r, T) are."""
-        out, index = self.readings[0].read(tokens, self.at, wanted, run)
+    def read(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``run`` says of the tokens, (M, D), and where in it what the shares want is, one after the other."""
+        at = torch.cat([share.at.repeat_interleave(share.wanted.shape[1]) for share in self.shares])
+        wanted = torch.cat([share.wanted.flatten() for share in self.shares])
+        out, index = self.readings[0].read(tokens, at, wanted, run)
         for longer in self.readings[1:]:
-            more, there = longer.read(tokens, self.at, wanted, run)
+            more, there = longer.read(tokens, at, wanted, run)
             index = torch.where(wanted < self.readings[0].end, index, there + len(out))
             out = torch.cat([out, more])
         return out, index
 
+    def each(self, index: Tensor) -> list[Tensor]:
+        """The second answer of `read`, (r, T) for each share."""
+        pieces = index.split([share.wanted.numel() for share in self.shares])
+        return [piece.view(share.wanted.shape) for piece, share in zip(pieces, self.shares, strict=True)]
 
-def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: _Asked) -> Iterator[_Part]:
+
+def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: list[_Asked]) -> Iterator[_Part]:
     """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled.
 
     ``grid`` (P, N, B) are the rows whose ``tokens`` are there, -1 where there is none.
     """
-    place = torch.full((len(asked.read),), -1, device=grid.device)
-    there = (grid.flatten() >= 0).nonzero()[:, 0]
-    place[grid.flatten()[there]] = there
-    at = place[asked.cell]
-    results = (at >= 0).nonzero()[:, 0]
-    at, wanted = at[results], asked.wanted[results]
-    readings = _readings(lm, tokens, at, wanted, asked.length[results])
+    shares = [*_shares(grid, asked)]
+    readings = _readings(lm, tokens, shares)
     cost = sum(reading.cost for reading in readings)
     split = cost * lm.vocab_size > TUNING.many_logits and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
@@ -184,7 +265,19 @@ def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: _Asked) -> It
             if bool((g >= 0).any()):
                 yield from _parts(lm, t, g, asked)
     else:
-        yield _Part(tokens, results, asked.rows[results], at, wanted, cost, readings, split)
+        yield _Part(tokens, shares, cost, readings, split)
+
+
+def _shares(grid: Tensor, asked: list[_Asked]) -> Iterator[_Share]:
+    there = (grid.flatten() >= 0).nonzero()[:, 0]
+    most = max(int(each.cell.max()) for each in asked)
+    place = torch.full((max(most, int(grid.max())) + 1,), -1, device=grid.device)
+    place[grid.flatten()[there]] = there
+    for i, each in enumerate(asked):
+        at = place[each.cell]
+        results = (at >= 0).nonzero()[:, 0]
+        if len(results):
+            yield _Share(i, results, *(x[results] for x in (each.rows, each.length, at, each.wanted)))
 
 
 @dataclass(frozen=True)
@@ -203,31 +296,37 @@ class _Reading:
         return 0 if self.tree is None else self.tree.repeated
 
     def read(self, tokens: Tensor, at: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it positions ``wanted`` of the rows ``at`` are."""
+        """What ``run`` says of the tokens, (M, D), and where in it position ``wanted`` (n,) of each row ``at`` is."""
         tokens, wanted = tokens[..., : self.end], wanted.clamp(max=self.end - 1)
         if self.tree is not None:
             out, index = self.tree.read(self.lm, tokens, run)
         else:
             out, index = _read_plain(self.lm, tokens, int(wanted.min()), run, self.at_once)
-        return out, index.flatten(0, -2)[at].gather(1, wanted)
+        return out, index.flatten(0, -2)[at, wanted]
 
 
-def _readings(lm: LanguageModel, tokens: Tensor, at: Tensor, wanted: Tensor, length: Tensor) -> list[_Reading]:
-    """How to read the tokens; in two ways where some of ``wanted`` end a short text and others a long one."""
-    predicted = (wanted + 1).minimum(length[:, None])  # from so many tokens; what follows a text is not
+def _readings(lm: LanguageModel, tokens: Tensor, shares: list[_Share]) -> list[_Reading]:
+    """How to read the tokens; in two ways where some positions wanted end a short text and others a long one."""
+    # Each is predicted from so many tokens; what follows a text is not.
+    predicted = torch.cat([(share.wanted + 1).minimum(share.length[:, None]).flatten() for share in shares])
+    at, earliest = (torch.cat(x) for x in zip(*((share.at, share.wanted[:, 0]) for share in shares), strict=True))
     found = []
     for view, _ in by_length(lm, predicted):
         end = min(tokens.shape[-1], view.max_length) if view.long is False and view.max_length else tokens.shape[-1]
-        seen = tokens[..., :end]
         plain = len(at.unique()) * end
-        tree = Tree(seen) if tokens.shape[0] * tokens.shape[1] > 1 else None
-        if tree is not None and tree.cost <= TUNING.worthwhile * plain and supports_trees(lm):
-            first = wanted.new_full((tokens.shape[2],), end - 1)
-            tree.recall(view, first.scatter_reduce(0, at % tokens.shape[2], wanted[:, 0], "amin"))
-        else:
-            tree = None
+        tree = _packed(lm, tokens[..., :end], plain)
+        if tree is not None:
+            first = earliest.new_full((tokens.shape[2],), end - 1)
+            tree.recall(view, first.scatter_reduce(0, at % tokens.shape[2], earliest, "amin"))
         found.append(_Reading(view, end, tree, _fitting(lm), plain if tree is None else tree.cost))
     return found
+
+
+def _packed(lm: LanguageModel, tokens: Tensor, plain: int) -> Tree | None:
+    """The tree of these rows (P, N, B, W), None where ``plain`` reading of so many tokens is better."""
+    tree = Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
+    worthwhile = tree is not None and tree.cost <= TUNING.worthwhile * plain and supports_trees(lm)
+    return tree if worthwhile else None
 
 
 def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
@@ -239,7 +338,8 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
     tokens = logits = 0
     found: list[_Part] = []
     for part in reversed(parts):
-        tokens, logits = tokens + part.cost, logits + part.wanted.numel() * lm.vocab_size
+        tokens = tokens + part.cost
+        logits += sum(share.wanted.numel() for share in part.shares) * lm.vocab_size
         again = tokens > budget
         if found and (again or logits > TUNING.logits_at_once):
             part = replace(part, split=splits(lm), again=again, logits_again=True)
@@ -247,21 +347,28 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
     return found[::-1]
 
 
-def _scores(lm: LanguageModel, part: _Part, head: Head) -> Tensor:
-    """What ``head`` keeps of a part's logits, (P N B, ...)."""
+def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple[_Share, Tensor]]:
+    """What each request's head keeps of its logits in a part, (r, ...)."""
     if part.split:
         # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
-        read = partial(part.read, hidden_states, part.tokens, part.wanted)
+        read = partial(part.read, hidden_states, part.tokens)
         states, index = read_again(lm, read) if part.again else read()
-        return unembed_each(lm, states, index, part.rows, head, all_again=part.logits_again)
+        for share, at in zip(part.shares, part.each(index), strict=True):
+            all_again = part.logits_again or share is not part.shares[-1]
+            yield share, unembed_each(lm, states, at, share.rows, heads[share.request], all_again=all_again)
+        return
 
-    def whole(tokens: Tensor, wanted: Tensor) -> Tensor:
-        logits, index = part.read(_logits, tokens, wanted)
-        number = -(-index.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few
-        chunks = zip(index.tensor_split(number), part.rows.tensor_split(number), strict=True)
-        return torch.cat([head(precise(logits[i]), rows) for i, rows in chunks])
+    def whole(tokens: Tensor) -> list[Tensor]:
+        logits, index = part.read(_logits, tokens)
+        found = []
+        for share, at in zip(part.shares, part.each(index), strict=True):
+            number = -(-at.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few
+            chunks = zip(at.tensor_split(number), share.rows.tensor_split(number), strict=True)
+            found.append(torch.cat([heads[share.request](precise(logits[i]), rows) for i, rows in chunks]))
+        return found
 
-    return again(whole, part.tokens, part.wanted) if part.again else whole(part.tokens, part.wanted)
+    results = again(whole, part.tokens) if part.again else whole(part.tokens)
+    yield from zip(part.shares, results, strict=True)
 
 
 def _fitting(lm: LanguageModel) -> int:

@@ -310,3 +310,17 @@ def test_rows_may_use_the_context_to_its_end():
     z, log_prob = d.sample_and_log_prob((3,))
     assert (text.length(z[:, 1]) == 12).all()
     assert (d.log_prob(z) - log_prob).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    "rule", [{"max_tokens": [1, 2, 3]}, {"temperature": [0.5, 1.0, 2.0]}, {"min_tokens": [0, 1, 2]}]
+)
+def test_rules_may_have_axes_that_neither_prompt_nor_value_has(rule):
+    (name, numbers), lm = next(iter(rule.items())), tiny_lm(vocab=6)
+    value, prompt = torch.tensor([[[2, 0, PAD, PAD]], [[3, 3, 0, PAD]]]), torch.tensor([2, 3])
+
+    def log_prob(number):
+        return Completion(lm, prompt, **({"max_tokens": 3} | {name: number})).log_prob(value)
+
+    alone = torch.cat([log_prob(n) for n in numbers], 1)  # (value, rule)
+    torch.testing.assert_close(log_prob(torch.tensor(numbers)), alone, rtol=0, atol=1e-12)

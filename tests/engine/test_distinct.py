@@ -15,7 +15,7 @@ from lmppl import text
 from lmppl.distributions import Completion, NextToken
 from lmppl.engine import distinct
 from lmppl.inference import Importance
-from lmppl.rows import distinct_rows, first_equal
+from lmppl.rows import covering, distinct_rows, first_equal
 
 LM = tiny_lm(vocab=7, seed=0, dtype=torch.float64, max_length=64)
 PROMPTS = torch.tensor([[2, 3, 4, -1], [2, 3, 5, 6], [6, 1, -1, -1]])
@@ -45,6 +45,17 @@ def test_the_first_equal_row(values, columns, rows, seed):
     assert first_equal(found).tolist() == expected
 
 
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 60), st.integers(0, 10_000))
+def test_the_longest_text_that_begins_with_each(kinds, width, number, seed):
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randint(kinds, (number, width), generator=g)
+    rows = rows.masked_fill(torch.arange(width) >= torch.randint(1, width + 1, (number, 1), generator=g), text.PAD)
+    found = [tuple(token for token in row if token != text.PAD) for row in rows.tolist()]
+    for i, n in zip(found, covering(rows).tolist(), strict=True):
+        longer = [each for each in found if each[: len(i)] == i]
+        assert n == next(k for k, each in enumerate(found) if each in longer and len(each) == max(map(len, longer)))
+
+
 @pytest.mark.parametrize("dtype", [torch.long, torch.float64])
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 300])
 def test_distinct_rows_are_those_of_torch(rows, dtype):
@@ -59,7 +70,8 @@ def test_a_grid_has_each_distinct_row_once(P, N, B, kinds, seed):
     g = torch.Generator().manual_seed(seed)
     kind = torch.randint(kinds, (P * N * B,), generator=g)
     same, length = first_equal(kind[:, None]), torch.randint(1, 9, (kinds,), generator=g)[kind]
-    grid = distinct.grid(same.view(P, N, B), length)
+    rows = torch.arange(P * N * B).view(P, N, B)
+    grid = distinct.grid(rows.where(same.view(P, N, B) == rows, -1), length)
     assert sorted(grid[grid >= 0].tolist()) == sorted(set(same.tolist()))
     assert bool((grid[0, 0] >= 0).all())
     where = torch.arange(P * N * B).view(P, N, B)  # a row stays under its own b

@@ -18,6 +18,7 @@ from torch.distributions import Independent
 
 from ... import randomness, text
 from ...distributions.protocols import PrefixScores, Steps, Stepwise, Terminable, Text
+from ...engine.asking import Asking, asking, asks
 from ...stop_strings import Ending, Stops
 
 
@@ -105,14 +106,16 @@ class Site:
     def ending(self, value: Tensor) -> Ending:
         return self.stops.ending(value)
 
-    def prefix_scores(self, value: Tensor) -> PrefixScores:
-        log_probs, stops = self.fn.prefix_scores(value)
+    @asks
+    def prefix_scores(self, value: Tensor) -> Asking[PrefixScores]:
+        log_probs, stops = yield from asking(self.fn.prefix_scores, value)
         shape = torch.broadcast_shapes(self.shape, log_probs.shape[:-1])
         return PrefixScores(log_probs.expand(*shape, -1), stops.expand(*shape, -1))
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    @asks
+    def log_prob(self, value: Tensor) -> Asking[Tensor]:
         """Of each text."""
-        log_prob: Tensor = self.fn.log_prob(value)
+        log_prob = yield from asking(self.fn.log_prob, value)
         return log_prob.expand(torch.broadcast_shapes(self.shape, log_prob.shape))
 
     def steps(self, share: Steps | None = None) -> Steps:
@@ -246,6 +249,12 @@ def is_terminable(fn: Any) -> bool:
 def is_stepwise(fn: Any) -> bool:
     site = text_of(fn)
     return site is not None and site.stepwise
+
+
+def asks_network(fn: Any) -> bool:
+    """Whether the texts are scored by a language model that can be asked for others at the same time."""
+    site = text_of(fn)
+    return site is not None and hasattr(site.fn.log_prob, "asking")
 
 
 def lm_of(fn: Any) -> Any:

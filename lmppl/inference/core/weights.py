@@ -10,7 +10,7 @@ Everything else is summed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,13 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from ... import randomness
+from ...distributions.protocols import PrefixScores
+from ...engine.asking import Asking, asking, together
 from . import programs
 from .plates import Plates
 from .programs import Node
 from .query import Pair, Query
-from .sites import Site, is_terminable, text_of, texts_of
+from .sites import Site, asks_network, is_terminable, text_of, texts_of
 
 
 def scale(node: Node, plates: Plates) -> Any:
@@ -38,16 +40,34 @@ def scale(node: Node, plates: Plates) -> Any:
 
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
     """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
-    log_prob = _log_prob(node) if log_prob is None else log_prob
+    log_prob = together([_log_prob(node)])[0] if log_prob is None else log_prob
     there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # where the site is not there, anything goes
     if there.numel() and not (highest := float(there.max())) < torch.inf:  # NaN is the maximum wherever there is one
         raise ValueError(f"site {node['name']!r}: its log-probability is {highest}; expected a number or -inf")
     return term(node, plates, log_prob, scaled=scaled)
 
 
-def _log_prob(node: Node) -> Tensor:
+def text_log_probs(nodes: Mapping[str, Node], besides: Container[str] = ()) -> dict[str, Tensor]:
+    """log p of those sites that are texts of language models; what they have in common is read once."""
+    return dict(_answers(texts_asking(nodes, besides)))
+
+
+def texts_asking(nodes: Mapping[str, Node], besides: Container[str] = ()) -> dict[str, Asking[Any]]:
+    """What `text_log_probs` asks."""
+    return {name: _log_prob(node) for name, node in nodes.items() if name not in besides and asks_network(node["fn"])}
+
+
+def _answers(calls: dict[str, Asking[Any]]) -> Iterable[tuple[str, Any]]:
+    return zip(calls, together([*calls.values()]), strict=True)
+
+
+def _log_prob(node: Node) -> Asking[Tensor]:
+    site = text_of(node["fn"]) if asks_network(node["fn"]) else None
     try:
-        log_prob: Tensor = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        if site is None:
+            log_prob: Tensor = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        else:
+            log_prob = site.lift((yield from asking(site.log_prob, node["value"])))
     except ValueError as error:  # a value outside the support: Pyro's validation does not say where
         if str(error).startswith("Expected value argument"):
             raise ValueError(f"site {node['name']!r}: {error}") from error
@@ -62,9 +82,10 @@ def term(node: Node, plates: Plates, log_prob: Tensor, *, scaled: bool) -> Tenso
 
 def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None = None) -> Tensor:
     """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
-    known = known or {}
-    sites = programs.scored(trace).items()
-    return _total((site_log_prob(node, plates, known.get(name)) for name, node in sites), plates, device_of(trace))
+    known, sites = known or {}, programs.scored(trace)
+    known = text_log_probs(sites, besides=known) | known
+    terms = (site_log_prob(node, plates, known.get(name)) for name, node in sites.items())
+    return _total(terms, plates, device_of(trace))
 
 
 @dataclass(frozen=True)
@@ -112,9 +133,9 @@ def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None =
 
 def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
     """log q: the unscaled density of the guide's latent sites."""
-    known = known or {}
-    sites = programs.latents(guide).items()
-    terms = (site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites)
+    known, sites = known or {}, programs.latents(guide)
+    known = text_log_probs(sites, besides=known) | known
+    terms = (site_log_prob(node, plates, known.get(name), scaled=False) for name, node in sites.items())
     return _total(terms, plates, device_of(guide))
 
 
@@ -134,13 +155,18 @@ def _total(terms: Iterable[Tensor], plates: Plates, device: torch.device | None 
 
 def log_weight_of_prior(trace: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
     """u where the model proposes its own latents: a latent site of scale 1 cancels and is never scored."""
-    known = known or {}
-    latents = programs.latents(trace)
+    known, sites, latents = known or {}, programs.scored(trace), programs.latents(trace)
+
+    def cancels(name: str) -> bool:
+        s = scale(sites[name], plates)
+        return name in latents and not isinstance(s, Tensor) and abs(s - 1.0) <= 1e-12
+
+    known = text_log_probs({name: node for name, node in sites.items() if not cancels(name)}, besides=known) | known
     terms = []
-    for name, node in programs.scored(trace).items():
+    for name, node in sites.items():
         if name not in latents:
-            terms.append(site_log_prob(node, plates))
-        elif isinstance(s := scale(node, plates), Tensor) or abs(s - 1.0) > 1e-12:
+            terms.append(site_log_prob(node, plates, known.get(name)))
+        elif not cancels(name):
             log_p = known[name] if name in known else node["fn"].log_prob(node["value"])
             terms.append(
                 log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
@@ -231,9 +257,10 @@ def balance(
         _same_stop_strings(site, text_of(model_trace.nodes[site]["fn"]), texts)
     if site is not None and where is not None:
         texts = texts_of(guide_trace.nodes[site])
+        scores, extra = _scores_among(programs.latents(guide_trace), site, texts, value)
         # (P, particle, *plate axes, *stacked), from scores that are alike for all P
-        log_q_site, stop_site = (_at(x, where) for x in texts.prefix_scores(value))
-        extra = {site: texts.lift(log_q_site)}
+        log_q_site, stop_site = (_at(x, where) for x in scores)
+        extra |= {site: texts.lift(log_q_site)}
     log_q = log_density_of_latents(guide_trace, plates, extra)
     with torch.no_grad():
         if site is not None and where is not None:
@@ -241,7 +268,8 @@ def balance(
             other = text_of(model_trace.nodes[site]["fn"]) if site in model_trace.nodes else None
             extra = {}
             if other is not None and other.terminable:
-                extra = {site: other.lift(_at(other.prefix_scores(value).log_probs, where))}
+                scores, extra = _scores_among(programs.scored(model_trace), site, other, value)
+                extra |= {site: other.lift(_at(scores.log_probs, where))}
         log_p = log_density(model_trace, plates, known=extra)
         full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
@@ -289,6 +317,15 @@ def _same_stop_strings(site: str, model: Site | None, guide: Site) -> None:
             f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "
             f"{sorted(given[0])}; give both the same"
         )
+
+
+def _scores_among(
+    nodes: dict[str, Node], site: str, texts: Site, value: Tensor
+) -> tuple[PrefixScores, dict[str, Tensor]]:
+    """The prefix scores of one site's value and, asked together with them, log p of the other sites."""
+    calls = {site: asking(texts.prefix_scores, value)} | texts_asking(nodes, besides=(site,))
+    log_probs = dict(_answers(calls))
+    return log_probs.pop(site), log_probs
 
 
 def _at(prefix_scores: Tensor, where: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..core.programs import Substitute
 from ..core.query import Query
 from ..core.resampling import multinomial
 from ..core.sites import is_text
-from ..core.weights import log_density_of_latents, log_ratio, site_log_prob
+from ..core.weights import log_density_of_latents, log_ratio, site_log_prob, text_log_probs
 from ..posterior.algorithm import on, posterior_of
 from ..posterior.posterior import Posterior
 from ..samplers.smc.bounds import simulate
@@ -202,9 +202,10 @@ class _Look:
         total = len(next(iter(values.values())))
         self.trace = query.trace(query.model, Substitute(values), particles=total)
         shape = (total, *self.plates.sizes)
+        sites = programs.scored(self.trace)
+        known = text_log_probs(sites)
         self.log_p = {
-            name: site_log_prob(node, self.plates).expand(1, *shape)[0]
-            for name, node in programs.scored(self.trace).items()
+            name: site_log_prob(node, self.plates, known.get(name)).expand(1, *shape)[0] for name, node in sites.items()
         }
         self.observed = [n for n, node in programs.scored(self.trace).items() if node["is_observed"]]
         prior = self._sum([name for name in self.log_p if name not in self.observed])

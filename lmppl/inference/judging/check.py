@@ -23,7 +23,7 @@ from ..core.programs import Node, Program, SiteMismatch, Substitute
 from ..core.query import Pair, Query
 from ..core.sites import is_terminable, lm_of, text_of, texts_of
 from ..core.validation import AxesError, check_axes
-from ..core.weights import Weighted, balance, site_log_prob, weigh
+from ..core.weights import Weighted, balance, site_log_prob, text_log_probs, weigh
 from ..posterior import Posterior
 from ..training.gflownet import PooledVarGrad, VarGrad
 from ..training.loop.ownership import Owners
@@ -211,9 +211,12 @@ def _has_evidence(report: Report, weighted: Weighted) -> bool:
         return True
     latents = programs.latents(weighted.model)
     before = len(report.problems)
-    for name, node in programs.scored(weighted.model).items():
+    sites = programs.scored(weighted.model)
+    with torch.no_grad():
+        known = text_log_probs(sites)
+    for name, node in sites.items():
         with torch.no_grad():
-            log_p = site_log_prob(node, weighted.plates)[0]
+            log_p = site_log_prob(node, weighted.plates, known.get(name))[0]
         if bool((log_p.amax(0) == -torch.inf).any()):
             report.problems.append(f"site {name!r}: {_why_impossible(node, name in latents)}")
     if len(report.problems) == before:

@@ -21,6 +21,7 @@ from ..core.programs import Program
 from ..core.query import Query
 from ..core.resampling import SCHEMES
 from ..core.sites import lm_of, text_of
+from ..core.weights import text_log_probs
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
 
 if TYPE_CHECKING:
@@ -359,7 +360,12 @@ class Posterior:
 def scorer(trace: Trace, names: list[str]) -> Callable[[], dict[str, Tensor]]:
     """What scores a trace's text sites when it is asked to, (N, *plate axes) each."""
     nodes = {name: trace.nodes[name] for name in names if name in trace.nodes}
-    return lambda: {name: node["fn"].log_prob(node["value"]) for name, node in nodes.items()}
+
+    def log_probs() -> dict[str, Tensor]:
+        known = text_log_probs(nodes)
+        return {n: known[n] if n in known else node["fn"].log_prob(node["value"]) for n, node in nodes.items()}
+
+    return log_probs
 
 
 def _leaves(nested: Any) -> list[str]:

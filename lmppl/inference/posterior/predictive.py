@@ -19,7 +19,7 @@ from ..core.plates import Plates, kept_plates
 from ..core.programs import Substitute
 from ..core.query import Query
 from ..core.sites import lm_of, text_of
-from ..core.weights import site_log_prob
+from ..core.weights import site_log_prob, text_log_probs
 from .carried import carried
 from .log_weights import normalised
 from .posterior import Index, Posterior
@@ -145,7 +145,11 @@ def predictive(
     query = _nested(query, posterior, sampler)
     run, plates, log_weights = _run(posterior, query, sampler, num_particles, keep)
     observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
-    log_probs = {name: site_log_prob(node, plates).expand(1, *log_weights.shape)[0] for name, node in observed.items()}
+    known = text_log_probs(observed)
+    log_probs = {
+        name: site_log_prob(node, plates, known.get(name)).expand(1, *log_weights.shape)[0]
+        for name, node in observed.items()
+    }
     return Predictive(Posterior.of(run, plates, log_weights, query), log_probs)
 
 

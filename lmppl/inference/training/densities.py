@@ -13,7 +13,7 @@ from ..core.plates import Plates, kept_plates
 from ..core.programs import Draw, SiteMismatch, Substitute
 from ..core.query import Query
 from ..core.validation import check_axes_once
-from ..core.weights import log_density, log_density_of_latents
+from ..core.weights import log_density, log_density_of_latents, text_log_probs
 
 Values = Mapping[str, Tensor]
 
@@ -54,8 +54,10 @@ class Drawn:
         plates = pair.plates(subsampling=True)
         check_axes_once(self.query, lambda: pair)
         with torch.no_grad():
-            latents = programs.latents(pair.model).items()
-            known = {n: node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"]) for n, node in latents}
+            latents = programs.latents(pair.model)
+            known = text_log_probs(programs.scored(pair.model))
+            for n in latents.keys() - known.keys():
+                known[n] = latents[n]["fn"].log_prob(latents[n]["value"], *latents[n]["args"], **latents[n]["kwargs"])
             log_p = log_density(pair.model, plates, known=known)
             log_prior = log_density_of_latents(pair.model, plates, known)
         log_q = log_density_of_latents(pair.proposal, plates)

@@ -39,7 +39,7 @@ from ...core.plates import Plates
 from ...core.programs import Draw, Node, Sketch, Substitute, Values
 from ...core.query import Pair, Query
 from ...core.sites import text_of
-from ...core.weights import log_density
+from ...core.weights import log_density, text_log_probs
 
 
 class Density(NamedTuple):
@@ -165,13 +165,14 @@ def _density(pair: Pair, plates: Plates, known: Values) -> Density:
     latent = programs.latents(target)
     if not latent:
         raise ValueError("model: it has no latent site, so that there is nothing to sample")
+    known = text_log_probs(programs.scored(target), besides=known) | known
     prior = log_density(only(target, set(latent)), plates, known=known)
     for name, node in latent.items():  # a row that the model masks follows q
         site = text_of(node["fn"])
         mask = node["mask"] if site is None else site.there(node["mask"])
         if mask is not None and bool((out := torch.as_tensor(mask).logical_not()).any()):
             prior = prior + plates.reduce(_log_q_of(proposal.nodes[name], out))
-    likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates).to(prior.device)
+    likelihood = log_density(only(target, set(target.nodes) - set(latent)), plates, known=known).to(prior.device)
     n = len(next(iter(latent.values()))["value"])
     return Density(*(x[0].expand(n, *plates.sizes) for x in (prior, likelihood)))
 
