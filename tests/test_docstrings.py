@@ -40,6 +40,7 @@ NOT_RUN = {
     "language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
     "language_model.py: chat": "it goes on as the reader likes (...)",
     "files.py: writing": "`config` is the caller's, and so are the files",
+    "models/budget.py: plan": "it trains for half a minute; tests/models/test_budget.py does so for no time",
     "locks.py: locked": "what it guards is the caller's",
 }
 

@@ -120,16 +120,16 @@ class Forecast:
 
     def cost(self, done: int, last: int) -> Cost:
         """Of this `fit`, by its last steps."""
-        spent, due = self.spent, self.looks.due(done)
-        if due and not spent.looks and self.tried is None:
+        spent, every = self.spent, self.checkpoint_every
+        if self.looks.count(done) and not spent.looks and self.tried is None:
             self.tried = self._try_looks()
         return Cost(
             self.steps - done,
             sum(spent.tokens[-last:]) / last,
             sum(spent.seconds[-last:]) / last,
-            due,
+            self.looks.due(done),
             sum(spent.looks) / len(spent.looks) if spent.looks else self.tried or 0.0,
-            self.steps // self.checkpoint_every - done // self.checkpoint_every,
+            self.steps // every - done // every + bool(self.steps % every),
             spent.saves[-1] if spent.saves else 0.0,
             sum(spent.tokens),
             spent.clock() - spent.began,
