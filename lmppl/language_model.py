@@ -39,7 +39,8 @@ class LanguageModel(nn.Module):
 
     `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
     work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
-    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again.
+    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again; on
+    a processor at most half a gigabyte of them at the default budget, in proportion at another.
     One text alone is never split.
 
     :param model: any causal language model of transformers, without PEFT layers.

@@ -16,7 +16,7 @@ class Tuning:
     unembedded: int = 2**23  # floats of logits that are formed together where none is kept
     logits_at_once: int = 2**25  # floats of logits that are formed together
     logit_budget: int = 2**28  # floats of logits alive at once
-    activations: int = 2**28  # floats that a processor keeps for a backward pass, at the default token budget
+    activations: int = 2**27  # floats that a processor keeps for a backward pass, at the default token budget
     many_logits: int = 2**20  # floats of logits from which on only those that are wanted are formed
     distinct: float = 0.75  # below this share of distinct positions each is computed once and copied
     # Packing

@@ -16,7 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.engine import scoring, unembedding
+from lmppl.engine.again import activations, kept_tokens
 from lmppl.engine.tuning import TUNING
+from lmppl.language_model import TOKEN_BUDGET
 
 V, BUDGET = 6, 60
 PROMPT = torch.tensor([[2, 3, 4], [4, 5, text.PAD]])
@@ -139,6 +141,35 @@ def peak(run: Callable[[], object], trace: Path) -> int:
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
     changes = torch.tensor([e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])])
     return int(changes.cumsum(0).max())
+
+
+def test_activations_are_kept_of_as_many_tokens_as_memory_is_given(monkeypatch):
+    """What a token leaves is counted of each view: half of the layers adapted leave about half, none the least."""
+    lm = tiny_lm("llama", vocab=V, layers=4)
+    names = [f"layers.{i}.{name}" for i in range(4) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    both, upper = (lm.with_adapter(LoraConfig(r=2, target_modules=some)) for some in (names, names[4:]))
+    each, fewer = activations(both), activations(upper)
+    assert 0.4 * each < fewer < 0.6 * each
+    monkeypatch.setattr(TUNING, "activations", 40 * each)
+    assert kept_tokens(both) == 40
+    assert kept_tokens(upper) == 40 * each // fewer
+    both.token_budget = TOKEN_BUDGET // 4
+    assert kept_tokens(both) == 10
+    both.token_budget = 8
+    assert kept_tokens(both) == 1  # never none
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_little_memory_for_activations_changes_no_gradient(head, monkeypatch):
+    views = three_views()
+    monkeypatch.setattr(TUNING, "many_logits", 0 if head else 2**40)
+    expected = gradients(views)
+    monkeypatch.setattr(TUNING, "activations", 1)
+    monkeypatch.setattr(TUNING, "cache", 0)
+    monkeypatch.setattr(TUNING, "fewest", 8)
+    with spied(views[0]) as passes:
+        assert_same(gradients(views), expected)
+    assert len(passes) > 10
 
 
 def test_memory_does_not_grow_with_particles_beyond_the_budget(tmp_path):
