@@ -43,6 +43,7 @@ ELSEWHERE = {
     "recomputing.py:_trial",
     "decoding.py:_shared",
     "scoring.py:_tree_agrees",  # these three are drawn on the CPU and sent to the network's device in the same line
+    "rows.py:covering",  # likewise
     "rows.py:first_equal",  # sent to the rows' device in the next line
     "verdict.py:judge",  # k-hats: numbers for Python
     "exploration.py:draw",  # the text's distribution takes it to its own device

@@ -15,15 +15,16 @@ from rich.console import Console
 from test_diagnose import CELLS, X, Y, answer, guide, model, observe, prior, sbc
 
 from lmppl import text
+from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, Importance, MetropolisHastings, Sharded, diagnose
 
 
 def test_khat_flags_a_proposal_that_misses_mass():
     def one():
-        pyro.sample("z", prior(X[0], max_tokens=5, temperature=1.0))
+        pyro.sample("z", Completion(P, X[0], max_tokens=5))
 
     def through(temperature):
-        return lambda: pyro.sample("z", prior(X[0], max_tokens=5, temperature=temperature))
+        return lambda: pyro.sample("z", Completion(P, X[0], max_tokens=5, temperature=temperature))
 
     narrow = diagnose(Importance(one, through(0.35), 1000), simulations=0)
     broad = diagnose(Importance(one, through(0.8), 1000), simulations=0)

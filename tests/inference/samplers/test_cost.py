@@ -92,7 +92,8 @@ def test_a_prompt_is_not_read_per_particle(views, name):
 def test_a_site_that_does_not_depend_on_the_latents_is_scored_once(views, name):
     make, _ = ALGORITHMS[name]
     for n in (4, 16):
-        assert cost(views, make, n, 20, side=True) - cost(views, make, n, 20) == 20 + 2  # its stop is not read
+        # Its prompt is read with the latents', its stop is not, and a latent may begin as it does.
+        assert 0 <= cost(views, make, n, 20, side=True) - cost(views, make, n, 20) <= 2
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
