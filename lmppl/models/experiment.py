@@ -100,7 +100,7 @@ class Recipe:
 
 
 # Of networks of more parameters than LARGE: what is measured by `benchmarks/pretrained_recipes.py` goes here.
-PRETRAINED = Recipe(observations=2, particles=8, learning_rate=2e-4)
+PRETRAINED = Recipe(observations=2, particles=8, learning_rate=1e-3)
 LARGE = 20_000_000
 
 
