@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import text
 from ..constraints import Constraint, allowed_at
+from ..engine.again import refuse_second_derivative
 from ..engine.tuning import TUNING
 from ..stop_strings import Stops, StopStrings
 from .insertions import Insertions
@@ -222,7 +222,8 @@ class Rules:
         epsilon = self.epsilon[:, None, None] if self.epsilon.dim() else self.epsilon
         permitted = logits > -torch.inf
         even = (epsilon / permitted.sum(-1, keepdim=True)).log()
-        mixed = torch.logaddexp(logits.log_softmax(-1) + torch.log1p(-epsilon), even)
+        log_probs = torch.where(permitted, logits.log_softmax(-1), 0.0)  # log(0 + 0) has no gradient
+        mixed = torch.logaddexp(log_probs + torch.log1p(-epsilon), even)
         return torch.where(permitted, mixed, -torch.inf)
 
     def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
@@ -326,8 +327,8 @@ class _SelectedLogSoftmax(torch.autograd.Function):
         return log_probs.gather(-1, index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative()
         log_probs, index = ctx.saved_tensors
         # d log p_i / d logit_v = [v = i] - p_v
         result = log_probs.exp().mul_(-grad.sum(-1, keepdim=True))

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..language_model import TOKEN_BUDGET, LanguageModel
@@ -21,6 +20,15 @@ def again(compute: Callable[..., T], *args: Any) -> T:
     """``compute(*args)``, of which the backward pass finds nothing but the arguments."""
     result: T = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def refuse_second_derivative() -> None:
+    """RuntimeError in a backward pass of which there is to be a graph.
+
+    (torch's ``once_differentiable`` says nothing where the gradient that comes in is a constant.)
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("log-probabilities of language models have no second derivative: create_graph=True")
 
 
 def kept_tokens(lm: LanguageModel) -> int:
@@ -84,8 +92,8 @@ class _ReadAgain(torch.autograd.Function):
         return states, index
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         with torch.enable_grad():
             states, _ = ctx.read()
         if not states.requires_grad:  # the output layer alone has parameters

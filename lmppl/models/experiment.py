@@ -96,7 +96,7 @@ class Recipe:
         most = 1.0 if isinstance(upper, float) else layers
         if isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 < upper <= most:
             raise ValueError(f"upper_layers: expected an integer up to {layers}, or a share up to 1.0, got {upper!r}")
-        return math.ceil(upper * layers - 1e-9) if isinstance(upper, float) else upper
+        return max(1, math.ceil(upper * layers - 1e-9)) if isinstance(upper, float) else upper
 
 
 # Of networks of more parameters than LARGE: what is measured by `benchmarks/pretrained_recipes.py` goes here.

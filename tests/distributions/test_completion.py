@@ -324,3 +324,17 @@ def test_rules_may_have_axes_that_neither_prompt_nor_value_has(rule):
 
     alone = torch.cat([log_prob(n) for n in numbers], 1)  # (value, rule)
     torch.testing.assert_close(log_prob(torch.tensor(numbers)), alone, rtol=0, atol=1e-12)
+
+
+def test_broader_rows_and_others_have_finite_gradients_where_tokens_are_barred():
+    """With epsilon 0 in a row, a barred token has log(0 + 0), whose derivative is none."""
+    lm = tiny_lm(dtype=torch.float64)
+    allowed = torch.arange(lm.vocab_size) != 3
+    d = Completion(lm, torch.tensor([2]), max_tokens=3, allowed=allowed)
+    value, weights = torch.tensor([4, 5, 0]), lm.trainable_parameters()
+    epsilon = torch.tensor([0.25, 0.0], dtype=torch.float64)
+    both = torch.autograd.grad(d.broadened(epsilon=epsilon).log_prob(value).sum(), weights, allow_unused=True)
+    first = torch.autograd.grad(d.broadened(epsilon=epsilon[0]).log_prob(value), weights, allow_unused=True)
+    second = torch.autograd.grad(d.log_prob(value), weights, allow_unused=True)
+    for a, b, c in zip(both, first, second, strict=True):
+        assert (a is None and b is None and c is None) or (a - b - c).abs().max() < 1e-12

@@ -176,6 +176,29 @@ def test_a_frozen_output_layer_needs_no_logits_for_a_gradient(kind, rules, monke
     assert (most == 20 * V < all_logits) == (kind == "gpt2")
 
 
+def test_a_cap_that_only_large_logits_reach_is_noticed():
+    """30 tanh(x / 30) is x up to rounding where logits are small, as those of random states are."""
+    lm = large("gemma2")
+    lm.model.config.final_logit_softcapping = 30.0
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.mul_(0.01)
+    assert unembedding.plain_weight(adapted(lm, head=False)) is None
+    lm.model.config.final_logit_softcapping = None
+    lm.network.facts.pop("plain_head")
+    assert unembedding.plain_weight(adapted(lm, head=False)) is not None
+
+
+@pytest.mark.parametrize("many_logits", [0, 2**40])
+def test_a_second_derivative_is_refused(many_logits, monkeypatch):
+    monkeypatch.setattr(TUNING, "many_logits", many_logits)
+    lm = tiny_lm("llama")
+    lm.model.set_attn_implementation("eager")
+    view = adapted(lm, head=False)
+    log_prob = Completion(view, torch.tensor([3, 4]), max_tokens=3).log_prob(torch.tensor([2, 3, 0]))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(log_prob, view.trainable_parameters(), create_graph=True)
+
+
 # Selective log-softmax ------------------------------------------------------------------------------------------------
 
 
