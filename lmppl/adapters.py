@@ -134,7 +134,8 @@ class Network(Passes):
         self._take_out(adapter.name)
 
     def _take_out(self, name: str) -> None:
-        """Leave no module and no weight of the adapter of this name."""
+        """Leave no module, no weight and no fact of the adapter of this name."""
+        self.kept.pop("activations", None)
         holding = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
         for layer in holding:
             layer._active_adapter = []  # else PEFT would choose another, and switch the weights of the rest

@@ -52,7 +52,8 @@ def activations(lm: LanguageModel) -> int:
         return int(known[key])
 
 
-def _activations(lm: LanguageModel, tokens: int = 8) -> int:
+def _activations(lm: LanguageModel) -> int:
+    tokens = min(8, lm.max_length or 8)
     weights = {w.untyped_storage().data_ptr() for w in lm.model.parameters()}
     found: dict[int, int] = {}
 

@@ -148,7 +148,7 @@ def test_activations_are_kept_of_as_many_tokens_as_memory_is_given(monkeypatch):
     lm = tiny_lm("llama", vocab=V, layers=4)
     names = [f"layers.{i}.{name}" for i in range(4) for name in ("self_attn.q_proj", "mlp.down_proj")]
     both, upper = (lm.with_adapter(LoraConfig(r=2, target_modules=some)) for some in (names, names[4:]))
-    each, fewer = activations(both), activations(upper)
+    each, fewer, upper_name = activations(both), activations(upper), upper.adapter_name
     assert 0.4 * each < fewer < 0.6 * each
     monkeypatch.setattr(TUNING, "activations", 40 * each)
     assert kept_tokens(both) == 40
@@ -157,6 +157,13 @@ def test_activations_are_kept_of_as_many_tokens_as_memory_is_given(monkeypatch):
     assert kept_tokens(both) == 10
     both.token_budget = 8
     assert kept_tokens(both) == 1  # never none
+    lm.remove_adapter(upper)
+    again = lm.with_adapter(LoraConfig(r=2, target_modules=names), name=upper_name)
+    assert activations(again) == each
+
+
+def test_activations_are_counted_where_a_context_holds_less():
+    assert activations(adapter(tiny_lm("gpt2", vocab=V, max_length=4), 0)) > 0
 
 
 @pytest.mark.parametrize("head", [True, False])
