@@ -59,7 +59,8 @@ class Network(Passes):
         super().__init__(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"adapters": dict(self.adapters)}
+        kept = {key: each for key, each in self.kept.items() if key != "merged"}
+        return self.__dict__ | {"adapters": dict(self.adapters), "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, adapters=weakref.WeakValueDictionary())
@@ -136,6 +137,7 @@ class Network(Passes):
     def _take_out(self, name: str) -> None:
         """Leave no module, no weight and no fact of the adapter of this name."""
         self.kept.pop("activations", None)
+        self.kept.pop("merged", None)
         holding = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
         for layer in holding:
             layer._active_adapter = []  # else PEFT would choose another, and switch the weights of the rest

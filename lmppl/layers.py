@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 WIDE = 16_384  # outputs from which on one product of all is slow on a processor
 COLUMNS = 1024  # outputs that are computed at once instead
@@ -50,10 +51,15 @@ class Linear(lora.Linear):  # PEFT knows its layers by this name
 
     .. math:: W x + s\, B A x
 
-    What is more than that (several adapters at once, variants, biases, hooks, other types) is left to PEFT.
+    What is more than that (several adapters at once, variants, biases, hooks, other types) is left to PEFT. Where
+    ``whole`` is set, a weight that `merge` returned, it is one product.
     """
 
+    whole: Tensor | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.whole is not None:
+            return linear(x, self.whole.T if self.fan_in_fan_out else self.whole, self.base_layer.bias)
         if args or kwargs or self.merged_adapters:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -66,6 +72,22 @@ class Linear(lora.Linear):  # PEFT knows its layers by this name
         out = self.base_layer(x)
         low = linear(x, down)
         return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.T, alpha=scaling).view_as(out)
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the layer is W + s B A, and W a plain weight of the same type."""
+        plain = type(self.base_layer) in (nn.Linear, Conv1D) and type(self.base_layer.weight) is nn.Parameter
+        off = self._disable_adapters or self.merged_adapters
+        return plain and not off and self._factors(self.base_layer.weight) is not None
+
+    def merge(self, out: Tensor | None) -> Tensor:
+        """W + s B A, laid out as W is, written to ``out`` where that fits."""
+        weight = self.base_layer.weight
+        down, up, scaling = cast(tuple[Tensor, Tensor, float], self._factors(weight))
+        if out is not None and (out.shape, out.dtype, out.device) != (weight.shape, weight.dtype, weight.device):
+            out = None
+        left, right = (down.T, up.T) if self.fan_in_fan_out else (up, down)
+        return torch.addmm(weight, left, right, alpha=scaling, out=out)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """A, B and s of the only adapter that is on, where it is nothing but these."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from .. import text
 from ..language_model import LanguageModel
+from .merging import Weights, merged, reading
 from .prompts import recalled
 from .room import make_room
 from .scoring import chunk_rows, supports_trees, with_bos
@@ -54,6 +55,7 @@ class Decoder:
         self.position = length[index]  # (R,): where each row's next token goes
         self.prompts: SharedPrompts | None = None
         self.mask = None
+        self._steps, self._merged = 0, Weights()
         if share is None:
             share = (len(index) - len(contexts)) * width >= TUNING.repeated and shares_prompts(lm)
         if share:
@@ -76,6 +78,9 @@ class Decoder:
 
     def _read(self, tokens: Tensor, count: int) -> None:
         T = tokens.shape[1]
+        self._steps += 1
+        if self._steps == TUNING.steps_apart + 1:
+            self._merged = merged(self.lm)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), T)], 1)
         # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
@@ -89,11 +94,17 @@ class Decoder:
             attention_mask=self.mask,
             position_ids=position,
             logits_to_keep=1,
-            within=nullcontext if self.prompts is None else partial(behind, self.lm.model, self.prompts),
+            within=self._within,
             **{self._cache_name: self.cache},
         )
         self.cache, self.logits = out[self._cache_name], precise(out.logits[:, -1])
         self.position = self.position + T
+
+    @contextmanager
+    def _within(self) -> Iterator[None]:
+        shared = nullcontext() if self.prompts is None else behind(self.lm.model, self.prompts)
+        with reading(self._merged), shared:
+            yield
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:

@@ -32,6 +32,8 @@ class Tuning:
     sooner_copied: int = 32  # tokens that are sooner copied than given room
     few_permitted: float = 0.7  # of the vocabulary: with fewer, they are sooner taken out than the others barred
     matchers: int = 4096  # of a grammar, after as many prefixes, that are kept
+    merged: int = 2**27  # floats of weights that an adapter is merged into while it decodes; none where there are more
+    steps_apart: int = 3  # decoding steps that are sooner made without that
     # Enumeration
     least: float = 2**-20  # of the mass that may be left out: a node of less is not kept
     nodes: int = 4096  # expanded at once in one tree

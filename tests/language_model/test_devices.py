@@ -41,6 +41,7 @@ FACTORIES = {
 # What is on the CPU on purpose, or sent on at once; by file and function.
 ELSEWHERE = {
     "recomputing.py:_trial",
+    "prompts.py:_trial",
     "decoding.py:_shared",
     "scoring.py:_tree_agrees",  # these three are drawn on the CPU and sent to the network's device in the same line
     "rows.py:covering",  # likewise

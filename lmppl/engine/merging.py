@@ -1,0 +1,57 @@
+r"""An adapter that decodes: its LoRA merged into the weights, so that a layer is one product again.
+
+.. math:: W' = W + s\, B A
+
+It costs as much as a step of some 16 rows, and every further step is as fast as one of the base network. The network's
+own weights are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..language_model import LanguageModel
+from ..layers import Linear
+from .tuning import TUNING
+
+Weights = dict[Linear, Tensor]
+
+
+@torch.no_grad()
+def merged(lm: LanguageModel) -> Weights:
+    """The merged weight (out, in) of each layer that the view's adapter changes by two factors alone.
+
+    Empty for the base network, and where hooks, autocast or sharding are in the way, or there is no room.
+    """
+    network = lm.network
+    with network.lock:
+        network.follow()
+        adapter = network.adapters.get(lm.adapter_name or "")
+        if adapter is None or network.sharded or network.autocast is not None or network.strangers():
+            return {}
+        network.activate(adapter)
+        layers = [m for m in adapter.layers if isinstance(m, Linear) and m.mergeable]
+        if sum(m.base_layer.weight.numel() for m in layers) > TUNING.merged:
+            return {}
+        kept: Any = network.kept.get("merged", {})  # memory that was written to before, which is faster
+        usable = {m: w for m, w in kept.items() if not w.is_inference()}
+        weights = {m: m.merge(usable.get(m)) for m in layers}
+        network.kept["merged"] = weights
+        return weights
+
+
+@contextmanager
+def reading(weights: Weights) -> Iterator[None]:
+    """Let the layers read these weights inside."""
+    for layer, weight in weights.items():
+        layer.__dict__["whole"] = weight
+    try:
+        yield
+    finally:
+        for layer in weights:
+            del layer.__dict__["whole"]
