@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from reference import Law, Tokens
-from tiny import tiny_lm
+from tiny import flat_lm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ def chunk_lm(words: tuple[str, ...] = WORDS, seed: int = 33, dtype: torch.dtype 
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=words[0], pad_token=words[0])
-    tried = tiny_lm(vocab=len(words), seed=seed, dtype=torch.float32)
+    tried = flat_lm(vocab=len(words), seed=seed, dtype=torch.float32)
     lm = LanguageModel(tried.model.to(dtype), tokenizer)
     lm.network.facts.update(tried.network.facts)
     return lm

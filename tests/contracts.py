@@ -48,14 +48,14 @@ def assert_follows(d: TorchDistribution, laws: list[Law]) -> None:
 class LMDistributionContract:
     """What any distribution over text promises.  A subclass says how to make one; ``make(lm)`` has batch (2,)."""
 
-    vocab, add_bos = VOCAB, False
+    vocab, add_bos, layers = VOCAB, False, 1
 
     def make(self, lm: LanguageModel) -> TorchDistribution:
         raise NotImplementedError
 
     @pytest.fixture
     def lm(self) -> LanguageModel:
-        return tiny_lm("gpt2", vocab=self.vocab, add_bos=self.add_bos)
+        return tiny_lm("gpt2", vocab=self.vocab, add_bos=self.add_bos, layers=self.layers)
 
     @pytest.fixture
     def d(self, lm) -> TorchDistribution:

@@ -17,8 +17,8 @@ SGD, ADAM = torch.optim.SGD, torch.optim.Adam
 class Task:
     """z ~ p(x), y ~ p(x z) for three observations, guided by q(y x); p and q are adapters of one base."""
 
-    def __init__(self, x=("ab", "b", "ca"), y=("cb", "", "a")) -> None:
-        self.lm = tiny_lm(vocab=5, seed=3, dtype=torch.float64)
+    def __init__(self, x=("ab", "b", "ca"), y=("cb", "", "a"), layers: int = 1) -> None:
+        self.lm = tiny_lm(vocab=5, seed=3, dtype=torch.float64, layers=layers)
         self.p, self.q = adapter(self.lm, 1), adapter(self.lm, 2)
         self.args = (self.lm.encode(list(x)), self.lm.encode(list(y), stop="eos"))
 

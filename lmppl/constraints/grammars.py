@@ -230,11 +230,12 @@ class Grammar(PrefixConstraint):
 
     def _goes_on(self, matcher: Any, state: int, said: bytes, tried: dict[bytes, bool], ahead: int) -> bool:
         """Whether a text that no stop string has ended has, or leads to, an end."""
-        (options,) = self._next(matcher, state).nonzero()
-        if self.endings.stops and np.isin(self.endings.stops, options).any():
+        mask = self._next(matcher, state)
+        if any(mask[stop] for stop in self.endings.stops):
             return True
         if not self.endings.stops and self.endings.strings is None and matcher.is_accepting():
             return True
+        (options,) = mask.nonzero()
         if len(options) > _WIDE or not ahead or len(tried) >= _TRIED:
             return True  # for all that is known
         return any(self._lasts(matcher, state, v, said, tried, ahead - 1) for v in options.tolist())

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from test_grammars import PATTERNS
-from tiny import tiny_lm
+from tiny import flat_lm
 from torch import Tensor
 
 from lmppl import check
@@ -153,7 +153,7 @@ def test_a_constraint_that_permits_no_text_is_refused_when_made(make, written):
 
 # -- particles that die ----------------------------------------------------------------------------------------------
 
-LM = tiny_lm(vocab=6, dtype=torch.float64)  # <eos> . a b c d
+LM = flat_lm(vocab=6, dtype=torch.float64)  # <eos> . a b c d
 A, B, C, D = range(2, 6)
 RUNS = 400
 

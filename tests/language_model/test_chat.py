@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 from reference import Law, Plain, tokens
-from tiny import tiny_lm, tiny_tokenizer
+from tiny import flat_lm, tiny_tokenizer
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
@@ -30,7 +30,7 @@ CONFIG = peft.LoraConfig(r=4, target_modules="all-linear")
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     """26 tokens, of which the model can write few: the others have no part in what is tested."""
-    lm = tiny_lm(vocab=26, dtype=torch.float64)
+    lm = flat_lm(vocab=26, dtype=torch.float64)
     lm.tokenizer.chat_template = TEMPLATE
     return lm
 
@@ -141,7 +141,7 @@ def test_an_automatic_guide_keeps_turn_ends_and_can_chat(lm):
 
 
 def test_a_prompts_bos_is_dropped_where_the_guide_puts_something_before():
-    lm = tiny_lm(vocab=8, add_bos=True, pad_is_eos=True)
+    lm = flat_lm(vocab=8, add_bos=True, pad_is_eos=True)
     bos = torch.tensor([[lm.bos_id]])
 
     def model(x, y):

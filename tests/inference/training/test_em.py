@@ -90,7 +90,7 @@ def test_subsamples_given_average_to_the_gradient_of_all_data():
 
 @pytest.mark.parametrize("kind", ["enumeration", "gflownet"])
 def test_a_subsample_that_the_plate_draws_is_one_for_inference_and_m_step(kind):
-    task = Task()
+    task = Task(layers=2)
     e_step = Enumeration(task.model) if kind == "enumeration" else task.gflownet(lr=0.0)
     em = task.still(e_step, num_particles=64, exact=Enumeration(task.model))
     log_evidence = task.log_joint().logsumexp(0).detach()
@@ -209,7 +209,7 @@ ENDS = {
 @cache
 def end(name: str) -> float:
     """Nats an observation after 30 rounds: two prompts seen with two endings each, so that -log 2 is the best."""
-    task = Task(x=["ab", "ab", "b", "b"], y=["cb", "", "a", "cb"])
+    task = Task(x=["ab", "ab", "b", "b"], y=["cb", "", "a", "cb"], layers=2)
     assert task.log_likelihood() / 4 < -4
     e_step = ENDS[name](task)
     em = VariationalEM(task.model, getattr(e_step, "guide", None), e_step, ADAM(task.theta, lr=3e-2))

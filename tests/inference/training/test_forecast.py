@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import Task
-from tiny import tiny_lm
+from tiny import flat_lm
 
 from lmppl.distributions import Completion
 from lmppl.inference import EarlyStopping, GFlowNet
@@ -144,7 +144,7 @@ class Fixed(Task):
     """z of six tokens, always: no draw is longer than another."""
 
     def __init__(self) -> None:
-        self.lm = tiny_lm(seed=3, vocab=24)
+        self.lm = flat_lm(seed=3, vocab=24)
         self.q = self.lm.with_adapter(peft.LoraConfig(r=2, target_modules="all-linear"))
         self.args = self.encode(("abc", "d"), ("cab", "ed"))
 
