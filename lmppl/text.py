@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lmppl.shapes import broadcast_shapes
+
 from .rows import distinct_rows
 
 PAD = -1
@@ -77,7 +79,7 @@ def cat(*texts: Tensor) -> Tensor:
     for t in texts:
         _ask(texts=t)
     try:
-        batch = torch.broadcast_shapes(*(t.shape[:-1] for t in texts))
+        batch = broadcast_shapes(*(t.shape[:-1] for t in texts))
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in texts)
         raise ValueError(f"texts of shapes {shapes} do not broadcast along their leading axes") from error
@@ -109,7 +111,7 @@ def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
     if not isinstance(stop, Integral | Tensor) or isinstance(stop, bool):
         raise ValueError(f"stop: expected a token id or a LongTensor of them, got {stop!r}")
     stop = torch.as_tensor(stop, dtype=torch.long, device=text.device)
-    batch = torch.broadcast_shapes(text.shape[:-1], stop.shape)
+    batch = broadcast_shapes(text.shape[:-1], stop.shape)
     stop = stop.expand(batch)[..., None]  # (*batch, 1)
     text = pad(text, text.shape[-1] + 1).expand(*batch, -1)  # one column more: room for a stop after the last token
     stopped = text == stop

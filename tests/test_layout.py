@@ -19,6 +19,7 @@ from paths import ROOT
 # Lower may not import higher. `embedded` ships models; only `LanguageModel.embedded` reaches for it, when called.
 LAYERS = {
     "text": 0,
+    "shapes": 0,
     "randomness": 0,
     "rows": 0,
     "tools": 0,

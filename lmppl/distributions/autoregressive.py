@@ -10,6 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from .. import randomness, text
+from ..shapes import broadcast_shapes
 from ..text import PAD
 from .protocols import PrefixScores
 from .support import Texts
@@ -116,7 +117,7 @@ class AutoregressiveText(TorchDistribution):
     def _scores(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log p of texts (..., L), and their prefix scores (..., W), W the event's width."""
         text.validate(value, "value", self.vocab_size)
-        width, shape = self.event_shape[0], torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        width, shape = self.event_shape[0], broadcast_shapes(value.shape[:-1], self.batch_shape)
         too_long = (value[..., width:] != PAD).any(-1).expand(shape)
         rows = text.pad(value[..., :width], width).expand(*shape, width).reshape(-1, width)
         is_stop = torch.isin(rows, self.stop)

@@ -18,6 +18,7 @@ from ..engine.decoding import rows_at_once
 from ..engine.scoring import Request, with_bos
 from ..language_model import LanguageModel
 from ..rows import distinct_rows
+from ..shapes import broadcast_shapes
 from ..tools import Tool
 from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
@@ -109,7 +110,7 @@ class Completion(TorchDistribution):
         self._limit = int(self.max_tokens.max())
         parts = (self.prompt.shape[:-1], self.max_tokens.shape, self.min_tokens.shape, self.temperature.shape)
         try:
-            self._native = torch.broadcast_shapes(*parts)
+            self._native = broadcast_shapes(*parts)
         except RuntimeError as error:
             raise ValueError(
                 "prompt, max_tokens, min_tokens, temperature: shapes do not broadcast: "
@@ -149,7 +150,7 @@ class Completion(TorchDistribution):
         """The same distribution on a larger batch; the prompt is not copied, so nothing is computed twice."""
         new = self._get_checked_instance(Completion, _instance)
         new.__dict__.update(self.__dict__)
-        shape = torch.broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
+        shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
         super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -162,8 +163,8 @@ class Completion(TorchDistribution):
         new.__dict__.update(self.__dict__)
         new.temperature = self.temperature * torch.as_tensor(temperature, device=self.prompt.device)
         new._epsilon = torch.as_tensor(epsilon, device=self.prompt.device)
-        new._native = torch.broadcast_shapes(self._native, new.temperature.shape, new._epsilon.shape)
-        shape = torch.broadcast_shapes(self.batch_shape, new._native)
+        new._native = broadcast_shapes(self._native, new.temperature.shape, new._epsilon.shape)
+        shape = broadcast_shapes(self.batch_shape, new._native)
         super(Completion, new).__init__(shape, self.event_shape, validate_args=False)
         return new
 
@@ -272,7 +273,7 @@ class Completion(TorchDistribution):
             raise ValueError(f"keep: expected non-negative integers, got {keep}")
         if self._validate_args:
             text.validate(value, "value", self.lm.vocab_size)
-        shape = torch.broadcast_shapes(value.shape[:-1], keep.shape, self.batch_shape)
+        shape = broadcast_shapes(value.shape[:-1], keep.shape, self.batch_shape)
         kept = torch.where(torch.arange(value.shape[-1], device=value.device) < keep[..., None], value, text.PAD)
         try:
             kept = text.pad(kept, self.event_shape[0])
@@ -400,7 +401,7 @@ class Completion(TorchDistribution):
         if self._validate_args:
             text.validate(value, "value", self.lm.vocab_size)
             try:
-                torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+                broadcast_shapes(value.shape[:-1], self.batch_shape)
             except RuntimeError as error:
                 raise ValueError(
                     f"value: leading axes {tuple(value.shape[:-1])} do not broadcast with the batch "
@@ -409,7 +410,7 @@ class Completion(TorchDistribution):
         width = self.event_shape[0]
         too_long = (value[..., width:] != text.PAD).any(-1)
         value = torch.nn.functional.pad(value[..., :width], (0, max(0, width - value.shape[-1])), value=text.PAD)
-        batch = torch.broadcast_shapes(self._native, value.shape[:-1])
+        batch = broadcast_shapes(self._native, value.shape[:-1])
         length = text.length(value)
         rules = self.rules(batch)
         at = torch.arange(width, device=value.device)
@@ -451,7 +452,7 @@ class Completion(TorchDistribution):
 
     def _expanded(self, x: Tensor, event_dim: int = 0) -> Tensor:
         batch, event = x.shape[: x.dim() - event_dim], x.shape[x.dim() - event_dim :]
-        return x.expand(torch.broadcast_shapes(batch, self.batch_shape) + event)
+        return x.expand(broadcast_shapes(batch, self.batch_shape) + event)
 
     # -- enumeration ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.distributions import constraints as torch_constraints
 from .. import randomness, text
 from ..engine.scoring import score, with_bos
 from ..language_model import LanguageModel
+from ..shapes import broadcast_shapes
 from .arguments import as_lm, as_text, refuse_nan
 from .token_steps import draw
 
@@ -51,7 +52,7 @@ class NextToken(TorchDistribution):
         new = self._get_checked_instance(NextToken, _instance)
         new.__dict__.update(self.__dict__)
         super(NextToken, new).__init__(
-            torch.broadcast_shapes(self.batch_shape, torch.Size(batch_shape)), torch.Size(), validate_args=False
+            broadcast_shapes(self.batch_shape, torch.Size(batch_shape)), torch.Size(), validate_args=False
         )
         new._validate_args = self._validate_args
         return new
@@ -89,12 +90,12 @@ class NextToken(TorchDistribution):
             if bool(((value < 0) | (value >= self.lm.vocab_size)).any()):
                 raise ValueError(f"value: token ids must lie in 0..{self.lm.vocab_size - 1}")
         try:
-            shape = torch.broadcast_shapes(value.shape, self.batch_shape)
+            shape = broadcast_shapes(value.shape, self.batch_shape)
         except RuntimeError as error:
             raise ValueError(
                 f"value: shape {tuple(value.shape)} does not broadcast with the batch {tuple(self.batch_shape)}"
             ) from error
-        logits = self.logits.expand(*torch.broadcast_shapes(value.shape, self.logits.shape[:-1]), -1)
+        logits = self.logits.expand(*broadcast_shapes(value.shape, self.logits.shape[:-1]), -1)
         return logits.gather(-1, value.expand(logits.shape[:-1])[..., None])[..., 0].expand(shape)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:

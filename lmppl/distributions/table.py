@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from .. import randomness, text
 from ..language_model import Stop
 from ..rows import distinct_rows
+from ..shapes import broadcast_shapes
 from ..stop_strings import Stops
 from .protocols import PrefixScores
 from .support import Texts
@@ -75,7 +76,7 @@ class Table(TorchDistribution):
         """The same table on a larger batch; nothing is copied."""
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
-        shape = torch.broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
+        shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
         TorchDistribution.__init__(new, shape, self.event_shape, validate_args=False)
         return new
 
@@ -90,7 +91,7 @@ class Table(TorchDistribution):
 
     def _at(self, row: Tensor) -> Tensor:
         """log p of the values in ``row`` (...), broadcast with the batch; -inf for none."""
-        batch = torch.broadcast_shapes(self.batch_shape, row.shape)
+        batch = broadcast_shapes(self.batch_shape, row.shape)
         padded = pad(self.logits, (0, 1), value=-torch.inf)  # (*batch, K + 1)
         return padded.expand(*batch, -1).gather(-1, row.expand(batch)[..., None])[..., 0]
 
@@ -181,6 +182,6 @@ class TextTable(Table):
             stops.append((log_p - log_reach).masked_fill(~possible, -torch.inf))
             begins = begins & (value[..., None, t] == self.values[:, t])
         if not log_probs:
-            never = torch.full((*torch.broadcast_shapes(ending.at.shape, self.batch_shape), width + 1), -torch.inf)
+            never = torch.full((*broadcast_shapes(ending.at.shape, self.batch_shape), width + 1), -torch.inf)
             return PrefixScores(never, never)
         return PrefixScores(*(torch.stack(torch.broadcast_tensors(*x), -1) for x in (log_probs, stops)))

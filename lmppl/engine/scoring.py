@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from ..rows import covering, distinct_rows, first_equal
+from ..shapes import broadcast_shapes
 from . import distinct
 from .again import again, kept_tokens, read_again
 from .chunks import fitting
@@ -107,7 +108,7 @@ class _Batch(NamedTuple):
     def of(cls, request: Request) -> _Batch:
         lm, value = request.lm, request.value
         context = with_bos(lm, request.context)
-        shape, width = torch.broadcast_shapes(context.shape[:-1], value.shape[:-1]), value.shape[-1]
+        shape, width = broadcast_shapes(context.shape[:-1], value.shape[:-1]), value.shape[-1]
         if shape.numel() == 0 or width == 0:
             return cls(shape, value.new_empty(0, 0), value.new_empty(0), width)
         start = text.length(context).expand(shape).flatten()

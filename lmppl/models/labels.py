@@ -13,6 +13,7 @@ from ..embedded import Sentence
 from ..embedded.subjectivity import PLAINLY
 from ..inference import Prediction
 from ..language_model import LanguageModel
+from ..shapes import broadcast_shapes
 from ..text import length
 
 
@@ -76,7 +77,7 @@ class Labelling:
 
 def at(log_p: Tensor, y: Tensor) -> Tensor:
     """What the outcome y (..., B) has, of (..., B, C)."""
-    batch = torch.broadcast_shapes(log_p.shape[:-1], y.shape)
+    batch = broadcast_shapes(log_p.shape[:-1], y.shape)
     return log_p.expand(*batch, -1).gather(-1, y.expand(batch)[..., None])[..., 0]
 
 

@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ...distributions.arguments import no_text
+from ...shapes import broadcast_shapes
 from .python_values import of_user
 from .sites import text_of
 
@@ -122,7 +123,7 @@ def _batch(fn: Any, value: Any, name: str) -> torch.Size:
         return shape
     right = value.dim() - fn.event_dim
     try:
-        return torch.broadcast_shapes(shape, value.shape[: max(0, right)])
+        return broadcast_shapes(shape, value.shape[: max(0, right)])
     except RuntimeError:
         raise ValueError(
             f"site {name!r}: its value has the shape {tuple(value.shape)}, which does not go with a distribution of "

@@ -19,6 +19,7 @@ from torch.distributions import Independent
 from ... import randomness, text
 from ...distributions.protocols import PrefixScores, Steps, Stepwise, Terminable, Text
 from ...engine.asking import Asking, asking, asks
+from ...shapes import broadcast_shapes
 from ...stop_strings import Ending, Stops
 
 
@@ -109,14 +110,14 @@ class Site:
     @asks
     def prefix_scores(self, value: Tensor) -> Asking[PrefixScores]:
         log_probs, stops = yield from asking(self.fn.prefix_scores, value)
-        shape = torch.broadcast_shapes(self.shape, log_probs.shape[:-1])
+        shape = broadcast_shapes(self.shape, log_probs.shape[:-1])
         return PrefixScores(log_probs.expand(*shape, -1), stops.expand(*shape, -1))
 
     @asks
     def log_prob(self, value: Tensor) -> Asking[Tensor]:
         """Of each text."""
         log_prob = yield from asking(self.fn.log_prob, value)
-        return log_prob.expand(torch.broadcast_shapes(self.shape, log_prob.shape))
+        return log_prob.expand(broadcast_shapes(self.shape, log_prob.shape))
 
     def steps(self, share: Steps | None = None) -> Steps:
         """The texts, unfinished, a row each."""

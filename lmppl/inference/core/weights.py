@@ -22,6 +22,7 @@ from torch import Tensor
 from ... import randomness
 from ...distributions.protocols import PrefixScores
 from ...engine.asking import Asking, asking, together
+from ...shapes import broadcast_shapes
 from . import programs
 from .plates import Plates
 from .programs import Node
@@ -271,7 +272,7 @@ def balance(
                 scores, extra = _scores_among(programs.scored(model_trace), site, other, value)
                 extra |= {site: other.lift(_at(scores.log_probs, where))}
         log_p = log_density(model_trace, plates, known=extra)
-        full = torch.broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
+        full = broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
             last = torch.ones(full, dtype=torch.bool, device=log_p.device)
             stop, tokens = torch.ones(full, device=log_p.device), torch.zeros(full, device=log_p.device)
@@ -286,7 +287,7 @@ def balance(
             mask = texts.there(guide_trace.nodes[site]["mask"])
             valid = valid & (total(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
             if mask is not None:
-                valid = valid & (last | (total(mask.expand(torch.broadcast_shapes(mask.shape, end.shape))) > 0))
+                valid = valid & (last | (total(mask.expand(broadcast_shapes(mask.shape, end.shape))) > 0))
             # A text that is not there has ended for certain.
             stop = total(scale_and_mask(stop_site.detach(), 1.0, mask)).exp()
             tokens = total(where)

@@ -12,6 +12,7 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 
 from .... import text
+from ....shapes import broadcast_shapes
 from ...core.arguments import at_least, is_number
 from ...core.observations import Observations, Tokens, merge, observe, split, tokens_of
 from ...core.programs import Draw, Program, Sketch, Substitute, Values, parameters_of
@@ -282,7 +283,7 @@ def demonstrations(replay: Replay, seen: Observations, query: Query, values: Map
             value = value[None]
         batch = value.shape[: value.dim() - fn.event_dim]
         try:
-            given[name] = value.expand(*torch.broadcast_shapes(batch, fn.batch_shape), *value.shape[len(batch) :])
+            given[name] = value.expand(*broadcast_shapes(batch, fn.batch_shape), *value.shape[len(batch) :])
         except RuntimeError as error:
             raise ValueError(
                 f"values: those of {name!r} have the shape {tuple(batch)}, expected (n, *{tuple(fn.batch_shape[1:])})"
