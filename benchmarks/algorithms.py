@@ -6,8 +6,8 @@ Each trained guide gets the same number of tokens through the network (draws, re
 on the same training stories, with 16 particles and 8 stories a step where it has particles. Its learning rate is the
 better of two on *validation* stories, chosen with a seed of its own at half the budget; then five seeds are trained
 from scratch and measured on the test stories. Each sampler without training gets as many particles as cost what 64
-draws of a guide cost before it is trained; "guide" there is VarGrad's. Runs are kept one file each under --runs: an interrupted
-command goes on where it was.
+draws of a guide cost before it is trained; "guide" there is VarGrad's. Runs are kept one file each under --runs: an
+interrupted command goes on where it was.
 """
 
 from __future__ import annotations
