@@ -8,9 +8,10 @@ own weights are not touched.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from ..language_model import LanguageModel
 from ..layers import Linear
 from .tuning import TUNING
 
-Weights = dict[Linear, Tensor]
+
+class Weights(dict[Linear, Tensor]):
+    """The merged weight of each layer."""
 
 
 @torch.no_grad()
@@ -33,15 +36,16 @@ def merged(lm: LanguageModel) -> Weights:
         network.follow()
         adapter = network.adapters.get(lm.adapter_name or "")
         if adapter is None or network.sharded or network.autocast is not None or network.strangers():
-            return {}
+            return Weights()
         network.activate(adapter)
         layers = [m for m in adapter.layers if isinstance(m, Linear) and m.mergeable]
         if sum(m.base_layer.weight.numel() for m in layers) > TUNING.merged:
-            return {}
-        kept: Any = network.kept.get("merged", {})  # memory that was written to before, which is faster
-        usable = {m: w for m, w in kept.items() if not w.is_inference()}
-        weights = {m: m.merge(usable.get(m)) for m in layers}
-        network.kept["merged"] = weights
+            return Weights()
+        # Memory that was written to before, which is faster, where nobody reads by it any more.
+        kept, reader = cast(Any, network.kept.get("merged", ({}, lambda: None)))
+        usable = {m: w for m, w in kept.items() if not w.is_inference()} if reader() is None else {}
+        weights = Weights({m: m.merge(usable.get(m)) for m in layers})
+        network.kept["merged"] = dict(weights), weakref.ref(weights)
         return weights
 
 

@@ -82,6 +82,19 @@ def test_a_hook_is_called_at_every_step():
     assert len(called) >= 7
 
 
+def test_several_decoders_at_once():
+    """Each reads by its own adapter's weights, in turns; those of one that is gone may be written over."""
+    lm = tiny_lm("llama", vocab=V)
+    views = [view_of(lm), view_of(lm), lm]
+    rows = torch.stack([torch.tensor([2, 3]).roll(t) for t in range(7)])
+    for views in (views, views[::-1]):  # noqa: B020
+        decoders = [Decoder(view, CONTEXTS, INDEX) for view in views]
+        for tokens, *expected in zip(rows, *map(whole, views), strict=True):
+            for decoder, logits in zip(decoders, expected, strict=True):
+                decoder.step(tokens)
+                torch.testing.assert_close(decoder.logits, logits)
+
+
 def test_too_many_weights_are_left_apart(monkeypatch):
     view = view_of(tiny_lm(vocab=V))
     assert merged(view)
