@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..adapters import Network
 from ..language_model import LanguageModel
 from ..layers import Linear
 from .tuning import TUNING
@@ -35,7 +36,7 @@ def merged(lm: LanguageModel) -> Weights:
     with network.lock:
         network.follow()
         adapter = network.adapters.get(lm.adapter_name or "")
-        if adapter is None or network.sharded or network.autocast is not None or network.strangers():
+        if adapter is None or network.sharded or _otherwise(network):
             return Weights()
         network.activate(adapter)
         layers = [m for m in adapter.layers if isinstance(m, Linear) and m.mergeable]
@@ -49,9 +50,15 @@ def merged(lm: LanguageModel) -> Weights:
         return weights
 
 
+def _otherwise(network: Network) -> bool:
+    """Whether hooks or autocast have a say in what a layer does."""
+    return network.autocast is not None or bool(network.strangers())
+
+
 @contextmanager
-def reading(weights: Weights) -> Iterator[None]:
-    """Let the layers read these weights inside."""
+def reading(lm: LanguageModel, weights: Weights) -> Iterator[None]:
+    """Let the layers read these weights inside, unless hooks or autocast came in the middle of a text."""
+    weights = weights if weights and not _otherwise(lm.network) else Weights()
     for layer, weight in weights.items():
         layer.__dict__["whole"] = weight
     try:
