@@ -72,7 +72,7 @@ def check_budget(budget: float | None, **others: Any) -> None:
     """Refuse what is no time, and other options that say how long to train."""
     if budget is None:
         return
-    if not 0 < budget < math.inf:
+    if not 0 < 60 * budget < math.inf:
         raise Failure(f"--budget {budget:g}: expected minutes, a positive number")
     for name, value in others.items():
         if value:

@@ -19,25 +19,31 @@ T = TypeVar("T")
 P = ParamSpec("P")
 Asking = Generator[Request, Tensor, T]
 """What yields requests, is sent their answers, and returns a T."""
+_made: dict[Callable[..., Any], Callable[..., Asking[Any]]] = {}
 
 
 def asks(method: Callable[Concatenate[S, P], Asking[T]]) -> Callable[Concatenate[S, P], T]:
-    """The method that asks alone; one that overrides it is asked for itself, whatever that one does."""
+    """The method that asks alone; one that overrides or wraps it is asked for itself, whatever that one does."""
 
     @wraps(method)
     def alone(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
         return together([method(self, *args, **kwargs)])[0]
 
-    alone.__dict__["asking"] = method
+    _made[alone] = method
     return alone
+
+
+def asks_others(method: Any) -> bool:
+    """Whether a bound method is one that `asks` made, and no other around it."""
+    return getattr(method, "__func__", None) in _made
 
 
 def asking(method: Callable[..., T], *args: Any, **kwargs: Any) -> Asking[T]:
     """A call of a bound method, which asks nothing of anybody if it is none of those that `asks` made."""
-    found = getattr(method, "asking", None)
-    if found is None:
+    if not asks_others(method):
         return method(*args, **kwargs)
-    result: T = yield from found(method.__self__, *args, **kwargs)  # type: ignore[attr-defined]
+    bound: Any = method
+    result: T = yield from _made[bound.__func__](bound.__self__, *args, **kwargs)
     return result
 
 

@@ -103,7 +103,7 @@ class Decoder:
     @contextmanager
     def _within(self) -> Iterator[None]:
         shared = nullcontext() if self.prompts is None else behind(self.lm.model, self.prompts)
-        with reading(self._merged), shared:
+        with reading(self.lm, self._merged), shared:
             yield
 
     @torch.no_grad()

@@ -8,18 +8,22 @@ own weights are not touched.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..adapters import Network
 from ..language_model import LanguageModel
 from ..layers import Linear
 from .tuning import TUNING
 
-Weights = dict[Linear, Tensor]
+
+class Weights(dict[Linear, Tensor]):
+    """The merged weight of each layer."""
 
 
 @torch.no_grad()
@@ -32,22 +36,29 @@ def merged(lm: LanguageModel) -> Weights:
     with network.lock:
         network.follow()
         adapter = network.adapters.get(lm.adapter_name or "")
-        if adapter is None or network.sharded or network.autocast is not None or network.strangers():
-            return {}
+        if adapter is None or network.sharded or _otherwise(network):
+            return Weights()
         network.activate(adapter)
         layers = [m for m in adapter.layers if isinstance(m, Linear) and m.mergeable]
         if sum(m.base_layer.weight.numel() for m in layers) > TUNING.merged:
-            return {}
-        kept: Any = network.kept.get("merged", {})  # memory that was written to before, which is faster
-        usable = {m: w for m, w in kept.items() if not w.is_inference()}
-        weights = {m: m.merge(usable.get(m)) for m in layers}
-        network.kept["merged"] = weights
+            return Weights()
+        # Memory that was written to before, which is faster, where nobody reads by it any more.
+        kept, reader = cast(Any, network.kept.get("merged", ({}, lambda: None)))
+        usable = {m: w for m, w in kept.items() if not w.is_inference()} if reader() is None else {}
+        weights = Weights({m: m.merge(usable.get(m)) for m in layers})
+        network.kept["merged"] = dict(weights), weakref.ref(weights)
         return weights
 
 
+def _otherwise(network: Network) -> bool:
+    """Whether hooks or autocast have a say in what a layer does."""
+    return network.autocast is not None or bool(network.strangers())
+
+
 @contextmanager
-def reading(weights: Weights) -> Iterator[None]:
-    """Let the layers read these weights inside."""
+def reading(lm: LanguageModel, weights: Weights) -> Iterator[None]:
+    """Let the layers read these weights inside, unless hooks or autocast came in the middle of a text."""
+    weights = weights if weights and not _otherwise(lm.network) else Weights()
     for layer, weight in weights.items():
         layer.__dict__["whole"] = weight
     try:

@@ -127,7 +127,7 @@ def plan(
         experiment = found.of(experiment)
         experiment.gflownet().fit(experiment.batches, found.steps, **found.looks(experiment))
     """
-    is_number("a positive number", lambda x: 0 < x < math.inf, minutes=minutes)
+    is_number("a positive number", lambda x: 0 < 60 * x < math.inf, minutes=minutes)
     began, recipe = clock(), experiment.recipe
     rows = min(len(task.batch(0)[0]) for task in experiment.tasks)
     least = Size(max(LEAST.observations, world().size), max(LEAST.particles, recipe.objective().least_particles))

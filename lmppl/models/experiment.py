@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,10 +80,12 @@ class Recipe:
             return lm.with_adapter(checkpoint)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = {"target_modules": linear_layers(lm)} if self.output_layer else {}
+            layers: dict[str, Any] = {"target_modules": linear_layers(lm)} if self.output_layer else {}
             if self.upper_layers is not None:
                 lower = decoder_layers(lm)[: -self.adapted(len(decoder_layers(lm)))]
-                layers["exclude_modules"] = [name for name in linear_layers(lm) if name.startswith(tuple(lower))]
+                names, own = linear_layers(lm), self.adapter.get("exclude_modules") or []
+                own = [name for name in names if re.fullmatch(own, name)] if isinstance(own, str) else own
+                layers["exclude_modules"] = [*own, *(name for name in names if name.startswith(tuple(lower)))]
             return lm.with_adapter(peft.LoraConfig(**self.adapter | layers))
 
     def adapted(self, layers: int) -> int:

@@ -251,6 +251,7 @@ def test_another_checkpoint_with_stories_of_ones_own(tmp_path, checkpoint, lmppl
         (["compare", "infilling", "--budget", "10", "--quick"], "--budget and --quick: each says how long to train"),
         (["train", "infilling", "--budget", "0"], "--budget 0: expected minutes, a positive number"),
         (["train", "infilling", "--budget", "nan"], "--budget nan: expected minutes, a positive number"),
+        (["train", "infilling", "--budget", "1e308"], "--budget 1e+308: expected minutes, a positive number"),
         (["train", "random_number", "--budget", "0.0001"], "minutes: 0.0001 are too few: a step of 1 x 4 draws takes"),
         (["compare", "infilling", "--budget", "10", "--algorithms", "smc"], "--budget 10: nothing is trained here"),
     ],

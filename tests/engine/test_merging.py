@@ -82,6 +82,36 @@ def test_a_hook_is_called_at_every_step():
     assert len(called) >= 7
 
 
+def test_several_decoders_at_once():
+    """Each reads by its own adapter's weights, in turns; those of one that is gone may be written over."""
+    lm = tiny_lm("llama", vocab=V)
+    several = [view_of(lm), view_of(lm), lm]
+    rows = torch.stack([torch.tensor([2, 3]).roll(t) for t in range(7)])
+    for views in (several, several[::-1]):
+        decoders = [Decoder(view, CONTEXTS, INDEX) for view in views]
+        for tokens, *expected in zip(rows, *map(whole, views), strict=True):
+            for decoder, logits in zip(decoders, expected, strict=True):
+                decoder.step(tokens)
+                torch.testing.assert_close(decoder.logits, logits)
+
+
+def test_a_hook_that_comes_in_the_middle_of_a_text(monkeypatch):
+    lm, found = tiny_lm("llama", vocab=V), []
+    view = view_of(lm)
+    layer = next(iter(view.network.adapters[view.adapter_name].layers))
+    for apart in (TUNING.steps_apart, 99):
+        monkeypatch.setattr(TUNING, "steps_apart", apart)
+        decoder = Decoder(view, CONTEXTS, INDEX)
+        for _ in range(6):
+            decoder.step(torch.tensor([2, 3]))
+        hook = layer.base_layer.register_forward_hook(lambda m, args, out: 2 * out)
+        decoder.step(torch.tensor([3, 2]))
+        hook.remove()
+        decoder.step(torch.tensor([3, 4]))
+        found.append(decoder.logits)
+    torch.testing.assert_close(*found)
+
+
 def test_too_many_weights_are_left_apart(monkeypatch):
     view = view_of(tiny_lm(vocab=V))
     assert merged(view)

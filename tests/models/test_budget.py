@@ -146,7 +146,7 @@ def test_a_time_for_no_step_is_refused_with_the_time_for_enough(experiment):
     clock = Clock(line(1.0, 1 / 8))
     with pytest.raises(ValueError, match="minutes: 0.1 are too few: a step of 2 x 4 draws takes 2.0 s, .*100 steps"):
         plan(experiment, 0.1, maker(clock, []), clock)
-    for wrong in (0, -1.0, math.inf, math.nan, "5"):
+    for wrong in (0, -1.0, math.inf, 1e308, math.nan, "5"):
         with pytest.raises(ValueError, match="minutes: must be a positive number"):
             plan(experiment, wrong)
 

@@ -36,6 +36,15 @@ def test_adapters_on_the_upper_layers_only(arch, upper, expected):
     assert len(guide.trainable_parameters()) == len(every.trainable_parameters()) * len(expected) // 2
 
 
+@pytest.mark.parametrize("own", [["q_proj"], ".*q_proj"])
+def test_what_the_recipe_leaves_out_stays_out(own):
+    guide = Recipe(adapter=ADAPTER | {"exclude_modules": own}, upper_layers=1).guide_lm(tiny_lm("llama"))
+    held = [name for name, _ in guide.named_parameters()]
+    assert (
+        layers(guide) == {1} and not any("q_proj" in name for name in held) and any("k_proj" in name for name in held)
+    )
+
+
 @pytest.mark.parametrize("upper", [0, 3, -1, True, 0.0, 1.5, "half"])
 def test_no_such_layers(upper):
     with pytest.raises(ValueError, match="upper_layers: expected an integer up to 2, or a share up to 1.0, got"):

@@ -18,7 +18,7 @@ from torch.distributions import Independent
 
 from ... import randomness, text
 from ...distributions.protocols import PrefixScores, Steps, Stepwise, Terminable, Text
-from ...engine.asking import Asking, asking, asks
+from ...engine.asking import Asking, asking, asks, asks_others
 from ...shapes import broadcast_shapes
 from ...stop_strings import Ending, Stops
 
@@ -255,7 +255,7 @@ def is_stepwise(fn: Any) -> bool:
 def asks_network(fn: Any) -> bool:
     """Whether the texts are scored by a language model that can be asked for others at the same time."""
     site = text_of(fn)
-    return site is not None and hasattr(site.fn.log_prob, "asking")
+    return site is not None and asks_others(site.fn.log_prob)
 
 
 def lm_of(fn: Any) -> Any:

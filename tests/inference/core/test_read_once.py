@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from unittest import mock
+
 import pyro
 import pytest
 import torch
@@ -18,7 +21,7 @@ from lmppl.engine.tuning import TUNING
 from lmppl.inference import GFlowNet, Importance, MetropolisHastings, VarGrad
 from lmppl.inference.core import programs
 from lmppl.inference.core.query import Query
-from lmppl.inference.core.weights import balance, log_density, log_density_of_latents, site_log_prob
+from lmppl.inference.core.weights import balance, log_density, log_density_of_latents, site_log_prob, weigh
 
 pytestmark = pytest.mark.usefixtures("double_precision")
 V, B, N, LX, LZ, LY = 20, 2, 8, 6, 5, 4
@@ -246,3 +249,28 @@ def test_requests_together_are_answered_as_alone_and_cost_no_more(seed, number, 
 
 
 NETWORK = network()
+
+
+class Twice(Completion):
+    """Its density is the square of a completion's; it looks like the method that it overrides."""
+
+    @functools.wraps(Completion.log_prob)
+    def log_prob(self, value):
+        return 2 * super().log_prob(value)
+
+
+class Mocked(Completion):
+    """Its density is whatever an object says that has all attributes."""
+
+    log_prob = mock.MagicMock(return_value=torch.tensor(-3.0))
+
+
+def test_a_density_that_was_written_anew_is_asked():
+    lm, y = network(), Y[0, 0]
+    expected = 2 * Completion(lm, X[0], max_tokens=LY, stop=None).log_prob(y), torch.tensor(-3.0)
+    for kind, log_p in zip((Twice, Mocked), expected, strict=True):
+
+        def model(kind=kind):
+            pyro.sample("y", kind(lm, X[0], max_tokens=LY, stop=None), obs=y)
+
+        torch.testing.assert_close(weigh(Query(model, None, ()), 1).u[0].double(), log_p.double())
