@@ -9,10 +9,10 @@ Counting them a fixed number of nats below the valid ones, as on the embedded la
 49,152^3 texts: with 18 nats their mass is e^14 times that of the numbers, and the guide learned to say anything but
 numbers (seed 100: valid 99.9% after 15 steps, 0.02% after 90).
 
-The language model says 100 in one answer of a hundred, and a guide that loses it cannot find it again: two thirds of the
-first draws are the language model's, none after 60 steps, some 480 in all, so that 100 is missed once in a hundred
-trainings; the replay buffer has room for all numbers.  (Seed 100, with fewer of them, had missed it: KL 0.098 after 70
-steps, of which 0.095 was the text "100." alone.)
+The language model says 100 in one answer of a hundred, and a guide that loses it cannot find it again: two thirds of
+the first draws are the language model's, none after 60 steps, some 480 in all, so that 100 is missed once in a hundred
+trainings; the replay buffer has room for all numbers.  (Seed 100, with a third of these draws, had missed it: KL 0.093
+after 80 steps, all of it the text "100.".)
 
 PPO's reward is the model's: with the matched KL its optimum is the target, without it any valid number is as good as
 any other.  Supervised fine-tuning is told uniform draws, the answer itself.
