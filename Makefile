@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo paper smollm2 test test-pretrained test-slow lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo paper paper-pretrained smollm2 test test-pretrained test-slow lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -53,6 +53,15 @@ algorithms: $(INSTALLED)
 
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper
+
+# On the checkpoint of $LMPPL_SMOLLM2, else on the one that `make smollm2` makes, and the data in DATA; core-hours, and it
+# goes on where it stopped. Some of it, or elsewhere: make paper-pretrained OPTIONS="--only random_number --device cuda"
+DATA ?= ../shared/data
+OPTIONS ?=
+paper-pretrained: $(INSTALLED)
+	@path=$$LMPPL_SMOLLM2; \
+	test -n "$$path" || path=$$($(BIN)/python -m lmppl.pretrained smollm2) || exit 1; \
+	$(BIN)/python -m benchmarks.paper_pretrained --lm "$$path" --data "$(DATA)" $(OPTIONS)
 
 # All of them run, whatever one of them misses; then it is said which did, and make fails. The peers, which another
 # machine may not have, fail nothing.

@@ -77,7 +77,7 @@ def train(cell: str, e: Experiment, seed: int) -> int:
 
         def batches(step: int) -> tuple[Any, ...]:
             draws = e.recipe.particles // (4 if told is None else 1)
-            a, b = (bound.repeat_interleave(draws) for bound in e.batches(step))
+            a, b = (bound.cpu().repeat_interleave(draws) for bound in e.batches(step))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             if told is not None:
                 return a, b, {"z": told[torch.randint(len(told), a.shape, generator=generator)]}
@@ -179,7 +179,7 @@ def plot(results: Results, path: Path) -> None:
     """A row of bars a method, of its first seed: the probability of every number; the line is uniform."""
     from matplotlib.figure import Figure
 
-    cells = [cell for cell in CELLS if "q" in results[cell][0]]
+    cells = [cell for cell, runs in results.items() if "q" in runs[0]]
     figure = Figure(figsize=(8, 1.3 * len(cells)), layout="constrained")
     for axis, cell in zip(figure.subplots(len(cells), 1, sharex=True), cells, strict=True):
         q = results[cell][0]["q"]

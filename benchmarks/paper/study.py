@@ -20,17 +20,23 @@ class Study:
     :param name: short; its files are named after it.
     :param title: the section's.
     :param cells: units of work that run apart, usually a method each; each is run for every seed.
-    :param run: ``run(cell, seed, short) -> figures`` that JSON can hold; ``short`` is for tests, seconds in all.
-    :param report: the results of complete cells to Markdown: a table, then one sentence a claim.
+    :param run: ``run(cell, seed, short, *given) -> figures`` that JSON can hold; ``short`` is for tests, seconds in
+        all; ``given`` is what the command that runs it adds.  Tokens that were scored are "scored".
+    :param report: results to Markdown: a table, then one sentence a claim.
     :param plot: a picture of the results, shown under the table.
+    :param paired: figures are paired by seed, and the report gets the seeds that all cells have.  False: it gets what
+        there is of each cell, and does without cells that have nothing yet.
+    :param needs: files that it reads, below the folder of data.
     """
 
     name: str
     title: str
     cells: tuple[str, ...]
-    run: Callable[[str, int, bool], Figures]
+    run: Callable[..., Figures]
     report: Callable[[Results], str]
     plot: Callable[[Results, Path], None] | None = None
+    paired: bool = True
+    needs: tuple[str, ...] = ()
 
 
 def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..distributions import Completion, NextToken
 from ..embedded import Sentence
-from ..embedded.subjectivity import PLAINLY
 from ..inference import Prediction
 from ..language_model import LanguageModel
 from ..shapes import broadcast_shapes
@@ -26,6 +25,7 @@ class Labelling:
     lm: LanguageModel
     labels: tuple[str, ...]
     penalty: float  # nats, where another label is likelier
+    plainly: str  # the prompt without a reason
     prior: Callable[[Tensor], Completion]  # p(z | x)
     proposal: Callable[[Tensor], Completion]  # q(z | x)
     log_labels: Callable[[Tensor, Tensor], Tensor]  # log p(y | x, z) for reasons (..., B, L): (..., B, C)
@@ -60,7 +60,7 @@ class Labelling:
             log_weights = fn.log_prob(z)
         else:
             z = fn.sample(torch.Size([num_particles]))
-            log_weights = torch.full(z.shape[:-1], -math.log(num_particles))
+            log_weights = torch.full(z.shape[:-1], -math.log(num_particles), device=z.device)
         log_p = self.log_labels(x, z)[..., : len(self.labels)]
         return Prediction(list(self.labels), log_p.movedim(-1, 0), log_weights)
 
@@ -68,7 +68,7 @@ class Labelling:
         """As many labelled sentences as have room in so many tokens, a line each: what few-shot prompting shows."""
         shown = ""
         for s in sentences:
-            longer = f"{shown}{PLAINLY.format(x=s.text)} {s.label}.\n"
+            longer = f"{shown}{self.plainly.format(x=s.text)} {s.label}.\n"
             if int(length(self.lm.encode(longer))) > tokens:
                 break
             shown = longer

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
-from benchmarks.paper import STUDIES
-from benchmarks.paper import __main__ as runner
+from benchmarks import paper
+from benchmarks.paper import STUDIES, __main__, runner
 from benchmarks.paper.study import Study, markdown, paired, spread, verdict
 
 RUNS: list[tuple[str, int]] = []
@@ -54,15 +54,15 @@ def run(monkeypatch, tmp_path):
     """Run the command on one study with these cells; its exit status and page."""
     monkeypatch.setattr(runner, "ProcessPoolExecutor", HerePool)
 
-    def command(*cells, seeds=2):
+    def command(*cells, seeds=2, paired=True):
         RUNS.clear()
-        monkeypatch.setattr(runner, "STUDIES", (Study("coin", "A coin", cells, toss, report),))
+        monkeypatch.setattr(paper, "STUDIES", (Study("coin", "A coin", cells, toss, report, paired=paired),))
         out = tmp_path / "results.md"
         monkeypatch.setattr(
             sys, "argv", ["paper", "--seeds", str(seeds), "--runs", str(tmp_path / "runs"), "--out", str(out)]
         )
         with pytest.raises(SystemExit) as exit:
-            runner.main()
+            __main__.main()
         return exit.value.code, out.read_text()
 
     return command
@@ -87,10 +87,17 @@ def test_a_cell_that_fails_stops_no_other_and_the_page_says_what_lacks(run, caps
     assert "Not complete: 0 of 1 seeds." in page and "| heads |" not in page
 
 
+def test_a_study_that_is_not_paired_shows_what_there_is_of_each_cell(run):
+    run("heads", seeds=2, paired=False)
+    _, page = run("broken", "heads", seeds=2, paired=False)
+    assert "Not complete: broken 0, heads 2 of 2 seeds." in page and "| heads |" in page and "| broken |" not in page
+    assert "2 seeds." in run("heads", seeds=2, paired=False)[1] and RUNS == []
+
+
 def test_an_unknown_experiment_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["paper", "--only", "coins"])
     with pytest.raises(SystemExit):
-        runner.main()
+        __main__.main()
     assert "no experiment is called coins" in capsys.readouterr().err
 
 

@@ -20,7 +20,7 @@ from ...embedded.subjectivity import LABELS, PLAINLY, REASONS, STOP, WHY
 from ...language_model import LanguageModel
 from ..labels import Labelling, at, scores
 
-SEEN = "{y}.\n" + WHY  # the prompt of a guide that reads the label too
+SEEN = "{y}.\n"  # before the prompt of a guide that reads the label too
 READS = "xy", "x"
 LONGEST_REASON = 5  # tokens, as in the paper
 
@@ -41,6 +41,8 @@ class Subjectivity(Labelling):
     :param normalised: p(y | x, z) is shared among the labels.  False: it is the language model's own, and what is left
         is a further outcome, index ``len(labels)``.
     :param penalty: nats taken off where another label has a higher p(y | x, z) than the observed one.
+    :param why: the prompt of a reason, ``then`` what stands between the reason and the label, ``stop`` what ends the
+        reason, ``plainly`` the prompt of a label without a reason: what suits the language model.
 
     `model(x, y)` and `guide(x, y)` are Pyro programs over texts x (B, L) and labels y (B,), with one plate of
     sentences.  y may be None where it is to be predicted.
@@ -67,17 +69,22 @@ class Subjectivity(Labelling):
         allowed: Constraint | str | None = None,
         normalised: bool = True,
         penalty: float = 0.0,
+        why: str = WHY,
+        then: str = "",
+        stop: str = STOP,
+        plainly: str = PLAINLY,
     ):
         if reads not in READS:
             raise ValueError(f"reads: expected one of {', '.join(map(repr, READS))}, got {reads!r}")
         self.lm, self.guide_lm, self.likelihood_lm = lm, guide_lm, likelihood_lm or lm
         self.labels, self.reads, self.normalised, self.penalty = tuple(labels), reads, normalised, penalty
+        self.why, self.then, self.plainly = why, then, plainly
         self.label_texts = lm.encode([f" {label}" for label in labels])  # (C, L)
         if isinstance(allowed, str):
             if allowed != "reasons":
                 raise ValueError(f"allowed: expected a constraint or 'reasons', got {allowed!r}")
             allowed = allowed_words(lm)
-        self.reason: dict[str, Any] = dict(min_tokens=min_tokens, max_tokens=max_tokens, stop=STOP, allowed=allowed)
+        self.reason: dict[str, Any] = dict(min_tokens=min_tokens, max_tokens=max_tokens, stop=stop, allowed=allowed)
 
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """z ~ p(z | x); y ~ p(y | x, z)."""
@@ -101,29 +108,29 @@ class Subjectivity(Labelling):
 
     def prior(self, x: Tensor) -> Completion:
         """p(z | x)."""
-        return Completion(self.lm, self.lm.fill(WHY, x=x), **self.reason)
+        return Completion(self.lm, self.lm.fill(self.why, x=x), **self.reason)
 
     def proposal(self, x: Tensor, y: Tensor | None = None) -> Completion:
         """q(z | x, y), or q(z | x)."""
         if self.guide_lm is None:
             raise ValueError("guide_lm: this Subjectivity was made without a guide")
         if self.reads == "x":
-            prompt = self.guide_lm.fill(WHY, x=x)
+            prompt = self.guide_lm.fill(self.why, x=x)
         elif y is None:
             raise ValueError("y: this guide reads it; predict by the prior, or by a guide with reads='x'")
         else:
-            prompt = self.guide_lm.fill(SEEN, x=x, y=self.label_texts[y])
+            prompt = self.guide_lm.fill(SEEN + self.why, x=x, y=self.label_texts[y])
         return Completion(self.guide_lm, prompt, **self.reason)
 
     def log_labels(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(y | x, z) for reasons (..., B, L): (..., B, C), with one more outcome where it is not normalised."""
         lm = self.likelihood_lm
-        return self._outcomes(scores(lm, lm.join(lm.fill(WHY, x=x), z), self.label_texts))
+        return self._outcomes(scores(lm, lm.join(lm.fill(self.why, x=x), z, self.then), self.label_texts))
 
     def log_direct(self, x: Tensor, before: Tensor | str = "") -> Tensor:
         """log p(y | x) (B, C) without a reason; ``before`` it, perhaps examples."""
         lm = self.likelihood_lm
-        return self._outcomes(scores(lm, lm.join(before, lm.fill(PLAINLY, x=x)), self.label_texts))
+        return self._outcomes(scores(lm, lm.join(before, lm.fill(self.plainly, x=x)), self.label_texts))
 
     def _outcomes(self, log_p: Tensor) -> Tensor:
         if self.normalised:

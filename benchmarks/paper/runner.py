@@ -1,0 +1,139 @@
+"""Runs the units of studies that no file has yet, and writes the page of those that have one.
+
+Every unit of work (a study's cell and a seed) is one JSON file; the same command goes on where an interrupted one was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from lmppl import files
+
+from .study import Figures, Results, Study
+
+Kept = dict[tuple[str, int], Figures]  # the file of a cell and a seed
+
+
+def path_of(study: Study, cell: str, seed: int, runs: Path) -> Path:
+    return runs / study.name / f"{cell}.{seed}.json"
+
+
+def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Sequence[Any]) -> str:
+    """Run one cell of a package's study with one seed and keep what it found."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    study = next(s for s in import_module(package).STUDIES if s.name == name)
+    torch.manual_seed(seed)
+    started = time.process_time()
+    found = study.run(cell, seed, False, *given)
+    seconds = time.process_time() - started
+    path = path_of(study, cell, seed, runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, json.dumps({"seconds": seconds, "found": found}).encode())
+    return f"{name}: {cell}, seed {seed}: {seconds:.0f} s"
+
+
+def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
+    """What a study's figures rest on, and the figures that its report gets."""
+    of = {cell: [seed for seed in range(seeds) if (cell, seed) in kept] for cell in study.cells}
+    if study.paired:  # a seed that lacks a cell waits
+        complete = [seed for seed in range(seeds) if all((cell, seed) in kept for cell in study.cells)]
+        text = f"Not complete: {len(complete)} of {seeds} seeds.\n\n" if len(complete) < seeds else ""
+        of = dict.fromkeys(study.cells, complete)
+    elif all(len(there) == seeds for there in of.values()):
+        text = f"{seeds} seeds.\n\n"
+    else:
+        text = "Not complete: " + ", ".join(f"{cell} {len(there)}" for cell, there in of.items())
+        text += f" of {seeds} seeds.\n\n"
+    return text, {cell: [kept[cell, seed]["found"] for seed in there] for cell, there in of.items() if there}
+
+
+def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
+    """Write the page from the files that are there."""
+    sections, seconds = [], 0.0
+    for study in studies:
+        kept: Kept = {
+            (cell, seed): json.loads(path.read_text())
+            for cell in study.cells
+            for seed in range(seeds)
+            if (path := path_of(study, cell, seed, runs)).exists()
+        }
+        seconds += sum(k["seconds"] for k in kept.values())
+        basis, results = section(study, kept, seeds)
+        text = f"## {study.title}\n\n{basis}"
+        if results:
+            text += study.report(results)
+            if study.plot is not None:
+                picture = out.with_name(f"{out.stem}-{study.name}.png")
+                study.plot(results, picture)
+                text += f"\n![{study.title}]({picture.name})\n"
+        sections.append(text + costs(kept))
+    files.write(out, (preamble.format(seeds=seeds, hours=seconds / 3600) + "\n".join(sections)).encode())
+
+
+def costs(kept: Kept) -> str:
+    """A sentence on tokens and processor seconds, where units count their tokens."""
+    scored = [k["found"]["scored"] for k in kept.values() if "scored" in k["found"]]
+    if not scored:
+        return ""
+    return (
+        f"\nCost: {len(scored)} units of work, {sum(scored):,} tokens scored, "
+        f"{sum(k['seconds'] for k in kept.values()) / 3600:.2f} core-hours.\n"
+    )
+
+
+def options(doc: str | None, studies: Sequence[Study], *, seeds: int, jobs: int, runs: str, out: str):
+    """The parser of a command that runs these studies."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="a comma-separated choice of " + ", ".join(s.name for s in studies))
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--jobs", type=int, default=jobs, help="processes, one thread each")
+    parser.add_argument("--runs", type=Path, default=Path(runs))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def chosen(parser: argparse.ArgumentParser, a: argparse.Namespace, studies: Sequence[Study]) -> list[Study]:
+    """The studies that ``--only`` names; the command ends where it names another."""
+    names = a.only.split(",") if a.only else [s.name for s in studies]
+    if unknown := set(names) - {s.name for s in studies}:
+        parser.error(f"--only: no experiment is called {', '.join(sorted(unknown))}")
+    return [s for s in studies if s.name in names]
+
+
+def run(package: str, preamble: str, a: argparse.Namespace, chosen: Sequence[Study], given: Sequence[Any] = ()) -> None:
+    """Run what is left of the chosen studies, write the page of all, and exit with 1 where a unit failed.
+
+    :param given: what a study's ``run`` gets besides cell, seed and whether it is short.
+    """
+    todo = [
+        (package, study.name, cell, seed, a.runs, given)
+        for seed in range(a.seeds)  # every experiment has a first seed before any has a second
+        for study in chosen
+        for cell in study.cells
+        if not path_of(study, cell, seed, a.runs).exists()
+    ]
+    failed = 0
+    with ProcessPoolExecutor(a.jobs, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(unit, *work) for work in todo]):
+            try:
+                print(done.result(), flush=True)
+            except Exception:  # the others go on
+                failed += 1
+                traceback.print_exc()
+    page(import_module(package).STUDIES, preamble, a.seeds, a.runs, a.out)
+    print(f"Written to {a.out}")
+    raise SystemExit(failed > 0)

@@ -1,0 +1,37 @@
+"""The paper's experiments on a pretrained language model and its own data; `python -m benchmarks.paper_pretrained`.
+
+A study's ``run(cell, seed, short, lm, data)`` gets a language model of its own, so that adapters do not pile up, and
+the folder of data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.paper.study import Figures, Study
+from lmppl import LanguageModel
+
+from . import random_number
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checkpoint is, where the data are, and what computes."""
+
+    lm: Path
+    data: Path | None = None
+    device: str = "cpu"
+
+
+def on_checkpoint(study: Study) -> Study:
+    """The study as a runner calls it, ``run(cell, seed, short, place)``; the tokens of each unit are counted."""
+
+    def run(cell: str, seed: int, short: bool, place: Place) -> Figures:
+        lm = LanguageModel.from_pretrained(place.lm, device=place.device)
+        return study.run(cell, seed, short, lm, place.data) | {"scored": lm.network.tokens_scored}
+
+    return replace(study, run=run)
+
+
+STUDIES: tuple[Study, ...] = tuple(map(on_checkpoint, (random_number.STUDY,)))

@@ -1,0 +1,48 @@
+"""The paper's experiments on a pretrained language model and the paper's data: docs/results-pretrained.md.
+
+    python -m benchmarks.paper_pretrained --lm "$(python -m lmppl.pretrained smollm2)" --data ../shared/data
+
+Every unit of work (a study's cell and a seed) is one JSON file under --runs; the same command goes on where an
+interrupted one was, and the page shows what there is. What each study costs is in its file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import paper_pretrained
+from benchmarks.paper import runner
+
+from . import Place
+
+PREAMBLE = """# Results on a pretrained language model
+
+The paper's experiments (Hu et al. 2024) on SmolLM2-135M-Instruct and the paper's own data. Written by `make
+paper-pretrained`; figures are means over seeds with their standard deviation in brackets, over at most {seeds}: each
+section says what it rests on. Prompts and recipes were chosen on training data and on seeds from 100 on, before a test
+sentence was read or a seed of these run. All of it took {hours:.1f} core-hours. Where the exact optimum is known, on
+small language models: [results.md](results.md).
+
+"""
+
+
+def main() -> None:
+    studies = paper_pretrained.STUDIES
+    out = "docs/results-pretrained.md"
+    parser = runner.options(__doc__, studies, seeds=3, jobs=1, runs="out/paper_pretrained", out=out)
+    parser.add_argument("--lm", type=Path, required=True, help="a Hugging Face checkpoint")
+    parser.add_argument("--data", type=Path, help="a folder with subj/; only some studies need it")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    a = parser.parse_args()
+    chosen = runner.chosen(parser, a, studies)
+    if not (a.lm / "config.json").is_file():
+        parser.error(f"--lm: there is no checkpoint at {a.lm}; `make smollm2` prints where one is")
+    for study in chosen:
+        for name in study.needs:
+            if a.data is None or not (a.data / name).is_file():
+                parser.error(f"--data: {study.name} needs {name} below it, got {a.data}; --only leaves it out")
+    runner.run("benchmarks.paper_pretrained", PREAMBLE, a, chosen, (Place(a.lm, a.data, a.device),))
+
+
+if __name__ == "__main__":
+    main()
