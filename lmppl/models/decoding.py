@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .. import text
+from ..constraints import Constraint
 from ..distributions import Completion, NextToken
 from ..engine.scoring import with_bos
 from ..language_model import LanguageModel
@@ -49,6 +50,7 @@ def beams(
     stop: str | int = ".",
     groups: int = 1,
     penalty: float = 1.0,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     r"""Diverse beam search: ``n`` texts for each prompt, (n, B, max_tokens + 1), in ``groups`` of equally many beams.
 
@@ -57,6 +59,7 @@ def beams(
     .. math:: \log p(z_{1..t} \mid x) - penalty \cdot \#\{\text{beams of earlier groups that chose } z_t \text{ now}\}
 
     so that one group is plain beam search.  Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
+    ``allowed`` (V,): the tokens that there are, p being shared among them.
 
     :raises ValueError: naming ``groups``, where it does not divide ``n``.
     """
@@ -69,6 +72,8 @@ def beams(
     for t in range(max_tokens):
         over = torch.isin(z, ends).any(-1)  # (B, G, K)
         gain = NextToken(lm, text.cat(x[:, None, None], z)).logits  # (B, G, K, V)
+        if allowed is not None:
+            gain = gain.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         stay = torch.full_like(gain, -torch.inf)
         stay[..., ends[0]] = 0.0  # a finished text has one continuation: itself
         total = log_p[..., None] + torch.where(over[..., None], stay, gain)
@@ -100,6 +105,14 @@ def ended(z: Tensor, ends: Tensor | int, max_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def log_likelihood(lm: LanguageModel, x: Tensor, z: Tensor, *, max_tokens: int, stop: str | int = ".") -> Tensor:
+def log_likelihood(
+    lm: LanguageModel,
+    x: Tensor,
+    z: Tensor,
+    *,
+    max_tokens: int,
+    stop: str | int = ".",
+    allowed: Constraint | None = None,
+) -> Tensor:
     """log p(z | x) under ``lm`` itself, whoever proposed z (n, B, E): (n, B)."""
-    return Completion(lm, x, max_tokens=max_tokens, stop=stop).log_prob(z)
+    return Completion(lm, x, max_tokens=max_tokens, stop=stop, allowed=allowed).log_prob(z)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from benchmarks import paper_pretrained
-from benchmarks.paper_pretrained import Place, __main__, on_checkpoint, random_number
+from benchmarks.paper_pretrained import Place, __main__, continuation, on_checkpoint, random_number
 from lmppl import LanguageModel, embedded
 from lmppl.embedded.numbers import FIXED
 from lmppl.models import RandomNumber
+from lmppl.models.continuation import embedded_prompts
 from lmppl.models.programs.random_number import tensors
 
 NUMBERS = embedded.path("numbers")
@@ -51,6 +52,34 @@ def test_answers_that_are_invalid_keep_their_proportions():
 
     log_p = task.completion(lm, *asked).log_prob(z)[:, 0]
     assert [log_joint(text) for text in z] == pytest.approx([0.0, 0.0, log_p[2].item() - 6.0, 0.0], abs=1e-9)
+
+
+@pytest.fixture
+def stories(tmp_path, monkeypatch):
+    """The embedded stories' language model, and a folder of data with their beginnings."""
+    monkeypatch.setattr(continuation, "LIMIT", {"max_tokens": 5})
+    monkeypatch.setattr(continuation, "TEST", 2)
+    (tmp_path / "prompts").mkdir()
+    lines = [p.replace("\n", " ") for part in embedded_prompts() for p in part][:12]
+    (tmp_path / "prompts" / "prompts.txt").write_text("\n".join(lines))
+    return LanguageModel.embedded("stories"), tmp_path
+
+
+def test_continuation_runs_on_any_language_model(stories):
+    results = of(continuation.STUDY, *stories)
+    text = states(continuation.STUDY, results)
+    assert all(f"| {family} |" in text for family in ("greedy", "nucleus", "power sampling", "SMC", "GFlowNet"))
+    states(continuation.STUDY, {cell: results[cell] for cell in ("decoding", "T=0.9")})
+    states(continuation.STUDY, {"T=0.9": results["T=0.9"]})
+
+
+def test_texts_of_a_continuation_have_plain_tokens_alone(stories):
+    """By every method; so log p, of which the mask is a part, is finite."""
+    lm, data = stories
+    for cell in ("decoding", continuation.POWER, "T=0.8"):
+        for row in continuation.run(cell, 0, True, lm, data)["rows"]:
+            assert all(torch.tensor(row["each"]["log_likelihood"]).isfinite()), row["family"]
+            assert not any("\n" in text for text in row["texts"])
 
 
 def test_a_unit_counts_its_tokens():

@@ -8,12 +8,14 @@ Hu et al. 2024, "Amortizing intractable inference in large language models", sec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from ...constraints import Constraint
 from ...distributions import Completion
 from ...language_model import LanguageModel
 
@@ -33,6 +35,7 @@ class Continuation:
     :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
     :param max_tokens: the most tokens of a continuation before its stop.
     :param stop: its stop, a sentence end.
+    :param allowed: a constraint on its tokens, of model and guide: that a chat model begins no turn, for instance.
     :param template: the guide's prompt, with the field x and, for one guide of several temperatures, the field T.
     :param write: the words for a temperature.
 
@@ -46,24 +49,25 @@ class Continuation:
         *,
         max_tokens: int = EMBEDDED_LONGEST,
         stop: str = ".",
+        allowed: Constraint | None = None,
         template: str = PLAIN,
         write: Callable[[float], str] = "{:g}".format,
     ):
         self.lm, self.guide_lm = lm, guide_lm
         self.max_tokens, self.stop, self.template, self.write = max_tokens, stop, template, write
+        self.text: dict[str, Any] = dict(max_tokens=max_tokens, stop=stop, allowed=allowed)
 
     def model(self, x: Tensor, T: Tensor) -> Tensor:
         """z ~ LM(x), its log-probability times 1 / T."""
         with pyro.plate("prompts", len(x)), poutine.scale(scale=1 / T):
-            return pyro.sample("z", Completion(self.lm, x, max_tokens=self.max_tokens, stop=self.stop))
+            return pyro.sample("z", Completion(self.lm, x, **self.text))
 
     def guide(self, x: Tensor, T: Tensor) -> Tensor:
         """z ~ q(z | x), or q(z | x, T) where the template has T."""
         if self.guide_lm is None:
             raise ValueError("guide_lm: this Continuation was made without a guide")
         with pyro.plate("prompts", len(x)):
-            prompt = self.guide_prompt(x, T)
-            return pyro.sample("z", Completion(self.guide_lm, prompt, max_tokens=self.max_tokens, stop=self.stop))
+            return pyro.sample("z", Completion(self.guide_lm, self.guide_prompt(x, T), **self.text))
 
     def guide_prompt(self, x: Tensor, T: Tensor) -> Tensor:
         """What the guide reads, (B, L)."""
