@@ -110,9 +110,7 @@ def claims(results: Results) -> list[str]:
             said.append(verdict(claim, kl <= 0.1 * largest(PRIOR), f"{largest(PRIOR):.2f} before, {kl:.2g} after."))
     if REWARD in results:
         skewed = min(r["reverse"] for r in results[REWARD])
-        because = (
-            f"For the reward alone {least(REWARD):.1f}% valid or more, among the valid a KL of {skewed:.2f} or more"
-        )
+        because = f"For the reward alone {least(REWARD):.1f}% valid or more, among those a KL of {skewed:.2f} or more"
         if MATCHED in results:
             because += f"; with the matched KL {least(MATCHED):.1f}% and {largest(MATCHED, 'reverse'):.2f} at most"
         because += f"; {STEPS[REWARD]} steps of four updates."
