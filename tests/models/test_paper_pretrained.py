@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 
 import pytest
 import torch
+from paths import SHARED
+from pyro import condition, poutine
 
-from benchmarks import paper_pretrained
-from benchmarks.paper_pretrained import Place, __main__, continuation, on_checkpoint, random_number
+from benchmarks.paper_pretrained import Place, __main__, continuation, on_checkpoint, random_number, subjectivity
 from lmppl import LanguageModel, embedded
 from lmppl.embedded.numbers import FIXED
 from lmppl.models import RandomNumber
@@ -18,9 +21,9 @@ from lmppl.models.programs.random_number import tensors
 NUMBERS = embedded.path("numbers")
 
 
-def of(study, lm, data=None, seed=0):
+def of(study, *given):
     """Every cell of a study, once and short."""
-    return {cell: [study.run(cell, seed, True, lm, data)] for cell in study.cells}
+    return {cell: [study.run(cell, 0, True, *given)] for cell in study.cells}
 
 
 def states(study, results):
@@ -45,7 +48,6 @@ def test_answers_that_are_invalid_keep_their_proportions():
     lm = LanguageModel.embedded("numbers", dtype=torch.float64)
     task, z = RandomNumber(lm, invalid=-6.0), lm.encode(["42.", "7.", "007", "0."])[:, None]
     asked = tensors([FIXED])
-    from pyro import condition, poutine
 
     def log_joint(text):
         return poutine.trace(condition(task.model, {"z": text})).get_trace(*asked).log_prob_sum().item()
@@ -55,7 +57,7 @@ def test_answers_that_are_invalid_keep_their_proportions():
 
 
 @pytest.fixture
-def stories(tmp_path, monkeypatch):
+def beginnings(tmp_path, monkeypatch):
     """The embedded stories' language model, and a folder of data with their beginnings."""
     monkeypatch.setattr(continuation, "LIMIT", {"max_tokens": 5})
     monkeypatch.setattr(continuation, "TEST", 2)
@@ -65,17 +67,17 @@ def stories(tmp_path, monkeypatch):
     return LanguageModel.embedded("stories"), tmp_path
 
 
-def test_continuation_runs_on_any_language_model(stories):
-    results = of(continuation.STUDY, *stories)
+def test_continuation_runs_on_any_language_model(beginnings):
+    results = of(continuation.STUDY, *beginnings)
     text = states(continuation.STUDY, results)
     assert all(f"| {family} |" in text for family in ("greedy", "nucleus", "power sampling", "SMC", "GFlowNet"))
     states(continuation.STUDY, {cell: results[cell] for cell in ("decoding", "T=0.9")})
     states(continuation.STUDY, {"T=0.9": results["T=0.9"]})
 
 
-def test_texts_of_a_continuation_have_plain_tokens_alone(stories):
+def test_texts_of_a_continuation_have_plain_tokens_alone(beginnings):
     """By every method; so log p, of which the mask is a part, is finite."""
-    lm, data = stories
+    lm, data = beginnings
     for cell in ("decoding", continuation.POWER, "T=0.8"):
         for row in continuation.run(cell, 0, True, lm, data)["rows"]:
             assert all(torch.tensor(row["each"]["log_likelihood"]).isfinite()), row["family"]
@@ -102,7 +104,61 @@ def test_what_is_absent_is_named(given, says, monkeypatch, capsys):
     assert exit.value.code == 2 and says in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("name", [s.name for s in paper_pretrained.STUDIES if not s.needs])
-def test_a_study_runs_on_a_pretrained_model(name, smollm2_lm):
-    (study,) = (s for s in (random_number.STUDY,) if s.name == name)
-    states(study, of(study, smollm2_lm))
+@pytest.fixture
+def sentences(tmp_path):
+    """A folder of labelled sentences as the study reads it."""
+    (tmp_path / "subj").mkdir()
+    for name in subjectivity.STUDY.needs:
+        lines = [
+            {"text": f"{name[5:-6]} {i} is {kind}", "label_text": label}
+            for i in range(3)
+            for kind, label in (("told", "objective"), ("fun", "subjective"))
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_subjectivity_runs_on_any_language_model(stories, sentences):
+    results = {cell: [subjectivity.run(cell, 0, True, stories, sentences)] for cell in subjectivity.CELLS[:2]}
+    (first,), (second,) = results["untrained"], results["10"]
+    assert first["x"] == second["x"] and all(x.startswith(" test ") for x in first["x"])
+    for found in (first, second):
+        for method in found["methods"].values():
+            assert len(method["p"]) == len(found["y"]) == 4 and all(0 <= p <= 1 for p in method["p"])
+    text = states(subjectivity.STUDY, results)
+    assert text.count("| GFlowNet + EM |") == 1
+    subjectivity.STUDY.report({"untrained": results["untrained"]})  # of what there is
+
+
+def test_prompts_are_chosen_and_calibrated_on_sentences_that_no_method_learns_from(stories, sentences):
+    again = {"text": "train.10 0 is told", "label_text": "objective"}
+    with (sentences / "subj" / "train.jsonl").open("a") as file:
+        file.write(json.dumps(again) + "\n")
+    setup = subjectivity.Setup("10", 0, True, stories, sentences)
+    assert all(s.text.startswith(" train ") for s in setup.unlabelled) and len(setup.unlabelled) == 6
+    assert all(s.text.startswith(" train.10 ") for s in setup.labelled)
+
+
+def test_figures_of_labels():
+    p, y = [0.9, 0.6, 0.5, 0.2], [1, 0, 1, 0]
+    assert subjectivity.right(p, y) == [1.0, 0.0, 0.5, 1.0]
+    assert subjectivity.log_score(p, y) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
+    assert subjectivity.calibration_error([0.8] * 10, [1] * 6 + [0] * 4) == pytest.approx(0.2)
+    assert subjectivity.calibrated([0.5, 0.9], [0.9, 0.9, 0.9]) == pytest.approx([0.1, 0.5])
+
+
+def test_data_that_are_absent_are_named(monkeypatch, capsys):
+    given = ["--lm", str(NUMBERS), "--data", "nowhere", "--only", "subjectivity"]
+    monkeypatch.setattr(sys, "argv", ["paper_pretrained", *given])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert "--data: subjectivity needs subj/train.jsonl" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("study", [random_number.STUDY, subjectivity.STUDY], ids=lambda s: s.name)
+def test_a_study_runs_on_a_pretrained_model(study, smollm2_lm):
+    """Two cells, so that it takes a minute: the language model as it is, and guides."""
+    if any(not (SHARED / "data" / name).is_file() for name in study.needs):
+        pytest.skip(f"no data for {study.name} in {SHARED}")
+    cells = study.cells[:2]
+    states(study, {cell: [study.run(cell, 0, True, smollm2_lm, SHARED / "data")] for cell in cells})

@@ -1,0 +1,294 @@
+"""Subjectivity (Hu et al. 2024, section 4.3, Table 3) on the paper's sentences: labels by way of a reason.
+
+The plan, frozen before a test sentence was read.  Prompts were chosen on 60 sentences of train.jsonl that are in no
+file of few labels, 30 of each label (the first of each in the order of `random.Random(0).shuffle`).  Without a reason,
+accuracy plainly and with the odds moved to their median, and the area under the curve:
+
+    {x} This sentence is [objective, subjective]                                             0.50  0.63  0.63
+    Sentence:{x} / This sentence is from a [plot, review]                                    0.50  0.67  0.76
+    Sentence:{x} / This sentence is from a movie [plot, review]                              0.65  0.67  0.72  taken
+    Sentence:{x} / This is a movie [summary, review]                                         0.50  0.70  0.75
+    Is this sentence part of the plot of a movie, or an opinion about the movie? /
+        Sentence:{x} / Answer: It is the [plot, opinion]                                     0.52  0.47  0.46
+    A sentence about a movie tells its plot or gives an opinion. /
+        Sentence:{x} / This sentence is about the [plot, opinion]                            0.50  0.67  0.73
+        Sentence:{x} / It [tells, gives]                                                     0.48  0.70  0.75
+    Sentence:{x} / Plot or opinion? [Plot, Opinion]                                          0.55  0.53  0.57
+    Sentence:{x} / Plot or opinion? It is about words, so it is the [plot, opinion]          0.53  0.50  0.56
+
+The one that needs no calibration was taken, since p(y | x, z) has none.  By way of four reasons {z}, on 30 of them:
+
+    Sentence:{x} / This sentence is about{z}, so it is from a movie [plot, review]           0.63  0.73  0.78  taken
+    Sentence:{x} / It talks about{z}, which is what you find in a movie [plot, review]       0.53  0.67  0.76
+    Sentence:{x} / Summary:{z}. This sentence is from a movie [plot, review]                 0.63  0.60  0.63
+
+Differences of 0.1 are within the noise of so few.  Steps and learning rates were set on paper, by what they cost.
+
+A seed draws its own 100 of the 1,000 test sentences, for all methods and numbers of labels the same; the labelled
+sentences are those of the paper's files, so that a seed changes the adapters, the draws and the test sentences, not
+the labels.  Three seeds are some 300 sentences: an accuracy of 0.7 then has a 95% interval of 5 points either way, a
+difference of methods that disagree on a fifth of the sentences one of 5 points too.
+
+Cost, on paper: a token takes 135M parameters x 2 / 50 GFLOP/s = 5 ms, and 10 where few rows are drawn.  A test
+sentence with its prompt has about 50 tokens, which are read once by whoever draws ten reasons and once by p(y | x, z),
+beside 10 x 5 tokens drawn and 10 x 8 read: 2 s (with four reasons 0.8 s and 131 tokens were measured), 0.3 s without a
+reason, 2 s after 400 tokens of examples.  A step of 2 x 8 reasons takes 8 s, a round of EM 16 s, a supervised step of 4
+labels 4 s.  So a number of labels takes 160 (supervised) + 190 (GFlowNet) + 260 (EM) + 100 x (2 + 2 + 2 + 0.3) s, and a
+seed of all three with the untrained methods an hour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.paper.study import Figures, Results, Study, markdown, paired, verdict
+from benchmarks.paper.subjectivity import PAPER
+from lmppl import LanguageModel
+from lmppl.embedded import Sentence
+from lmppl.inference import GFlowNet, SupervisedFineTuning, VariationalEM
+from lmppl.models import PRETRAINED
+from lmppl.models.programs.subjectivity import Subjectivity
+from lmppl.models.subjectivity import read_sentences
+
+WORDS = {"objective": "plot", "subjective": "review"}
+PROMPTS: dict[str, Any] = {
+    "why": "Sentence:{x}\nThis sentence is about",
+    "then": " so it is from a movie",
+    "stop": ",",
+    "plainly": "Sentence:{x}\nThis sentence is from a movie",
+}
+CELLS = ("untrained", "10", "20", "50")
+TEST, REASONS = 100, 10  # sentences a seed, reasons of each
+UNLABELLED = 32  # training sentences that the untrained methods are calibrated on
+FEW_SHOT_TOKENS = 400
+GUIDE_STEPS, ROUNDS, SUPERVISED_STEPS, SUPERVISED_BATCH = 24, 16, 40, 4
+GUIDE_RATE, RATE = PRETRAINED.learning_rate, 5e-4
+SHOWN = 10  # reasons in the report
+
+
+class Setup:
+    """The language model, labelled sentences and the sentences to predict of a cell and a seed."""
+
+    def __init__(self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path):
+        self.lm, self.seed, self.short = lm, seed, short
+        few = {n: read(data / "subj" / f"train.{n}.jsonl") for n in CELLS[1:]}
+        known = {s.text for sentences in few.values() for s in sentences}
+        self.labelled = few.get(cell, [])
+        self.unlabelled = [s for s in read(data / "subj" / "train.jsonl") if s.text not in known]
+        self.test = Random(seed).sample(read(data / "subj" / "test.jsonl"), 4 if short else TEST)
+        self.x, self.y = self.task().encode(self.test)
+
+    def task(self, guide: LanguageModel | None = None, p: LanguageModel | None = None) -> Subjectivity:
+        """Both factors, p(z | x) and p(y | x, z), are p's; the guide reads x alone."""
+        return Subjectivity(p or self.lm, guide, labels=tuple(WORDS.values()), reads="x", **PROMPTS)
+
+    def adapter(self) -> LanguageModel:
+        return PRETRAINED.guide_lm(self.lm, self.seed)
+
+    def steps(self, steps: int) -> int:
+        return 1 if self.short else steps
+
+    def batches(self, size: int) -> Any:
+        """Labelled sentences in turn, so many a step."""
+        recipe = replace(PRETRAINED, observations=size)
+        return recipe.batches(*self.task().encode(self.labelled), seed=self.seed)
+
+    @torch.no_grad()
+    def by_reasons(self, task: Subjectivity, sampler: str, x: Tensor | None = None) -> Figures:
+        """p(subjective) of the test sentences averaged over reasons, the share of reasons that vote so, one reason."""
+        x = self.x if x is None else x
+        fn = task.prior(x) if sampler == "prior" else task.proposal(x)
+        z = fn.sample(torch.Size([2 if self.short else REASONS]))  # (N, B, L)
+        p = task.log_labels(x, z)[..., 1].exp().double()  # (N, B)
+        reasons = [reason.strip() for reason in task.lm.decode(z[0])]
+        return {"p": p.mean(0).tolist(), "vote": ((p > 0.5) + 0.5 * (p == 0.5)).mean(0).tolist(), "reasons": reasons}
+
+    @torch.no_grad()
+    def directly(self, task: Subjectivity, before: str = "", x: Tensor | None = None) -> Figures:
+        """p(subjective) without a reason."""
+        return {"p": task.log_direct(self.x if x is None else x, before)[:, 1].exp().double().tolist()}
+
+
+def read(path: Path) -> list[Sentence]:
+    """Sentences with the labels' words; a space before a sentence is its own."""
+    return [Sentence(f" {s.text}", WORDS[s.label], "") for s in read_sentences(path)]
+
+
+def calibrated(p: Sequence[float], unlabelled: Sequence[float]) -> list[float]:
+    """Log-odds less their median on sentences whose labels nobody looked at: half of them are called subjective."""
+    middle = torch.tensor(unlabelled, dtype=torch.float64).logit().median()
+    return (torch.tensor(p, dtype=torch.float64).logit() - middle).sigmoid().tolist()
+
+
+def untrained(s: Setup) -> dict[str, Figures]:
+    """The language model as it is, plainly and by way of reasons, and with its odds moved to the middle."""
+    task = s.task()
+    x = task.encode(Random(s.seed).sample(s.unlabelled, 2 if s.short else UNLABELLED))[0]
+    plainly, reasons = s.directly(task), s.by_reasons(task, "prior")
+    return {
+        "zero-shot": plainly,
+        "zero-shot, calibrated": {"p": calibrated(plainly["p"], s.directly(task, x=x)["p"])},
+        "exact-prior chains": reasons,
+        "exact-prior chains, calibrated": {"p": calibrated(reasons["p"], s.by_reasons(task, "prior", x)["p"])},
+    }
+
+
+def trained(s: Setup) -> dict[str, Figures]:
+    """What becomes of so many labels."""
+    plain = s.task()
+    found = {"few-shot": s.directly(plain, plain.examples(s.labelled, FEW_SHOT_TOKENS))}
+
+    p = s.adapter()
+    told = s.task(p=p)
+    tuning = SupervisedFineTuning(
+        told.direct, lambda x, y=None: told.direct(x), optimizer=adam(p, RATE), examples=lambda x, y: ((x,), {"y": y})
+    )
+    tuning.fit(s.batches(SUPERVISED_BATCH), s.steps(SUPERVISED_STEPS), seed=s.seed, progress=False)
+    found["supervised"] = s.directly(told)
+
+    p, q = s.adapter(), s.adapter()
+    task = s.task(q, p)
+    particles = 2 if s.short else PRETRAINED.particles
+    trainer = GFlowNet(task.model, task.guide, optimizer=adam(q, GUIDE_RATE), num_particles=particles)
+    batches = s.batches(PRETRAINED.observations)
+    trainer.fit(batches, s.steps(GUIDE_STEPS), seed=s.seed, progress=False)
+    found["GFlowNet"] = s.by_reasons(task, "guide")
+    em = VariationalEM(task.model, task.guide, trainer, adam(p, RATE), num_particles=particles, clip=1.0)
+    em.fit(batches, s.steps(ROUNDS), seed=s.seed, progress=False)
+    found["GFlowNet + EM"] = s.by_reasons(task, "guide")
+    return found
+
+
+def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(lm.trainable_parameters(), lr=rate)
+
+
+def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
+    """Every method's p(subjective) of each test sentence."""
+    s = Setup(cell, seed, short, lm, data)
+    methods = untrained(s) if cell == "untrained" else trained(s)
+    return {"x": [t.text for t in s.test], "y": s.y.tolist(), "methods": methods}
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def right(p: Sequence[float], y: Sequence[int]) -> list[float]:
+    """1 where the likelier label is the true one, 0 where it is not, 1/2 where both are as likely."""
+    return [0.5 if q == 0.5 else float((q > 0.5) == bool(label)) for q, label in zip(p, y, strict=True)]
+
+
+def log_score(p: Sequence[float], y: Sequence[int]) -> float:
+    """The mean of log p(y | x), nats; a coin's is -0.69."""
+    q, label = torch.tensor(p, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    return float((torch.xlogy(label, q) + torch.xlogy(1 - label, 1 - q)).mean())
+
+
+def calibration_error(p: Sequence[float], y: Sequence[int], bins: int = 10) -> float:
+    """ECE: over bins of the likelier label's probability, how far it is from the share that is right."""
+    confidence = [max(q, 1 - q) for q in p]
+    hits = right(p, y)
+    of: dict[int, list[int]] = {}
+    for i, c in enumerate(confidence):
+        of.setdefault(min(int((c - 0.5) * 2 * bins), bins - 1), []).append(i)
+    return sum(abs(sum(confidence[i] - hits[i] for i in rows)) for rows in of.values()) / len(p)
+
+
+def pooled(runs: Sequence[Figures], method: str, key: str = "p") -> tuple[list[float], list[int]]:
+    """What a method says of the sentences of all seeds, and their labels."""
+    said = [q for r in runs for q in r["methods"][method][key]]
+    return said, [label for r in runs for label in r["y"]]
+
+
+def report(results: Results) -> str:
+    """Accuracy and calibration by method and number of labels, reasons, and the claims."""
+    text = (
+        f"{TEST} test sentences a seed; accuracy in percent with its 95% interval over sentences, *paired* that of the "
+        "difference to supervised fine-tuning on the same sentences; *vote* is the accuracy of ten reasons' majority, "
+        "ECE the calibration error in ten bins, the log score in nats a sentence. Labelled sentences are the paper's "
+        "files, the same for every seed. Calibrated: log-odds less their median over "
+        f"{UNLABELLED} unlabelled training sentences.\n\n"
+    )
+    rows = []
+    for cell, runs in results.items():
+        for method in runs[0]["methods"]:
+            rows.append(row(cell, runs, method))
+    header = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log score", "seeds")
+    text += markdown(header, rows) + "\n"
+    for cell in CELLS[1:]:
+        if cell in results:
+            return text + reasons(results[cell][0], cell) + "\n" + "".join(claims(results))
+    return text
+
+
+def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
+    p, y = pooled(runs, method)
+    hits = [100 * h for h in right(p, y)]
+    accuracy, half = paired(hits, [0.0] * len(hits))
+    paper = PAPER[method][CELLS.index(cell) - 1] if method in PAPER and cell in CELLS[1:] else ""
+    against = ""
+    if "supervised" in runs[0]["methods"] and method != "supervised":
+        against = "{:+.1f} ± {:.1f}".format(*difference(runs, method, "supervised"))
+    vote = ""
+    if "vote" in runs[0]["methods"][method]:
+        vote = f"{100 * mean(right(*pooled(runs, method, 'vote'))):.1f}"
+    calibration = f"{calibration_error(p, y):.3f}", f"{log_score(p, y):.3f}"
+    return [cell, method, paper, f"{accuracy:.1f} ± {half:.1f}", against, vote, *calibration, str(len(runs))]
+
+
+def difference(runs: Sequence[Figures], method: str, other: str) -> tuple[float, float]:
+    """Points of accuracy ahead on the same sentences, with the half-width of the 95% interval."""
+    ours, theirs = ([100 * h for h in right(*pooled(runs, m))] for m in (method, other))
+    return paired(ours, theirs)
+
+
+def reasons(found: Figures, cell: str) -> str:
+    """Reasons for sentences that are rightly and wrongly labelled by way of them, of one seed."""
+    of = found["methods"]["GFlowNet + EM"]
+    hits = right(of["p"], found["y"])
+    rows = []
+    for hit, name in ((1.0, "right"), (0.0, "wrong")):
+        chosen = [i for i, h in enumerate(hits) if h == hit][:SHOWN]
+        for i in chosen:
+            label = list(WORDS)[found["y"][i]]
+            said = of["reasons"][i].replace("|", "\\|").replace("\n", " ")
+            rows.append([name, label, found["x"][i].strip()[:90].replace("|", "\\|"), said])
+    header = ("", "label", "sentence", "a reason")
+    return f"Reasons of GFlowNet + EM, {cell} labels, the first seed:\n\n" + markdown(header, rows)
+
+
+def claims(results: Results) -> list[str]:
+    """A verdict on each claim whose cells have run."""
+    said = []
+    for ours, theirs, cells in (
+        ("GFlowNet", "supervised", ("10", "20")),
+        ("GFlowNet + EM", "supervised", ("10", "20")),
+        ("GFlowNet + EM", "GFlowNet", ("10", "50")),
+        ("GFlowNet", "few-shot", ("10",)),
+    ):
+        for cell in cells:
+            if cell in results:
+                gain, half = difference(results[cell], ours, theirs)
+                sentences = sum(len(r["y"]) for r in results[cell])
+                because = f"{gain:+.1f} ± {half:.1f} points on {sentences} sentences."
+                said.append(verdict(f"{ours} is ahead of {theirs} at {cell} labels", gain > half, because))
+    return said
+
+
+STUDY = Study(
+    "subjectivity",
+    "Subjectivity",
+    CELLS,
+    run,
+    report,
+    paired=False,
+    needs=tuple(f"subj/{name}.jsonl" for name in ("train", "train.10", "train.20", "train.50", "test")),
+)
