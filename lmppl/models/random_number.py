@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..embedded import Bounds
-from ..embedded.numbers import FIXED
+from ..embedded.numbers import FIXED, MAX_TOKENS
 from ..inference import Enumeration, Linex, Mixture, Prior, Replay, Tempered, VarGrad
 from ..inference.training.loop.schedules import linear
 from ..language_model import LanguageModel
@@ -20,8 +21,13 @@ from .data_files import read_each
 from .experiment import Experiment, Options, Recipe, Start, embedded_splits
 from .programs.random_number import RandomNumber, tensors
 
+TARGETS = {"uniform": "uniform on the valid numbers", "valid": "the posterior, p(z | valid)"}
 # Invalid answers count as 18 nats below valid ones: enough for 2e-5 of the mass on all of them together.
-OBJECTIVE = partial(VarGrad, floor=18.0)
+FLOOR = 18.0
+OBJECTIVE = partial(VarGrad, floor=FLOOR)
+# Not where there are e^18 of them: they outweigh the numbers then, and a guide learns to say anything but numbers.
+# There they keep the language model's proportions, with so small a factor that they have some 1e-4 of the mass or less.
+INVALID = {"uniform": -6.0, "valid": -12.0}
 
 
 # The guide soon drops 100, the only number of three digits, and cannot find it again: the prior's draws come first, and
@@ -90,7 +96,8 @@ def experiment(
     """A random integer between 0 and 100: uniform, whatever the language model prefers.
 
     ``data``, a file with bounds "a b" a line, takes the place of 0 and 100; with ``unseen`` the guide is trained on the
-    embedded training pairs and tested on others.  ``target`` as in `RandomNumber`.
+    embedded training pairs and tested on others.  ``target`` as in `RandomNumber`, whose ``invalid`` is finite for a
+    large vocabulary.
 
     :raises ValueError: for a target that is neither, and ``unseen`` together with ``data``.
     """
@@ -102,7 +109,9 @@ def experiment(
     start = Start.of("random_number", "numbers", lm, data, recipe, **options)
     asked = [FIXED] if data is None else read_bounds(data)
     pairs = embedded_splits("numbers") if unseen else (asked, asked, asked)
-    task = RandomNumber(start.lm, start.guide_lm, target=target)
+    many = MAX_TOKENS * math.log(start.lm.vocab_size) > FLOOR
+    invalid = INVALID.get(target, 0.0) if many else -math.inf
+    task = RandomNumber(start.lm, start.guide_lm, target=target, invalid=invalid)
     a, b = tensors(pairs[0], start.lm.device)
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ def experiment(
         encode=partial(tensors, device=start.lm.device),
         batches=batches,
         exact=Enumeration(task.digits) if lm is None else None,
-        target={"uniform": "uniform on the valid numbers", "valid": "the posterior, p(z | valid)"}[target],
+        target=TARGETS[target] + (f", other answers at e^{invalid:g} p(z)" if many else ""),
     )
 
 

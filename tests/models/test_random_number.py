@@ -12,6 +12,7 @@ from statistics import mean
 import pytest
 import torch
 from precision import single
+from pyro import condition, poutine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.paper import random_number as paper
@@ -20,7 +21,7 @@ from lmppl.distributions import Completion
 from lmppl.embedded import Bounds
 from lmppl.inference import Enumeration, Importance, VarGrad
 from lmppl.inference.judging.quality import density_quality
-from lmppl.models import EXPERIMENTS, RandomNumber, Recipe
+from lmppl.models import EXPERIMENTS, RandomNumber, Recipe, random_number
 from lmppl.models.programs.random_number import number_in, tensors
 from lmppl.models.random_number import (
     BOUNDS_RECIPE,
@@ -69,6 +70,25 @@ def test_the_digits_have_the_joint_of_the_model(lm):
         u = drawn.log_weights + math.log(4000)  # log p(z, valid) - log p(z), whose exponential has the evidence as mean
         error = u.exp().std(0) / 4000**0.5
         assert ((u.exp().mean(0) - exact.log_evidence.exp()).abs() < 5 * error).all(), (target, error)
+
+
+@pytest.mark.parametrize("target", ["uniform", "valid"])
+def test_of_too_many_answers_the_invalid_ones_keep_their_proportions(lm, target, monkeypatch):
+    """As on 49,152 words, where a floor of 18 nats would leave them e^14 times the mass of the numbers."""
+    monkeypatch.setattr(random_number, "FLOOR", 1.0)
+    e, (pair, *_) = experiment(lm, target=target), PAIRS
+    log_p = log_priors(lm, pair).double()
+    z = lm.encode(["42.", "007", "4.", "0"])[:, None]
+    trace = poutine.trace(condition(e.model, {"z": z})).get_trace(*tensors([pair]))
+    trace.compute_log_prob()
+    found = sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")[:, 0]
+    of = Completion(lm, lm.encode(pair.prompt), max_tokens=3, stop=(".", "eos")).log_prob(z[:, 0])
+    factor = {"uniform": -6.0, "valid": -12.0}[target]
+    valid = torch.zeros_like(of) if target == "uniform" else of
+    torch.testing.assert_close(found, torch.stack([valid[0], of[1] + factor, valid[2], of[3] + factor]))
+    numbers = (torch.zeros_like(log_p) if target == "uniform" else log_p).logsumexp(0).exp()
+    rest = math.exp(factor) * (1 - log_p.logsumexp(0).exp())
+    assert rest / (rest + numbers) < 1e-4 and f"e^{factor:g} p(z)" in e.target
 
 
 def test_what_is_a_valid_number(lm):
