@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.paper.study import Figures, Study
 from lmppl import LanguageModel
 
-from . import continuation, random_number, subjectivity
+from . import continuation, infilling, random_number, subjectivity
 
 
 @dataclass(frozen=True)
@@ -34,4 +34,6 @@ def on_checkpoint(study: Study) -> Study:
     return replace(study, run=run)
 
 
-STUDIES: tuple[Study, ...] = tuple(map(on_checkpoint, (subjectivity.STUDY, continuation.STUDY, random_number.STUDY)))
+STUDIES: tuple[Study, ...] = tuple(
+    map(on_checkpoint, (subjectivity.STUDY, continuation.STUDY, infilling.STUDY, random_number.STUDY))
+)

@@ -11,9 +11,18 @@ import torch
 from paths import SHARED
 from pyro import condition, poutine
 
-from benchmarks.paper_pretrained import Place, __main__, continuation, on_checkpoint, random_number, subjectivity
+from benchmarks.paper_pretrained import (
+    Place,
+    __main__,
+    continuation,
+    infilling,
+    on_checkpoint,
+    random_number,
+    subjectivity,
+)
 from lmppl import LanguageModel, embedded
 from lmppl.embedded.numbers import FIXED
+from lmppl.inference import Enumeration
 from lmppl.models import RandomNumber
 from lmppl.models.continuation import embedded_prompts
 from lmppl.models.programs.random_number import tensors
@@ -82,6 +91,37 @@ def test_texts_of_a_continuation_have_plain_tokens_alone(beginnings):
         for row in continuation.run(cell, 0, True, lm, data)["rows"]:
             assert all(torch.tensor(row["each"]["log_likelihood"]).isfinite()), row["family"]
             assert not any("\n" in text for text in row["texts"])
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The embedded stories' language model, and stories of its own."""
+    lm = LanguageModel.embedded("stories", dtype=torch.float64)
+    monkeypatch.setattr(infilling, "LEAD", "")
+    monkeypatch.setitem(infilling.LIMIT, "max_tokens", 3)
+    stories = infilling.tell(lm, 12, 0)
+    monkeypatch.setattr(infilling, "stories", lambda: (stories[4:], stories[2:4], stories[:2]))
+    return lm, stories
+
+
+def test_infilling_runs_on_any_language_model(told):
+    results = of(infilling.STUDY, told[0])
+    text = states(infilling.STUDY, results)
+    assert all(f"| {name} |" in text for name in (*infilling.CELLS, infilling.SEQUENTIAL))
+    states(infilling.STUDY, {cell: results[cell] for cell in ("supervised", "GFlowNet")})
+
+
+def test_the_density_of_a_told_middle_is_the_posteriors(told):
+    """log p(z, y) - log p(z) is log p(y | x z), and p(z, y) by the enumerated evidence p(z | x, y)."""
+    lm, stories = told
+    task, story = infilling.Told(lm), stories[0]
+    x, y = task.encode([story])
+    z = lm.encode([story.z])[None]
+    joint = infilling.log_joint(task.model, x, y, z)
+    exact = Enumeration(task.model, mass=0.999999).run(x, y)
+    assert dict(exact.table("z", 0))[story.z] == pytest.approx((joint - exact.log_evidence).exp().item(), rel=1e-4)
+    after = task.sentence(lm.join(x, z)).log_prob(y)
+    torch.testing.assert_close(joint - infilling.log_joint(task.prior, x, y, z), after)
 
 
 def test_a_unit_counts_its_tokens():

@@ -6,10 +6,12 @@ z ~ LM(x),    y ~ LM(x z) observed;    wanted: p(z | x, y)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyro
 from torch import Tensor
 
+from ...constraints import Constraint
 from ...distributions import Completion
 from ...embedded import Story
 from ...language_model import LanguageModel
@@ -25,6 +27,7 @@ class Infilling:
     :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
     :param max_tokens: the most tokens of a middle before its stop.
     :param stop: the middle's stop, a sentence end.
+    :param allowed: a constraint on its tokens, of model and guide.
     :param template: the guide's prompt, with fields x and y.
 
     `model(x, y)` and `guide(x, y)` are Pyro programs over texts x (B, Lx) and y (B, Ly), with one plate of stories.
@@ -37,15 +40,17 @@ class Infilling:
         *,
         max_tokens: int = 7,
         stop: str = ".",
+        allowed: Constraint | None = None,
         template: str = TEMPLATE,
     ):
         self.lm, self.guide_lm = lm, guide_lm
         self.max_tokens, self.stop, self.template = max_tokens, stop, template
+        self.text: dict[str, Any] = dict(max_tokens=max_tokens, stop=stop, allowed=allowed)
 
     def model(self, x: Tensor, y: Tensor) -> Tensor:
         """z ~ LM(x); the text after x z begins with y."""
         with pyro.plate("stories", len(x)):
-            z = pyro.sample("z", Completion(self.lm, x, max_tokens=self.max_tokens, stop=self.stop))
+            z = pyro.sample("z", Completion(self.lm, x, **self.text))
             pyro.sample("y", Completion(self.lm, self.lm.join(x, z), max_tokens=length(y), stop=None), obs=y)
             return z
 
@@ -55,7 +60,7 @@ class Infilling:
             raise ValueError("guide_lm: this Infilling was made without a guide")
         prompt = self.guide_lm.fill(self.template, x=x, y=y)
         with pyro.plate("stories", len(x)):
-            return pyro.sample("z", Completion(self.guide_lm, prompt, max_tokens=self.max_tokens, stop=self.stop))
+            return pyro.sample("z", Completion(self.guide_lm, prompt, **self.text))
 
     def encode(self, stories: Sequence[Story]) -> tuple[Tensor, Tensor]:
         """The arguments (x, y) of model and guide for these stories."""
