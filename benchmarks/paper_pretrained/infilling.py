@@ -1,8 +1,6 @@
 r"""Infilling (Hu et al. 2024, section 4.2, Table 2): the middle of a story that the model itself has told.
 
-    python -m benchmarks.paper_pretrained.infilling --lm PATH    # draws the stories: stories.jsonl, seed 0
-
-A story is a lead, x, z and y: three sentences of at most 20 tokens up to a ".", which the limit sets where it has not
+Stories are drawn by `tell.py`, seed 0, and kept in stories.jsonl.  A story is a lead, x, z and y: three sentences of at most 20 tokens up to a ".", which the limit sets where it has not
 come, each drawn from p given what stands before it.  p is the base model without special tokens and line breaks.  So
 the middle that was told is a draw of the posterior p(z | x, y) itself, and evidence comes from both sides, in nats a
 story:
@@ -21,7 +19,6 @@ chosen on test stories, and no pilot has run.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +32,7 @@ from pyro import condition, poutine
 from torch import Tensor
 
 from benchmarks.paper.study import Figures, Results, Study, markdown, paired, spread, verdict
-from lmppl import LanguageModel, files
+from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.embedded import Story
 from lmppl.inference import SMC, GFlowNet, Importance, Posterior, SupervisedFineTuning, few_shot
@@ -75,22 +72,6 @@ class Told(Infilling):
 
     def sentence(self, before: Tensor) -> Completion:
         return Completion(self.lm, before, **self.text)
-
-
-@torch.no_grad()
-def tell(lm: LanguageModel, count: int, seed: int) -> list[Story]:
-    """Distinct stories that the model draws; those whose spelling has other tokens are left out."""
-    torch.manual_seed(seed)
-    task, told = Told(lm), dict[str, Story]()
-    while len(told) < count:
-        text, found = lm.encode([LEAD] * 16), []
-        for _ in range(3):
-            found.append(task.sentence(text).sample())
-            text = lm.join(text, found[-1])
-        for x, z, y in zip(*map(lm.decode, found), strict=True):
-            if lm.join(*map(lm.encode, (LEAD + x, z, y))).tolist() == lm.encode(LEAD + x + z + y).tolist():
-                told[x + z + y] = Story(LEAD + x, z, y)
-    return [*told.values()][:count]
 
 
 def stories(path: Path = STORIES) -> tuple[list[Story], list[Story], list[Story]]:
@@ -224,16 +205,3 @@ def between(runs: list[Figures]) -> list[float]:
 
 
 STUDY = Study("infilling", "Infilling", CELLS, run, report, paired=False)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lm", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=STORIES)
-    a = parser.parse_args()
-    told = tell(LanguageModel.from_pretrained(a.lm), TRAIN + HELD_OUT + TEST, 0)
-    files.write(a.out, "".join(json.dumps(s._asdict(), ensure_ascii=False) + "\n" for s in told).encode())
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from benchmarks.paper_pretrained import (
     random_number,
     subjectivity,
 )
+from benchmarks.paper_pretrained.tell import tell
 from lmppl import LanguageModel, embedded
 from lmppl.embedded.numbers import FIXED
 from lmppl.inference import Enumeration
@@ -99,7 +100,7 @@ def told(monkeypatch):
     lm = LanguageModel.embedded("stories", dtype=torch.float64)
     monkeypatch.setattr(infilling, "LEAD", "")
     monkeypatch.setitem(infilling.LIMIT, "max_tokens", 3)
-    stories = infilling.tell(lm, 12, 0)
+    stories = tell(lm, 12, 0)
     monkeypatch.setattr(infilling, "stories", lambda: (stories[4:], stories[2:4], stories[:2]))
     return lm, stories
 
