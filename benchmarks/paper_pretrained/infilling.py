@@ -1,9 +1,9 @@
 r"""Infilling (Hu et al. 2024, section 4.2, Table 2): the middle of a story that the model itself has told.
 
-Stories are drawn by `tell.py`, seed 0, and kept in stories.jsonl.  A story is a lead, x, z and y: three sentences of at most 20 tokens up to a ".", which the limit sets where it has not
-come, each drawn from p given what stands before it.  p is the base model without special tokens and line breaks.  So
-the middle that was told is a draw of the posterior p(z | x, y) itself, and evidence comes from both sides, in nats a
-story:
+Stories are drawn by `tell.py`, seed 0, and kept in stories.jsonl: a lead, x, z and y, three sentences of at most 20
+tokens up to a ".", which the limit sets where it has not come, each drawn from p given what stands before it.  p is the
+base model without special tokens and line breaks.  So the middle that was told is a draw of the posterior p(z | x, y)
+itself, and evidence comes from both sides, in nats a story:
 
 .. math:: E_q[\log p(z, y) - \log q(z)] = \log p(y) - KL(q, p), \quad
           E_p[\log p(z, y) - \log q(z)] = \log p(y) + KL(p, q),

@@ -29,11 +29,9 @@ def tell(lm: LanguageModel, count: int, seed: int) -> list[Story]:
             found.append(task.sentence(text).sample())
             text = lm.join(text, found[-1])
         for x, z, y in zip(*map(lm.decode, found), strict=True):
-            if (
-                lm.join(*map(lm.encode, (infilling.LEAD + x, z, y))).tolist()
-                == lm.encode(infilling.LEAD + x + z + y).tolist()
-            ):
-                told[x + z + y] = Story(infilling.LEAD + x, z, y)
+            parts = infilling.LEAD + x, z, y
+            if lm.join(*map(lm.encode, parts)).tolist() == lm.encode("".join(parts)).tolist():
+                told["".join(parts)] = Story(*parts)
     return [*told.values()][:count]
 
 
