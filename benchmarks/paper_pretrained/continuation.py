@@ -140,8 +140,8 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
     if cell == "decoding":
         return {"rows": usual(task, x, n)}
     if cell == POWER:
-        found = [untrained(task, x, t, n, *((1, 4) if short else (MOVES, PARTICLES))) for t in TEMPERATURES[-short:]]
-        return {"rows": sum(found, [])}
+        moves, particles, several = (1, 4, TEMPERATURES[:1]) if short else (MOVES, PARTICLES, TEMPERATURES)
+        return {"rows": [row for t in several for row in untrained(task, x, t, n, moves, particles)]}
     t = float(cell.removeprefix("T="))
     task, trainer = trained(lm, parts, t, seed, 2 if short else RECIPE.steps)
     torch.manual_seed(seed)

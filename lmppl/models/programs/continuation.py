@@ -55,7 +55,12 @@ class Continuation:
     ):
         self.lm, self.guide_lm = lm, guide_lm
         self.max_tokens, self.stop, self.template, self.write = max_tokens, stop, template, write
-        self.text: dict[str, Any] = dict(max_tokens=max_tokens, stop=stop, allowed=allowed)
+        self.allowed = allowed
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The arguments of a `Completion` besides its language model and prompt."""
+        return dict(max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
 
     def model(self, x: Tensor, T: Tensor) -> Tensor:
         """z ~ LM(x), its log-probability times 1 / T."""

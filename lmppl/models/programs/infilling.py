@@ -45,7 +45,12 @@ class Infilling:
     ):
         self.lm, self.guide_lm = lm, guide_lm
         self.max_tokens, self.stop, self.template = max_tokens, stop, template
-        self.text: dict[str, Any] = dict(max_tokens=max_tokens, stop=stop, allowed=allowed)
+        self.allowed = allowed
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The arguments of a `Completion` besides its language model and prompt."""
+        return dict(max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
 
     def model(self, x: Tensor, y: Tensor) -> Tensor:
         """z ~ LM(x); the text after x z begins with y."""
