@@ -328,7 +328,7 @@ class TextContract(testing.TextContract, LMDistributionContract):
 
     @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
     def test_svi_gradient_is_the_elbo_s(self, lm, elbo):
-        assert_elbo_gradient(self.make, lm, elbo(num_particles=32, vectorize_particles=True, max_plate_nesting=1), 8)
+        assert_elbo_gradient(self.make, lm, elbo(num_particles=512, vectorize_particles=True, max_plate_nesting=1), 8)
 
 
 def assert_elbo_gradient(make, lm: LanguageModel, elbo, runs: int) -> None:

@@ -90,6 +90,22 @@ def test_chains_end_at_the_enumerated_posterior(programs, moves, temperatures):
         assert_counts(count, p, 500)
 
 
+@pytest.mark.parametrize("moves", ["regrowth", "independence"])
+def test_chains_end_at_a_posterior_far_from_the_proposals(moves):
+    """Two nats for every A: the last states of 4,000 chains, each text's frequency within 5 standard errors."""
+
+    def model():
+        z = pyro.sample("z", Completion(LM, "ab", max_tokens=2, temperature=2.0))
+        pyro.factor("like", 2.0 * (z == A).sum(-1))
+
+    truth = dict(Enumeration(model).run().table("z"))
+    chains = MetropolisHastings(model, num_chains=4_000, num_samples=1, warmup=30, moves=moves).run()
+    found = dict(chains.table("z"))
+    assert found.keys() <= truth.keys()
+    count = torch.tensor([4_000 * found.get(key, 0.0) for key in truth]).round()
+    assert_counts(count, torch.tensor(list(truth.values()), dtype=torch.float64), 4_000)
+
+
 def test_what_a_run_answers():
     x = LM.encode(["ab", "b"])
 
