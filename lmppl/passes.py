@@ -157,14 +157,16 @@ class Passes(Parts):
         input_ids: Tensor,
         within: Within = nullcontext,
         long: bool | None = None,
+        layers_again: bool = False,
         **kwargs: Any,
     ) -> Any:
         """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
 
         ``long``: see `Rotary.read`. Raises ValueError where modules of the adapter were replaced.
 
-        Where the model's gradient checkpointing is on, layers are computed again in the backward pass: with the adapter
-        of this pass, whichever has been active since, and inside ``within()``.
+        Where the model's gradient checkpointing is on, or with ``layers_again`` if that can be, layers are computed
+        again in the backward pass: with the adapter of this pass, whichever has been active since, and inside
+        ``within()``.
         """
 
         @contextmanager
@@ -186,32 +188,38 @@ class Passes(Parts):
                 )
             if self.model.training:
                 self.model.eval()
-            layers = self._layers_to_repeat(kwargs) if torch.is_grad_enabled() else []
+            layers = self._layers_to_repeat(kwargs, layers_again) if torch.is_grad_enabled() else []
+            before = [layer.__dict__.get("forward") for layer in layers]  # where somebody has put one there
             try:
                 for layer in layers:
-                    layer.__dict__["forward"] = partial(_repeated, layer, setting)
+                    layer.__dict__["forward"] = partial(_repeated, layer.forward, setting)
                 with setting():
                     return self.model(input_ids, **kwargs)
             finally:
-                for layer in layers:
-                    layer.__dict__.pop("forward", None)
+                for layer, forward in zip(layers, before, strict=True):
+                    del layer.__dict__["forward"]
+                    if forward is not None:
+                        layer.__dict__["forward"] = forward
 
-    def _layers_to_repeat(self, kwargs: dict[str, Any]) -> list[Any]:
-        """The layers to compute again in the backward pass; RuntimeError where that would not be right."""
+    def _layers_to_repeat(self, kwargs: dict[str, Any], wanted: bool) -> list[Any]:
+        """The layers to compute again in the backward pass; RuntimeError where that was asked of the model in vain."""
         marked = [m for m in self.checkpointing if m.gradient_checkpointing]
-        layers = [m for m in marked if isinstance(m, GradientCheckpointingLayer)]
+        layers = [m for m in (marked or self.checkpointing) if isinstance(m, GradientCheckpointingLayer)]
         reason = ""
-        if marked and not layers:
+        if not layers:
             reason = f"{type(self.model).__name__} has no layers that can be computed again"
-        elif marked and any(isinstance(m, ParamWrapper) for m in self.layers):
+        elif any(isinstance(m, ParamWrapper) for m in self.layers):
             # They replace a parameter while a layer runs, which a backward pass under way does not survive.
             reason = "layers with adapters on bare parameters (experts) cannot be computed again"
-        elif marked and kwargs.setdefault("use_cache", False):
+        elif kwargs.get("use_cache", not marked):
             reason = "a pass that fills a cache cannot be computed again"
+        if not marked:
+            return layers if wanted and not reason else []
         if reason:
             raise RuntimeError(
                 f"gradient checkpointing: {reason}; switch it off: lm.model.activation_checkpointing_disable()"
             )
+        kwargs["use_cache"] = False
         return layers
 
 
@@ -219,12 +227,12 @@ def _no_warning(*args: Any) -> None:
     """In place of a warning about padding without a mask."""
 
 
-def _repeated(layer: Any, setting: Within, *args: Any, **kwargs: Any) -> Any:
-    """The layer's output, of which the backward pass keeps the input only."""
+def _repeated(forward: Callable[..., Any], setting: Within, *args: Any, **kwargs: Any) -> Any:
+    """A layer's output, of which the backward pass keeps the input only."""
 
     def compute(*args: Any, **kwargs: Any) -> Any:
         with setting():
-            return type(layer).forward(layer, *args, **kwargs)
+            return forward(*args, **kwargs)
 
     # transformers' own recomputation asks for train() mode, and so for dropout.
     return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

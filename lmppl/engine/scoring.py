@@ -22,7 +22,7 @@ from ..rows import covering, distinct_rows, first_equal
 from ..shapes import broadcast_shapes
 from . import distinct
 from .again import again, kept_tokens, read_again
-from .chunks import fitting
+from .chunks import fitting, is_sharded
 from .packing import Run, Tree
 from .tree_attention import windows_seen
 from .trials import agree, precise, verified
@@ -229,6 +229,7 @@ class _Part:
     split: bool  # hidden states first, then logits a few at a time
     again: bool = False  # whether the backward pass reads it again, its activations not being kept
     logits_again: bool = False  # whether it computes all of the logits again
+    layers_again: bool = False  # whether it computes layer by layer again, more tokens than are kept being read at once
 
     def read(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What ``run`` says of the tokens, (M, D), and where in it what the shares want is, one after the other."""
@@ -333,7 +334,8 @@ def _packed(lm: LanguageModel, tokens: Tensor, plain: int) -> Tree | None:
 def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
     """The parts, of which no more than the last ones that fit keep what the backward pass needs.
 
-    It begins with the last one, and is done with it before it comes to those that it has to compute again.
+    It begins with the last one, and is done with it before it comes to those that it has to compute again.  A part that
+    does not fit alone, a long prompt that all of its texts continue, keeps what goes into each layer.
     """
     budget = kept_tokens(lm) if all(part.split for part in parts) else chunk_rows(lm, 1)
     tokens = logits = 0
@@ -342,6 +344,7 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
         tokens = tokens + part.cost
         logits += sum(share.wanted.numel() for share in part.shares) * lm.vocab_size
         again = tokens > budget
+        part = replace(part, layers_again=part.cost > budget and not is_sharded(lm))
         if found and (again or logits > TUNING.logits_at_once):
             part = replace(part, split=splits(lm), again=again, logits_again=True)
         found.append(part)
@@ -352,7 +355,7 @@ def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple
     """What each request's head keeps of its logits in a part, (r, ...)."""
     if part.split:
         # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
-        read = partial(part.read, hidden_states, part.tokens)
+        read = partial(part.read, partial(hidden_states, layers_again=part.layers_again), part.tokens)
         states, index = read_again(lm, read) if part.again else read()
         for share, at in zip(part.shares, part.each(index), strict=True):
             all_again = part.logits_again or share is not part.shares[-1]
@@ -360,7 +363,7 @@ def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple
         return
 
     def whole(tokens: Tensor) -> list[Tensor]:
-        logits, index = part.read(_logits, tokens)
+        logits, index = part.read(partial(_logits, layers_again=part.layers_again), tokens)
         found = []
         for share, at in zip(part.shares, part.each(index), strict=True):
             number = -(-at.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few

@@ -16,10 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
+
+from .again import again
+from .tuning import TUNING
 
 NAME = "lmppl_tree"
 
@@ -90,15 +95,42 @@ def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
 def _attend(
     levels: tuple[Level, ...],
     query: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of the last level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``."""
-    own = levels[-1]
+    """Attention of the last level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``.
+
+    Where there are many scores, a block of the L at a time, whose scores the backward pass computes again.
+    """
+    width = levels[-1].width
+    scores = query.numel() // query.shape[-1] * sum(key.shape[-2] for key in keys)
+    blocks = min(width, -(-scores // TUNING.scores))
+    if blocks <= 1:
+        return _attend_from(0, width, levels, query, keys, values, window, softcap)
+    ends = [width * (i + 1) // blocks for i in range(blocks)]
+    attend = partial(again, _attend_from) if torch.is_grad_enabled() else _attend_from
+    parts = [attend(a, b, levels, query, keys, values, window, softcap) for a, b in pairwise([0, *ends])]
+    return torch.cat(parts, -2)
+
+
+def _attend_from(
+    first: int,
+    end: int,
+    levels: tuple[Level, ...],
+    query: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`_attend` for the queries from ``first`` to ``end`` of every segment, which see no later key of their own."""
+    own, query = levels[-1], query[..., first:end, :]
+    keys, values = ((*each[:-1], each[-1][..., :end, :]) for each in (keys, values))
     scores, folded = [], []
-    at = own.start[..., None] + torch.arange(own.width, device=query.device)  # (B, *fanout, L)
+    asking = torch.arange(first, end, device=query.device)
+    at = own.start[..., None] + asking  # (B, *fanout, L)
     for j, (level, key) in enumerate(zip(levels, keys, strict=True)):
         depth = key.dim() - 4  # the ancestor's number of fanout axes
         q = query.flatten(2 + depth, -2)  # (B, H, *fanout_j, descendants' tokens, D)
@@ -106,11 +138,9 @@ def _attend(
         folded.append(depth)
         if softcap is not None:
             score = softcap * (score / softcap).tanh()
-        position = torch.arange(level.width, device=key.device)
-        if j < len(own.visible):
-            hidden = position >= own.visible[j][..., None, None]  # (B, *fanout, 1, L_j)
-        else:
-            hidden = position[None, :] > position[:, None]  # causal
+        position = torch.arange(key.shape[-2], device=key.device)
+        causal = position > asking[:, None]
+        hidden = position >= own.visible[j][..., None, None] if j < len(own.visible) else causal  # (B, *fanout, 1, L_j)
         if window is not None:
             start = level.start.view(*level.start.shape, *[1] * (at.dim() - level.start.dim()), 1)
             hidden = hidden | (at[..., None] - start - position >= window)  # (B, *fanout, L, L_j)
@@ -151,14 +181,13 @@ def tree_attention(
     asking = [level.tokens if level.read else 0 for level in levels]
     known = [level.tokens for level in levels]
     query = query * scaling
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
     outputs = []
     parts = zip(levels, query.split(asking, 2), key.split(known, 2), value.split(known, 2), strict=True)
     for i, (level, q, k, v) in enumerate(parts):
         shape = (*level.fanout, level.width)
-        keys.append(k.unflatten(2, shape))
-        values.append(v.unflatten(2, shape))
+        keys, values = (*keys, k.unflatten(2, shape)), (*values, v.unflatten(2, shape))
         if level.read:
             out = _attend(levels[: i + 1], q.unflatten(2, shape), keys, values, sliding_window, softcap)
             outputs.append(out.flatten(2, -2))

@@ -63,6 +63,28 @@ def test_packed_gradient_of_an_adapter(arch):
     assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["", "layers again"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "sliding window", "alternating windows, soft caps"])
+def test_attention_in_blocks_is_attention_at_once(arch, again, monkeypatch):
+    """One to three queries at a time of a root, two trunks and their branches: the same log-probs and gradient."""
+    lm = UNUSUAL[arch]() if arch in UNUSUAL else tiny_lm(arch, vocab=V)
+    view = lm.with_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    z = torch.randint(1, V, (3, 2, 5), generator=torch.Generator().manual_seed(0))
+    context = stopped_prefixes(torch.tensor([2, 3, 4, 5, 2, 3, 4]), z)
+    y = torch.tensor([3, 2, 0])
+    found = []
+    for scores in (TUNING.scores, 200):
+        monkeypatch.setattr(TUNING, "scores", scores)
+        if again and scores == 200:
+            monkeypatch.setattr(TUNING, "activations", 1)
+        with packing(True):
+            log_probs = scored(view, context, y)
+            found.append((log_probs, *torch.autograd.grad(log_probs.sum(), view.trainable_parameters())))
+            with torch.no_grad():
+                assert (scored(view, context, y) - log_probs).abs().max() < 1e-12
+    assert all((a - b).abs().max() < 1e-9 * (1 + b.abs().max()) for a, b in zip(*found, strict=True))
+
+
 @st.composite
 def problems(draw):
     """A context (*batch, L) grown by prefixes of earlier rows, and a value whose leading axes broadcast with it."""

@@ -202,6 +202,47 @@ def test_memory_does_not_grow_with_particles_beyond_the_budget(tmp_path):
     assert growth[10_000] > 2500 * tokens
 
 
+def test_memory_grows_little_with_a_prompt_that_alone_exceeds_the_budget(tmp_path, monkeypatch):
+    """Of 300 tokens that 8 texts continue each layer's input is kept, and scores of a few queries at a time."""
+    view = adapter(tiny_lm("llama", vocab=26, layers=6, max_length=512, dtype=torch.float32), 0)
+    z = torch.randint(1, 26, (8, 6), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for bounded in (False, True):
+        if bounded:
+            monkeypatch.setattr(TUNING, "activations", 100 * activations(view))
+            monkeypatch.setattr(TUNING, "scores", 2**13)
+        for tokens in (30, 300):
+            prompt = torch.arange(tokens) % 25 + 1
+            d = Completion(view, prompt, max_tokens=6, min_tokens=6, stop=None)
+
+            def step(d: Completion = d) -> None:
+                with packing(True):
+                    torch.autograd.grad(d.log_prob(z).sum(), view.trainable_parameters())
+
+            step()
+            found[bounded, tokens] = peak(step, tmp_path / "trace.json")
+    assert found[True, 300] < 0.3 * found[False, 300]
+    assert found[True, 30] == found[False, 30]  # which fits
+
+
+def test_a_forward_that_somebody_put_on_a_layer_is_computed_again_and_stays(monkeypatch):
+    """As libraries that move weights do: twice in a step, with the backward pass; and there afterwards."""
+    view, _, lm = three_views()
+    layer, calls = lm.model.transformer.h[1], []
+    forward = layer.forward
+
+    def noted(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return forward(*args, **kwargs)
+
+    layer.forward = noted
+    expected = gradients([view])
+    calls.clear()
+    monkeypatch.setattr(TUNING, "activations", 1)
+    assert_same(gradients([view]), expected)
+    assert layer.forward is noted and len(calls) == 2
+
+
 def test_logits_of_all_cache_sized_parts_together_are_bounded(tmp_path, monkeypatch):
     """Within the token budget too: 2^16 of them are kept, however many parts have made them."""
     lm = tiny_lm("gpt2", vocab=26, dtype=torch.float32)
