@@ -108,10 +108,11 @@ def _attend(
     scores = query.numel() // query.shape[-1] * sum(key.shape[-2] for key in keys)
     blocks = min(width, -(-scores // TUNING.scores))
     if blocks <= 1:
-        return _attend_from(0, width, levels, query, keys, values, window, softcap)
+        return _attend_from(0, width, levels, window, softcap, query, *keys, *values)
     ends = [width * (i + 1) // blocks for i in range(blocks)]
     attend = partial(again, _attend_from) if torch.is_grad_enabled() else _attend_from
-    parts = [attend(a, b, levels, query, keys, values, window, softcap) for a, b in pairwise([0, *ends])]
+    # Tensors one by one: those in a tuple would be kept, where a layer around this is to be computed again.
+    parts = [attend(a, b, levels, window, softcap, query, *keys, *values) for a, b in pairwise([0, *ends])]
     return torch.cat(parts, -2)
 
 
@@ -119,15 +120,17 @@ def _attend_from(
     first: int,
     end: int,
     levels: tuple[Level, ...],
-    query: Tensor,
-    keys: tuple[Tensor, ...],
-    values: tuple[Tensor, ...],
     window: int | None,
     softcap: float | None,
+    query: Tensor,
+    *known: Tensor,
 ) -> Tensor:
-    """`_attend` for the queries from ``first`` to ``end`` of every segment, which see no later key of their own."""
+    """`_attend` for the queries from ``first`` to ``end`` of every segment, which see no later key of their own.
+
+    ``known`` are the keys and values.
+    """
     own, query = levels[-1], query[..., first:end, :]
-    keys, values = ((*each[:-1], each[-1][..., :end, :]) for each in (keys, values))
+    keys, values = ((*each[:-1], each[-1][..., :end, :]) for each in (known[: len(levels)], known[len(levels) :]))
     scores, folded = [], []
     asking = torch.arange(first, end, device=query.device)
     at = own.start[..., None] + asking  # (B, *fanout, L)

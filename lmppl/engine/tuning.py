@@ -17,7 +17,7 @@ class Tuning:
     logits_at_once: int = 2**25  # floats of logits that are formed together
     logit_budget: int = 2**28  # floats of logits alive at once
     activations: int = 2**27  # floats that a processor keeps for a backward pass, at the default token budget
-    scores: int = 2**24  # floats of attention scores that are formed together
+    scores: int = 2**23  # floats of attention scores that are formed together
     many_logits: int = 2**20  # floats of logits from which on only those that are wanted are formed
     distinct: float = 0.75  # below this share of distinct positions each is computed once and copied
     # Packing
