@@ -12,6 +12,10 @@ is the policy gradient with the group's mean as baseline, and its optimum is the
 
 TRL is installed beside torch and transformers of this repository's versions in .venv-trl when a unit first needs it,
 and is a process of its own (`grpo_worker`), whose adapter is loaded and measured here as the guides are.
+
+Cost: a step of 2 x 8 texts took 17 to 22 processor seconds on continuation, 23 where matched, and 18 on subjectivity:
+by these some 35, 40 and 10 minutes a seed, one core-hour and a half.  With seed 100 and six prompts to choose on, 20
+steps of GRPO came to texts of 3 tokens, of which 39% were distinct, and a gap of 6 nats.
 """
 
 from __future__ import annotations
