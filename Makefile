@@ -95,4 +95,4 @@ build: $(INSTALLED)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-trl build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

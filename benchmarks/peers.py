@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,10 +58,10 @@ class Unavailable(Exception):
     """Why there are no peers to compare with."""
 
 
-def interpreter(environment: Path) -> Path:
-    """The Python of the peers' environment, made where it is not there yet."""
+def interpreter(environment: Path, packages: Sequence[str] = PACKAGES) -> Path:
+    """The Python of an environment with these packages, made where it is not there yet."""
     python, done = environment / "bin" / "python", environment / ".installed"
-    wanted = "\n".join((*PACKAGES, torch.__version__))
+    wanted = "\n".join((*packages, torch.__version__))
     if done.is_file() and done.read_text() == wanted:
         return python
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -69,15 +69,15 @@ def interpreter(environment: Path) -> Path:
     deadline = time.monotonic() + INSTALLATION
     # torch first, by its exact version: on Linux without an accelerator an open range would pull gigabytes.
     first = f"torch=={torch.__version__.partition('+')[0]}"
-    for command in ([sys.executable, "-m", "venv", str(environment)], [*pip, first], [*pip, *PACKAGES]):
+    for command in ([sys.executable, "-m", "venv", str(environment)], [*pip, first], [*pip, *packages]):
         try:
             left = deadline - time.monotonic()
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=left)
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines() or error.stdout.strip().splitlines() or ["no reason given"]
-            raise Unavailable(f"{' '.join(PACKAGES)} cannot be installed: {lines[-1]}") from None
+            raise Unavailable(f"{' '.join(packages)} cannot be installed: {lines[-1]}") from None
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise Unavailable(f"{' '.join(PACKAGES)} cannot be installed: {error}") from None
+            raise Unavailable(f"{' '.join(packages)} cannot be installed: {error}") from None
     done.write_text(wanted)
     return python
 

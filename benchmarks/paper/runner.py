@@ -39,7 +39,7 @@ def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Seque
     torch.manual_seed(seed)
     started = time.process_time()
     found = study.run(cell, seed, False, *given)
-    seconds = time.process_time() - started
+    seconds = time.process_time() - started + found.get("elsewhere", 0.0)
     path = path_of(study, cell, seed, runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps({"seconds": seconds, "found": found}).encode())
@@ -63,7 +63,7 @@ def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
     """Write the page from the files that are there."""
-    sections, seconds = [], 0.0
+    sections, seconds, known = [], 0.0, {}
     for study in studies:
         kept: Kept = {
             (cell, seed): json.loads(path.read_text())
@@ -73,9 +73,11 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
         }
         seconds += sum(k["seconds"] for k in kept.values())
         basis, results = section(study, kept, seeds)
+        known |= {f"{study.name}: {cell}": runs for cell, runs in results.items()}
         text = f"## {study.title}\n\n{basis}"
         if results:
-            text += study.report(results)
+            beside = {cell: runs for cell, runs in known.items() if cell.partition(":")[0] in study.beside}
+            text += study.report(results | beside)
             if study.plot is not None:
                 picture = out.with_name(f"{out.stem}-{study.name}.png")
                 study.plot(results, picture)

@@ -21,12 +21,14 @@ class Study:
     :param title: the section's.
     :param cells: units of work that run apart, usually a method each; each is run for every seed.
     :param run: ``run(cell, seed, short, *given) -> figures`` that JSON can hold; ``short`` is for tests, seconds in
-        all; ``given`` is what the command that runs it adds.  Tokens that were scored are "scored".
+        all; ``given`` is what the command that runs it adds.  Tokens that were scored are "scored", processor seconds
+        of other processes "elsewhere".
     :param report: results to Markdown: a table, then one sentence a claim.
     :param plot: a picture of the results, shown under the table.
     :param paired: figures are paired by seed, and the report gets the seeds that all cells have.  False: it gets what
         there is of each cell, and does without cells that have nothing yet.
     :param needs: files that it reads, below the folder of data.
+    :param beside: studies whose cells the report gets too, as far as they have run, as "study: cell"; earlier ones.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Study:
     plot: Callable[[Results, Path], None] | None = None
     paired: bool = True
     needs: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:

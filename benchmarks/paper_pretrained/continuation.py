@@ -156,6 +156,11 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
 def report(results: Results) -> str:
     """The table, what certifies it, and the claims."""
     rows = embedded.gathered(results)
+    return tables(rows) + "\n" + "".join(claims(rows))
+
+
+def tables(rows: embedded.Rows) -> str:
+    """The table, and what certifies weighted draws."""
     text = (
         f"{TEST} unseen prompts, {DRAWS} texts each; log p(z|x) in nats under the base model.\n\n"
         + markdown(
@@ -177,7 +182,7 @@ def report(results: Results) -> str:
                 for (family, setting), runs in sure.items()
             ],
         )  # fmt: skip
-    return text + "\n" + "".join(claims(rows))
+    return text
 
 
 def claims(rows: embedded.Rows) -> list[str]:

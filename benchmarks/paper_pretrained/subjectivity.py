@@ -54,7 +54,7 @@ from benchmarks.paper.subjectivity import PAPER
 from lmppl import LanguageModel
 from lmppl.embedded import Sentence
 from lmppl.inference import GFlowNet, SupervisedFineTuning, VariationalEM
-from lmppl.models import PRETRAINED
+from lmppl.models import PRETRAINED, measures
 from lmppl.models.programs.subjectivity import Subjectivity
 from lmppl.models.subjectivity import read_sentences
 
@@ -72,6 +72,7 @@ FEW_SHOT_TOKENS = 400
 GUIDE_STEPS, ROUNDS, SUPERVISED_STEPS, SUPERVISED_BATCH = 24, 16, 40, 4
 GUIDE_RATE, RATE = PRETRAINED.learning_rate, 5e-4
 SHOWN = 10  # reasons in the report
+HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log score", "seeds")
 
 
 class Setup:
@@ -105,13 +106,17 @@ class Setup:
 
     @torch.no_grad()
     def by_reasons(self, task: Subjectivity, sampler: str, x: Tensor | None = None) -> Figures:
-        """p(subjective) of the test sentences averaged over reasons, the share of reasons that vote so, one reason."""
+        """p(subjective) of the test sentences averaged over reasons, the share of reasons that vote so, one reason.
+
+        *distinct* is the share of distinct ones among a sentence's reasons, the mean over sentences.
+        """
         x = self.x if x is None else x
         fn = task.prior(x) if sampler == "prior" else task.proposal(x)
         z = fn.sample(torch.Size([2 if self.short else REASONS]))  # (N, B, L)
         p = task.log_labels(x, z)[..., 1].exp().double()  # (N, B)
         reasons = [reason.strip() for reason in task.lm.decode(z[0])]
-        return {"p": p.mean(0).tolist(), "vote": ((p > 0.5) + 0.5 * (p == 0.5)).mean(0).tolist(), "reasons": reasons}
+        vote, distinct = ((p > 0.5) + 0.5 * (p == 0.5)).mean(0), measures.distinct(z).mean()
+        return {"p": p.mean(0).tolist(), "vote": vote.tolist(), "reasons": reasons, "distinct": float(distinct)}
 
     @torch.no_grad()
     def directly(self, task: Subjectivity, before: str = "", x: Tensor | None = None) -> Figures:
@@ -223,8 +228,7 @@ def report(results: Results) -> str:
     for cell, runs in results.items():
         for method in runs[0]["methods"]:
             rows.append(row(cell, runs, method))
-    header = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log score", "seeds")
-    text += markdown(header, rows) + "\n"
+    text += markdown(HEADER, rows) + "\n"
     for cell in CELLS[1:]:
         if cell in results:
             return text + reasons(results[cell][0], cell) + "\n" + "".join(claims(results))

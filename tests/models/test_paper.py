@@ -94,6 +94,21 @@ def test_a_study_that_is_not_paired_shows_what_there_is_of_each_cell(run):
     assert "2 seeds." in run("heads", seeds=2, paired=False)[1] and RUNS == []
 
 
+def test_a_report_gets_the_cells_of_the_studies_beside_it(tmp_path):
+    first, second = (
+        Study(name, name, ("heads",), toss, report, beside=beside)
+        for name, beside in (("coin", ()), ("die", ("coin",)))
+    )
+    for study, value in ((first, 0.25), (second, 0.5)):
+        path = runner.path_of(study, "heads", 0, tmp_path)
+        path.parent.mkdir()
+        path.write_text(json.dumps({"seconds": 1.0, "found": {"mean": value}}))
+    runner.page((first, second), "", 1, tmp_path, tmp_path / "page.md")
+    ours, theirs = (tmp_path / "page.md").read_text().split("## die")
+    assert "| heads | 0.250 |" in ours and ":" not in ours
+    assert "| heads | 0.500 |" in theirs and "| coin: heads | 0.250 |" in theirs
+
+
 def test_an_unknown_experiment_is_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["paper", "--only", "coins"])
     with pytest.raises(SystemExit):

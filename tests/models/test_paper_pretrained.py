@@ -10,23 +10,28 @@ import pytest
 import torch
 from paths import SHARED
 from pyro import condition, poutine
+from transformers import AutoModelForCausalLM
 
 from benchmarks.paper_pretrained import (
     Place,
     __main__,
     continuation,
+    grpo,
     infilling,
     on_checkpoint,
     random_number,
     subjectivity,
 )
+from benchmarks.paper_pretrained.grpo_worker import Target, bar, log_target, read
 from benchmarks.paper_pretrained.tell import tell
 from lmppl import LanguageModel, embedded
+from lmppl.distributions import Completion
 from lmppl.embedded.numbers import FIXED
 from lmppl.inference import Enumeration
-from lmppl.models import RandomNumber
+from lmppl.models import Continuation, RandomNumber
 from lmppl.models.continuation import embedded_prompts
 from lmppl.models.programs.random_number import tensors
+from lmppl.models.programs.subjectivity import Subjectivity
 
 NUMBERS = embedded.path("numbers")
 
@@ -194,6 +199,102 @@ def test_data_that_are_absent_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         __main__.main()
     assert "--data: subjectivity needs subj/train.jsonl" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def network():
+    """The embedded stories' language model in double precision, and its network as another process loads it."""
+    lm = LanguageModel.embedded("stories", dtype=torch.float64)
+    return lm, AutoModelForCausalLM.from_pretrained(embedded.path("stories"), dtype=torch.float64).eval()
+
+
+def ids(texts):
+    """Texts (..., L) as lists, row by row."""
+    return [[i for i in row if i >= 0] for row in texts.flatten(0, -2).tolist()]
+
+
+def log_joint(model, x, given, z):
+    """log of the joint of texts z (N, B, E), each alone: (N, B)."""
+    found = [
+        poutine.trace(condition(model, {"z": z[n, i : i + 1]})).get_trace(x[i : i + 1], given[i : i + 1])
+        for n, i in torch.cartesian_prod(torch.arange(len(z)), torch.arange(len(x))).tolist()
+    ]
+    return torch.stack([trace.log_prob_sum() for trace in found]).view(z.shape[:-1])
+
+
+def test_grpos_reward_is_the_tempered_sequence(network):
+    """Of texts of all lengths, the longest with and without their stop, tokens being barred."""
+    lm, model = network
+    allowed = continuation.plain_tokens(lm)
+    task = Continuation(lm, max_tokens=4, allowed=allowed)
+    x, t = task.encode([p for part in embedded_prompts() for p in part][:3], 0.9)
+    z = torch.cat([
+        Completion(lm, x, max_tokens=4, allowed=allowed, stop=".").sample((6,)),
+        torch.nn.functional.pad(lm.encode(["."] * 3), (0, 4), value=-1)[None],
+    ])  # fmt: skip
+    bar(model, (~allowed).nonzero()[:, 0].tolist())
+    target = Target(int(lm.token_id(".")), 4, temperature=0.9)
+    cut = [row[:4] for row in ids(z)]  # as TRL gives them: no stop after the limit
+    assert any(len(row) == 4 and row[-1] != target.stop for row in cut) and min(map(len, cut)) == 1
+    found = log_target(model, target, ids(x) * 7, [target.ended(row) for row in cut], None)
+    torch.testing.assert_close(found.view(7, 3), log_joint(task.model, x, t, z))
+
+
+def test_grpos_reward_is_the_joint_of_reason_and_label(network):
+    lm, model = network
+    given = {"why": "{x} He went to", "then": " Then:", "stop": "."}
+    task = Subjectivity(lm, labels=("Tom", "Ben"), max_tokens=2, **given)
+    x, y = lm.encode(["Tom went to the kitchen.", "He went. She went.", "He"]), torch.tensor([0, 1, 1])
+    z = task.prior(x).sample((5,))
+    target = Target(
+        int(lm.token_id(".")), 2, 1, then=tuple(lm.encode(given["then"]).tolist()),
+        labels=tuple(task.label_texts[:, 0].tolist()),
+    )  # fmt: skip
+    prompts = ids(lm.fill(given["why"], x=x)) * 5
+    found = log_target(model, target, prompts, ids(z), y.tolist() * 5).view(5, 3)
+    torch.testing.assert_close(found, log_joint(task.model, x, y, z))
+    log_p, _ = read(model, target, prompts, ids(z), [])
+    torch.testing.assert_close(log_p.view(5, 3), task.prior(x).log_prob(z))
+
+
+def test_the_report_of_grpo_compares_with_the_other_studies():
+    def texts(family, log_p, distance, gap):
+        each = {"log_likelihood": [log_p, log_p - 1], "best": [log_p + 1, log_p], "distance": [distance, distance]}
+        row = {"family": family, "setting": "T = 0.9", "distinct": 0.5, "words": 9.0, "gap": gap, "sd": 1.0, "ess": 0.5}
+        means = {key: sum(values) / 2 for key, values in each.items()}
+        return {"rows": [row | means | {"khat": [0.1, 0.9], "each": each}], "took": took}
+
+    def labels(method, hits, x=("a", "b", "c", "d")):
+        p = [0.9 if hit else 0.1 for hit in hits]
+        said = {"p": p, "vote": p, "reasons": ["so", "so", "no", "so"], "distinct": 0.25}
+        return {"x": list(x), "y": [1] * 4, "methods": {method: said}, "took": took}
+
+    took = {"seconds": 60.0, "tokens": 1000, "rewards": [-30.0] * 10 + [-20.0] * 10}
+    results = {
+        "continuation": [texts("GRPO", -10.0, 0.2, 9.0)],
+        "continuation: T=0.9": [texts("GFlowNet", -30.0, 0.8, 1.0)],
+        "continuation: decoding": [texts("greedy", -5.0, 0.0, 0.0)],  # is not among the rows
+        "subjectivity": [labels("GRPO", (1, 0, 0, 0)), labels("GRPO", (1, 1, 1, 1), x="efgh")],
+        "subjectivity: 50": [labels("GFlowNet", (1, 1, 1, 0))],
+    }
+    text = states(grpo.STUDY, results)
+    assert "**seen**. +20.00 ± 0.00 nats, -0.60 ± 0.00 of edit distance" in text
+    assert "log Z - ELBO is 9.00 nats, the GFlowNet's 1.00." in text
+    assert "-50.0 ± 91.9 points on 4 sentences" in text  # of the seed that both have
+    assert "| 0.25 | 0.50 |" in text and "| -30.00 | -20.00 |" in text and "greedy" not in text
+    for cell in grpo.CELLS:
+        if cell in results:  # of what there is
+            grpo.STUDY.report({cell: results[cell]})
+
+
+@pytest.mark.slow
+def test_trl_trains_an_adapter_that_loads(beginnings):
+    if not (grpo.ENVIRONMENT / ".installed").is_file():
+        pytest.skip(f"no TRL in {grpo.ENVIRONMENT}; a run of the study `grpo` installs it")
+    found = grpo.run("continuation, matched", 0, True, *beginnings)
+    (row,), took = found["rows"], found["took"]
+    assert row["family"] == grpo.MATCHED and all(torch.tensor(row["each"]["log_likelihood"]).isfinite())
+    assert len(took["rewards"]) == 2 and took["tokens"] > 0 and found["elsewhere"] == took["seconds"] > 0
 
 
 @pytest.mark.parametrize("study", [random_number.STUDY, subjectivity.STUDY], ids=lambda s: s.name)

@@ -1,0 +1,200 @@
+r"""The peers' way of training: TRL's GRPO on the target and the budget of the GFlowNets of two of these studies.
+
+The reward is the log of the GFlowNet's unnormalised target: log p(z|x) / T of continuation at T = 0.9, and log p(z|x) +
+log p(y|x,z) of subjectivity with 50 labels; see `grpo_worker`.  Equal are prompts, barred tokens, stops and limits, the
+adapter, the learning rate, which is constant, the norm of a clipped gradient, and the texts drawn: 2 prompts x 8 texts
+a step, as many steps.  All else is TRL's default: advantages are rewards less the group's mean over its standard
+deviation (so that T cancels), the loss is a mean over tokens, beta = 0, so that nothing holds the policy to the
+language model, and each draw is used once.  The optimum is one text, the likeliest.
+
+*Matched*: the reward less log q(z|x), not scaled, which makes the expected reward the ELBO.  What is then left of GRPO
+is the policy gradient with the group's mean as baseline, and its optimum is the GFlowNet's target.
+
+TRL is installed beside torch and transformers of this repository's versions in .venv-trl when a unit first needs it,
+and is a process of its own (`grpo_worker`), whose adapter is loaded and measured here as the guides are.
+
+Cost: a step of 2 x 8 texts took 17 to 22 processor seconds on continuation, 23 where matched, and 18 on subjectivity:
+by these some 35, 40 and 10 minutes a seed, one core-hour and a half.  With seed 100 and six prompts to choose on, 20
+steps of GRPO came to texts of 3 tokens, of which 39% were distinct, and a gap of 6 nats.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from benchmarks.paper.study import Figures, Results, Study, markdown, spread, verdict
+from benchmarks.peers import ON_ONE_PROCESSOR, ROOT, Unavailable, interpreter
+from lmppl import LanguageModel
+from lmppl.inference import Importance
+from lmppl.models import PRETRAINED, Continuation
+from lmppl.models.programs.subjectivity import LONGEST_REASON
+
+from . import continuation, subjectivity
+from .grpo_worker import Target
+
+PACKAGES = ("trl==1.16.0", "peft")
+ENVIRONMENT = ROOT / ".venv-trl"
+GRPO, MATCHED = "GRPO", "GRPO, matched"
+TEMPERATURE, LABELS = 0.9, "50"
+CELLS = ("continuation", "continuation, matched", "subjectivity")
+
+
+def adapter(lm: LanguageModel, seed: int, **task: Any) -> tuple[LanguageModel, Figures]:
+    """What TRL made of this task: the language model with the adapter, and what it took."""
+    recipe = task.pop("recipe")
+    given = {
+        "lm": str(lm.model.name_or_path), "seed": seed, "device": lm.device.type, "adapter": recipe.adapter,
+        "observations": recipe.observations, "particles": recipe.particles, "learning_rate": recipe.learning_rate,
+        "steps": recipe.steps, "matched": False, "y": None, "barred": [],
+    }  # fmt: skip
+    python = interpreter(ENVIRONMENT, PACKAGES)
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        (folder / "task.json").write_text(json.dumps(given | task | {"target": asdict(task["target"])}))
+        command = [str(python), str(Path(__file__).with_name("grpo_worker.py")), path]
+        hidden = ON_ONE_PROCESSOR if lm.device.type == "cpu" else {}
+        done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True)
+        if done.returncode:
+            raise Unavailable(f"{PACKAGES[0]} does not run: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return lm.with_adapter(folder / "adapter"), json.loads((folder / "figures.json").read_text())
+
+
+def continuing(lm: LanguageModel, data: Path, seed: int, short: bool, matched: bool) -> Figures:
+    """Texts for the prompts of the study of continuation, and what certifies them."""
+    parts, allowed = continuation.prompts(lm, data), continuation.plain_tokens(lm)
+    target = Target(int(lm.token_id(".")), continuation.LIMIT["max_tokens"], temperature=TEMPERATURE)
+    recipe = replace(continuation.RECIPE, steps=2 if short else continuation.RECIPE.steps)
+    barred = (~allowed).nonzero()[:, 0].tolist()
+    q, took = adapter(lm, seed, recipe=recipe, target=target, prompt=parts[0], barred=barred, matched=matched)
+    task = Continuation(lm, q, allowed=allowed, **continuation.LIMIT)
+    x, t = task.encode(parts[2][:2] if short else parts[2], TEMPERATURE)
+    n, particles = (4, 4) if short else (continuation.DRAWS, continuation.PARTICLES)
+    torch.manual_seed(seed)
+    posterior = Importance(task.model, task.guide, particles).run(x, t)
+    z, certified = posterior.samples["z"][:n], continuation.certified(posterior)
+    name = MATCHED if matched else GRPO
+    return {"rows": [continuation.measured(task, x, name, f"T = {TEMPERATURE:g}", z, **certified)], "took": took}
+
+
+def labelling(lm: LanguageModel, data: Path, seed: int, short: bool) -> Figures:
+    """Labels by way of reasons, of the sentences of the study of subjectivity."""
+    s = subjectivity.Setup(LABELS, seed, short, lm, data)
+    plain, prompts = s.task(), subjectivity.PROMPTS
+    labels = plain.label_texts
+    if labels.shape[-1] != 1:
+        raise ValueError(f"WORDS: expected labels of one token each, got {plain.labels}")
+    target = Target(
+        int(lm.token_id(prompts["stop"])), LONGEST_REASON, plain.reason["min_tokens"],
+        then=tuple(lm.encode(prompts["then"]).tolist()), labels=tuple(labels[:, 0].tolist()),
+    )  # fmt: skip
+    q, took = adapter(
+        lm, seed, recipe=replace(PRETRAINED, steps=s.steps(subjectivity.GUIDE_STEPS)), target=target,
+        prompt=[prompts["why"].format(x=t.text) for t in s.labelled],
+        y=[plain.labels.index(t.label) for t in s.labelled],
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    methods = {GRPO: s.by_reasons(s.task(q), "guide")}
+    return {"x": [t.text for t in s.test], "y": s.y.tolist(), "methods": methods, "took": took}
+
+
+def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
+    """What GRPO's policy draws, measured as the GFlowNet's draws are."""
+    if cell == "subjectivity":
+        found = labelling(lm, data, seed, short)
+    else:
+        found = continuing(lm, data, seed, short, matched=cell != "continuation")
+    return found | {"elsewhere": found["took"]["seconds"]}
+
+
+# -- the section ------------------------------------------------------------------------------------------------------
+
+
+def report(results: Results) -> str:
+    """The tables of the two studies with GRPO's rows, what it took, and the claims."""
+    text, said = "", []
+    texts = {cell: results[cell] for cell in CELLS[:2] if cell in results}
+    if texts:
+        beside = f"continuation: T={TEMPERATURE:g}"
+        rows = continuation.embedded.gathered(texts | {beside: results.get(beside, [])})
+        text += continuation.tables(rows) + "\n"
+        said += continuation_claims(rows)
+    if "subjectivity" in results:
+        runs = together(results["subjectivity"], results.get(f"subjectivity: {LABELS}", []))
+        methods = [m for m in ("supervised", "GFlowNet", GRPO) if m in runs[0]["methods"]]
+        text += (
+            f"\n{subjectivity.TEST} test sentences a seed, those of the section on subjectivity; *distinct* is the "
+            "share of distinct reasons among the ten of a sentence, and among one of each sentence.\n\n"
+        )
+        text += markdown(
+            (*subjectivity.HEADER, "distinct, of ten", "of sentences'"),
+            [[*subjectivity.row(LABELS, runs, m), *variety(runs, m)] for m in methods],
+        )
+        said += subjectivity_claims(runs)
+    took = {cell: [r["took"] for r in results[cell]] for cell in CELLS if cell in results}
+    text += "\nWhat TRL took, and the mean reward of its first and last ten steps:\n\n" + markdown(
+        ("cell", "processor seconds", "tokens of prompts and texts", "first rewards", "last rewards"),
+        [
+            (cell, spread(of, "seconds", 0), f"{mean(t['tokens'] for t in of):,.0f}",
+             *(f"{mean(mean(t['rewards'][part]) for t in of):.2f}" for part in (slice(10), slice(-10, None))))
+            for cell, of in took.items()
+        ],
+    )  # fmt: skip
+    return text + "\n" + "".join(said)
+
+
+def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures]:
+    """Runs on the same test sentences, with the methods of both; without theirs, ours alone."""
+    by_x = {tuple(r["x"]): r["methods"] for r in theirs}
+    both = [r | {"methods": by_x[tuple(r["x"])] | r["methods"]} for r in ours if tuple(r["x"]) in by_x]
+    return both or list(ours)
+
+
+def variety(runs: Sequence[Figures], method: str) -> list[str]:
+    """The share of distinct reasons among a sentence's ten, and among one reason of each sentence of a seed."""
+    of = [r["methods"][method] for r in runs if "reasons" in r["methods"][method]]
+    among = [r["distinct"] for r in of if "distinct" in r]
+    across = [len(set(r["reasons"])) / len(r["reasons"]) for r in of]
+    return [f"{mean(values):.2f}" if values else "" for values in (among, across)]
+
+
+def continuation_claims(rows: continuation.embedded.Rows) -> list[str]:
+    """Whether the reward alone gives likelier texts and fewer, and whether the matched reward mends it."""
+    setting, said = f"T = {TEMPERATURE:g}", []
+    plain, matched, guide = (rows.get((f, setting)) for f in (GRPO, MATCHED, continuation.GUIDE))
+    for ours, name in ((guide, continuation.GUIDE), (matched, MATCHED)):
+        if plain and ours:
+            likelier, by = continuation.by_prompt(plain, ours, "log_likelihood")
+            wider, half = continuation.by_prompt(plain, ours, "distance")
+            claim = f"GRPO's texts are likelier and less diverse than those of {name}"
+            because = f"{likelier:+.2f} ± {by:.2f} nats, {wider:+.2f} ± {half:.2f} of edit distance, over prompts."
+            said.append(verdict(claim, likelier > by and wider < -half, because))
+    if plain and guide:
+        gaps = [mean(r["gap"] for r in runs) for runs in (plain, guide)]
+        because = f"log Z - ELBO is {gaps[0]:.2f} nats, the GFlowNet's {gaps[1]:.2f}."
+        said.append(verdict("GRPO's policy is further from the tempered sequences", gaps[0] > gaps[1], because))
+    return said
+
+
+def subjectivity_claims(runs: Sequence[Figures]) -> list[str]:
+    """Whether it labels less well."""
+    if "GFlowNet" not in runs[0]["methods"]:
+        return []
+    gain, half = subjectivity.difference(runs, GRPO, "GFlowNet")
+    because = f"{gain:+.1f} ± {half:.1f} points on {sum(len(r['y']) for r in runs)} sentences."
+    return [verdict(f"GRPO labels less well than the GFlowNet at {LABELS} labels", gain < -half, because)]
+
+
+STUDY = Study(
+    "grpo", "The peers' way of training", CELLS, run, report, paired=False,
+    needs=(*continuation.STUDY.needs, *subjectivity.STUDY.needs), beside=("continuation", "subjectivity"),
+)  # fmt: skip
