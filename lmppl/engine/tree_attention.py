@@ -142,8 +142,8 @@ def _attend_from(
         if softcap is not None:
             score = softcap * (score / softcap).tanh()
         position = torch.arange(key.shape[-2], device=key.device)
-        causal = position > asking[:, None]
-        hidden = position >= own.visible[j][..., None, None] if j < len(own.visible) else causal  # (B, *fanout, 1, L_j)
+        # Of an ancestor (B, *fanout, 1, L_j), of the level itself (L, L_j): causal.
+        hidden = position >= own.visible[j][..., None, None] if j < len(own.visible) else position > asking[:, None]
         if window is not None:
             start = level.start.view(*level.start.shape, *[1] * (at.dim() - level.start.dim()), 1)
             hidden = hidden | (at[..., None] - start - position >= window)  # (B, *fanout, L, L_j)
