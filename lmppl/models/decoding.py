@@ -8,7 +8,8 @@ from transformers import GenerationConfig
 
 from .. import text
 from ..constraints import Constraint
-from ..distributions import Completion, NextToken
+from ..distributions import Completion
+from ..engine.recomputing import decoder
 from ..engine.scoring import with_bos
 from ..language_model import LanguageModel
 
@@ -69,26 +70,32 @@ def beams(
     z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
     log_p[..., 0] = 0.0  # one empty text; the others are its copies
+    row = torch.arange(count * n, device=x.device)
+    state = decoder(lm, x, row // n)
     for t in range(max_tokens):
         over = torch.isin(z, ends).any(-1)  # (B, G, K)
-        gain = NextToken(lm, text.cat(x[:, None, None], z)).logits  # (B, G, K, V)
+        gain = state.logits.log_softmax(-1).view(*over.shape, -1)  # (B, G, K, V)
         if allowed is not None:
             gain = gain.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         stay = torch.full_like(gain, -torch.inf)
         stay[..., ends[0]] = 0.0  # a finished text has one continuation: itself
         total = log_p[..., None] + torch.where(over[..., None], stay, gain)
         used = torch.zeros_like(total[:, 0, 0])  # (B, V)
+        source = row.view(over.shape).clone()  # the row that each continues
         for g in range(groups):
             charged = total[:, g] - penalty * used[:, None].masked_fill(over[:, g, :, None], 0.0)
             chosen = charged.flatten(1).topk(width).indices  # (B, K)
             beam, token = chosen // gain.shape[-1], chosen % gain.shape[-1]
             log_p[:, g] = total[:, g].flatten(1).gather(1, chosen)
             old = over[:, g].gather(1, beam)
+            source[:, g] = source[:, g].gather(1, beam)
             z[:, g] = z[:, g].gather(1, beam[..., None].expand(-1, -1, max_tokens))
             z[:, g, :, t] = torch.where(old, text.PAD, token)
             used.scatter_add_(1, token, (~old).to(used.dtype))
         if bool(torch.isin(z, ends).any(-1).all()):
             break
+        state.select(source.flatten())
+        state.step(z[..., t].flatten().where(z[..., t].flatten() >= 0, ends[0]), alive=int((~over).sum()))
     return ended(z.flatten(1, 2).transpose(0, 1), ends, max_tokens)
 
 
