@@ -2,8 +2,8 @@
 
     python -m benchmarks.paper_pretrained --lm "$(python -m lmppl.pretrained smollm2)" --data ../shared/data
 
-Every unit of work (a study's cell and a seed) is one JSON file under --runs; the same command goes on where an
-interrupted one was, and the page shows what there is. What each study costs is in its file.
+Every unit of work (a study's cell and a seed) is one JSON file under --runs: the committed records, from which the page
+is made, unless another folder is named. The same command runs what is not there yet. What a study costs is in its file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from benchmarks.paper import runner
 
 from . import Place
 
+RECORDS = Path(__file__).with_name("records")
 PREAMBLE = """# Results on a pretrained language model
 
 The paper's experiments (Hu et al. 2024) on SmolLM2-135M-Instruct and the paper's own data. Written by `make
@@ -29,7 +30,7 @@ small language models: [results.md](results.md).
 def main() -> None:
     studies = paper_pretrained.STUDIES
     out = "docs/results-pretrained.md"
-    parser = runner.options(__doc__, studies, seeds=3, jobs=1, runs="out/paper_pretrained", out=out)
+    parser = runner.options(__doc__, studies, seeds=3, jobs=1, runs=str(RECORDS), out=out)
     parser.add_argument("--lm", type=Path, required=True, help="a Hugging Face checkpoint")
     parser.add_argument("--data", type=Path, help="a folder with subj/; only some studies need it")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")

@@ -104,7 +104,7 @@ def labelling(lm: LanguageModel, data: Path, seed: int, short: bool) -> Figures:
     )  # fmt: skip
     torch.manual_seed(seed)
     methods = {GRPO: s.by_reasons(s.task(q), "guide")}
-    return {"x": [t.text for t in s.test], "y": s.y.tolist(), "methods": methods, "took": took}
+    return {"lines": s.lines, "y": s.y.tolist(), "methods": methods, "took": took}
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
@@ -154,8 +154,8 @@ def report(results: Results) -> str:
 
 def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures]:
     """Runs on the same test sentences, with the methods of both; without theirs, ours alone."""
-    by_x = {tuple(r["x"]): r["methods"] for r in theirs}
-    both = [r | {"methods": by_x[tuple(r["x"])] | r["methods"]} for r in ours if tuple(r["x"]) in by_x]
+    of = {tuple(r["lines"]): r["methods"] for r in theirs}
+    both = [r | {"methods": of[tuple(r["lines"])] | r["methods"]} for r in ours if tuple(r["lines"]) in of]
     return both or list(ours)
 
 

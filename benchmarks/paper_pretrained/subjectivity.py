@@ -71,7 +71,7 @@ UNLABELLED = 32  # training sentences that the untrained methods are calibrated 
 FEW_SHOT_TOKENS = 400
 GUIDE_STEPS, ROUNDS, SUPERVISED_STEPS, SUPERVISED_BATCH = 24, 16, 40, 4
 GUIDE_RATE, RATE = PRETRAINED.learning_rate, 5e-4
-SHOWN = 10  # reasons in the report
+SHOWN, BEGINNING = 10, 60  # reasons in the report; characters of their sentences
 HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log score", "seeds")
 
 
@@ -86,7 +86,8 @@ class Setup:
         self.unlabelled = [s for s in read(data / "subj" / "train.jsonl") if s.text not in known]
         test, count = read(data / "subj" / "test.jsonl"), 4 if short else TEST
         start = seed * count % len(test)
-        self.test = Random("test").sample(test, len(test))[start : start + count]
+        self.lines = Random("test").sample(range(len(test)), len(test))[start : start + count]  # of test.jsonl, from 0
+        self.test = [test[i] for i in self.lines]
         self.x, self.y = self.task().encode(self.test)
 
     def task(self, guide: LanguageModel | None = None, p: LanguageModel | None = None) -> Subjectivity:
@@ -179,10 +180,21 @@ def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
-    """Every method's p(subjective) of each test sentence."""
+    """Every method's p(subjective) of each test sentence, which is named by its line."""
     s = Setup(cell, seed, short, lm, data)
     methods = untrained(s) if cell == "untrained" else trained(s)
-    return {"x": [t.text for t in s.test], "y": s.y.tolist(), "methods": methods}
+    found: Figures = {"lines": s.lines, "y": s.y.tolist(), "methods": methods}
+    return found if cell == "untrained" else found | {"shown": shown(s, methods["GFlowNet + EM"])}
+
+
+def shown(s: Setup, method: Figures) -> list[list[str]]:
+    """The first reasons that led to the right label and to the wrong one: rows of a table."""
+    hits, rows = right(method["p"], s.y.tolist()), []
+    for hit, name in ((1.0, "right"), (0.0, "wrong")):
+        for i in [i for i, h in enumerate(hits) if h == hit][:SHOWN]:
+            cells = list(WORDS)[int(s.y[i])], s.test[i].text.strip()[:BEGINNING], method["reasons"][i]
+            rows.append([name, *(cell.replace("|", "\\|").replace("\n", " ") for cell in cells)])
+    return rows
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -231,7 +243,9 @@ def report(results: Results) -> str:
     text += markdown(HEADER, rows) + "\n"
     for cell in CELLS[1:]:
         if cell in results:
-            return text + reasons(results[cell][0], cell) + "\n" + "".join(claims(results))
+            text += f"Reasons of GFlowNet + EM, {cell} labels, the first seed:\n\n"
+            text += markdown(("", "label", "sentence", "a reason"), results[cell][0]["shown"]) + "\n"
+            return text + "".join(claims(results))
     return text
 
 
@@ -254,21 +268,6 @@ def difference(runs: Sequence[Figures], method: str, other: str) -> tuple[float,
     """Points of accuracy ahead on the same sentences, with the half-width of the 95% interval."""
     ours, theirs = ([100 * h for h in right(*pooled(runs, m))] for m in (method, other))
     return paired(ours, theirs)
-
-
-def reasons(found: Figures, cell: str) -> str:
-    """Reasons for sentences that are rightly and wrongly labelled by way of them, of one seed."""
-    of = found["methods"]["GFlowNet + EM"]
-    hits = right(of["p"], found["y"])
-    rows = []
-    for hit, name in ((1.0, "right"), (0.0, "wrong")):
-        chosen = [i for i, h in enumerate(hits) if h == hit][:SHOWN]
-        for i in chosen:
-            label = list(WORDS)[found["y"][i]]
-            said = of["reasons"][i].replace("|", "\\|").replace("\n", " ")
-            rows.append([name, label, found["x"][i].strip()[:90].replace("|", "\\|"), said])
-    header = ("", "label", "sentence", "a reason")
-    return f"Reasons of GFlowNet + EM, {cell} labels, the first seed:\n\n" + markdown(header, rows)
 
 
 def claims(results: Results) -> list[str]:

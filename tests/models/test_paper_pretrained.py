@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from paths import SHARED
 from pyro import condition, poutine
 from transformers import AutoModelForCausalLM
 
+from benchmarks.paper.runner import page
 from benchmarks.paper_pretrained import (
+    STUDIES,
     Place,
     __main__,
     continuation,
@@ -69,6 +72,15 @@ def test_answers_that_are_invalid_keep_their_proportions():
 
     log_p = task.completion(lm, *asked).log_prob(z)[:, 0]
     assert [log_joint(text) for text in z] == pytest.approx([0.0, 0.0, log_p[2].item() - 6.0, 0.0], abs=1e-9)
+
+
+def test_the_page_is_what_the_records_say(tmp_path):
+    docs = Path(__file__).parents[2] / "docs"
+    out = tmp_path / "results-pretrained.md"
+    page(STUDIES, __main__.PREAMBLE, 3, __main__.RECORDS, out)
+    assert out.read_text() == (docs / out.name).read_text()
+    pictures = {picture.name for picture in tmp_path.glob("*.png")}
+    assert pictures == {picture.name for picture in docs.glob("results-pretrained-*.png")}
 
 
 @pytest.fixture
@@ -167,7 +179,9 @@ def sentences(tmp_path):
 def test_subjectivity_runs_on_any_language_model(stories, sentences):
     results = {cell: [subjectivity.run(cell, 0, True, stories, sentences)] for cell in subjectivity.CELLS[:2]}
     (first,), (second,) = results["untrained"], results["10"]
-    assert first["x"] == second["x"] and all(x.startswith(" test ") for x in first["x"])
+    assert first["lines"] == second["lines"] and len({*first["lines"]}) == 4
+    assert {row[0] for row in second["shown"]} <= {"right", "wrong"} and len(second["shown"]) <= 4
+    assert all(row[2].startswith("test ") for row in second["shown"])
     for found in (first, second):
         for method in found["methods"].values():
             assert len(method["p"]) == len(found["y"]) == 4 and all(0 <= p <= 1 for p in method["p"])
@@ -264,17 +278,17 @@ def test_the_report_of_grpo_compares_with_the_other_studies():
         means = {key: sum(values) / 2 for key, values in each.items()}
         return {"rows": [row | means | {"khat": [0.1, 0.9], "each": each}], "took": took}
 
-    def labels(method, hits, x=("a", "b", "c", "d")):
+    def labels(method, hits, lines=(0, 1, 2, 3)):
         p = [0.9 if hit else 0.1 for hit in hits]
         said = {"p": p, "vote": p, "reasons": ["so", "so", "no", "so"], "distinct": 0.25}
-        return {"x": list(x), "y": [1] * 4, "methods": {method: said}, "took": took}
+        return {"lines": list(lines), "y": [1] * 4, "methods": {method: said}, "took": took}
 
     took = {"seconds": 60.0, "tokens": 1000, "rewards": [-30.0] * 10 + [-20.0] * 10}
     results = {
         "continuation": [texts("GRPO", -10.0, 0.2, 9.0)],
         "continuation: T=0.9": [texts("GFlowNet", -30.0, 0.8, 1.0)],
         "continuation: decoding": [texts("greedy", -5.0, 0.0, 0.0)],  # is not among the rows
-        "subjectivity": [labels("GRPO", (1, 0, 0, 0)), labels("GRPO", (1, 1, 1, 1), x="efgh")],
+        "subjectivity": [labels("GRPO", (1, 0, 0, 0)), labels("GRPO", (1, 1, 1, 1), lines=(4, 5, 6, 7))],
         "subjectivity: 50": [labels("GFlowNet", (1, 1, 1, 0))],
     }
     text = states(grpo.STUDY, results)
