@@ -18,7 +18,7 @@ from typing import Any
 
 from lmppl import files
 
-from .study import Figures, Results, Study
+from .study import Figures, Headline, Results, Study, markdown
 
 Kept = dict[tuple[str, int], Figures]  # the file of a cell and a seed
 
@@ -63,7 +63,7 @@ def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
     """Write the page from the files that are there."""
-    sections, seconds, known = [], 0.0, {}
+    sections, headlines, seconds, known = [], [], 0.0, {}
     for study in studies:
         kept: Kept = {
             (cell, seed): json.loads(path.read_text())
@@ -76,14 +76,26 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
         known |= {f"{study.name}: {cell}": runs for cell, runs in results.items()}
         text = f"## {study.title}\n\n{basis}"
         if results:
-            beside = {cell: runs for cell, runs in known.items() if cell.partition(":")[0] in study.beside}
-            text += study.report(results | beside)
+            known_too = results | {cell: runs for cell, runs in known.items() if cell.partition(":")[0] in study.beside}
+            text += study.report(known_too)
+            headlines += [(study, study.headline(known_too))] if study.headline else []
             if study.plot is not None:
                 picture = out.with_name(f"{out.stem}-{study.name}.png")
                 study.plot(results, picture)
                 text += f"\n![{study.title}]({picture.name})\n"
         sections.append(text + costs(kept))
-    files.write(out, (preamble.format(seeds=seeds, hours=seconds / 3600) + "\n".join(sections)).encode())
+    text = preamble.format(seeds=seeds, hours=seconds / 3600, headline=first_table(headlines))
+    files.write(out, (text + "\n".join(sections)).encode())
+
+
+def first_table(headlines: Sequence[tuple[Study, Headline]]) -> str:
+    """The headlines of studies as one table."""
+    rows = [
+        (study.title.partition(":")[0], measured, paper, here, str(seeds))
+        for study, headline in headlines
+        for measured, paper, here, seeds in headline
+    ]
+    return markdown(("experiment", "figures", "the paper", "here", "seeds"), rows)
 
 
 def costs(kept: Kept) -> str:

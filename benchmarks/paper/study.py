@@ -11,6 +11,7 @@ from typing import Any
 
 Figures = dict[str, Any]  # what one run of a cell found; JSON
 Results = dict[str, list[Figures]]  # of every cell that has run, one a seed
+Headline = list[tuple[str, str, str, int]]  # what is measured, the paper's figures, ours, and the seeds they rest on
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Study:
         there is of each cell, and does without cells that have nothing yet.
     :param needs: files that it reads, below the folder of data.
     :param beside: studies whose cells the report gets too, as far as they have run, as "study: cell"; earlier ones.
+    :param headline: what a page's first table has of it.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Study:
     paired: bool = True
     needs: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    headline: Callable[[Results], Headline] | None = None
 
 
 def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:

@@ -24,6 +24,7 @@ section says what it rests on. Prompts and recipes were chosen on training data 
 sentence was read or a seed of these run. All of it took {hours:.1f} core-hours. Where the exact optimum is known, on
 small language models: [results.md](results.md).
 
+{headline}
 """
 
 

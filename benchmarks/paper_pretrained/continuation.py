@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper import continuation as embedded
-from benchmarks.paper.study import Figures, Results, Study, markdown, paired, spread, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, spread, verdict
 from lmppl import LanguageModel
 from lmppl.inference import SMC, GFlowNet, MetropolisHastings, Posterior
 from lmppl.models import PRETRAINED, Continuation, decoding, measures
@@ -37,6 +37,7 @@ from lmppl.models.continuation import read_prompts
 from lmppl.text import length
 
 TEMPERATURES = (0.95, 0.9, 0.85, 0.8)
+FIRST = 0.9  # the temperature of the headline
 LIMIT = {"max_tokens": 20}
 TEST, TRAIN, DRAWS, PARTICLES, MOVES = 12, 1000, 16, 64, 10  # texts are draws; particles certify
 SHORTEST, LONGEST = 8, 24  # tokens of a prompt
@@ -232,7 +233,19 @@ def merged(runs: Sequence[Figures]) -> Figures:
     return {key: mean(r[key] for r in runs) for key in ("log_likelihood", "distance")}
 
 
+def headline(results: Results) -> Headline:
+    """Likelihood and diversity at one temperature."""
+    setting = f"T = {FIRST:g}"
+    rows = {family: runs for (family, at), runs in embedded.gathered(results).items() if at == setting}
+    shown = [family for family in (BY_TOKEN, GUIDE) if family in rows]
+    if len(shown) < 2:
+        return []
+    here = [", ".join(spread(rows[f], key, 2) for key in ("log_likelihood", "distance")) for f in shown]
+    seeds = min(len(rows[f]) for f in shown)
+    return [(f"mean log p(z∣x), edit distance of {'; '.join(shown)}, {setting}", "", "; ".join(here), seeds)]
+
+
 STUDY = Study(
     "continuation", "Continuation: tempered sequences", CELLS, run, report, embedded.plot, paired=False,
-    needs=("prompts/prompts.txt",),
+    needs=("prompts/prompts.txt",), headline=headline,
 )  # fmt: skip

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.paper.study import Figures, Results, Study, markdown, spread, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, spread, verdict
 from benchmarks.peers import ON_ONE_PROCESSOR, ROOT, Unavailable, interpreter
 from lmppl import LanguageModel
 from lmppl.inference import Importance
@@ -194,7 +194,18 @@ def subjectivity_claims(runs: Sequence[Figures]) -> list[str]:
     return [verdict(f"GRPO labels less well than the GFlowNet at {LABELS} labels", gain < -half, because)]
 
 
+def headline(results: Results) -> Headline:
+    """Distance to the target and diversity of the texts, at the temperature of both."""
+    beside = results.get(f"continuation: T={TEMPERATURE:g}")
+    if "continuation" not in results or not beside:
+        return []
+    runs = [[found["rows"][0] for found in of] for of in (beside, results["continuation"])]
+    here = "; ".join(", ".join(spread(rows, key, 2) for key in ("gap", "distinct")) for rows in runs)
+    measured = f"log Z - ELBO, distinct texts of {continuation.GUIDE}; TRL's {GRPO}, T = {TEMPERATURE:g}"
+    return [(measured, "", here, min(map(len, runs)))]
+
+
 STUDY = Study(
-    "grpo", "The peers' way of training", CELLS, run, report, paired=False,
+    "grpo", "The peers' way of training", CELLS, run, report, paired=False, headline=headline,
     needs=(*continuation.STUDY.needs, *subjectivity.STUDY.needs), beside=("continuation", "subjectivity"),
 )  # fmt: skip

@@ -31,7 +31,7 @@ import torch
 from pyro import condition, poutine
 from torch import Tensor
 
-from benchmarks.paper.study import Figures, Results, Study, markdown, paired, spread, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, spread, verdict
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.embedded import Story
@@ -204,4 +204,14 @@ def between(runs: list[Figures]) -> list[float]:
     return [mean(story) for story in zip(*each, strict=True)]
 
 
-STUDY = Study("infilling", "Infilling", CELLS, run, report, paired=False)
+def headline(results: Results) -> Headline:
+    """How far the methods are from the posterior."""
+    shown = [name for name in (ASKED, TOLD, GUIDE) if name in results]
+    if GUIDE not in shown:
+        return []
+    here = [f"{mean(between([r['rows'][0] for r in results[name]])):.1f}" for name in shown]
+    seeds = min(len(results[name]) for name in shown)
+    return [(f"KL(q, p) + KL(p, q), nats a story, of {', '.join(shown)}", "", ", ".join(here), seeds)]
+
+
+STUDY = Study("infilling", "Infilling", CELLS, run, report, paired=False, headline=headline)

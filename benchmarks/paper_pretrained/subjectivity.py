@@ -49,7 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paper.study import Figures, Results, Study, markdown, paired, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, verdict
 from benchmarks.paper.subjectivity import PAPER
 from lmppl import LanguageModel
 from lmppl.embedded import Sentence
@@ -249,10 +249,15 @@ def report(results: Results) -> str:
     return text
 
 
+def accuracy(runs: Sequence[Figures], method: str) -> tuple[float, float]:
+    """In per cent, with the half-width of its 95% interval over sentences."""
+    hits = [100 * h for h in right(*pooled(runs, method))]
+    return paired(hits, [0.0] * len(hits))
+
+
 def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
     p, y = pooled(runs, method)
-    hits = [100 * h for h in right(p, y)]
-    accuracy, half = paired(hits, [0.0] * len(hits))
+    share, half = accuracy(runs, method)
     paper = PAPER[method][CELLS.index(cell) - 1] if method in PAPER and cell in CELLS[1:] else ""
     against = ""
     if "supervised" in runs[0]["methods"] and method != "supervised":
@@ -261,7 +266,7 @@ def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
     if "vote" in runs[0]["methods"][method]:
         vote = f"{100 * mean(right(*pooled(runs, method, 'vote'))):.1f}"
     calibration = f"{calibration_error(p, y):.3f}", f"{log_score(p, y):.3f}"
-    return [cell, method, paper, f"{accuracy:.1f} ± {half:.1f}", against, vote, *calibration, str(len(runs))]
+    return [cell, method, paper, f"{share:.1f} ± {half:.1f}", against, vote, *calibration, str(len(runs))]
 
 
 def difference(runs: Sequence[Figures], method: str, other: str) -> tuple[float, float]:
@@ -288,6 +293,21 @@ def claims(results: Results) -> list[str]:
     return said
 
 
+def headline(results: Results) -> Headline:
+    """Accuracy by number of labels."""
+    methods = "supervised", "GFlowNet", "GFlowNet + EM"
+    return [
+        (
+            f"accuracy of {', '.join(methods)}; {cell} labels",
+            ", ".join(PAPER[m][i] for m in methods),
+            ", ".join("{:.1f} ± {:.1f}".format(*accuracy(results[cell], m)) for m in methods),
+            len(results[cell]),
+        )
+        for i, cell in enumerate(CELLS[1:])
+        if cell in results
+    ]
+
+
 STUDY = Study(
     "subjectivity",
     "Subjectivity",
@@ -296,4 +316,5 @@ STUDY = Study(
     report,
     paired=False,
     needs=tuple(f"subj/{name}.jsonl" for name in ("train", "train.10", "train.20", "train.50", "test")),
+    headline=headline,
 )
