@@ -79,6 +79,8 @@ def test_the_page_is_what_the_records_say(tmp_path):
     out = tmp_path / "results-pretrained.md"
     page(STUDIES, __main__.PREAMBLE, 3, __main__.RECORDS, out)
     assert out.read_text() == (docs / out.name).read_text()
+    table = out.read_text().split("\n\n")[2]
+    assert table.startswith("| experiment |") and f"\n\n{table}\n\n" in (docs.parent / "README.md").read_text()
     pictures = {picture.name for picture in tmp_path.glob("*.png")}
     assert pictures == {picture.name for picture in docs.glob("results-pretrained-*.png")}
 
