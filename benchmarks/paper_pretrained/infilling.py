@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from statistics import mean
 from typing import Any
 
@@ -83,7 +84,7 @@ def stories(path: Path = STORIES) -> tuple[list[Story], list[Story], list[Story]
 def trained(cell: str, lm: LanguageModel, train: list[Story], seed: int, short: bool) -> tuple[Told, Any]:
     """The programs of a method, trained where it is one that trains, and the trainer."""
     if cell == ASKED:
-        shots = [({"x": s.x, "y": s.y}, s.z) for s in train[SHOTS * seed : SHOTS * (seed + 1)]]
+        shots = [({"x": s.x, "y": s.y}, s.z) for s in Random(seed).sample(train, min(SHOTS, len(train)))]
         return Told(lm, lm, few_shot(TEMPLATE, shots, "\n")), None
     if cell == PRIOR:
         return Told(lm), None

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lmppl import LanguageModel, files
 from lmppl.embedded import Story
@@ -20,17 +21,20 @@ from .infilling import HELD_OUT, STORIES, TEST, TRAIN
 
 @torch.no_grad()
 def tell(lm: LanguageModel, count: int, seed: int) -> list[Story]:
-    """Distinct stories that the model draws; those whose spelling has other tokens are left out."""
+    """Distinct stories that the model draws, but those of which a part, or the whole, is spelt with other tokens."""
     torch.manual_seed(seed)
     task, told = infilling.Told(lm), dict[str, Story]()
     while len(told) < count:
-        text, found = lm.encode([infilling.LEAD] * 16), []
+        text = lead = lm.encode([infilling.LEAD] * 16)
+        found: list[Tensor] = []
         for _ in range(3):
             found.append(task.sentence(text).sample())
             text = lm.join(text, found[-1])
-        for x, z, y in zip(*map(lm.decode, found), strict=True):
-            parts = infilling.LEAD + x, z, y
-            if lm.join(*map(lm.encode, parts)).tolist() == lm.encode("".join(parts)).tolist():
+        drawn = lm.join(lead, found[0]), *found[1:]
+        for ids in zip(*drawn, strict=True):
+            parts, own = [lm.decode(each) for each in ids], [each[each >= 0].tolist() for each in ids]
+            whole = lm.encode("".join(parts)).tolist()
+            if [lm.encode(part).tolist() for part in parts] == own and whole == sum(own, []):
                 told["".join(parts)] = Story(*parts)
     return [*told.values()][:count]
 

@@ -313,10 +313,28 @@ def test_trl_trains_an_adapter_that_loads(beginnings):
     assert len(took["rewards"]) == 2 and took["tokens"] > 0 and found["elsewhere"] == took["seconds"] > 0
 
 
-@pytest.mark.parametrize("study", [random_number.STUDY, subjectivity.STUDY], ids=lambda s: s.name)
-def test_a_study_runs_on_a_pretrained_model(study, smollm2_lm):
-    """Two cells, so that it takes a minute: the language model as it is, and guides."""
+@pytest.mark.parametrize(
+    "study, cells",
+    [
+        (random_number.STUDY, random_number.CELLS[:2]),
+        (subjectivity.STUDY, subjectivity.CELLS[:2]),
+        (continuation.STUDY, ("T=0.9",)),
+        (infilling.STUDY, (infilling.ASKED, infilling.GUIDE)),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_a_study_runs_on_a_pretrained_model(study, cells, smollm2_lm):
+    """A cell or two, so that it takes a minute: guides, and beside them what is not trained."""
     if any(not (SHARED / "data" / name).is_file() for name in study.needs):
         pytest.skip(f"no data for {study.name} in {SHARED}")
-    cells = study.cells[:2]
     states(study, {cell: [study.run(cell, 0, True, smollm2_lm, SHARED / "data")] for cell in cells})
+
+
+def test_every_story_is_one_that_the_pretrained_model_may_tell(smollm2_lm):
+    """Its sentences are those tokens again, none of them barred: no density of one is zero."""
+    task = infilling.Told(smollm2_lm)
+    limit, stop, allowed = *infilling.LIMIT.values(), task.text["allowed"]
+    for sentence in (sentence for part in infilling.stories() for story in part for sentence in (story.z, story.y)):
+        z = smollm2_lm.encode(sentence)
+        assert smollm2_lm.decode(z[-1:]) == stop and len(z) <= limit + 1 and bool(allowed[z].all()), sentence
+        assert stop not in smollm2_lm.decode(z[:-1]), sentence
