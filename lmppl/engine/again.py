@@ -55,18 +55,18 @@ def activations(lm: LanguageModel) -> int:
 def _activations(lm: LanguageModel) -> int:
     tokens = min(8, lm.max_length or 8)
     weights = {w.untyped_storage().data_ptr() for w in lm.model.parameters()}
-    found: dict[int, int] = {}
+    found: dict[int, Tensor] = {}
 
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes() // 4
-        return x
+    def note(x: Tensor) -> None:
+        """Keep it here and not in the graph: an operation that held its own output would never be freed."""
+        address = x.untyped_storage().data_ptr()
+        if address not in weights:
+            found[address] = x.detach()
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device=lm.device)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         lm.forward(ids, tokens=0, use_cache=False, logits_to_keep=1)
-    return sum(found.values()) // tokens
+    return sum(x.untyped_storage().nbytes() // 4 for x in found.values()) // tokens
 
 
 def read_again(lm: LanguageModel, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

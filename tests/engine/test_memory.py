@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,23 @@ def test_activations_are_kept_of_as_many_tokens_as_memory_is_given(monkeypatch):
     lm.remove_adapter(upper)
     again = lm.with_adapter(LoraConfig(r=2, target_modules=names), name=upper_name)
     assert activations(again) == each
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_nothing_is_left_of_a_network_that_nobody_holds(family):
+    def train() -> None:
+        view = adapter(tiny_lm(family, vocab=V, dtype=torch.float64), 1)
+        loss(view).backward()
+        assert activations(view) > 0
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
+
+    train()  # what a first one loads
+    before = tensors()
+    train()
+    assert tensors() <= before
 
 
 def test_activations_are_counted_where_a_context_holds_less():
