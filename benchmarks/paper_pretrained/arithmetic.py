@@ -1,4 +1,40 @@
-"""Arithmetic with a calculator (Hu et al. 2024, section 4.4, Table 4): SFT, PPO and a GFlowNet from one start."""
+r"""Arithmetic with a calculator (Hu et al. 2024, section 4.4, Table 4): SFT, PPO and a GFlowNet from one start.
+
+After four rationales the language model writes next to no right chain: the first gate, measured again as "prompting".
+So p is the language model after supervised fine-tuning on the 50 rationales, chains and answers, one pass over them at
+2 a step.  The target of the GFlowNet and of PPO with the matched KL is p's posterior p(z|x, y) of the chain z of a
+question x with the answer y; the guides q(z|x) start as copies of p.  They get the paper's questions with answers, and
+every fourth step rationales: a replay buffer has something for a step only if it has for each of its questions.  All
+answers are p's own, p(y|x z), and all have the same calculator.
+
+A seed has its own test questions, none of which is in training: 374 of the paper's of 3 operands are left, 443 of 4.
+The paper's of 5 are not in its files: here operands and signs are uniform, as in the files, from a fixed seed.
+
+What certifies a guide: the mass that it gives a question's right chain, which is exact, beside the posterior's; the gap
+between log Z and the ELBO, and ESS/N.  Log Z is the right chain's joint and an importance estimate of all others, from
+the guide's own draws: of a guide that misses much of the posterior's mass it is too small, as then its gap is.
+
+Chosen with seed 100 on held-out training questions, fresh ones of 5 operands, by the mean mass of the right chain of 3
+(10 questions), 4 (24) and 5 (24):
+
+    the language model                                           0.00  0.00  0.00
+    SFT, 20 steps at 1e-3                                        0.94  0.71  0.05
+         25 steps, a pass over the rationales                    0.78  0.28  0.00  taken as the start
+         40 steps                                                1.00  0.96  0.29
+         100 steps                                               1.00  1.00  0.53
+         50 steps at 3e-4                                        1.00  0.84  0.07
+    then the GFlowNet, 60 steps at 1e-4                          0.98  0.92  0.31  taken
+         at 3e-4, on-policy, rationales every fourth step        0.98  0.71  0.19
+    or PPO for the reward alone, 20 steps at 3e-4                0.95  0.74  0.22
+
+(The lines of SFT but the one taken have 12 questions of 3 operands.)  After 100 steps there is no room on 3 and 4 operands:
+every draw is right, and no objective has a gradient.  One pass leaves what the paper's SFT leaves (72, 20 and 13
+percent by vote), and "SFT, four passes" stands beside what is made of it.  PPO gets as many training tokens as the
+GFlowNet: 40 steps.
+
+Cost, by these: a step of SFT took 1 processor second, of the GFlowNet 6, of PPO 10 to 12; a question asked of a method
+3 to 4, of prompting 12.  So a seed is some 42 minutes of a core.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +73,8 @@ SHOTS, VOTES = 4, 10
 RECIPE = replace(PRETRAINED, replay=Replay)
 EVERY = 4  # one step of so many is on rationales
 SFT_STEPS, LONGER_STEPS, SFT_RATE = 25, 100, 1e-3  # a pass over the rationales is 25
-GUIDE_STEPS, GUIDE_RATE = 60, 3e-4
-PPO_STEPS, PPO_RATE = 20, 3e-4
+GUIDE_STEPS, GUIDE_RATE = 60, 1e-4
+PPO_STEPS, PPO_RATE = 40, 3e-4
 SHORT = 2  # steps, for tests
 
 
