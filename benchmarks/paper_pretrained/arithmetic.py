@@ -220,7 +220,8 @@ def pooled(runs: Sequence[Figures], operands: int, key: str) -> list[float]:
 
 def average(runs: Sequence[Figures], key: str, digits: int = 2, scale: float = 1.0) -> str:
     """A figure's mean over questions of 3, 4 and 5 operands."""
-    return " / ".join(f"{scale * mean(pooled(runs, n, key)):.{digits}f}" for n in OPERANDS)
+    means = (round(scale * mean(pooled(runs, n, key)), digits) + 0.0 for n in OPERANDS)  # no "-0.00"
+    return " / ".join(f"{value:.{digits}f}" for value in means)
 
 
 def wilson(hits: Sequence[float]) -> tuple[float, float]:
