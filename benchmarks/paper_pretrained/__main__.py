@@ -33,7 +33,7 @@ def main() -> None:
     out = "docs/results-pretrained.md"
     parser = runner.options(__doc__, studies, seeds=3, jobs=1, runs=str(RECORDS), out=out)
     parser.add_argument("--lm", type=Path, required=True, help="a Hugging Face checkpoint")
-    parser.add_argument("--data", type=Path, help="a folder with subj/; only some studies need it")
+    parser.add_argument("--data", type=Path, help="a folder with subj/, prompts/, arithmetic/; some studies need none")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     a = parser.parse_args()
     chosen = runner.chosen(parser, a, studies)

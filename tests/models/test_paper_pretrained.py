@@ -18,6 +18,7 @@ from benchmarks.paper_pretrained import (
     STUDIES,
     Place,
     __main__,
+    arithmetic,
     continuation,
     grpo,
     infilling,
@@ -31,7 +32,8 @@ from lmppl import LanguageModel, embedded
 from lmppl.distributions import Completion
 from lmppl.embedded.numbers import FIXED
 from lmppl.inference import Enumeration
-from lmppl.models import Continuation, RandomNumber
+from lmppl.models import Arithmetic, Continuation, RandomNumber
+from lmppl.models.arithmetic import FILES
 from lmppl.models.continuation import embedded_prompts
 from lmppl.models.programs.random_number import tensors
 from lmppl.models.programs.subjectivity import Subjectivity
@@ -218,6 +220,70 @@ def test_data_that_are_absent_are_named(monkeypatch, capsys):
 
 
 @pytest.fixture
+def sums(tmp_path, monkeypatch):
+    """A folder of sums as the study reads it."""
+    (tmp_path / "arithmetic").mkdir()
+    for file, split in zip(FILES, ("rationales", "train", "test_3", "test_4"), strict=True):
+        entries = [{"str_query": q.x, "num_sol": q.answer} for q in embedded.data("arithmetic", split)[:60]]
+        (tmp_path / "arithmetic" / file).write_text(json.dumps(entries))
+    monkeypatch.setattr(arithmetic, "SHOTS", 2)
+    return tmp_path
+
+
+def test_arithmetic_runs_on_any_language_model(stories, sums):
+    results = of(arithmetic.STUDY, stories, sums)
+    assert all(results[cell][0]["tokens"] > 0 for cell in arithmetic.CELLS[1:])
+    text = states(arithmetic.STUDY, results)
+    assert all(text.count(f"| {cell} |") == 2 for cell in arithmetic.CELLS)
+    arithmetic.STUDY.report({cell: results[cell] for cell in arithmetic.CELLS[:1]})  # of what there is
+    states(arithmetic.STUDY, {cell: results[cell] for cell in (arithmetic.SFT, arithmetic.GFLOWNET)})
+
+
+def test_questions_are_asked_of_one_seed_and_trained_on_by_none(sums, monkeypatch):
+    monkeypatch.setattr(arithmetic, "QUESTIONS", {3: 4, 4: 5, 5: 6})
+    asked = [arithmetic.questions(sums, seed) for seed in range(3)]
+    for operands, count in arithmetic.QUESTIONS.items():
+        of_seeds = [q for a in asked for q in a.test[operands]]
+        assert len(set(of_seeds)) == 3 * count and {len(q.operands) for q in of_seeds} == {operands}
+        assert not set(of_seeds) & {*asked[0].rationales, *asked[0].train}
+
+
+def test_the_start_of_all_methods_is_the_fine_tuned_model(sums):
+    lm, test = LanguageModel.embedded("arithmetic"), arithmetic.questions(sums, 0, short=True)
+    p, _ = arithmetic.fine_tuned(lm, test, 0, 23, 10)
+    e = arithmetic.start(p, test, sums, 0, arithmetic.RECIPE, 23)
+    found = [arithmetic.measured(Arithmetic(p, q, max_tokens=23), test.test[4], 2) for q in (p, e.guide_lm)]
+    before = arithmetic.measured(Arithmetic(lm, lm), test.test[4], 2)
+    assert found[0]["right"] == pytest.approx(found[1]["right"])
+    assert found[0]["right"] != pytest.approx(before["right"], rel=0.1)
+
+
+def test_evidence_of_the_right_chain_and_of_the_draws():
+    """log Z and the right chain's posterior mass beside the enumerated ones; 400 draws, 5 standard errors and more."""
+    lm = LanguageModel.embedded("arithmetic", dtype=torch.float64)
+    task, asked = Arithmetic(lm, lm), embedded.data("arithmetic", "rationales")[:3]
+    exact = Enumeration(task.model, mass=0.95).run(*task.encode(asked))
+    torch.manual_seed(0)
+    found = arithmetic.measured(task, asked, 400)
+    for i, q in enumerate(asked):
+        assert found["log_z"][i] == pytest.approx(exact.log_evidence[i].item(), abs=0.2)
+        assert found["posterior"][i] == pytest.approx(dict(exact.table("z", i))[q.chain], abs=0.1)
+        assert found["gap"][i] > 0 and found["right"][i] < found["posterior"][i]
+
+
+def test_intervals_of_votes_and_their_differences():
+    assert arithmetic.wilson([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert arithmetic.wilson([1.0] * 5 + [0.0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+    def votes(*hits):
+        return {"of": {"4": {"vote": [float(h) for h in hits]}}}
+
+    results = {"SFT": [votes(0, 0, 0, 1)], "GFlowNet": [votes(1, 1, 0, 1), votes(1, 1, 1, 1)]}
+    gain, half = arithmetic.ahead(results, "GFlowNet", "SFT", 4, "vote")
+    assert gain == pytest.approx(50) and half == pytest.approx(3.182 * 57.735 / 2, rel=1e-3)  # of the seed of both
+
+
+@pytest.fixture
 def network():
     """The embedded stories' language model in double precision, and its network as another process loads it."""
     lm = LanguageModel.embedded("stories", dtype=torch.float64)
@@ -320,6 +386,7 @@ def test_trl_trains_an_adapter_that_loads(beginnings):
         (subjectivity.STUDY, subjectivity.CELLS[:2]),
         (continuation.STUDY, ("T=0.9",)),
         (infilling.STUDY, (infilling.ASKED, infilling.GUIDE)),
+        (arithmetic.STUDY, (arithmetic.SFT, arithmetic.GFLOWNET)),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )

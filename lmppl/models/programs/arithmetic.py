@@ -94,8 +94,14 @@ class Arithmetic:
         """
         if self.sees_answer:
             raise ValueError("sees_answer: a guide that reads the answer cannot predict it")
-        x = self.lm.encode([q.x for q in questions])
-        z = self.chain(lm or self.guide_lm or self.lm, x, temperature).sample((votes,))  # (vote, B, L)
+        x, _ = self.encode(questions)
+        return self.answered(
+            x, self.chain(lm or self.guide_lm or self.lm, x, temperature).sample((votes,)), temperature
+        )
+
+    @torch.no_grad()
+    def answered(self, x: Tensor, z: Tensor, temperature: float = 1.0) -> list[list[Prediction]]:
+        """An answer y_n ~ p(y | x z_n) after each of the chains z (n, B, L), question by question."""
         told = self.lm.join(x, z, ANSWER)
         last = Completion(self.lm, told, max_tokens=LONGEST_ANSWER, stop=self.stop, temperature=temperature).sample()
         written = zip(self.lm.decode(z), self.lm.decode(last), strict=True)
