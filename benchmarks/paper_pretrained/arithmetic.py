@@ -271,10 +271,10 @@ def report(results: Results) -> str:
          "training tokens", "seeds"), rows,
     )  # fmt: skip
     text += (
-        "\nHow far the draws are from the posterior p(z∣x, y), whose p is the untrained model for prompting, the model "
-        "after four passes for that row, and the one after SFT for all others; 3 / 4 / 5 operands, means over questions. "
-        "The right chain's mass under the guide is exact; under the posterior it is an estimate from the guide's draws, "
-        "as are log Z and ESS/N.\n\n"
+        "\nHow far the draws are from the posterior p(z∣x, y), whose p is the untrained model for prompting, that after "
+        "four passes for its row, and that after SFT for all others; 3 / 4 / 5 operands, means over questions. The right "
+        "chain's mass under the guide is exact; under the posterior it is an estimate from the guide's draws, as are log "
+        "Z and ESS/N.\n\n"
     )
     text += markdown(
         ("method", "right chain under the guide", "under the posterior", "log Z - ELBO", "ESS/N"),
