@@ -256,6 +256,8 @@ def test_the_start_of_all_methods_is_the_fine_tuned_model(sums):
     before = arithmetic.measured(Arithmetic(lm, lm), test.test[4], 2)
     assert found[0]["right"] == pytest.approx(found[1]["right"])
     assert found[0]["right"] != pytest.approx(before["right"], rel=0.1)
+    history = e.gflownet().fit(e.batches, arithmetic.EVERY, progress=False)
+    assert [m["replayed"] for m in history] == [0, 0, 0, 1]  # what the buffer has of a rationale's question
 
 
 def test_evidence_of_the_right_chain_and_of_the_draws():
