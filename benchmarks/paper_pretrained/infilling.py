@@ -12,9 +12,19 @@ the first over the method's draws, the second over the middles that were told; t
 0 at the posterior alone.  BLEU-4 and GLEU-4 are of all middles against the ones that were told.  There is no BERTScore:
 no encoder is at hand.
 
-Cost, on paper: a step of 2 x 8 draws is some 1,000 tokens and 12 processor seconds; 100 steps are 20 minutes;
-supervised steps of 16 told middles take 5 seconds, 100 of them 8 minutes; measuring a method 3.  Nothing of it was
-chosen on test stories, and no pilot has run.
+What a guide continues was chosen on the 16 stories to choose on, before any training: KL(q, p) + KL(p, q) by 8 draws
+each, seed 100, in nats; the language model that does not know the end has 8.3.
+
+    {y} / / {x}                                            9.2  taken
+    Later:{y} / {x}                                        9.3
+    The story ends:{y} / / The story:{x}                  10.8
+    A story that goes on with this sentence:{y} / / {x}   11.1
+    Ending:{y} / Beginning:{x} / Middle:                  23.8  18.2 after three examples: "prompting"
+
+From the last of these 100 steps of the GFlowNet came to 10.6 nats, further than where the others begin.
+
+Cost, by the pilot: 100 steps of 2 x 8 draws and measuring took 24 minutes, a method without training 2 on 16 stories;
+supervised steps of 16 told middles, on paper, 5 seconds, 100 of them 8 minutes.
 """
 
 from __future__ import annotations
@@ -39,13 +49,14 @@ from lmppl.embedded import Story
 from lmppl.inference import SMC, GFlowNet, Importance, Posterior, SupervisedFineTuning, few_shot
 from lmppl.inference.core.programs import Program
 from lmppl.models import PRETRAINED, Infilling, measures
-from lmppl.models.programs.infilling import TEMPLATE
 
 from .continuation import plain_tokens
 
 STORIES = Path(__file__).with_name("stories.jsonl")
 LEAD = "This is a short story for children. Once upon a time, there was"
 LIMIT = {"max_tokens": 20, "stop": "."}
+TEMPLATE = "{y}\n\n{x}"  # what a guide continues
+ASKING = "Ending:{y}\nBeginning:{x}\nMiddle:"  # what is asked after examples
 TRAIN, HELD_OUT, TEST, DRAWS, SHOTS = 200, 16, 24, 16, 3
 RECIPE = replace(PRETRAINED, steps=100)
 TOLD_BATCH, TOLD_STEPS, TOLD_RATE = 16, 100, 5e-4
@@ -85,7 +96,7 @@ def trained(cell: str, lm: LanguageModel, train: list[Story], seed: int, short: 
     """The programs of a method, trained where it is one that trains, and the trainer."""
     if cell == ASKED:
         shots = [({"x": s.x, "y": s.y}, s.z) for s in Random(seed).sample(train, min(SHOTS, len(train)))]
-        return Told(lm, lm, few_shot(TEMPLATE, shots, "\n")), None
+        return Told(lm, lm, few_shot(ASKING, shots, "\n")), None
     if cell == PRIOR:
         return Told(lm), None
     task = Told(lm, RECIPE.guide_lm(lm, seed))
