@@ -62,10 +62,12 @@ def beams(
     so that one group is plain beam search.  Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
     ``allowed`` (V,): the tokens that there are, p being shared among them.
 
-    :raises ValueError: naming ``groups``, where it does not divide ``n``.
+    :raises ValueError: naming ``groups``, where it does not divide ``n``, or ``prompt``, where the context of ``lm`` does
+        not hold it with ``max_tokens``.
     """
     if groups < 1 or n % groups:
         raise ValueError(f"groups: {groups} does not divide the {n} beams")
+    Completion(lm, x, max_tokens=max_tokens, stop=stop)  # refuses what the context does not hold
     ends, width, count = lm.stop_ids(stop), n // groups, len(x)
     z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
@@ -92,7 +94,7 @@ def beams(
             z[:, g] = z[:, g].gather(1, beam[..., None].expand(-1, -1, max_tokens))
             z[:, g, :, t] = torch.where(old, text.PAD, token)
             used.scatter_add_(1, token, (~old).to(used.dtype))
-        if bool(torch.isin(z, ends).any(-1).all()):
+        if t + 1 == max_tokens or bool(torch.isin(z, ends).any(-1).all()):
             break
         state.select(source.flatten())
         state.step(z[..., t].flatten().where(z[..., t].flatten() >= 0, ends[0]), alive=int((~over).sum()))

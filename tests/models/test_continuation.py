@@ -201,6 +201,8 @@ def test_diverse_groups_differ_and_cost_likelihood(embedded):
     assert bool((measures.edit_distance(diverse) > measures.edit_distance(plain)).all())
     with pytest.raises(ValueError, match="groups: 3"):
         decoding.beams(embedded, x, 4, max_tokens=7, groups=3)
+    with pytest.raises(ValueError, match="prompt: .* this model's context holds"):
+        decoding.beams(embedded, x, 4, max_tokens=embedded.max_length)
 
 
 def test_a_text_ends_with_its_first_stop_or_the_one_at_the_limit():
