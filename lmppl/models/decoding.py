@@ -62,7 +62,7 @@ def beams(
     so that one group is plain beam search.  Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
     ``allowed`` (V,): the tokens that there are, p being shared among them.
 
-    :raises ValueError: naming ``groups``, where it does not divide ``n``, or ``prompt``, where the context of ``lm`` does
+    :raises ValueError: naming ``groups``, where it does not divide ``n``, or ``prompt``, where the model's context does
         not hold it with ``max_tokens``.
     """
     if groups < 1 or n % groups:
