@@ -11,9 +11,9 @@ No exact target is to be had: what certifies a guide is the gap between the impo
 ESS/N and k-hat, prompt by prompt.  "Power sampling" is Metropolis' regrowing of suffixes on the base model, nothing
 trained (Karan and Du 2025, arXiv 2510.14901), "SMC" the base model's proposals weighed and resampled token by token.
 
-Cost: a step of 2 x 8 texts is some 800 tokens and 7 to 9.5 processor seconds; a temperature of 100 steps took 13 to 16
-minutes, the usual decoding 11, power sampling and SMC 38: a seed is an hour and three quarters.  With seed 100 and six prompts to choose on, 100 steps
-at T = 0.9 came to a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
+Cost: a step of 2 x 8 texts is some 800 tokens and 7 to 9.5 processor seconds; a temperature of 100 steps took 13 to
+16 minutes, the usual decoding 11, power sampling and SMC 38: a seed is an hour and three quarters.  With seed 100 and
+six prompts to choose on, 100 steps at T = 0.9 came to a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
 """
 
 from __future__ import annotations
