@@ -129,7 +129,14 @@ def headline(results: Results) -> Headline:
     if PRIOR not in results or GFLOWNET not in results:
         return []
     here = ", ".join(spread(results[cell], "forward", 3) for cell in (PRIOR, GFLOWNET))
-    return [(f"KL(uniform‖q) of the {PRIOR}, {GFLOWNET}", "3.37, 0.0000975", here, len(results[GFLOWNET]))]
+    return [
+        (
+            f"KL(uniform‖q) of the {PRIOR}, {GFLOWNET}",
+            "3.37, 0.0000975",
+            here,
+            min(len(results[PRIOR]), len(results[GFLOWNET])),
+        )
+    ]
 
 
 STUDY = Study("random_number", "The random number", CELLS, run, report, embedded.plot, paired=False, headline=headline)

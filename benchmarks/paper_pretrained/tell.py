@@ -21,7 +21,7 @@ from .infilling import HELD_OUT, STORIES, TEST, TRAIN
 
 @torch.no_grad()
 def tell(lm: LanguageModel, count: int, seed: int) -> list[Story]:
-    """Distinct stories that the model draws, but those of which a part, or the whole, is spelt with other tokens."""
+    """Distinct stories that the model draws, except those of which a part, or the whole, is spelt with other tokens."""
     torch.manual_seed(seed)
     task, told = infilling.Told(lm), dict[str, Story]()
     while len(told) < count:

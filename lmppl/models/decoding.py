@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from .. import text
 from ..constraints import Constraint
 from ..distributions import Completion
+from ..engine.decoding import rows_at_once
 from ..engine.recomputing import decoder
 from ..engine.scoring import with_bos
 from ..language_model import LanguageModel
@@ -68,6 +69,13 @@ def beams(
     if groups < 1 or n % groups:
         raise ValueError(f"groups: {groups} does not divide the {n} beams")
     Completion(lm, x, max_tokens=max_tokens, stop=stop)  # refuses what the context does not hold
+    at_once = max(1, rows_at_once(lm, x, max_tokens) // n)
+    if len(x) > at_once:
+        parts = [
+            beams(lm, some, n, max_tokens=max_tokens, stop=stop, groups=groups, penalty=penalty, allowed=allowed)
+            for some in x.split(at_once)
+        ]
+        return torch.cat(parts, 1)
     ends, width, count = lm.stop_ids(stop), n // groups, len(x)
     z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
@@ -97,7 +105,8 @@ def beams(
         if t + 1 == max_tokens or bool(torch.isin(z, ends).any(-1).all()):
             break
         state.select(source.flatten())
-        state.step(z[..., t].flatten().where(z[..., t].flatten() >= 0, ends[0]), alive=int((~over).sum()))
+        last = z[..., t].flatten()
+        state.step(last.where(last != text.PAD, ends[0]), alive=int((~torch.isin(z, ends).any(-1)).sum()))
     return ended(z.flatten(1, 2).transpose(0, 1), ends, max_tokens)
 
 

@@ -191,6 +191,18 @@ def test_one_group_is_the_beam_search_of_transformers(embedded):
     assert bool(text.equal(ours, theirs).all())
 
 
+def test_beams_do_not_depend_on_how_many_prompts_are_read_at_once(embedded):
+    x = embedded.encode(["", *continuation.embedded_prompts()[2][:3]])
+    whole = decoding.beams(embedded, x, 4, max_tokens=5, groups=2)
+    before, embedded.token_budget = embedded.token_budget, 30
+    try:
+        parts = decoding.beams(embedded, x, 4, max_tokens=5, groups=2)
+        alone = [decoding.beams(embedded, row[row >= 0][None], 4, max_tokens=5, groups=2) for row in x]
+    finally:
+        embedded.token_budget = before
+    assert bool(text.equal(whole, parts).all()) and bool(text.equal(whole, torch.cat(alone, 1)).all())
+
+
 def test_diverse_groups_differ_and_cost_likelihood(embedded):
     x = embedded.encode(continuation.embedded_prompts()[2][:2])
     plain = decoding.beams(embedded, x, 4, max_tokens=7)
