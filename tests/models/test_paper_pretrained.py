@@ -407,3 +407,24 @@ def test_every_story_is_one_that_the_pretrained_model_may_tell(smollm2_lm):
         z = smollm2_lm.encode(sentence)
         assert smollm2_lm.decode(z[-1:]) == stop and len(z) <= limit + 1 and bool(allowed[z].all()), sentence
         assert smollm2_lm.token_id(stop) not in z[:-1].tolist(), sentence
+
+
+def test_guides_of_one_model_share_their_evidence():
+    """The mean of their estimates of Z: the gap grows by what log Z does, and the posterior's mass falls with it."""
+
+    def found(z, gap, posterior):
+        each = {"log_z": [math.log(z)], "gap": [gap], "posterior": [posterior]}
+        return [{"of": {str(n): each for n in arithmetic.OPERANDS}}]
+
+    of = {
+        arithmetic.SFT: found(0.1, 2.0, 0.8),
+        arithmetic.GFLOWNET: found(0.3, 1.0, 0.2),
+        arithmetic.LONGER: found(1, 0, 1),
+    }
+    shared = arithmetic.with_one_evidence(of)
+    for cell, z, gap, posterior in ((arithmetic.SFT, 0.1, 2.0, 0.8), (arithmetic.GFLOWNET, 0.3, 1.0, 0.2)):
+        row = shared[cell][0]["of"]["4"]
+        assert row["log_z"] == pytest.approx([math.log(0.2)], rel=1e-5)
+        assert row["gap"] == pytest.approx([gap + math.log(0.2 / z)], rel=1e-5)
+        assert row["posterior"] == pytest.approx([posterior * z / 0.2], rel=1e-5)
+    assert shared[arithmetic.LONGER] == of[arithmetic.LONGER]
