@@ -216,24 +216,27 @@ def report(results: Results) -> str:
     return text + "\n" + claims(rows)
 
 
-def plot(results: Results, path: Path) -> None:
-    """Mean log-likelihood against diversity: one line a family, up and to the right is better."""
+def plot(results: Results, path: Path, far: float = FAR) -> None:
+    """Mean log-likelihood against diversity: one line a family, up and to the right is better.
+
+    What is more than ``far`` nats below the best is named above the picture.
+    """
     from matplotlib.figure import Figure
 
     rows = gathered(results)
     axes = "distance", "log_likelihood"
     points = {key: tuple(mean(r[k] for r in runs) for k in axes) for key, runs in rows.items()}
     best = max(y for _, y in points.values())
-    far = {key: point for key, point in points.items() if point[1] < best - FAR}
+    below = {key: point for key, point in points.items() if point[1] < best - far}
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axis = figure.subplots()
     for family, marker in zip(dict.fromkeys(family for family, _ in rows), "sPXDov^*", strict=False):
-        mine = sorted(point for key, point in points.items() if key[0] == family and key not in far)
+        mine = sorted(point for key, point in points.items() if key[0] == family and key not in below)
         if mine:
             axis.plot(*zip(*mine, strict=True), marker=marker, ms=5, lw=0.9, alpha=0.85, label=family)
     axis.set(xlabel="mean normalised edit distance between a prompt's texts", ylabel="mean log p(z | x), nats")
-    if far:
-        axis.set_title("below: " + "; ".join(f"{' '.join(k)}: {y:.1f}" for k, (_, y) in far.items()), fontsize=7)
+    if below:
+        axis.set_title("below: " + "; ".join(f"{' '.join(k)}: {y:.1f}" for k, (_, y) in below.items()), fontsize=7)
     axis.legend(frameon=False, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as fresh:

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -246,6 +248,6 @@ def headline(results: Results) -> Headline:
 
 
 STUDY = Study(
-    "continuation", "Continuation: tempered sequences", CELLS, run, report, embedded.plot, paired=False,
-    needs=("prompts/prompts.txt",), headline=headline,
+    "continuation", "Continuation: tempered sequences", CELLS, run, report, partial(embedded.plot, far=inf),
+    paired=False, needs=("prompts/prompts.txt",), headline=headline,
 )  # fmt: skip
