@@ -45,7 +45,7 @@ from .grpo_worker import Target
 PACKAGES = ("trl==1.16.0", "peft")
 ENVIRONMENT = ROOT / ".venv-trl"
 GRPO, MATCHED = "GRPO", "GRPO, matched"
-TEMPERATURE, LABELS = 0.9, "50"
+TEMPERATURE, LABELS = continuation.FIRST, "50"
 CELLS = ("continuation", "continuation, matched", "subjectivity")
 
 

@@ -50,14 +50,14 @@ from lmppl.embedded import Story
 from lmppl.inference import SMC, GFlowNet, Importance, Posterior, SupervisedFineTuning, few_shot
 from lmppl.inference.core.programs import Program
 from lmppl.models import PRETRAINED, Infilling, measures
+from lmppl.models.programs.infilling import TEMPLATE as ASKING
 
 from .continuation import plain_tokens
 
 STORIES = Path(__file__).with_name("stories.jsonl")
 LEAD = "This is a short story for children. Once upon a time, there was"
 LIMIT = {"max_tokens": 20, "stop": "."}
-TEMPLATE = "{y}\n\n{x}"  # what a guide continues
-ASKING = "Ending:{y}\nBeginning:{x}\nMiddle:"  # what is asked after examples
+TEMPLATE = "{y}\n\n{x}"  # what a guide continues; `ASKING` is what is asked after examples
 TRAIN, HELD_OUT, TEST, DRAWS, SHOTS = 200, 16, 24, 16, 3
 RECIPE = replace(PRETRAINED, steps=100)
 TOLD_BATCH, TOLD_STEPS, TOLD_RATE = 16, 100, 5e-4

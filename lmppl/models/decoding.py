@@ -81,9 +81,8 @@ def beams(
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
     log_p[..., 0] = 0.0  # one empty text; the others are its copies
     row = torch.arange(count * n, device=x.device)
-    state = decoder(lm, x, row // n)
+    state, over = decoder(lm, x, row // n), torch.zeros_like(log_p, dtype=torch.bool)  # (B, G, K)
     for t in range(max_tokens):
-        over = torch.isin(z, ends).any(-1)  # (B, G, K)
         gain = state.logits.log_softmax(-1).view(*over.shape, -1)  # (B, G, K, V)
         if allowed is not None:
             gain = gain.masked_fill(~allowed, -torch.inf).log_softmax(-1)
@@ -102,11 +101,12 @@ def beams(
             z[:, g] = z[:, g].gather(1, beam[..., None].expand(-1, -1, max_tokens))
             z[:, g, :, t] = torch.where(old, text.PAD, token)
             used.scatter_add_(1, token, (~old).to(used.dtype))
-        if t + 1 == max_tokens or bool(torch.isin(z, ends).any(-1).all()):
+        over = torch.isin(z, ends).any(-1)
+        if t + 1 == max_tokens or bool(over.all()):
             break
         state.select(source.flatten())
         last = z[..., t].flatten()
-        state.step(last.where(last != text.PAD, ends[0]), alive=int((~torch.isin(z, ends).any(-1)).sum()))
+        state.step(last.where(last != text.PAD, ends[0]), alive=int((~over).sum()))
     return ended(z.flatten(1, 2).transpose(0, 1), ends, max_tokens)
 
 
