@@ -188,6 +188,10 @@ class Passes(Parts):
                 )
             if self.model.training:
                 self.model.eval()
+            if getattr(self.model, "_require_grads_hooks", None):
+                # Of transformers' checkpointing, for layers that are computed again in another way than here. It makes
+                # leaves of the graph that train nothing.
+                self.model.disable_input_require_grads()
             layers = self._layers_to_repeat(kwargs, layers_again) if torch.is_grad_enabled() else []
             before = [layer.__dict__.get("forward") for layer in layers]  # where somebody has put one there
             try:

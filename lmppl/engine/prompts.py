@@ -50,15 +50,15 @@ class Prompts:
             self._kept.clear()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is read inside, a trial's own texts, is not kept, and what was kept before is not known."""
+    def aside(self, capacity: int) -> Iterator[None]:
+        """What is read inside, a trial's own texts, is kept up to ``capacity`` and no longer; nothing else is known."""
         with self._lock:
-            before = self._kept, self._state
-            self._kept, self._state = OrderedDict(), None
+            before = self.capacity, self._kept, self._state
+            self.capacity, self._kept, self._state = capacity, OrderedDict(), None
             try:
                 yield
             finally:
-                self._kept, self._state = before
+                self.capacity, self._kept, self._state = before
 
     def past(self, lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
         """Keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W), or a few less unless ``exactly``.

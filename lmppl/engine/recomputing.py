@@ -72,12 +72,19 @@ def _cache_agrees(lm: LanguageModel) -> bool:
 
 
 def _trial(lm: LanguageModel) -> bool:
+    # An adapter's prompts are read by the decoder itself, those of the base network are kept: right for one and wrong
+    # for the other would be wrong, whichever asks first.
+    return all(_agrees(lm, capacity) for capacity in (0, prompts(lm.network).capacity))
+
+
+def _agrees(lm: LanguageModel, capacity: int) -> bool:
+    """The same where prompts of ``capacity`` tokens are kept."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (2, 6), generator=generator).to(lm.device)
     contexts, swapped = ids[:, :3].clone(), torch.tensor([1, 0], device=lm.device)
     contexts[0, 1:] = text.PAD
     index = torch.tensor([0, 1], device=lm.device)
-    with prompts(lm.network).aside():
+    with prompts(lm.network).aside(capacity):
         cached, whole = Decoder(lm, contexts, index), Recomputing(lm, contexts, index)
     for t in range(3, 6):
         for each in (cached, whole):

@@ -337,3 +337,18 @@ def test_rows_without_tokens_of_their_own_take_no_room():
     assert sizes == [3 + 4 * (5 + 2 * 3)]  # root; of each text trunk (z_1 z_2 0 and y but its last) and branches
     with packing(False):
         assert (packed - scored(lm, context, y)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("first", ["base", "adapter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whoever_asks_first_decodes_prompts_of_several_lengths(first, dtype):
+    """This network in double precision reads what is padded on the left as NaN, and on the right as it is."""
+    config = transformers.BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=2)
+    base = LanguageModel(transformers.BloomForCausalLM(config).to(dtype), tiny_tokenizer(V))
+    views = [base, base.with_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))]
+    prompts, index = torch.tensor([[1, 2, 5], [4, PAD, PAD]]), torch.tensor([0, 1])
+    for view in views if first == "base" else views[::-1]:
+        steps = decoder(view, prompts, index)
+        steps.step(torch.tensor([3, 2]))
+        expected = torch.stack([Plain(view).logits(p, ()) for p in ((1, 2, 5, 3), (4, 2))])
+        assert (steps.logits - expected).abs().max() < (1e-9 if dtype == torch.float64 else 1e-5)

@@ -149,3 +149,19 @@ def test_a_module_s_own_parameters_are_the_view_s():
     moved = [not torch.equal(a, b) for a, b in zip(before, [*own, *base], strict=True)]
     assert any(moved[: len(own)]) and not any(moved[len(own) :])
     assert all(name.startswith("q$$$") and "lora" in name for name in pyro.get_param_store())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_computed_again_train_the_same(kind):
+    """transformers' checkpointing lets embeddings be leaves that ask for a gradient, which are nobody's parameters."""
+    trained = []
+    for again in (False, True):
+        task = Task()
+        if again:
+            task.lm.model.activation_checkpointing_enable()
+        own = task.q.trainable_parameters()
+        torch.manual_seed(0)
+        kind(task.model, task.guide, optimizer=adam(own)).fit([batch_of(kind, task)], 2, seed=0, **QUIET)
+        trained.append([x.detach().clone() for x in own])
+    for a, b in zip(*trained, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
