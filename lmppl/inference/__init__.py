@@ -12,7 +12,7 @@ from .core.weights import weigh
 from .judging.compare import compare
 from .judging.comparison import Comparison
 from .judging.diagnose import Diagnosis, Finding, diagnose
-from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
+from .posterior import Ensemble, Posterior, Prediction, Predictive, Uncertainty, ZeroEvidence
 from .posterior.algorithm import Algorithm, Sampler
 from .processes.sharded import Sharded
 from .samplers.enumeration import Enumerated, Enumeration
@@ -52,6 +52,7 @@ __all__ = [
     "Diagnosis",
     "Divergences",
     "EarlyStopping",
+    "Ensemble",
     "Enumerated",
     "Enumeration",
     "Finding",
@@ -77,6 +78,7 @@ __all__ = [
     "SupervisedFineTuning",
     "Task",
     "Trainer",
+    "Uncertainty",
     "VariationalEM",
     "ZeroEvidence",
     "compare",
