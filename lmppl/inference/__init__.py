@@ -37,6 +37,7 @@ from .samplers.smc import (
 from .training import EarlyStopping, StopTraining, Task, Trainer, gflownet
 from .training.em import VariationalEM
 from .training.gflownet import *  # noqa: F403 - objectives are listed in one place
+from .training.langevin import SGLD
 from .training.policy_gradient import PolicyGradient
 from .training.reweighted_wake_sleep import ReweightedWakeSleep
 from .training.supervised import SupervisedFineTuning, dreams
@@ -44,6 +45,7 @@ from .training.supervised import SupervisedFineTuning, dreams
 __all__ = [
     "Algorithm",
     "AutoGuide",
+    "SGLD",
     "SMC",
     "Automaton",
     "AxesError",
