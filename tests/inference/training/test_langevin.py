@@ -10,11 +10,11 @@ from lmppl.inference import SGLD
 CHAINS, SIGMA = 20_000, 0.5
 
 
-def chains(lr: float, steps: int, prior_scale: float = SIGMA, y: tuple[float, ...] = (1.0, 2.5), noise: float = 0.7):
+def chains(lr: float, steps: int, temperature: float = 1.0, y: tuple[float, ...] = (1.0, 2.5), noise: float = 0.7):
     """So many independent chains of a mean with prior N(0, sigma^2), of data y = mean + noise."""
     torch.manual_seed(0)
     theta = torch.zeros(CHAINS, dtype=torch.float64, requires_grad=True)
-    sampler, data = SGLD([theta], lr=lr, prior_scale=prior_scale), torch.tensor(y).double()
+    sampler, data = SGLD([theta], lr=lr, prior_scale=SIGMA, temperature=temperature), torch.tensor(y).double()
     for _ in range(steps):
         sampler.zero_grad()
         (0.5 * ((data[:, None] - theta) / noise).square()).sum().backward()
@@ -22,19 +22,21 @@ def chains(lr: float, steps: int, prior_scale: float = SIGMA, y: tuple[float, ..
     return theta.detach(), data, noise
 
 
-def law(lr: float, data, noise: float, prior_scale: float = SIGMA) -> tuple[float, float]:
+def law(lr: float, data, noise: float) -> tuple[float, float]:
     """The posterior's mean, and the variance 1 / (a (1 - lr a / 4)) of the chain with curvature a."""
-    a = 1 / prior_scale**2 + len(data) / noise**2
+    a = 1 / SIGMA**2 + len(data) / noise**2
     return float(data.sum()) / noise**2 / a, 1 / (a * (1 - lr * a / 4))
 
 
-@pytest.mark.parametrize("lr", [0.02, 0.3])
-def test_it_samples_the_posterior_of_a_gaussian_mean(lr):
-    theta, data, noise = chains(lr, steps=int(6 / lr) + 20)
+@pytest.mark.parametrize(("lr", "temperature"), [(0.02, 1.0), (0.3, 1.0), (0.02, 0.1)])
+def test_it_samples_the_posterior_of_a_gaussian_mean(lr, temperature):
+    """Or a power of it, whose variance is T times as large."""
+    theta, data, noise = chains(lr, steps=int(6 / lr) + 20, temperature=temperature)
     mean, variance = law(lr, data, noise)
+    variance *= temperature
     assert abs(float(theta.mean()) - mean) < 5 * (variance / CHAINS) ** 0.5
     assert abs(float(theta.detach().var()) - variance) < 5 * variance * (2 / CHAINS) ** 0.5
-    exact = law(0.0, data, noise)[1]
+    exact = temperature * law(0.0, data, noise)[1]
     assert (variance / exact - 1 < 0.05) == (lr < 0.1)  # a small step is nearly exact, a large one is seen to be not
 
 
@@ -60,7 +62,9 @@ def test_groups_have_their_own_step_and_seeds_repeat():
     assert torch.equal(a, again[0]) and torch.equal(b, again[1])
 
 
-@pytest.mark.parametrize("bad", [{"lr": 0.0}, {"lr": -1.0}, {"prior_scale": 0.0}, {"prior_scale": float("inf")}])
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0.0}, {"lr": -1.0}, {"prior_scale": 0.0}, {"prior_scale": float("inf")}, {"temperature": 0.0}]
+)
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SGLD([torch.zeros(1, requires_grad=True)], **{"lr": 0.1, "prior_scale": 1.0} | bad)
