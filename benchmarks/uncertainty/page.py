@@ -1,0 +1,181 @@
+"""Tables, claims and the picture of `python -m benchmarks.uncertainty`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import mean, stdev
+
+from lmppl.embedded.subjectivity import STRANGE
+
+from ..paper.study import Headline, Results, markdown, paired, spread, verdict
+from .measured import FEW
+
+FORECAST = {
+    "accuracy": ("accuracy", 1, 100),
+    "calibration": ("ECE", 3, 1),
+    "ECE by chance": ("of it by chance", 3, 1),
+    "brier": ("Brier", 3, 1),
+    "log score": ("log score", 3, 1),
+    "errors": ("AUROC of errors", 3, 1),
+    "AURC": ("AURC", 3, 1),
+    "half": ("accuracy on the surer half", 1, 100),
+}
+FINDS = {"errors": "errors", "AURC": "AURC", "unlearnt": "unlearnt kinds"} | {rule: rule for rule in STRANGE}
+
+
+def forecasts(results: Results, cell: str) -> list[list[str]]:
+    """Rows of the first table."""
+    every = [f["forecasts"] | {"all chains, five adapters": f["ensemble"]["forecast"]} for f in results[cell]]
+    said = {name: [f[name] for f in every] for name in every[0]}
+    if cell == "10" and "SGLD" in results:
+        said["all chains, five samples of SGLD"] = [f["ensemble"]["forecast"] for f in results["SGLD"]]
+    return [[name, *(spread(runs, k, d, f) for k, (_, d, f) in FORECAST.items())] for name, runs in said.items()]
+
+
+def found_by(results: Results, cell: str) -> list[list[str]]:
+    """Rows of the second table: the ensemble's scores, and others'."""
+    runs = results[cell]
+    said = {name: [f["ensemble"]["scores"][name] for f in runs] for name in runs[0]["ensemble"]["scores"]}
+    said["one adapter's chain information"] = [f["one"]["scores"]["chain information"] for f in runs]
+    said["the direct answers' parameter information"] = [f["direct"]["scores"]["parameter information"] for f in runs]
+    said["-log p(x), no answer asked"] = [f["surprise"] for f in runs]
+    return [[name, *(spread(own, k) if all(k in f for f in own) else "–" for k in FINDS)] for name, own in said.items()]
+
+
+def estimates(results: Results, cell: str) -> str:
+    """The third table: informations from few chains."""
+    runs = [f["few"] for f in results[cell]]
+    header, rows = ["chains a member", *map(str, FEW), "all"], []
+    for name in ("chain_information", "parameter_information"):
+        for how, title in (("split", "plug-in"), ("jackknife", "jackknife")):
+            for key in ("mean", "error"):
+                cells = [spread([f[f"{how} {name} {n}"] for f in runs], key) for n in FEW]
+                exact = spread([f["exact"] for f in runs], name) if key == "mean" else "0"
+                rows.append(
+                    [f"{name.replace('_', ' ')}, {title}, {'mean' if key == 'mean' else 'RMSE'}", *cells, exact]
+                )
+    return markdown(header, rows)
+
+
+def gain(ours: list[float], theirs: list[float]) -> tuple[float, float, str]:
+    """A paired difference with the half-width of its 95% interval."""
+    difference, half = paired(ours, theirs)
+    return difference, half, f"{difference:+.3f} ± {half:.3f} over {len(ours)} paired draws"
+
+
+def of(results: Results, cell: str, score: str, key: str) -> list[float]:
+    return [f["ensemble"]["scores"][score][key] for f in results[cell]]
+
+
+def claims(results: Results) -> str:
+    """What was expected, and whether it was seen."""
+    said = ""
+    for cell in ("10", "50"):
+        runs = results[cell]
+        known = {name: [f["forecasts"][name]["errors"] for f in runs] for name in runs[0]["forecasts"]}
+        own = [f["ensemble"]["forecast"]["errors"] for f in runs]
+        for ours, theirs, claim in (
+            (
+                known["all chains, one adapter"],
+                known["direct, one adapter"],
+                "than the direct answer, an adapter each",
+            ),
+            (own, known["direct, five adapters"], "than direct answers, five adapters each"),
+            (known["all chains, one adapter"], known["votes of 32 chains"], "averaged than by votes of 32"),
+            (own, known["all chains, one adapter"], "with five adapters than with one"),
+        ):
+            d, half, because = gain(ours, theirs)
+            said += verdict(f"chains know their errors better {claim}, {cell} labels", d > half, f"AUROC {because}.")
+    for key, what in (("unlearnt", "kinds that had no label"), ("impossible", "impossible sentences")):
+        for other in ("expected entropy", "chain information", "entropy"):
+            d, half, because = gain(of(results, "10", "parameter information", key), of(results, "10", other, key))
+            said += verdict(
+                f"parameter information finds {what} better than {other} does, 10 labels", d > half, f"AUROC {because}."
+            )
+    d, half, because = gain(
+        of(results, "10", "entropy", "errors"), of(results, "10", "parameter information", "errors")
+    )
+    return said + verdict(
+        "entropy finds errors better than parameter information, 10 labels", d > half, f"AUROC {because}."
+    )
+
+
+def report(results: Results) -> str:
+    """Three tables and the claims."""
+    table = ""
+    for cell in ("10", "50"):
+        table += f"{cell} labels:\n\n"
+        table += markdown(["prediction", *(title for title, *_ in FORECAST.values())], forecasts(results, cell)) + "\n"
+    finds = ""
+    for cell in ("10", "50"):
+        finds += f"{cell} labels:\n\n" + markdown(["score", *FINDS.values()], found_by(results, cell)) + "\n"
+    share = mean(f["unlearnt"] for f in results["10"])
+    return (
+        "Each prediction on 300 test sentences, its uncertainty 1 - max p; standard deviation over seeds in brackets. "
+        "Log scores in nats; *infinite* where a vote gives the truth nothing. *By chance*: the ECE that 300 answers "
+        "drawn from the forecast itself would have. AURC, the mean share of errors over all coverages, is better where "
+        f"lower.\n\n{table}What each score finds, all of the prediction by all chains of five adapters: AUROC of its "
+        f"errors, their AURC, AUROC of kinds without a label ({100 * share:.0f}% of the test sentences at 10 labels) "
+        f"among the test sentences, and of impossible sentences beside them.\n\n{finds}"
+        "The informations from few chains of each of five adapters, 10 labels, nats: the mean over test sentences, and "
+        f"the error of a sentence's.\n\n{estimates(results, '10')}\n{claims(results)}"
+    )
+
+
+def headline(results: Results) -> Headline:
+    """AUROC of errors: direct, one adapter, five."""
+    rows = []
+    for cell in ("10", "50"):
+        runs = results[cell]
+        figures = [
+            ("direct", [f["forecasts"]["direct, one adapter"] for f in runs]),
+            ("chains", [f["forecasts"]["all chains, one adapter"] for f in runs]),
+            ("chains of five adapters", [f["ensemble"]["forecast"] for f in runs]),
+        ]
+        for key, title, digits, scale in (("accuracy", "accuracy", 1, 100), ("errors", "AUROC of errors", 2, 1)):
+            said = ", ".join(f"{name} {spread(f, key, digits, scale)}" for name, f in figures)
+            rows.append((f"{title}, {cell} labels", "", said, len(runs)))
+    return rows
+
+
+def plot(results: Results, path: Path) -> None:
+    """Selective accuracy by coverage, and the parts of the entropy by group of sentences, at 10 labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = results["10"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    curves = {
+        "direct, one adapter": [f["forecasts"]["direct, one adapter"]["curve"] for f in runs],
+        "direct, five adapters": [f["forecasts"]["direct, five adapters"]["curve"] for f in runs],
+        "one chain": [f["forecasts"]["one chain"]["curve"] for f in runs],
+        "votes of 32 chains": [f["forecasts"]["votes of 32 chains"]["curve"] for f in runs],
+        "all chains, one adapter": [f["forecasts"]["all chains, one adapter"]["curve"] for f in runs],
+        "all chains, five adapters": [f["ensemble"]["forecast"]["curve"] for f in runs],
+    }
+    for name, said in curves.items():
+        y = [100 * mean(values) for values in zip(*said, strict=True)]
+        left.plot([100 * (i + 1) / len(y) for i in range(len(y))], y, label=name, lw=2.4 if "five" in name else 1.4)
+    left.set(xlabel="answered: the surest sentences, %", ylabel="accuracy, %", xlim=(5, 100))
+    left.legend(fontsize=8)
+    names = list(runs[0]["ensemble"]["parts"])
+    bottom = [0.0] * len(names)
+    for part, title in (
+        ("expected_entropy", "chance: expected entropy"),
+        ("chain_information", "chain information"),
+        ("parameter_information", "parameter information"),
+    ):
+        values = [[f["ensemble"]["parts"][name][part] for f in runs] for name in names]
+        heights = [mean(v) for v in values]
+        error = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+        right.bar(names, heights, bottom=bottom, label=title, yerr=error, error_kw={"lw": 0.8, "alpha": 0.6})
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    right.axhline(math.log(2), color="grey", lw=0.8, ls=":")
+    right.set(ylabel="entropy of the answer, nats")
+    right.tick_params(axis="x", labelrotation=20)
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
