@@ -113,7 +113,7 @@ def answers(task: Subjectivity, x: Tensor) -> Prediction:
 
 
 def along(s: Setup, x: Tensor, count: int) -> list[Prediction]:
-    """The exact predictions of so many samples of an adapter's parameters, a cold chain of SGLD from no change at all."""
+    """The exact predictions of so many samples of an adapter's parameters: a cold chain of SGLD from no change."""
     p = s.adapter()
     task, found = s.task(p=p), list[Prediction]()
     sampler = SGLD(p.trainable_parameters(), lr=RATE, prior_scale=PRIOR_SCALE, temperature=TEMPERATURE)

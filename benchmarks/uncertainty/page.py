@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from lmppl.embedded.subjectivity import STRANGE
 
-from ..paper.study import Headline, Results, markdown, paired, spread, verdict
+from ..paper.study import Results, markdown, paired, spread, verdict
 from .measured import FEW
 
 FORECAST = {
@@ -37,8 +37,13 @@ def found_by(results: Results, cell: str) -> list[list[str]]:
     """Rows of the second table: the ensemble's scores, and others'."""
     runs = results[cell]
     said = {name: [f["ensemble"]["scores"][name] for f in runs] for name in runs[0]["ensemble"]["scores"]}
-    said["one adapter's chain information"] = [f["one"]["scores"]["chain information"] for f in runs]
-    said["the direct answers' parameter information"] = [f["direct"]["scores"]["parameter information"] for f in runs]
+    said["one adapter: entropy"] = [f["one"]["scores"]["entropy"] for f in runs]
+    said["one adapter: chain information"] = [f["one"]["scores"]["chain information"] for f in runs]
+    said["direct answers: entropy"] = [f["direct"]["scores"]["entropy"] for f in runs]
+    said["direct answers: parameter information"] = [f["direct"]["scores"]["parameter information"] for f in runs]
+    if cell == "10" and "SGLD" in results:
+        for name in ("entropy", "parameter information"):
+            said[f"samples of SGLD: {name}"] = [f["ensemble"]["scores"][name] for f in results["SGLD"]]
     said["-log p(x), no answer asked"] = [f["surprise"] for f in runs]
     return [[name, *(spread(own, k) if all(k in f for f in own) else "–" for k in FINDS)] for name, own in said.items()]
 
@@ -117,26 +122,11 @@ def report(results: Results) -> str:
         "drawn from the forecast itself would have. AURC, the mean share of errors over all coverages, is better where "
         f"lower.\n\n{table}What each score finds, all of the prediction by all chains of five adapters: AUROC of its "
         f"errors, their AURC, AUROC of kinds without a label ({100 * share:.0f}% of the test sentences at 10 labels) "
-        f"among the test sentences, and of impossible sentences beside them.\n\n{finds}"
+        f"among the test sentences, and of impossible sentences beside them. A row that names another prediction has "
+        f"the errors of that one. With two labels entropy and 1 - max p put sentences in one order.\n\n{finds}"
         "The informations from few chains of each of five adapters, 10 labels, nats: the mean over test sentences, and "
         f"the error of a sentence's.\n\n{estimates(results, '10')}\n{claims(results)}"
     )
-
-
-def headline(results: Results) -> Headline:
-    """AUROC of errors: direct, one adapter, five."""
-    rows = []
-    for cell in ("10", "50"):
-        runs = results[cell]
-        figures = [
-            ("direct", [f["forecasts"]["direct, one adapter"] for f in runs]),
-            ("chains", [f["forecasts"]["all chains, one adapter"] for f in runs]),
-            ("chains of five adapters", [f["ensemble"]["forecast"] for f in runs]),
-        ]
-        for key, title, digits, scale in (("accuracy", "accuracy", 1, 100), ("errors", "AUROC of errors", 2, 1)):
-            said = ", ".join(f"{name} {spread(f, key, digits, scale)}" for name, f in figures)
-            rows.append((f"{title}, {cell} labels", "", said, len(runs)))
-    return rows
 
 
 def plot(results: Results, path: Path) -> None:

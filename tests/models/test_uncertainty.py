@@ -203,3 +203,30 @@ def test_a_short_study(tmp_path):
     assert text.count("- *") == 15 and "five samples of SGLD" in text
     page.plot(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_prompts_as_members_on_a_pretrained_model(smollm2_lm):
+    """What the ensemble splits is p(y | x, z) of each chain alone, by a pass of its own."""
+    prompts = "Sentence:{x}\nThis sentence is about", "Sentence:{x}\nIt is about"
+    x = smollm2_lm.encode([" a moving film.", " two men rob a bank in Boston."])
+    tasks = [
+        Subjectivity(smollm2_lm, labels=("plot", "review"), why=why, then=" so it is from a movie") for why in prompts
+    ]
+    with torch.no_grad():
+        chains = [task.prior(x).sample(torch.Size([3])) for task in tasks]
+        members = [
+            Prediction(list(task.labels), task.log_labels(x, z).movedim(-1, 0), torch.full((3, 2), 1 / 3).log())
+            for task, z in zip(tasks, chains, strict=True)
+        ]
+        found = Ensemble.of(members).split()
+        for i in range(2):
+            alone = [
+                torch.cat([task.log_labels(x[i : i + 1], z[n, i : i + 1]) for n in range(3)]).double().exp()
+                for task, z in zip(tasks, chains, strict=True)
+            ]  # (3, 2) each
+            total = entropy(torch.cat(alone).mean(0))
+            inner = sum(entropy(p) for p in torch.cat(alone)) / 6
+            between = sum(entropy(p.mean(0)) for p in alone) / 2
+            by_hand = total, inner, between - inner, total - between
+            assert [float(t[i]) for t in found] == pytest.approx(by_hand, abs=1e-4)
+            assert total > 0.05
