@@ -11,7 +11,61 @@ from __future__ import annotations
 from benchmarks import uncertainty
 from benchmarks.paper import runner
 
-PREAMBLE = """
+PREAMBLE = """# Uncertainty: does it know when it does not know?
+
+@@OUTCOME@@
+
+Written by `make uncertainty` (`python -m benchmarks.uncertainty`): {seeds} seeds, {hours:.1f} core-hours.
+
+## What is computed
+
+An answer y is reached from x by a chain z, under parameters theta that training has not settled: J adapters with
+weights pi. The model averages over both,
+
+    p(y|x) = sum_j pi_j sum_z p_j(z|x) p_j(y|x, z)
+
+and its entropy is the sum of three parts, each in nats and none below zero:
+
+    entropy                H[p(y|x)]
+      = expected entropy         mean over theta, z of H[p(y|x, z, theta)]   what chain and parameters leave open
+      + chain information        mean over theta of I(y; z | x, theta)       what a chain would tell
+      + parameter information    I(y; theta | x)                             what the parameters, so labels, would tell
+
+```python
+members = [task.predict(x) for task in tasks]  # a `Prediction` an adapter: here the sum over all 156 chains
+found = Ensemble.of(members)                   # is a `Prediction` too: .probabilities, .vote
+found.split().parameter_information            # (sentences,)
+
+drawn = Ensemble.of([task.predict(x, num_particles=8) for task in tasks])
+drawn.jackknife().parameter_information        # from 8 chains an adapter
+```
+
+Members may be any `Prediction` of the same candidates: `posterior.predict(model, candidates, x)` of any Pyro program,
+EM runs from several seeds, prompts, or samples of one adapter's parameters by the optimiser `SGLD`. Scores of
+forecasts are in `lmppl.models.forecasts`.
+
+**Few chains mislead.** Entropy is concave, so that of an average of S draws is too small, by (1 / 2S) sum_c Var_z
+p(c|z) / p(c) to first order. With it chain information is too small (from one chain it is zero), and parameter
+information is *too large*: members that drew different chains look like members that disagree. From two chains it is
+twice what it is, in the last table below. The jackknife, which leaves out each chain in turn, takes the first order
+off: what is left is O(1 / S^2), tested by summing over every sample there is. It does not make one sentence's
+estimate less noisy.
+
+## What is compared
+
+The sentences, chains and labels of [subjectivity](subjectivity.md): p(y|x, z) follows one of 156 chains, so every sum
+is exact. A member is an adapter that exact EM trained on 10 or 50 labelled sentences, five of them from other first
+weights; *direct* is an adapter trained on log p(y|x) with the prompt "{{x}} is", no chain; *the guide* is q(z|x) of a
+GFlowNet, with EM. SGLD is a chain of a *cold* posterior, temperature 0.001, prior N(0, 9): step size, prior and
+temperature were chosen on 100 validation sentences and on labels that no seed draws. At temperature 1, with priors of
+scale 0.05 to 0.2, it learnt nothing from ten labels (explored by hand, not kept): 24,576 parameters of which they say
+little stay near their prior.
+
+Impossible sentences (`lmppl.embedded.subjectivity.strange`, frozen before any method ran) are told in the corpus's
+words: *three kinds* where it has two at most, *word order* shuffled, *idle words* as cues. They have no true label,
+so that the question is only whether they are told from test sentences. *-log p(x)* is the language model's own, of
+the sentence after nothing.
+
 """
 
 
