@@ -43,6 +43,10 @@ def test_calibration_by_hand():
     p, y = both([0.9] * 4 + [0.6] * 4), torch.tensor([1, 1, 0, 0, 1, 1, 1, 1])
     assert calibration_error(p, y) == pytest.approx((4 * 0.4 + 4 * 0.4) / 8)
     assert calibration_error(p, y, bins=1) == pytest.approx(0.0)
+    # Bins of two answers begin at a half: 0.62 and 0.68 are in two of ten, but in one of five.
+    p, y = both([0.62, 0.62, 0.68, 0.68]), torch.tensor([0, 0, 1, 1])
+    assert calibration_error(p, y) == pytest.approx((0.62 + 0.32) / 2)
+    assert calibration_error(p, y, bins=5) == pytest.approx(0.15)
     assert calibration_error(both([1.0, 0.0]), torch.tensor([1, 0])) == 0.0
     uniform = torch.full((4, 8), 0.25)
     assert calibration_error(uniform, torch.arange(8) % 4) == pytest.approx(0.0)

@@ -154,6 +154,9 @@ def test_the_scores_of_an_ensemble(sentences):
     found = scores(whole)
     order = found["1 - max p"].argsort()
     assert bool((found["entropy"][order].diff() > -1e-9).all())
+    assert bool((found["disagreement of votes"] <= 0.5).all())
+    unanimous = Prediction(["a", "b"], torch.tensor([0.9, 0.1]).log()[:, None, None].expand(2, 4, 1), torch.zeros(4, 1))
+    assert float(scores(Ensemble.of([unanimous]))["disagreement of votes"]) == pytest.approx(0.0, abs=1e-6)
     torch.testing.assert_close(
         found["entropy"],
         found["expected entropy"] + found["chain information"] + found["parameter information"],
