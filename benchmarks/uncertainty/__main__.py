@@ -53,11 +53,11 @@ and its entropy is the sum of three parts, each in nats and none below zero:
 
 ```python
 members = [task.predict(x) for task in tasks]  # a `Prediction` an adapter: here the sum over all 156 chains
-found = Ensemble.of(members)                   # is a `Prediction` too: .probabilities, .vote
-found.split().parameter_information            # (sentences,)
+found = Ensemble.of(members)  # is a `Prediction` too: .probabilities, .vote
+found.split().parameter_information  # (sentences,)
 
 drawn = Ensemble.of([task.predict(x, num_particles=8) for task in tasks])
-drawn.jackknife().parameter_information        # from 8 chains an adapter
+drawn.jackknife().parameter_information  # from 8 chains an adapter
 ```
 
 Members may be any `Prediction` of the same candidates: `posterior.predict(model, candidates, x)` of any Pyro program,
