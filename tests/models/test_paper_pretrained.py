@@ -35,6 +35,7 @@ from lmppl.inference import Enumeration
 from lmppl.models import Arithmetic, Continuation, RandomNumber
 from lmppl.models.arithmetic import FILES
 from lmppl.models.continuation import embedded_prompts
+from lmppl.models.forecasts import log_score
 from lmppl.models.programs.random_number import tensors
 from lmppl.models.programs.subjectivity import Subjectivity
 
@@ -206,8 +207,7 @@ def test_prompts_are_chosen_and_calibrated_on_sentences_that_no_method_learns_fr
 def test_figures_of_labels():
     p, y = [0.9, 0.6, 0.5, 0.2], [1, 0, 1, 0]
     assert subjectivity.right(p, y) == [1.0, 0.0, 0.5, 1.0]
-    assert subjectivity.log_score(p, y) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
-    assert subjectivity.calibration_error([0.8] * 10, [1] * 6 + [0] * 4) == pytest.approx(0.2)
+    assert log_score(*subjectivity.forecast(p, y)) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
     assert subjectivity.calibrated([0.5, 0.9], [0.9, 0.9, 0.9]) == pytest.approx([0.1, 0.5])
 
 
