@@ -209,9 +209,7 @@ class View(nn.Module):
 
     # Views and their weights -----------------------------------------------------------------------------------------
 
-    def with_adapter(
-        self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None
-    ) -> Self:
+    def with_adapter(self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None) -> Self:
         """The same base weights with a new adapter, or one loaded from a path; only the adapter trains.
 
         Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.

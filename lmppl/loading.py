@@ -43,9 +43,7 @@ def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) 
         if Path(name).is_dir():
             damage.refuse_damaged(Path(name).absolute(), BASE)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
-        return tokenizer, loader.from_pretrained(
-            name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
-        )
+        return tokenizer, loader.from_pretrained(name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs)
 
     try:
         tokenizer, (model, info) = files.read(name, load)

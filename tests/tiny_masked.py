@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import permutations
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ def masked_tokenizer(vocab: int = 6, framed: bool = False) -> PreTrainedTokenize
         backend.post_processor = processors.TemplateProcessing(
             single="<cls> $A <sep>", special_tokens=[("<cls>", 2), ("<sep>", 3)]
         )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>")
+    frame = {"cls_token": "<cls>", "sep_token": "<sep>"} if framed else {}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", mask_token="<mask>", **frame)
 
 
 def masked_config(arch: str, vocab: int) -> Any:
@@ -60,30 +60,27 @@ def masked_lm(
     return MaskedLanguageModel(model, masked_tokenizer(vocab, framed))
 
 
-def plain_step(lm: MaskedLanguageModel, state: list[int], order: str = "random", **rules: Any) -> dict[tuple[int, int], Tensor]:
+def plain_step(lm: MaskedLanguageModel, state: list[int], order: str = "random") -> dict[tuple[int, int], Tensor]:
     """log p(position, word) of the next step after one state, by one forward pass of it alone."""
     frame = [ids.tolist() for ids in lm.frame]
     logits = lm.forward(torch.tensor([frame[0] + state + frame[1]])).logits[0, len(frame[0]) :]
     open_ = [i for i, token in enumerate(state) if token == lm.mask_id]
-    holes = rules.get("holes", open_)
     words = [w for w in range(lm.vocab_size) if w != lm.mask_id]
     log_words, score = {}, {}
     for i in open_:
-        allowed = [w for w in words if "allowed" not in rules or rules["allowed"][holes.index(i)][w]]
-        own = torch.stack([logits[i, w] for w in allowed]) / rules.get("temperature", 1.0)
-        log_words[i] = dict(zip(allowed, own - own.logsumexp(0), strict=True))
-        rest = torch.stack([logits[i, w] for w in words]).logsumexp(0)
+        own = torch.stack([logits[i, w] for w in words])
+        log_words[i] = dict(zip(words, own - own.logsumexp(0), strict=True))
         score[i] = {
             "random": torch.zeros(()).double(),
             "left-to-right": torch.tensor(0.0 if i == open_[0] else -torch.inf).double(),
             "confidence": max(log_words[i].values()),
-            "learned": rest - logits[i, lm.mask_id],
+            "learned": own.logsumexp(0) - logits[i, lm.mask_id],
         }[order]
     total = torch.stack([*score.values()]).logsumexp(0)
     return {(i, w): score[i] - total + log_words[i][w] for i in open_ for w in log_words[i]}
 
 
-def plain_paths(lm: MaskedLanguageModel, canvas: list[int], order: str = "random", **rules: Any) -> dict[Any, Tensor]:
+def plain_paths(lm: MaskedLanguageModel, canvas: list[int], order: str = "random") -> dict[Any, Tensor]:
     """log p of every path, a tuple of (position, word), one step after another."""
     found, unfinished = {}, {(): torch.zeros(()).double()}
     while unfinished:
@@ -94,10 +91,6 @@ def plain_paths(lm: MaskedLanguageModel, canvas: list[int], order: str = "random
         if lm.mask_id not in state:
             found[path] = log_p
             continue
-        for step, log_step in plain_step(lm, state, order, **rules).items():
+        for step, log_step in plain_step(lm, state, order).items():
             unfinished[(*path, step)] = log_p + log_step
     return found
-
-
-def orders(holes: int) -> list[tuple[int, ...]]:
-    return list(permutations(range(holes)))

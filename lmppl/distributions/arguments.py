@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..constraints.arguments import as_lm
+from ..constraints.arguments import as_lm, as_view
 from ..language_model import View
 
-__all__ = ["as_count", "as_lm", "as_text", "no_text", "refuse_nan"]
+__all__ = ["as_count", "as_lm", "as_text", "as_view", "no_text", "refuse_nan"]
 
 
 def no_text(fn: Any, value: Any) -> str:

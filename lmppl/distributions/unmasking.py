@@ -1,4 +1,4 @@
-r"""`Unmasking`: a masked language model as a distribution over paths, each of which fills the gaps of a text one by one.
+r"""`Unmasking`: a masked language model as a distribution over paths, which fill the gaps of a text one by one.
 
 A *canvas* is a text of L tokens, n of which are masks, its *holes* 0..n-1 from left to right.  A *path* fills them in
 some order: step t chooses a hole :math:`i_t` that is still open and a word :math:`w_t` for it.
@@ -24,7 +24,7 @@ The text's own probability can be summed where holes are few: :math:`x_t` depend
 on their order, so that the sum runs over the :math:`2^n` subsets S of holes,
 
 .. math:: f(\emptyset) = 1, \qquad
-          f(S) = \sum_{i \in S} f(S \setminus i) \, \pi(i \mid x_{S \setminus i}) \, p_\theta(w_i \mid x_{S \setminus i}, i),
+          f(S) = \sum_{i \in S} f(S') \, \pi(i \mid x_{S'}) \, p_\theta(w_i \mid x_{S'}, i), \; S' = S \setminus i,
           \qquad p(w) = f(\{0 \dots n-1\})
 
 With more holes it is bounded from both sides: see `docs/diffusion.md`.
@@ -40,7 +40,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from .. import text
@@ -49,12 +48,12 @@ from ..masked_language_model import MaskedLanguageModel
 from ..rows import distinct_rows
 from ..shapes import broadcast_shapes
 from ..text import PAD
-from .arguments import as_text, refuse_nan
+from .arguments import as_text, as_view, refuse_nan
 from .stepped import SteppedText
 
 Order = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole, of which those that are open
-get the softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
+"""``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole; those that are open get the
+softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
 """
 MOST_HOLES = 16  # of which all subsets are summed over
 SUMMED = 2**20  # states that are summed over at once
@@ -123,8 +122,7 @@ class Unmasking(SteppedText):
         allowed: Tensor | None = None,
         temperature: float | Tensor = 1.0,
     ):
-        if not isinstance(lm, MaskedLanguageModel):
-            raise ValueError(f"lm: expected a MaskedLanguageModel, got {type(lm).__name__}")
+        as_view(lm, MaskedLanguageModel)
         if not callable(order) and order not in ORDERS:
             raise ValueError(f"order: expected one of {', '.join(map(repr, ORDERS))} or a function, got {order!r}")
         self.lm, self.order = lm, order
@@ -242,7 +240,8 @@ class Unmasking(SteppedText):
         if bool((epsilon > 0).any()):
             even = allowed.to(own.dtype) / allowed.sum(-1, keepdim=True)
             log_words = ((1 - epsilon) * log_words.exp() + epsilon * even).log()
-        open = (states.gather(1, at) == mask) & (torch.arange(at.shape[1], device=at.device) < self.count[kind][:, None])
+        there = torch.arange(at.shape[1], device=at.device) < self.count[kind][:, None]
+        open = there & (states.gather(1, at) == mask)
         order = self.order if callable(self.order) else ORDERS[self.order]
         scores = order(log_words, stay, open).masked_fill(~open, -torch.inf)
         stuck = (scores == -torch.inf).all(1, keepdim=True)

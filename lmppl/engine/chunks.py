@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..language_model import LanguageModel
+from ..language_model import View
 from .tuning import TUNING
 
 
-def fitting(lm: LanguageModel, floats: int, most: int) -> int:
+def fitting(lm: View, floats: int, most: int) -> int:
     """How many tokens, of ``most``, to compute at once where each makes ``floats`` numbers at the widest place.
 
     On a processor as many as its caches hold: sums and activation functions of more would wait for memory.
@@ -16,12 +16,12 @@ def fitting(lm: LanguageModel, floats: int, most: int) -> int:
     return min(most, max(TUNING.fewest, TUNING.cache // floats))
 
 
-def drawn_from(lm: LanguageModel) -> int:
+def drawn_from(lm: View) -> int:
     """How many rows of logits to draw tokens from at once: on a processor as many as stay in its caches meanwhile."""
     floats = TUNING.looked_at if lm.device.type == "cpu" else TUNING.logits_at_once
     return max(1, floats // lm.vocab_size)
 
 
-def is_sharded(lm: LanguageModel) -> bool:
+def is_sharded(lm: View) -> bool:
     """Whether the weights are spread over processes, so that every pass is a collective that all must enter."""
     return lm.network.sharded
