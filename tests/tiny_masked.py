@@ -60,27 +60,34 @@ def masked_lm(
     return MaskedLanguageModel(model, masked_tokenizer(vocab, framed))
 
 
-def plain_step(lm: MaskedLanguageModel, state: list[int], order: str = "random") -> dict[tuple[int, int], Tensor]:
-    """log p(position, word) of the next step after one state, by one forward pass of it alone."""
+def plain_step(
+    lm: MaskedLanguageModel, state: list[int], order: str = "random", words: list[int] | None = None
+) -> dict[tuple[int, int], Tensor]:
+    """log p(position, word) of the next step after one state, by one forward pass of it alone.
+
+    ``words``: those that are allowed; None: all but the mask.
+    """
     frame = [ids.tolist() for ids in lm.frame]
     logits = lm.forward(torch.tensor([frame[0] + state + frame[1]])).logits[0, len(frame[0]) :]
     open_ = [i for i, token in enumerate(state) if token == lm.mask_id]
-    words = [w for w in range(lm.vocab_size) if w != lm.mask_id]
+    rest = [w for w in range(lm.vocab_size) if w != lm.mask_id]
     log_words, score = {}, {}
     for i in open_:
-        own = torch.stack([logits[i, w] for w in words])
-        log_words[i] = dict(zip(words, own - own.logsumexp(0), strict=True))
+        own = torch.stack([logits[i, w] for w in words or rest])
+        log_words[i] = dict(zip(words or rest, own - own.logsumexp(0), strict=True))
         score[i] = {
             "random": torch.zeros(()).double(),
             "left-to-right": torch.tensor(0.0 if i == open_[0] else -torch.inf).double(),
             "confidence": max(log_words[i].values()),
-            "learned": own.logsumexp(0) - logits[i, lm.mask_id],
+            "learned": torch.stack([logits[i, w] for w in rest]).logsumexp(0) - logits[i, lm.mask_id],
         }[order]
     total = torch.stack([*score.values()]).logsumexp(0)
     return {(i, w): score[i] - total + log_words[i][w] for i in open_ for w in log_words[i]}
 
 
-def plain_paths(lm: MaskedLanguageModel, canvas: list[int], order: str = "random") -> dict[Any, Tensor]:
+def plain_paths(
+    lm: MaskedLanguageModel, canvas: list[int], order: str = "random", words: list[int] | None = None
+) -> dict[Any, Tensor]:
     """log p of every path, a tuple of (position, word), one step after another."""
     found, unfinished = {}, {(): torch.zeros(()).double()}
     while unfinished:
@@ -91,6 +98,6 @@ def plain_paths(lm: MaskedLanguageModel, canvas: list[int], order: str = "random
         if lm.mask_id not in state:
             found[path] = log_p
             continue
-        for step, log_step in plain_step(lm, state, order).items():
+        for step, log_step in plain_step(lm, state, order, words).items():
             unfinished[(*path, step)] = log_p + log_step
     return found

@@ -30,7 +30,7 @@ def experiment(
     """The missing middle sentence of a story, by a masked language model that unmasks it word by word.
 
     On the embedded masked story LM, or on ``lm`` with the stories of the file ``data``.  From left to right there is
-    one path for each text, and the exact posterior can be enumerated; for other orders see `text_posterior`.
+    one path for each text, and the exact posterior can be enumerated; for other orders see `text_log_joint`.
 
     :param guide_order: None: as ``order``.
     :param reader: a causal language model, or the name of a checkpoint, that reads the end.
@@ -55,14 +55,15 @@ def experiment(
 
 
 @torch.no_grad()
-def text_posterior(task: Diffusion, x: Tensor, y: Tensor, middles: Tensor) -> Tensor:
-    r"""log p(z | x, y) of texts z, whatever path wrote them: middles (K, B, n) -> (K, B).
+def text_log_joint(task: Diffusion, x: Tensor, y: Tensor, middles: Tensor) -> Tensor:
+    r"""log p(z, y | x) of texts z, whatever path wrote them: middles (K, B, n) -> (K, B).
 
-    .. math:: p(z \mid x, y) \propto p(y \mid x, z) \sum_\sigma p(z, \sigma \mid x)
+    .. math:: p(z, y \mid x) = p_{reader}(y \mid x, z) \sum_\sigma p(z, \sigma \mid x)
 
-    The sum over orders is that of `Unmasking.text_log_prob`; the posterior is among the texts given.
+    The sum over orders is that of `Unmasking.text_log_prob`.  Its softmax over all middles that there are is the exact
+    posterior of the text.
     """
     prior = task.prior(x)
     paths = prior.symbols(torch.arange(middles.shape[-1], device=middles.device), middles)
     log_y = task.ending(prior.fill(paths), y).log_prob(task.read(y))
-    return (prior.text_log_prob(middles) + log_y).log_softmax(0)
+    return prior.text_log_prob(middles) + log_y
