@@ -57,7 +57,7 @@ class MaskedLanguageModel(View):
     def gap(self, tokens: int) -> Tensor:
         """So many masks in a row, a text: ``LongTensor[tokens]``.
 
-        >>> lm.join(x, lm.gap(6), y)
+        >>> canvas = lm.join(x, lm.gap(6), y)
         """
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"tokens: expected a positive integer, got {tokens!r}")

@@ -180,7 +180,7 @@ class Unmasking(SteppedText):
     def symbols(self, holes: Tensor, words: Tensor) -> Tensor:
         """Paths (..., n) of holes in the order in which they are filled and their words, PAD in both at the end.
 
-        >>> d.symbols(torch.arange(6), words)  # from left to right
+        >>> path = d.symbols(torch.arange(6), words)  # from left to right
         """
         holes, words = torch.broadcast_tensors(holes, words)
         return torch.where((holes == PAD) | (words == PAD), PAD, holes * self.lm.vocab_size + words)
@@ -316,7 +316,8 @@ class Unmasking(SteppedText):
 
         :raises ValueError: for more than 16 holes; `lmppl.inference.Sandwich` bounds it there.
 
-        >>> d.text_log_prob(d.words(path)) >= d.log_prob(path)
+        >>> bool(d.text_log_prob(d.words(path)) > d.log_prob(path))
+        True
         """
         (n,), text_shape = self.event_shape, words.shape[:-1]
         text.validate(words, "words", self.lm.vocab_size)
