@@ -1,15 +1,15 @@
 """Infilling by unmasking on the embedded stories: guides, samplers and bounds beside posteriors summed over all paths.
 
-    python -m benchmarks.diffusion CELL [--seed 0] [--stories 8] [--steps 300] [--out out/diffusion]
+    python -m benchmarks.diffusion CELL [--seed 0] [--stories 8] [--steps 500] [--out out/diffusion]
     python -m benchmarks.diffusion report
 
-A cell is a minute or a few; it writes its figures to OUT/CELL-SEED.json, and `report` prints all that are there.
+A cell takes a minute or a few; it writes its figures to OUT/CELL-SEED.json, and `report` prints all that are there.
 
-prior, native   the masked language model itself: without the ending, and with it behind the gap
+untrained       the masked language model itself: without the ending (prior) and with it behind the gap (native), each
+                by importance sampling and by SMC over denoising steps
 random, learned a guide trained by VarGrad, of that order
 causal          the guide of the experiment `infilling` after as many steps, beside its own enumerated posterior
-bounds          log p of told middles between its bounds, by the number of particles
-samplers        importance sampling and SMC over denoising steps, 64 particles
+bounds          log p of middles between its bounds, by the number of particles
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, Recipe, diffusion, infilling
 from lmppl.models.diffusion import text_log_joint
 
-CELLS = "prior", "native", "random", "learned", "causal", "bounds", "samplers"
+CELLS = "untrained", "random", "learned", "causal", "bounds"
 DRAWS, RUNS, TOLD = 64, 8, 200
-RECIPE = Recipe(learning_rate=3e-3, output_layer=True)
+RECIPE = Recipe(observations=4, particles=8)
 
 
 class Stories:
@@ -84,30 +84,49 @@ def outside(stories: Stories, posterior: Any) -> float:
     return float((posterior.probabilities * ~known).sum(0).mean())
 
 
-def masked(cell: str, seed: int, count: int, steps: int) -> dict[str, float]:
-    """A guide that is a masked language model: untrained, or trained by VarGrad."""
-    order = "learned" if cell == "learned" else "random"
-    e = diffusion.experiment(seed=seed, recipe=replace(RECIPE, steps=steps), guide_order=order)
-    found: dict[str, float] = {"tokens": 0, "seconds": 0.0}
-    if cell in ("random", "learned"):
-        before, began = tokens(e), time.process_time()
-        pyro.set_rng_seed(seed)
-        e.gflownet().fit(e.batches, steps, seed=seed, progress=False)
-        found = {"tokens": tokens(e) - before, "seconds": time.process_time() - began}
-    stories = Stories(e, count)
-    task = stories.task
-    guide = None if cell == "prior" else e.guide
-    q = task.prior(stories.x) if guide is None else task.posterior(stories.x, stories.y)
+def judged(e: Experiment, stories: Stories, guide: Program | None) -> dict[str, float]:
+    """A guide, None: the prior, beside the exact posterior of texts."""
+    q = stories.task.prior(stories.x) if guide is None else stories.task.posterior(stories.x, stories.y)
     with torch.no_grad():
-        of_text = q.text_log_prob(stories.middles)
-    found |= weights(e.model, guide, (stories.x, stories.y), stories.log_z) | {"tv": float(stories.tv(of_text).mean())}
+        tv = stories.tv(q.text_log_prob(stories.middles))
+    return {"tv": float(tv.mean())} | weights(e.model, guide, (stories.x, stories.y), stories.log_z)
+
+
+def untrained(seed: int, count: int, steps: int) -> dict[str, Any]:
+    """The prior and the untrained guide, and SMC by each."""
+    e = diffusion.experiment(seed=seed)
+    stories = Stories(e, count)
+    found: dict[str, Any] = {}
+    for name, guide in (("prior", None), ("native", e.guide)):
+        found[name] = judged(e, stories, guide)
+        answers = []
+        for run in range(RUNS):
+            pyro.set_rng_seed(run)
+            answers.append(SMC(e.model, guide, num_particles=DRAWS).run(stories.x, stories.y))
+        errors = torch.stack([(a.log_evidence - stories.log_z).abs() for a in answers])
+        found[f"{name}, SMC"] = {
+            "error": float(errors.mean()),
+            "ess": float(torch.stack([a.ess for a in answers]).mean()) / DRAWS,
+        }
     pyro.set_rng_seed(seed)
-    return found | {"outside": outside(stories, Importance(e.model, guide, 1000).run(stories.x, stories.y))}
+    found["native"]["outside"] = outside(stories, Importance(e.model, e.guide, 1000).run(stories.x, stories.y))
+    return found
+
+
+def trained(order: str, seed: int, count: int, steps: int) -> dict[str, float]:
+    """A masked language model trained by VarGrad, whose steps have this order."""
+    e = diffusion.experiment(seed=seed, recipe=replace(RECIPE, steps=steps), guide_order=order)
+    before, began = tokens(e), time.process_time()
+    pyro.set_rng_seed(seed)
+    e.gflownet().fit(e.batches, steps, seed=seed, progress=False)
+    cost = {"tokens": tokens(e) - before, "seconds": time.process_time() - began}
+    print(order, cost, flush=True)
+    return cost | judged(e, Stories(e, count), e.guide)
 
 
 def causal(seed: int, count: int, steps: int) -> dict[str, float]:
     """The guide of the experiment `infilling` after as many steps."""
-    e = infilling.experiment(seed=seed, recipe=Recipe(steps=steps))
+    e = infilling.experiment(seed=seed, recipe=replace(RECIPE, steps=steps))
     before, began = e.lm.tokens_scored, time.process_time()
     pyro.set_rng_seed(seed)
     e.gflownet().fit(e.batches, steps, seed=seed, progress=False)
@@ -146,45 +165,34 @@ def bounds(seed: int, count: int, steps: int) -> dict[str, float]:
     with torch.no_grad():
         exact = task.prior(x).text_log_prob(words)  # (TOLD,)
     found = {"exact": float(exact.mean()), "path": float(task.prior(x).log_prob(path).detach().mean())}
-    for n in (1, 4, 16, 64):
-        sandwich = Sandwich(writes, order, num_particles=n).run(words, exact_sample={"z": path})
-        for name, slack in (("below", exact - sandwich.lower), ("above", sandwich.upper - exact)):
-            found |= {f"{name} {n}": float(slack.mean()), f"{name} {n} se": float(slack.std()) / TOLD**0.5}
-    return found
-
-
-def samplers(seed: int, count: int, steps: int) -> dict[str, float]:
-    """|error| of log Z by 64 particles from the prior and from the untrained guide."""
-    e = diffusion.experiment(seed=seed)
-    stories, found = Stories(e, count), dict[str, float]()
-    for name, guide in (("prior", None), ("native", e.guide)):
-        for kind in (Importance, SMC):
-            errors = []
-            for run in range(RUNS):
-                pyro.set_rng_seed(run)
-                answer = kind(e.model, guide, num_particles=DRAWS).run(stories.x, stories.y)
-                errors.append((answer.log_evidence - stories.log_z).abs())
-            found[f"{kind.__name__} {name}"] = float(torch.stack(errors).mean())
+    for threshold in (0.0, 0.5):  # importance sampling, and resampling between steps
+        for n in (1, 4, 16, 64):
+            sandwich = Sandwich(writes, order, n, threshold).run(words, exact_sample={"z": path})
+            for name, slack in (("below", exact - sandwich.lower), ("above", sandwich.upper - exact)):
+                at = f"{name}, {n} particles, resampled below {threshold:g} N"
+                found |= {at: float(slack.mean()), f"  its standard error, {at}": float(slack.std()) / TOLD**0.5}
     return found
 
 
 def report(out: Path) -> str:
     """All figures that are there, in Markdown."""
-    read = {cell: [json.loads(f.read_text()) for f in sorted(out.glob(f"{cell}-*.json"))] for cell in CELLS}
-    columns = ("tv", "sd", "ess", "error", "outside", "tokens", "seconds")
+    rows: dict[str, list[dict[str, float]]] = {}
+    others = ""
+    for file in sorted(out.glob("*.json")):
+        cell, run = file.stem.split("-")[0], json.loads(file.read_text())
+        if cell == "bounds":
+            others += f"\n{file.stem}\n\n" + markdown(("figure", "nats"), [(k, f"{v:.4f}") for k, v in run.items()])
+            continue
+        for name, figures in run.items() if cell == "untrained" else [(cell, run)]:
+            rows.setdefault(name, []).append(figures)
+    columns = {"tv": 3, "sd": 3, "ess": 3, "error": 3, "outside": 4, "tokens": 0, "seconds": 0}
 
-    def mean(runs: list[dict[str, float]], key: str) -> str:
+    def shown(runs: list[dict[str, float]], key: str) -> str:
         values = [r[key] for r in runs if key in r]
-        return "" if not values else f"{sum(values) / len(values):,.{0 if key in ('tokens', 'seconds') else 3}f}"
+        return " ".join(f"{v:,.{columns[key]}f}" for v in values)
 
-    text = markdown(
-        ("guide", "seeds", "TV of texts", "sd(u)", "ESS/N", "error of log Z", "outside", "training tokens", "seconds"),
-        [(c, str(len(read[c])), *(mean(read[c], k) for k in columns)) for c in CELLS[:5] if read[c]],
-    )
-    for cell in CELLS[5:]:
-        for run in read[cell]:
-            text += "\n" + markdown(("figure of " + cell, "nats"), [(k, f"{v:.4f}") for k, v in run.items()])
-    return text
+    head = ("guide", "TV of texts", "sd(u)", "ESS/N", "error of log Z", "outside", "training tokens", "seconds")
+    return markdown(head, [(name, *(shown(runs, k) for k in columns)) for name, runs in rows.items()]) + others
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,17 +201,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("cell", choices=(*CELLS, "report"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stories", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("out/diffusion"))
     options = parser.parse_args(argv)
     if options.cell == "report":
         print(report(options.out))
         return
     torch.set_num_threads(1)
-    given = (options.seed, options.stories, options.steps)
-    of_its_own = {"causal": causal, "bounds": bounds, "samplers": samplers}
-    cell = options.cell
-    found = of_its_own[cell](*given) if cell in of_its_own else masked(cell, *given)
+    cell, given = options.cell, (options.seed, options.stories, options.steps)
+    others: dict[str, Any] = {"untrained": untrained, "causal": causal, "bounds": bounds}
+    found = others[cell](*given) if cell in others else trained(cell, *given)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{cell}-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
     print(cell, found)

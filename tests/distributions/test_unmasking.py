@@ -185,6 +185,19 @@ def test_what_was_drawn_has_the_probability_that_it_was_drawn_with():
     assert isinstance(text_of(d).fn, Stepwise) and (d.log_prob(value) - log_prob).abs().max() < 1e-9
 
 
+def test_rows_are_chosen_between_a_draw_and_a_score():
+    """Rows that differ in canvas and in what was drawn, repeated and left out, after the network was asked."""
+    d = Unmasking(LM, two_canvases(LM))
+    steps = d.token_steps(torch.Size([3, 2]))
+    steps.append(d.sample((3,)).flatten(0, 1)[:, 0])
+    before, index = steps.log_probs(), torch.tensor([4, 2, 2, 0])
+    assert (before[[0, 2, 4]].logsumexp(1).abs() < 1e-9).all() and bool(steps.ended[[1, 3, 5]].all())
+    steps.select(index)
+    assert torch.equal(steps.log_probs(), before[index]) and not bool(steps.ended.any())
+    symbol = before[index].argmax(1)
+    assert torch.equal(steps.score(symbol), before[index].gather(1, symbol[:, None])[:, 0])
+
+
 def test_a_path_fills_its_canvas():
     lm = LM
     d = Unmasking(lm, lm.join(lm.gap(1), "a", lm.gap(2)))
@@ -221,6 +234,22 @@ def test_what_is_no_path_of_it():
     for malformed in ([10, 1], [-2], [PAD, A]):
         with pytest.raises(ValueError, match="value"):
             d.log_prob(torch.tensor(malformed))
+
+
+def test_temperature_allowed_and_epsilon_are_as_they_say():
+    """Of one hole, and word by word in an element of its own of a batch."""
+    canvas = LM.join("a", LM.gap(1), "b")
+    words = torch.tensor([w for w in range(5) if w != LM.mask_id])
+    log_p = Unmasking(LM, canvas).log_prob(words[:, None]).detach()
+    hot = Unmasking(LM, canvas, temperature=torch.tensor([1.0, 3.0], dtype=torch.double))
+    assert torch.allclose(hot.log_prob(words[:, None, None]), torch.stack([log_p, (log_p / 3).log_softmax(0)], 1))
+    only = (words == A) | (words == C)
+    few = Unmasking(LM, canvas, allowed=torch.isin(torch.arange(5), torch.tensor([A, C])), temperature=2.0)
+    expected = (log_p / 2).masked_fill(~only, -torch.inf).log_softmax(0)
+    assert torch.allclose(few.log_prob(words[:, None]), expected)
+    broader = few.broadened(temperature=1.5, epsilon=0.25)
+    narrow = (log_p / 3).masked_fill(~only, -torch.inf).softmax(0)
+    assert torch.allclose(broader.log_prob(words[:, None]).exp(), 0.75 * narrow + 0.25 * only / 2)
 
 
 def test_an_order_of_ones_own():
