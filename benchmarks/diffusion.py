@@ -8,6 +8,7 @@ A cell takes a minute or a few; it writes its figures to OUT/CELL-SEED.json, and
 untrained       the masked language model itself: without the ending (prior) and with it behind the gap (native), each
                 by importance sampling and by SMC over denoising steps
 random, learned a guide trained by VarGrad, of that order
+sleep           a guide of random order trained by maximum likelihood on as many stories that the model tells
 causal          the guide of the experiment `infilling` after as many steps, beside its own enumerated posterior
 bounds          log p of middles between its bounds, by the number of particles
 """
@@ -31,13 +32,23 @@ from benchmarks.paper.study import markdown
 from lmppl import embedded
 from lmppl.distributions import Unmasking
 from lmppl.embedded.stories import middles
-from lmppl.inference import SMC, Importance, Query, Sandwich, simulate, weigh
+from lmppl.inference import (
+    SMC,
+    Importance,
+    Query,
+    Sandwich,
+    SupervisedFineTuning,
+    Trainer,
+    dreams,
+    simulate,
+    weigh,
+)
 from lmppl.inference.core.programs import Program
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, Recipe, diffusion, infilling
 from lmppl.models.diffusion import text_log_joint
 
-CELLS = "untrained", "random", "learned", "causal", "bounds"
+CELLS = "untrained", "random", "learned", "sleep", "causal", "bounds"
 DRAWS, RUNS, TOLD = 64, 8, 200
 RECIPE = Recipe(observations=4, particles=8)
 
@@ -113,14 +124,20 @@ def untrained(seed: int, count: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def trained(order: str, seed: int, count: int, steps: int) -> dict[str, float]:
-    """A masked language model trained by VarGrad, whose steps have this order."""
-    e = diffusion.experiment(seed=seed, recipe=replace(RECIPE, steps=steps), guide_order=order)
+def trained(cell: str, seed: int, count: int, steps: int) -> dict[str, float]:
+    """A masked language model trained by VarGrad, or asleep: a step has as many draws."""
+    asleep = cell == "sleep"
+    recipe = replace(RECIPE, steps=steps, observations=RECIPE.observations * (RECIPE.particles if asleep else 1))
+    e = diffusion.experiment(seed=seed, recipe=recipe, guide_order="learned" if cell == "learned" else "random")
     before, began = tokens(e), time.process_time()
     pyro.set_rng_seed(seed)
-    e.gflownet().fit(e.batches, steps, seed=seed, progress=False)
+    if asleep:
+        trainer: Trainer = SupervisedFineTuning(e.model, e.guide, optimizer=e.optimizer(), examples=dreams(e.model))
+    else:
+        trainer = e.gflownet()
+    trainer.fit(e.batches, steps, seed=seed, progress=False)
     cost = {"tokens": tokens(e) - before, "seconds": time.process_time() - began}
-    print(order, cost, flush=True)
+    print(cell, cost, flush=True)
     return cost | judged(e, Stories(e, count), e.guide)
 
 

@@ -209,10 +209,14 @@ def _same_law(old: Any, new: Any, value: Tensor) -> bool:
                 return False
             rules = [
                 torch.broadcast_tensors(getattr(old, key), getattr(new, key))
-                for key in ("max_tokens", "min_tokens", "temperature", "stop")
-                if hasattr(old, key)
+                for key in ("max_tokens", "min_tokens", "temperature", "stop", "allowed")
+                if isinstance(getattr(old, key, None), Tensor) and isinstance(getattr(new, key, None), Tensor)
             ]
-            alike = old.lm is new.lm and all(torch.equal(*pair) for pair in rules)
+            alike = (
+                old.lm is new.lm
+                and getattr(old, "order", None) == getattr(new, "order", None)
+                and all(torch.equal(*pair) for pair in rules)
+            )
             return alike and bool(text.equal(old.prompt, new.prompt).all())
         return all(_close(old.log_prob(x), new.log_prob(x)) for x in _points(old, value))
     except (RuntimeError, ValueError):  # shapes that do not fit, or a value that one of them does not know
