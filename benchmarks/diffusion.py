@@ -45,12 +45,11 @@ from lmppl.inference import (
 )
 from lmppl.inference.core.programs import Program
 from lmppl.inference.judging.quality import density_quality
-from lmppl.models import Experiment, Recipe, diffusion, infilling
-from lmppl.models.diffusion import text_log_joint
+from lmppl.models import Experiment, diffusion, infilling
+from lmppl.models.diffusion import RECIPE, text_log_joint
 
 CELLS = "untrained", "random", "learned", "sleep", "causal", "bounds"
 DRAWS, RUNS, TOLD = 64, 8, 200
-RECIPE = Recipe(observations=4, particles=8)
 
 
 class Stories:

@@ -16,6 +16,7 @@ from .infilling import read_stories
 from .programs.diffusion import Diffusion
 
 LEFT_TO_RIGHT = "left-to-right"
+RECIPE = Recipe(observations=4, particles=8)  # a step reads each text as often as it has words to fill
 
 
 def experiment(
@@ -37,7 +38,7 @@ def experiment(
     :raises ValueError: for another language model without ``data`` and ``reader``.
     """
     needs = "stories of its own, a file with a story a line"
-    start = Start.of("diffusion", "masked_stories", lm, data, Recipe(), needs, kind=MaskedLanguageModel, **options)
+    start = Start.of("diffusion", "masked_stories", lm, data, RECIPE, needs, kind=MaskedLanguageModel, **options)
     if reader is None and data is not None:
         raise ValueError("reader: stories of one's own need a causal language model that reads their ends")
     if not isinstance(reader, LanguageModel):
