@@ -142,7 +142,9 @@ def test_the_gradient_is_that_of_plain_passes(order, budget):
     other = view.with_adapter(LoraConfig(r=2, target_modules="all-linear"))
     loss = (weights * d.log_prob(symbols(view, canvas, chosen))).sum()
     other.forward(torch.tensor([[A]]))  # another adapter is on when the backward pass comes
+    before = view.tokens_scored
     loss.backward()
+    assert (view.tokens_scored > before) == (budget == 8)  # what exceeds the budget was not kept
     for p, grad in zip(view.trainable_parameters(), expected, strict=True):
         assert torch.allclose(p.grad, grad, atol=1e-9)
     assert all(p.grad is None for p in [*view.network.base_parameters, *other.trainable_parameters()])
