@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from benchmarks.paper.study import markdown
-from lmppl import embedded
+from lmppl import embedded, files
 from lmppl.distributions import Unmasking
 from lmppl.embedded.stories import middles
 from lmppl.inference import (
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     others: dict[str, Any] = {"untrained": untrained, "causal": causal, "bounds": bounds}
     found = others[cell](*given) if cell in others else trained(cell, *given)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{cell}-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
+    files.write(options.out / f"{cell}-{options.seed}.json", (json.dumps(found, indent=1) + "\n").encode())
     print(cell, found)
 
 

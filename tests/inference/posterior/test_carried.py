@@ -298,3 +298,29 @@ def test_a_path_whose_words_or_order_have_changed_is_drawn_anew():
     assert bool((anew == letters[2]).all())
     other = posterior.predictive(model, x, every, "learned", None).samples["z"]
     assert not torch.equal(other, posterior.samples["z"])
+
+
+def test_a_text_under_another_constraint_is_drawn_anew():
+    """A mask, none, or a function: texts are kept where the same is allowed along them, and only there."""
+    every, no_a = torch.ones(5, dtype=torch.bool), torch.arange(5) != 2
+    rules = {
+        "none": lambda: None,
+        "every": lambda: every,
+        "no a": lambda: no_a,
+        "every, a function": lambda: lambda prefix: every.expand(*prefix.shape[:-1], 5),
+        "no a, a function": lambda: lambda prefix: no_a.expand(*prefix.shape[:-1], 5),
+        "no a at the end": lambda: lambda prefix: (no_a if prefix.shape[-1] == 1 else every).expand(len(prefix), 5),
+    }
+
+    def model(x, rule):
+        with pyro.plate("texts", len(x)):
+            pyro.sample("z", Completion(LM, x, max_tokens=2, allowed=rules[rule]()))
+
+    x = LM.encode(["a", "b"])
+    alike = {"none": 0, "every": 0, "every, a function": 0, "no a": 1, "no a, a function": 1, "no a at the end": 2}
+    for old in rules:
+        pyro.set_rng_seed(0)
+        posterior = Importance(model, num_particles=50).run(x, old)
+        for new in rules:
+            found = posterior.predictive(model, x, new).samples["z"]
+            assert torch.equal(found, posterior.samples["z"]) == (alike[old] == alike[new]), (old, new)
