@@ -20,8 +20,9 @@ from ..distributions.arguments import as_view
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
-from ..language_model import LanguageModel, View
+from ..language_model import LanguageModel
 from ..text import length
+from ..view import View
 
 T = TypeVar("T")
 V = TypeVar("V", bound=View)
