@@ -51,6 +51,7 @@ Order = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole; those that are open get the
 softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
 """
+LEFT_TO_RIGHT = "left-to-right"
 MOST_HOLES = 16  # of which all subsets are summed over
 SUMMED = 2**20  # states that are summed over at once
 
@@ -74,7 +75,7 @@ def _learned(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
 
 ORDERS: dict[str, Order] = {
     "random": _random,
-    "left-to-right": _left_to_right,
+    LEFT_TO_RIGHT: _left_to_right,
     "confidence": _confidence,
     "learned": _learned,
 }
@@ -300,20 +301,25 @@ class Unmasking(SteppedText):
     def text_log_prob(self, words: Tensor) -> Tensor:
         r"""log p of the text itself, whatever path wrote it: words (..., n) of the holes -> (...), with gradient.
 
-        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read: `subsets`.
+        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read: `subsets`.  From
+        left to right there is one path.
 
-        :raises ValueError: for more than 16 holes; `lmppl.inference.Sandwich` bounds it there.
+        :raises ValueError: for more than 16 holes in other orders; `lmppl.inference.Sandwich` bounds it there.
 
         >>> bool(d.text_log_prob(d.words(path)) > d.log_prob(path))
         True
         """
         (n,), text_shape = self.event_shape, words.shape[:-1]
         text.validate(words, "words", self.lm.vocab_size)
-        if n > MOST_HOLES:
+        only = self.order == LEFT_TO_RIGHT
+        if n > MOST_HOLES and not only:
             raise ValueError(f"words: {n} holes have 2^{n} subsets; up to {MOST_HOLES} are summed over, else bound it")
         shape = broadcast_shapes(text_shape, self.batch_shape)
         too_long = (words[..., n:] != PAD).any(-1).expand(shape).flatten()
         words = text.pad(words[..., :n], n).expand(*shape, n).reshape(-1, n)
+        if only:
+            path = self.symbols(torch.arange(n, device=words.device), words).view(*shape, n)
+            return self.log_prob(path).masked_fill(too_long.view(shape), -torch.inf)
         kind = self._kinds(shape)
         parts = zip(*(x.split(max(1, SUMMED // 2**n)) for x in (words, kind)), strict=True)
         log_p = torch.cat([summed(self, w, k) for w, k in parts])
