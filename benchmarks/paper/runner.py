@@ -18,7 +18,7 @@ from typing import Any
 
 from lmppl import files
 
-from .study import Figures, Headline, Results, Study, markdown
+from .study import Figures, Headline, Results, Study, Told, markdown
 
 Kept = dict[tuple[str, int], Figures]  # the file of a cell and a seed
 
@@ -64,7 +64,7 @@ def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
     """Write the page from the files that are there."""
-    sections, headlines, seconds, known = [], [], 0.0, {}
+    sections, headlines, seconds, known, told = [], [], 0.0, {}, Told()
     for study in studies:
         kept: Kept = {
             (cell, seed): json.loads(path.read_text())
@@ -80,12 +80,14 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
             known_too = results | {cell: runs for cell, runs in known.items() if cell.partition(":")[0] in study.beside}
             text += study.report(known_too)
             headlines += [(study, study.headline(known_too))] if study.headline else []
+            told |= study.told(known_too) if study.told else {}
             if study.plot is not None:
                 picture = out.with_name(f"{out.stem}-{study.name}.png")
                 study.plot(results, picture)
                 text += f"\n![{study.title}]({picture.name})\n"
         sections.append(text + costs(kept))
-    text = preamble.format(seeds=seeds, hours=seconds / 3600, headline=first_table(headlines))
+    given = {"seeds": seeds, "hours": seconds / 3600, "headline": first_table(headlines)}
+    text = preamble.format_map(Told(told | given))
     files.write(out, (text + "\n".join(sections)).encode())
 
 
