@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from ..paper.study import Figures, Results, markdown, paired, spread, verdict
-from .measured import ASLEEP, BOUNDED, BOUNDS, CAUSAL, RANDOM, STEPS, UNTRAINED, VARIANCE
+from .measured import ASLEEP, BOUNDED, BOUNDS, CAUSAL, STEPS, UNTRAINED, VARIANCE
 
 HEADER = ("guide", "TV, unseen", "TV, trained on", "sd(u)", "ESS/N", "error of log Z", "training tokens")
 TRAINED = {VARIANCE: "VarGrad", BOUNDED: "Linex", ASLEEP: "maximum likelihood on dreams"}
@@ -50,11 +50,6 @@ def claims(results: Results) -> str:
     if BOUNDED in results and VARIANCE in results:
         difference, half, said = by_story(results[BOUNDED], results[VARIANCE])
         text += verdict("Linex ends nearer than VarGrad, on unseen pairs", difference < -half, f"{said}.")
-    if RANDOM in results:
-        first, last = ([r[at] for r in results[RANDOM]] for at in ("before", "after"))
-        difference, half, said = by_story(last, first)
-        claim = "in random order training by Linex brings the guide nearer, on unseen pairs"
-        text += verdict(claim, difference < -half, f"{said}.")
     if CAUSAL in results and start:
         worst = max(mean(r["tv"]) for r in results[CAUSAL])
         best = min(mean(r["tv"]) for cell in (*TRAINED, UNTRAINED) for r in guides(results, cell))
@@ -74,15 +69,12 @@ def report(results: Results) -> str:
         rows += [row("the prior p(z given x), untrained", [r["prior"] for r in results[UNTRAINED]])]
         rows += [row("both ends, untrained", before(results))]
     rows += [row(f"{name}, {STEPS} steps", results[cell]) for cell, name in TRAINED.items() if cell in results]
-    if RANDOM in results:
-        for at, name in (("before", "random order, untrained"), ("after", f"random order, Linex, {STEPS} steps")):
-            rows.append(row(name, [r[at] for r in results[RANDOM]]))
     if CAUSAL in results:
         rows.append(row(f"causal guide, VarGrad, {STEPS} steps, its own posterior", results[CAUSAL]))
     text = markdown(HEADER, rows) + "\n"
     if BOUNDS in results:
         runs = results[BOUNDS]
-        sandwiches = [name for name in runs[0] if name not in ("text", "path")]
+        sandwiches = [name for name, found in runs[0].items() if isinstance(found, dict)]
         both = [[spread([r[name] for r in runs], side, 4) for side in ("below", "above")] for name in sandwiches]
         rows = [[name, *cells] for name, cells in zip(sandwiches, both, strict=True)]
         text += "Bounds of log p of a text, nats from the sum over subsets:\n\n"
@@ -101,6 +93,9 @@ def told(results: Results) -> dict[str, str]:
             found[f"{name}smc"] = f"{mean(r['smc error'] for r in runs):.2f}"
             found[f"{name}error"] = f"{mean(r['error'] for r in runs):.2f}"
             found[f"{name}sd"] = f"{mean(r['sd'] for r in runs):.2f}"
+        shuffled = [r["random order"] for r in results[UNTRAINED]]
+        found |= {"random": f"{mean(flat(shuffled)):.3f}", "in_order": f"{mean(flat(shuffled, 'left to right')):.3f}"}
+        found["summed"] = str(len(flat(shuffled)))
         found["outside"] = f"{mean(r['outside'] for r in start):.4f}"
     for cell, name in ((VARIANCE, "vargrad"), (BOUNDED, "linex"), (ASLEEP, "dreams"), (CAUSAL, "causal")):
         if runs := results.get(cell, []):
@@ -109,9 +104,6 @@ def told(results: Results) -> dict[str, str]:
             if len(start) == len(runs) and cell != CAUSAL:
                 for key, end in (("tv", ""), ("seen tv", "_seen")):
                     found[f"{name}_gain{end}"] = "{:+.3f} ± {:.3f}".format(*by_story(runs, start, key)[:2])
-    if runs := results.get(RANDOM, []):
-        for at in ("before", "after"):
-            found[f"random_{at}"] = f"{mean(flat([r[at] for r in runs])):.3f}"
     if runs := results.get(BOUNDS, []):
         found |= {name: f"{mean(r[name] for r in runs):.3f}" for name in ("text", "path")}
     return found
