@@ -3,8 +3,8 @@
 Model and guide unmask from left to right, so that a text has one path and its posterior is a sum over the 1,152 middles
 of the stories' grammar; untrained in random order too, where a text has 720 paths, on fewer stories.  A seed draws a
 guide's first weights, batches and 16 unseen test stories of its own, whose pairs of place and verb no training story
-has, beside 16 stories of the kind that guides are trained on.  300 steps of 4 stories x 8 paths, rate 1e-3, LoRA of rank 16, as in
-`lmppl compare diffusion`.
+has, beside 16 stories of the kind that guides are trained on.  300 steps of 4 stories x 8 paths, rate 1e-3, LoRA of
+rank 16, as in `lmppl compare diffusion`.
 """
 
 from pathlib import Path

@@ -64,11 +64,12 @@ def experiment(
     if members < 2 or count < 1:
         raise ValueError(f"members, count: expected at least 2 and 1, got {members} and {count}")
     found = subjectivity.experiment(lm, reads="x", count=count, **options)
+    task: Any = found.model.__self__  # type: ignore[attr-defined]
     seed = options.get("seed", 0)
     labelled = embedded.data("subjectivity", "train")[:count]
 
     def shows(out: Path) -> str:
-        tasks = [member(found.lm, labelled, seed * members + j, STEPS) for j in range(members)]
+        tasks = [member(task.lm, labelled, seed * members + j, STEPS) for j in range(members)]
         x, y = tasks[0].encode(embedded.data("subjectivity", "test")[:SENTENCES])
         answers = Ensemble.of([task.predict(x) for task in tasks])
         plot(answers, y, out / PICTURE)
