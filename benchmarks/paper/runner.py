@@ -46,6 +46,16 @@ def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Seque
     return f"{name}: {cell}, seed {seed}: {seconds:.0f} s"
 
 
+def kept_of(study: Study, seeds: int, runs: Path) -> Kept:
+    """The files of a study that are there."""
+    return {
+        (cell, seed): json.loads(path.read_text())
+        for cell in study.cells
+        for seed in range(seeds)
+        if (path := path_of(study, cell, seed, runs)).exists()
+    }
+
+
 def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
     """What a study's figures rest on, and the figures that its report gets."""
     of = {cell: [seed for seed in range(seeds) if (cell, seed) in kept] for cell in study.cells}
@@ -66,12 +76,7 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
     """Write the page from the files that are there."""
     sections, headlines, seconds, known, told = [], [], 0.0, {}, Told()
     for study in studies:
-        kept: Kept = {
-            (cell, seed): json.loads(path.read_text())
-            for cell in study.cells
-            for seed in range(seeds)
-            if (path := path_of(study, cell, seed, runs)).exists()
-        }
+        kept = kept_of(study, seeds, runs)
         seconds += sum(k["seconds"] for k in kept.values())
         basis, results = section(study, kept, seeds)
         known |= {f"{study.name}: {cell}": runs for cell, runs in results.items()}

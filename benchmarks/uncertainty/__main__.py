@@ -64,6 +64,10 @@ Members may be any `Prediction` of the same candidates: `posterior.predict(model
 EM runs from several seeds, prompts, or samples of one adapter's parameters by the optimiser `SGLD`. Scores of
 forecasts are in `lmppl.models.forecasts`.
 
+`lmppl compare uncertainty` trains three adapters on ten labels (`--set count=50 --set members=5`: five on fifty), says
+what the entropy of their answers is made of where they are right and where they are wrong, and draws it sentence by
+sentence (`uncertainty.png`), beside what `lmppl compare subjectivity` shows.
+
 **Few chains mislead.** Entropy is concave, so that of an average of S draws is too small, by (1 / 2S) sum_c Var_z
 p(c|z) / p(c) to first order. With it chain information is too small (from one chain it is zero), and parameter
 information is *too large*: members that drew different chains look like members that disagree. From two chains it is
