@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from lmppl import cli
 from lmppl.command_options import experiment_of, own_device
-from lmppl.models import uncertainty
 
 FILE = "adapter_model.safetensors"
 STORIES = "Tom had a dog. The dog was big. They ran to the park.\nMia saw a cat. It was in a tree. She smiled at it.\n"
@@ -153,14 +152,12 @@ def test_compare_within_a_budget_says_what_it_will_cost(tmp_path, lmppl):
     assert float(foretold) == pytest.approx(tokens, rel=0.15)  # particles are found to 5%, and draws differ
 
 
-def test_compare_shows_what_an_experiment_has_besides(tmp_path, lmppl, monkeypatch):
+def test_compare_shows_what_an_experiment_has_besides(tmp_path, lmppl):
     """The entropy of answers, its parts, and their picture."""
-    monkeypatch.setattr(uncertainty, "STEPS", 1)
-    monkeypatch.setattr(uncertainty, "SENTENCES", 12)
     own = ["--set", "count=1", "--set", "members=2"]
     run = lmppl("compare", "uncertainty", "--steps", "1", "--particles", "4", "--algorithms", "gflownet", *own)
     assert run.returncode == 0, run.stderr
-    assert "Answers of 2 adapters, 1 labels each, to 12 unseen sentences: " in run.stdout
+    assert "Answers of 2 adapters, 1 labels each, to 300 unseen sentences: " in run.stdout
     assert "parameter information" in run.stdout and "uncertainty.png" in run.stdout
     assert (tmp_path / "out" / "uncertainty.png").stat().st_size > 10_000
 

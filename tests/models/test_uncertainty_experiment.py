@@ -55,16 +55,6 @@ def test_members_learn_their_labels_and_differ(tmp_path):
     assert (tmp_path / "it.png").stat().st_size > 10_000
 
 
-def test_compare_shows_it(tmp_path, monkeypatch):
-    """What is told is of the ensemble that was trained, with its picture."""
-    monkeypatch.setattr(uncertainty, "STEPS", 1)
-    monkeypatch.setattr(uncertainty, "SENTENCES", 12)
-    e = EXPERIMENTS["uncertainty"](count=2, members=2, seed=3)
-    assert e.exact is not None and e.name == "uncertainty"
-    assert "2 adapters, 2 labels each, to 12 unseen sentences" in e.shows(tmp_path)
-    assert (tmp_path / uncertainty.PICTURE).stat().st_size > 10_000
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [({"members": 1}, "members"), ({"count": 0}, "count"), ({"data": "x.jsonl"}, "data")],
