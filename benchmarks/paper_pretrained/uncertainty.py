@@ -9,8 +9,9 @@ recipe is chosen here.  A score, the entropy of an answer in nats, is to find th
 - *supervised, 10 labels*: seed s is a member of an ensemble, an adapter that `subjectivity.supervised` trained from
   first weights and in an order of its own on the same ten labels; its direct answers on all 150 sentences.
 
-Beside them the chains of GFlowNet + EM and the direct answers of supervised adapters at 10 labels, as the records of
-`subjectivity` have them: one adapter each a seed, on a hundred sentences of its own.
+Beside them, as the records of `subjectivity` have them, on a hundred sentences of each seed's own: the untrained
+model's direct answers and chains; and at 10 labels, an adapter a seed, direct answers of supervised ones, and chains of
+guides before and after EM.
 
 Expected, as on the embedded sentences: chains know their errors better than the direct answer does; the ensemble
 better than one member; and no part of the entropy better than their sum.
@@ -135,46 +136,58 @@ def ahead(claim: str, ours: tuple[Answer, str], theirs: tuple[Answer, str]) -> s
     return verdict(claim, low > 0, said)
 
 
-def told(results: Results, method: str) -> Answer:
-    """A method of the study of subjectivity at 10 labels, all seeds."""
-    return Answer(*forecast(*pooled(results["subjectivity: 10"], method)))
+RECORDED = {  # cell of the study of subjectivity: its direct answer, and others, with what they are called here
+    "untrained": {
+        "zero-shot": "untrained, direct",
+        "exact-prior chains": f"untrained, {REASONS} chains",
+        "zero-shot, calibrated": "untrained, direct, calibrated",
+        "exact-prior chains, calibrated": f"untrained, {REASONS} chains, calibrated",
+    },
+    "10": {
+        "supervised": "10 labels, direct",
+        "GFlowNet": f"10 labels, {REASONS} chains of the GFlowNet",
+        "GFlowNet + EM": f"10 labels, {REASONS} chains of GFlowNet + EM",
+    },
+}
+
+
+def recorded(results: Results) -> dict[str, Answer]:
+    """What the records of subjectivity say, all seeds."""
+    return {
+        name: Answer(*forecast(*pooled(runs, method)))
+        for cell, methods in RECORDED.items()
+        if (runs := results.get(f"subjectivity: {cell}"))
+        for method, name in methods.items()
+    }
 
 
 def report(results: Results) -> str:
     """What each answer's uncertainty finds of its own errors, and the claims."""
-    answers: dict[str, Answer] = {}
-    said = ""
+    answers, said = recorded(results), ""
+    for cell, method in (("untrained", "exact-prior chains"), ("10", "GFlowNet + EM")):
+        if f"subjectivity: {cell}" in results:
+            direct, *_ = (names := RECORDED[cell]).values()
+            pair = (answers[names[method]], "entropy"), (answers[direct], "entropy")
+            where = "untrained" if cell == "untrained" else f"at {cell} labels, by GFlowNet + EM"
+            said += ahead(f"{where}, chains know their errors better than the direct answer", *pair)
     if UNTRAINED in results:
-        runs = results[UNTRAINED]
-        chains = Answer.of(*of_chains(runs), "expected_entropy", "chain_information")
-        direct = Answer(*forecast([p for r in runs for p in r["direct"]], truth(runs).tolist()))
-        answers |= {"untrained, direct": direct, f"untrained, {REASONS} chains": chains}
-        said += ahead(
-            "untrained, chains know their errors better than the direct answer",
-            (chains, "entropy"),
-            (direct, "entropy"),
-        )
+        chains = Answer.of(*of_chains(results[UNTRAINED]), "expected_entropy", "chain_information")
+        answers["untrained, each chain kept"] = chains
+        parts = (chains, "chain information"), (chains, "entropy")
+        said += ahead("untrained, chain information finds errors better than entropy", *parts)
     if len(runs := results.get(MEMBERS, [])) > 1:
         whole = Answer.of(*of_members(runs), "expected_entropy", "parameter_information")
         one = Answer(*forecast(runs[0]["direct"], runs[0]["y"]))
-        answers |= {"10 labels, an adapter, direct": one, f"10 labels, {len(runs)} adapters, direct": whole}
+        answers |= {"10 labels, one adapter of these, direct": one, f"10 labels, {len(runs)} adapters, direct": whole}
         entropy, parameters = (whole, "entropy"), (whole, "parameter information")
         said += ahead("an ensemble of adapters knows its errors better than one of them", entropy, (one, "entropy"))
         said += ahead("parameter information finds errors better than entropy", parameters, entropy)
-    if "subjectivity: 10" in results:
-        chains, direct = told(results, "GFlowNet + EM"), told(results, "supervised")
-        answers |= {"10 labels, supervised, direct": direct, f"10 labels, GFlowNet + EM, {REASONS} chains": chains}
-        said += ahead(
-            "at 10 labels the chains of GFlowNet + EM know their errors better than direct answers do",
-            (chains, "entropy"),
-            (direct, "entropy"),
-        )
     rows = [row for name, answer in answers.items() for row in answer.rows(name)]
     return (
         "Does an answer's uncertainty find its own errors? Entropy of the labels' probabilities averaged over chains "
-        "or adapters, and its parts ([uncertainty.md](uncertainty.md)); 95% intervals over test sentences. The first "
-        f"rows share {SENTENCES} sentences, the last two, from the records of subjectivity, other ones, an adapter for "
-        f"each hundred.\n\n{markdown(HEADER, rows)}\n{said}"
+        "or adapters, and where each chain or adapter was kept its parts ([uncertainty.md](uncertainty.md)); 95% "
+        "intervals over test sentences. Rows of 300 sentences are from the records of subjectivity, a hundred a seed "
+        f"with its own adapter.\n\n{markdown(HEADER, rows)}\n{said}"
     )
 
 

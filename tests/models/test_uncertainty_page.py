@@ -105,6 +105,26 @@ def test_the_claims_are_counted():
     assert all("50 labels" in line for line in PAGE.splitlines() if line.startswith("- *chains") and "**seen**" in line)
 
 
+def test_what_is_said_of_the_pretrained_model_is_in_its_records():
+    """On the page of its results, which is made from them."""
+    page = (ROOT / "docs" / "results-pretrained.md").read_text().split("## Uncertainty of the labels")[1]
+    (table, *_) = (
+        dict((row.split(" | ")[0].strip("| "), row.split(" | ")) for row in block.splitlines())
+        for block in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    )
+    said = " ".join(PAGE.split("## On SmolLM2")[1].split("## ")[0].split())
+
+    def area(row):
+        assert table[row][1:3] == ["entropy", "300"]
+        return table[row][4]
+
+    chains, direct = "10 labels, 10 chains of GFlowNet + EM", "10 labels, direct"
+    assert f"untrained {area('untrained, 10 chains')} by chains, {area('untrained, direct')} by the direct" in said
+    assert f"10 labels {area(chains)} by chains of GFlowNet + EM, which are right on {table[chains][3]}%, and " in said
+    assert f"{area(direct)} by the direct answers of supervised adapters, right on {table[direct][3]}%." in said
+    assert page.count("know their errors better than the direct answer*: **not seen**") == 2
+
+
 def test_the_row_in_the_results_says_the_same():
     five = "direct answers, five adapters each, 10 labels"
     gain = re.search(rf"{five}\*.*?AUROC ([+-][\d.]+) ± ([\d.]+)", PAGE)
