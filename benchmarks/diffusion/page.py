@@ -8,7 +8,7 @@ from statistics import mean
 from ..paper.study import Figures, Results, markdown, paired, spread, verdict
 from .measured import BOUNDED, BOUNDS, CAUSAL, FEW, STEPS, UNTRAINED, VARIANCE
 
-HEADER = ("guide", "TV, unseen", "TV, trained on", "sd(u)", "ESS/N", "error of log Z", "training tokens")
+HEADER = ("guide", "TV, unseen", "TV, trained pairs", "sd(u)", "ESS/N", "error of log Z", "training tokens")
 TRAINED = {VARIANCE: "VarGrad", BOUNDED: "Linex"}
 ENOUGH = 0.05  # total variation
 
@@ -44,7 +44,7 @@ def claims(results: Results) -> str:
     """What was expected, and whether it was seen."""
     text, start = "", before(results)
     for cell in (c for c in TRAINED if c in results and len(start) == len(results[c])):
-        for key, what in (("seen tv", "stories that it was trained on"), ("tv", "unseen pairs of place and verb")):
+        for key, what in (("seen tv", "pairs of place and verb that it was trained on"), ("tv", "unseen pairs")):
             difference, half, said = by_story(results[cell], start, key)
             claim = f"training by {TRAINED[cell]} brings the guide nearer to the posterior on {what}"
             text += verdict(claim, difference < -half, f"{said}.")
@@ -108,6 +108,8 @@ def told(results: Results) -> dict[str, str]:
     for cell, name in ((VARIANCE, "vargrad"), (BOUNDED, "linex"), (FEW, "few"), (CAUSAL, "causal")):
         if runs := results.get(cell, []):
             found |= {name: f"{mean(flat(runs)):.3f}", f"{name}_seen": f"{mean(flat(runs, 'seen tv')):.3f}"}
+            if "sd" in runs[0]:
+                found[f"{name}_sd"] = f"{mean(r['sd'] for r in runs):.2f}"
             found |= {f"{name}_tokens": f"{mean(r['tokens'] for r in runs) / 1e6:.1f}"}
             if len(start) == len(runs) and cell in TRAINED:
                 for key, end in (("tv", ""), ("seen tv", "_seen")):
