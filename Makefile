@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo paper paper-pretrained smollm2 test test-pretrained test-slow lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo paper paper-pretrained smollm2 test test-pretrained test-slow uncertainty lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -53,6 +53,9 @@ algorithms: $(INSTALLED)
 
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper
+
+uncertainty: $(INSTALLED)
+	$(BIN)/python -m benchmarks.uncertainty
 
 # On the checkpoint of $LMPPL_SMOLLM2, else on the one that `make smollm2` makes, and the data in DATA; core-hours, and it
 # goes on where it stopped. Some of it, or elsewhere: make paper-pretrained OPTIONS="--only random_number --device cuda"

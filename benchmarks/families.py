@@ -27,8 +27,8 @@ from benchmarks.paper.study import markdown
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
 from lmppl.engine.decoding import Decoder, shares_prompts
+from lmppl.engine.reading import supports_trees
 from lmppl.engine.recomputing import decoder
-from lmppl.engine.scoring import supports_trees
 from lmppl.text import PAD
 
 V, WINDOW, TOLERANCE = 11, 4, 1e-4

@@ -129,6 +129,12 @@ def with_labels(context: dict[str, Any]) -> dict[str, Any]:
     return {"lm": lm, "x": x, "y": y, "x_new": new, "batches": [(x, y)]}
 
 
+def with_adapters(context: dict[str, Any]) -> dict[str, Any]:
+    found = with_labels(context)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    return found | {"adapters": [found["lm"].with_adapter(config) for _ in range(2)]}
+
+
 def with_topics(context: dict[str, Any]) -> dict[str, Any]:
     def model(counts):
         topics = pyro.plate("topics", 2, dim=-1)
@@ -175,6 +181,7 @@ OF_THEIR_OWN = {
     "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
     "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
     "inference/samplers/markov.py: Markov": lambda c: {"lm": ngram_lm()},
+    "inference/posterior/ensemble.py: Ensemble": with_adapters,
     "inference/posterior/posterior.py: table": with_topics,
     "models/programs/subjectivity.py: Subjectivity": with_labels,
     "ngram.py: NGram": lambda c: vars(ngram) | {"tokenizer": tiny_tokenizer(6)},

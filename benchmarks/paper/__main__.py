@@ -18,7 +18,8 @@ The paper's experiments (Hu et al. 2024) on the embedded language models, where 
 `make paper`; figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer where a
 section says that it is not complete: intervals are then wide, and a claim that rests on one may read "not seen" for
 want of seeds. All of it took {hours:.1f} core-hours. On a pretrained language model and the paper's data:
-[results-pretrained.md](results-pretrained.md).
+[results-pretrained.md](results-pretrained.md). Beyond the paper, whether a model that reasons knows when it does not
+know: [uncertainty.md](uncertainty.md).
 
 """
 

@@ -58,7 +58,8 @@ def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
     else:
         text = "Not complete: " + ", ".join(f"{cell} {len(there)}" for cell, there in of.items())
         text += f" of {seeds} seeds.\n\n"
-    return text, {cell: [kept[cell, seed]["found"] for seed in there] for cell, there in of.items() if there}
+    found = {cell: [kept[cell, seed]["found"] | {"seed": seed} for seed in there] for cell, there in of.items()}
+    return text, {cell: runs for cell, runs in found.items() if runs}
 
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:

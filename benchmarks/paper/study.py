@@ -24,7 +24,7 @@ class Study:
     :param run: ``run(cell, seed, short, *given) -> figures`` that JSON can hold; ``short`` is for tests, seconds in
         all; ``given`` is what the command that runs it adds.  Tokens that were scored are "scored", processor seconds
         of other processes "elsewhere".
-    :param report: results to Markdown: a table, then one sentence a claim.
+    :param report: results, each run's figures with its "seed", to Markdown: a table, then one sentence a claim.
     :param plot: a picture of the results, shown under the table.
     :param paired: figures are paired by seed, and the report gets the seeds that all cells have.  False: it gets what
         there is of each cell, and does without cells that have nothing yet.

@@ -91,13 +91,17 @@ class Asked(NamedTuple):
 def questions(data: Path, seed: int, short: bool = False) -> Asked:
     """The paper's training questions, and a seed's own test questions."""
     four, three = read_questions(data / "arithmetic")
-    random = Random("five operands")
-    five = list(dict.fromkeys(draw(random, 5) for _ in range(500)))
     test = {}
-    for operands, found in zip(OPERANDS, (three, four.test, five), strict=True):
+    for operands, found in zip(OPERANDS, (three, four.test, of_five_operands()), strict=True):
         count = 2 if short else QUESTIONS[operands]
         test[operands] = (found * 2)[seed * count % len(found) :][:count]
     return Asked(four.rationales, four.train, test)
+
+
+def of_five_operands() -> list[Question]:
+    """500 questions, the same ones at every call."""
+    random = Random("five operands")
+    return list(dict.fromkeys(draw(random, 5) for _ in range(500)))
 
 
 class Shown(Arithmetic):
@@ -112,10 +116,9 @@ class Shown(Arithmetic):
         return self.lm.fill(self.template, x=x), y
 
 
-def longest(lm: LanguageModel, asked: Asked) -> int:
-    """The most tokens of a right chain, without its stop."""
-    chains = [q.chain for q in (*asked.rationales, *(q for found in asked.test.values() for q in found))]
-    return int(length(lm.encode(chains)).max()) - 1
+def longest(lm: LanguageModel) -> int:
+    """The most tokens of a right chain of five operands, without its stop."""
+    return int(length(lm.encode([q.chain for q in of_five_operands()])).max()) - 1
 
 
 def fine_tuned(
@@ -156,7 +159,7 @@ def start(p: LanguageModel, asked: Asked, data: Path, seed: int, recipe: Recipe,
 
 def made(cell: str, lm: LanguageModel, data: Path, asked: Asked, seed: int, short: bool) -> tuple[Arithmetic, int]:
     """The programs of a method, its guide trained, and the tokens of that training."""
-    tokens = longest(lm, asked)
+    tokens = longest(lm)
     if cell == PROMPTING:
         return Shown(lm, Random(seed).sample(asked.rationales, SHOTS), max_tokens=tokens), 0
     passes = LONGER_STEPS if cell == LONGER else SFT_STEPS
@@ -241,8 +244,9 @@ def votes(runs: Sequence[Figures], operands: int) -> str:
 
 def ahead(results: Results, ours: str, theirs: str, operands: int, key: str) -> tuple[float, float]:
     """How far ahead on the same questions, and the half-width of the 95% interval; seeds that both have."""
-    count = min(len(results[ours]), len(results[theirs]))
-    a, b = (pooled(results[cell][:count], operands, key) for cell in (ours, theirs))
+    runs = [{r["seed"]: r for r in results[cell]} for cell in (ours, theirs)]
+    both = [seed for seed in runs[0] if seed in runs[1]]
+    a, b = (pooled([of[seed] for seed in both], operands, key) for of in runs)
     return paired([100 * value for value in a], [100 * value for value in b])
 
 
@@ -254,10 +258,11 @@ def with_one_evidence(of: Results) -> Results:
     found = dict(of)
     alike = [cell for cell in (SFT, REWARD, MATCHED, GFLOWNET) if cell in of]
     for cell in alike:
-        found[cell] = [
-            {**r, "of": {n: _moved(r["of"][n], [of[c][i]["of"][n] for c in alike if i < len(of[c])]) for n in r["of"]}}
-            for i, r in enumerate(of[cell])
-        ]
+        found[cell] = []
+        for own in of[cell]:
+            runs = [r for c in alike for r in of[c] if r["seed"] == own["seed"]]
+            parts = {n: _moved(part, [r["of"][n] for r in runs]) for n, part in own["of"].items()}
+            found[cell].append({**own, "of": parts})
     return found
 
 

@@ -236,15 +236,16 @@ def merged(runs: Sequence[Figures]) -> Figures:
 
 
 def headline(results: Results) -> Headline:
-    """Likelihood and diversity at one temperature."""
+    """Likelihood, diversity and length of texts at one temperature."""
     setting = f"T = {FIRST:g}"
     rows = {family: runs for (family, at), runs in embedded.gathered(results).items() if at == setting}
     shown = [family for family in (BY_TOKEN, GUIDE) if family in rows]
     if len(shown) < 2:
         return []
-    here = [", ".join(spread(rows[f], key, 2) for key in ("log_likelihood", "distance")) for f in shown]
+    columns = ("log_likelihood", 1), ("distance", 2), ("words", 1)
+    here = [", ".join(spread(rows[f], key, digits) for key, digits in columns) for f in shown]
     seeds = min(len(rows[f]) for f in shown)
-    return [(f"mean log p(z∣x), edit distance of {'; '.join(shown)}, {setting}", "", "; ".join(here), seeds)]
+    return [(f"mean log p(z∣x), edit distance, tokens of {'; '.join(shown)}, {setting}", "", "; ".join(here), seeds)]
 
 
 STUDY = Study(

@@ -56,6 +56,7 @@ from lmppl import LanguageModel
 from lmppl.embedded import Sentence
 from lmppl.inference import GFlowNet, SupervisedFineTuning, VariationalEM
 from lmppl.models import PRETRAINED, measures
+from lmppl.models.forecasts import calibration_error, hits, log_score
 from lmppl.models.programs.subjectivity import Subjectivity
 from lmppl.models.subjectivity import read_sentences
 
@@ -203,23 +204,13 @@ def shown(s: Setup, method: Figures) -> list[list[str]]:
 
 def right(p: Sequence[float], y: Sequence[int]) -> list[float]:
     """1 where the likelier label is the true one, 0 where it is not, 1/2 where both are as likely."""
-    return [0.5 if q == 0.5 else float((q > 0.5) == bool(label)) for q, label in zip(p, y, strict=True)]
+    return hits(*forecast(p, y)).tolist()
 
 
-def log_score(p: Sequence[float], y: Sequence[int]) -> float:
-    """The mean of log p(y | x), nats; a coin's is -0.69."""
-    q, label = torch.tensor(p, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    return float((torch.xlogy(label, q) + torch.xlogy(1 - label, 1 - q)).mean())
-
-
-def calibration_error(p: Sequence[float], y: Sequence[int], bins: int = 10) -> float:
-    """ECE: over bins of the likelier label's probability, how far it is from the share that is right."""
-    confidence = [max(q, 1 - q) for q in p]
-    hits = right(p, y)
-    of: dict[int, list[int]] = {}
-    for i, c in enumerate(confidence):
-        of.setdefault(min(int((c - 0.5) * 2 * bins), bins - 1), []).append(i)
-    return sum(abs(sum(confidence[i] - hits[i] for i in rows)) for rows in of.values()) / len(p)
+def forecast(p: Sequence[float], y: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Both labels' probabilities (2, B) and the true labels (B,)."""
+    subjective = torch.tensor(p, dtype=torch.float64)
+    return torch.stack([1 - subjective, subjective]), torch.tensor(y)
 
 
 def pooled(runs: Sequence[Figures], method: str, key: str = "p") -> tuple[list[float], list[int]]:
@@ -266,7 +257,8 @@ def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
     vote = ""
     if "vote" in runs[0]["methods"][method]:
         vote = f"{100 * mean(right(*pooled(runs, method, 'vote'))):.1f}"
-    calibration = f"{calibration_error(p, y):.3f}", f"{log_score(p, y):.3f}"
+    said = forecast(p, y)
+    calibration = f"{calibration_error(*said):.3f}", f"{log_score(*said):.3f}"
     return [cell, method, paper, f"{share:.1f} ± {half:.1f}", against, vote, *calibration, str(len(runs))]
 
 

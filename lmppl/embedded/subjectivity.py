@@ -3,6 +3,7 @@
 Half of the kinds are objective, and each has a word for its reason.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from random import Random
 from typing import NamedTuple
@@ -56,11 +57,13 @@ def draw(random: Random) -> tuple[Sentence, str]:
     else:
         other = kind
     first, second, third = kinds
-    text = (
-        f"The {random.choice(KINDS[first][0])} {random.choice(FILMS)} about {random.choice(KINDS[second][1])} and "
-        f"{random.choice(KINDS[third][1])}"
-    )
+    text = _told(random, KINDS[first][0], KINDS[second][1], KINDS[third][1])
     return Sentence(text, label_of(kind), kind), other
+
+
+def _told(random: Random, first: Sequence[str], second: Sequence[str], third: Sequence[str]) -> str:
+    cues = random.choice(first), random.choice(FILMS), random.choice(second), random.choice(third)
+    return "The {} {} about {} and {}".format(*cues)
 
 
 @cache
@@ -78,3 +81,51 @@ def sentences(split: str) -> list[Sentence]:
             break
         start += size
     return everything[start : start + size]
+
+
+def possible(text: str) -> bool:
+    """Whether `draw` ever writes this sentence: two of its three cues, at least, are of one kind."""
+    words = text.split()
+    if len(words) != 7 or (words[0], words[3], words[5]) != ("The", "about", "and") or words[2] not in FILMS:
+        return False
+    cues = (0, words[1]), (1, words[4]), (1, words[6])  # 0: an adjective, 1: a noun
+    kinds = [kind for part, word in cues for kind, parts in KINDS.items() if word in parts[part]]
+    return len(kinds) == 3 and len(set(kinds)) < 3
+
+
+def _of_three_kinds(random: Random) -> str:
+    first, *others = random.sample(list(KINDS), 3)
+    return _told(random, KINDS[first][0], *(KINDS[kind][1] for kind in others))
+
+
+def _of_idle_words(random: Random) -> str:
+    idle = random.sample(_IDLE.split(), 3)
+    return _told(random, *([word] for word in idle))
+
+
+def _out_of_order(random: Random) -> str:
+    the, *words = draw(random)[0].text.split()
+    random.shuffle(words)
+    return " ".join([the, *words])
+
+
+STRANGE = {"three kinds": _of_three_kinds, "word order": _out_of_order, "idle words": _of_idle_words}
+
+
+def strange(rule: str, count: int = 200) -> list[str]:
+    """So many sentences that the corpus cannot have, in words that it has, and always the same ones.
+
+    By ``rule`` they go further and further from it: "three kinds", each cue of another kind (the corpus has two at
+    most); "word order", a sentence of the corpus whose words after the first are shuffled; "idle words", cues that the
+    corpus has as idle reasons alone, never in a sentence.  None of them has a true label.
+
+    :raises ValueError: for another rule.
+    """
+    if rule not in STRANGE:
+        raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, STRANGE))}")
+    random, found = Random(rule), dict[str, None]()
+    while len(found) < count:
+        text = STRANGE[rule](random)
+        if not possible(text):
+            found.setdefault(text)
+    return list(found)

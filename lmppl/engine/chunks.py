@@ -6,6 +6,12 @@ from ..language_model import LanguageModel
 from .tuning import TUNING
 
 
+def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:
+    """How many rows of ``tokens_per_row`` tokens fit the token budget."""
+    budget = min(lm.token_budget, TUNING.logit_budget // lm.vocab_size)
+    return max(1, budget // max(1, tokens_per_row))
+
+
 def fitting(lm: LanguageModel, floats: int, most: int) -> int:
     """How many tokens, of ``most``, to compute at once where each makes ``floats`` numbers at the widest place.
 

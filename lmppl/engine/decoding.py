@@ -11,10 +11,12 @@ from transformers import DynamicCache
 
 from .. import text
 from ..language_model import LanguageModel
+from .chunks import chunk_rows
 from .merging import Weights, merged, reading
 from .prompts import recalled
+from .reading import supports_trees
 from .room import make_room
-from .scoring import chunk_rows, supports_trees, with_bos
+from .scoring import with_bos
 from .shared_prompts import SharedPrompts, behind
 from .trials import agree, precise, verified
 from .tuning import TUNING

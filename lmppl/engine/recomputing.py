@@ -8,9 +8,11 @@ from torch import Tensor
 from .. import text
 from ..language_model import LanguageModel
 from ..rows import distinct_rows
+from .chunks import chunk_rows
 from .decoding import Decoder
 from .prompts import prompts
-from .scoring import chunk_rows, counts_columns, with_bos
+from .reading import counts_columns
+from .scoring import with_bos
 from .trials import agree, precise, verified
 from .turning import Turning
 from .views import by_length

@@ -1,9 +1,7 @@
 """Scoring: the logits at every token of many continuations, each shared token computed once.
 
-Rows that share tokens (one prompt with many continuations; all prefixes of one text, each followed by an observation)
-are packed into a token tree (`tree_attention`); the sharing is found from the tokens themselves.  Where packing saves
-little, or a network attends in some other way, rows go through the network one by one, right-padded, which needs no
-mask under causal attention.
+Rows that share tokens are one prompt with many continuations, or all prefixes of one text, each followed by an
+observation; the sharing is found from the tokens themselves.
 """
 
 from __future__ import annotations
@@ -11,24 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import text
 from ..language_model import LanguageModel
-from ..rows import covering, distinct_rows, first_equal
+from ..rows import covering, first_equal
 from ..shapes import broadcast_shapes
 from . import distinct
 from .again import again, kept_tokens, read_again
-from .chunks import fitting, is_sharded
-from .packing import Run, Tree
-from .tree_attention import windows_seen
-from .trials import agree, precise, verified
+from .chunks import chunk_rows, is_sharded
+from .packing import Run
+from .reading import Reading, fitting_tokens, packed, read_logits, readings
+from .trials import precise
 from .tuning import TUNING
 from .unembedding import hidden_states, splits, unembed_each
-from .views import by_length
 
 Head = Callable[[Tensor, Tensor], Tensor]
 """``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
@@ -51,12 +48,6 @@ def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
             return context
     bos = torch.full((*context.shape[:-1], 1), lm.bos_id, device=context.device)
     return text.cat(bos.masked_fill(~wanted[..., None], text.PAD), context)
-
-
-def chunk_rows(lm: LanguageModel, tokens_per_row: int) -> int:
-    """How many rows of ``tokens_per_row`` tokens fit the token budget."""
-    budget = min(lm.token_budget, TUNING.logit_budget // lm.vocab_size)
-    return max(1, budget // max(1, tokens_per_row))
 
 
 class Request(NamedTuple):
@@ -149,7 +140,7 @@ def _together(lm: LanguageModel, requests: list[Request], batches: list[_Batch])
     def cost(grid: Tensor) -> int:
         tokens = distinct.at(rows, grid)
         plain = int((grid >= 0).sum()) * tokens.shape[-1]
-        tree = _packed(lm, tokens, plain)
+        tree = packed(lm, tokens, plain)
         return plain if tree is None else tree.cost
 
     grids = distinct.grids([x.view(batch.shape) for x, batch in zip(own, batches, strict=True)], length, cost)
@@ -225,7 +216,7 @@ class _Part:
     tokens: Tensor  # (P, N, B, W), all PAD where there is no row
     shares: list[_Share]
     cost: int  # tokens through the network
-    readings: list[_Reading]
+    ways: list[Reading]
     split: bool  # hidden states first, then logits a few at a time
     again: bool = False  # whether the backward pass reads it again, its activations not being kept
     logits_again: bool = False  # whether it computes all of the logits again
@@ -235,10 +226,10 @@ class _Part:
         """What ``run`` says of the tokens, (M, D), and where in it what the shares want is, one after the other."""
         at = torch.cat([share.at.repeat_interleave(share.wanted.shape[1]) for share in self.shares])
         wanted = torch.cat([share.wanted.flatten() for share in self.shares])
-        out, index = self.readings[0].read(tokens, at, wanted, run)
-        for longer in self.readings[1:]:
+        out, index = self.ways[0].read(tokens, at, wanted, run)
+        for longer in self.ways[1:]:
             more, there = longer.read(tokens, at, wanted, run)
-            index = torch.where(wanted < self.readings[0].end, index, there + len(out))
+            index = torch.where(wanted < self.ways[0].end, index, there + len(out))
             out = torch.cat([out, more])
         return out, index
 
@@ -254,12 +245,15 @@ def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: list[_Asked])
     ``grid`` (P, N, B) are the rows whose ``tokens`` are there, -1 where there is none.
     """
     shares = [*_shares(grid, asked)]
-    readings = _readings(lm, tokens, shares)
-    cost = sum(reading.cost for reading in readings)
+    # Each is predicted from so many tokens; what follows a text is not.
+    predicted = torch.cat([(share.wanted + 1).minimum(share.length[:, None]).flatten() for share in shares])
+    at, earliest = (torch.cat(x) for x in zip(*((share.at, share.wanted[:, 0]) for share in shares), strict=True))
+    ways = readings(lm, tokens, predicted, at, earliest)
+    cost = sum(way.cost for way in ways)
     split = cost * lm.vocab_size > TUNING.many_logits and splits(lm)
     most = lm.token_budget if split else chunk_rows(lm, 1)
-    if any(reading.tree is not None for reading in readings):
-        most = min(most, max(_fitting(lm), TUNING.read_again * sum(reading.repeated for reading in readings)))
+    if any(way.tree is not None for way in ways):
+        most = min(most, max(fitting_tokens(lm), TUNING.read_again * sum(way.repeated for way in ways)))
     if cost > most and grid.numel() > 1:
         axis = 2 if tokens.shape[2] > 1 else 1 if tokens.shape[1] > 1 else 0
         pieces = -(-cost // most)
@@ -267,7 +261,7 @@ def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: list[_Asked])
             if bool((g >= 0).any()):
                 yield from _parts(lm, t, g, asked)
     else:
-        yield _Part(tokens, shares, cost, readings, split)
+        yield _Part(tokens, shares, cost, ways, split)
 
 
 def _shares(grid: Tensor, asked: list[_Asked]) -> Iterator[_Share]:
@@ -280,55 +274,6 @@ def _shares(grid: Tensor, asked: list[_Asked]) -> Iterator[_Share]:
         results = (at >= 0).nonzero()[:, 0]
         if len(results):
             yield _Share(i, results, *(x[results] for x in (each.rows, each.length, at, each.wanted)))
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How tokens are read, up to ``end``. It is decided once: the backward pass must read them as they were read."""
-
-    lm: LanguageModel
-    end: int
-    tree: Tree | None  # None: row by row
-    at_once: int
-    cost: int
-
-    @property
-    def repeated(self) -> int:
-        """How many tokens each part of a split would read again."""
-        return 0 if self.tree is None else self.tree.repeated
-
-    def read(self, tokens: Tensor, at: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it position ``wanted`` (n,) of each row ``at`` is."""
-        tokens, wanted = tokens[..., : self.end], wanted.clamp(max=self.end - 1)
-        if self.tree is not None:
-            out, index = self.tree.read(self.lm, tokens, run)
-        else:
-            out, index = _read_plain(self.lm, tokens, int(wanted.min()), run, self.at_once)
-        return out, index.flatten(0, -2)[at, wanted]
-
-
-def _readings(lm: LanguageModel, tokens: Tensor, shares: list[_Share]) -> list[_Reading]:
-    """How to read the tokens; in two ways where some positions wanted end a short text and others a long one."""
-    # Each is predicted from so many tokens; what follows a text is not.
-    predicted = torch.cat([(share.wanted + 1).minimum(share.length[:, None]).flatten() for share in shares])
-    at, earliest = (torch.cat(x) for x in zip(*((share.at, share.wanted[:, 0]) for share in shares), strict=True))
-    found = []
-    for view, _ in by_length(lm, predicted):
-        end = min(tokens.shape[-1], view.max_length) if view.long is False and view.max_length else tokens.shape[-1]
-        plain = len(at.unique()) * end
-        tree = _packed(lm, tokens[..., :end], plain)
-        if tree is not None:
-            first = earliest.new_full((tokens.shape[2],), end - 1)
-            tree.recall(view, first.scatter_reduce(0, at % tokens.shape[2], earliest, "amin"))
-        found.append(_Reading(view, end, tree, _fitting(lm), plain if tree is None else tree.cost))
-    return found
-
-
-def _packed(lm: LanguageModel, tokens: Tensor, plain: int) -> Tree | None:
-    """The tree of these rows (P, N, B, W), None where ``plain`` reading of so many tokens is better."""
-    tree = Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
-    worthwhile = tree is not None and tree.cost <= TUNING.worthwhile * plain and supports_trees(lm)
-    return tree if worthwhile else None
 
 
 def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
@@ -363,7 +308,7 @@ def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple
         return
 
     def whole(tokens: Tensor) -> list[Tensor]:
-        logits, index = part.read(partial(_logits, layers_again=part.layers_again), tokens)
+        logits, index = part.read(partial(read_logits, layers_again=part.layers_again), tokens)
         found = []
         for share, at in zip(part.shares, part.each(index), strict=True):
             number = -(-at.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few
@@ -373,68 +318,3 @@ def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple
 
     results = again(whole, part.tokens) if part.again else whole(part.tokens)
     yield from zip(part.shares, results, strict=True)
-
-
-def _fitting(lm: LanguageModel) -> int:
-    """How many tokens to read at once, for the sake of the feed-forward layers' activations."""
-    width = getattr(lm.model.config.get_text_config(), "hidden_size", lm.vocab_size)  # a table has none
-    return fitting(lm, 4 * width, lm.token_budget)
-
-
-def _logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
-    """The logits (B, W - first, V) of positions ``first`` to the end."""
-    keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
-    logits: Tensor = lm.forward(input_ids, logits_to_keep=keep, **kwargs).logits
-    return logits[:, -len(keep) :]  # some networks keep all
-
-
-def _read_plain(lm: LanguageModel, tokens: Tensor, first: int, run: Run, at_once: int) -> tuple[Tensor, Tensor]:
-    """What ``run`` says of one right-padded row per sequence, identical rows once, about ``at_once`` tokens a pass.
-
-    The result is (M, D), and where in it the rows' positions from ``first`` on are, (P, N, B, W).
-    """
-    unique, inverse = distinct_rows(tokens.flatten(0, -2))
-    parts = [
-        run(lm, part.clamp(min=0), first, tokens=int(text.length(part).sum()), use_cache=False)
-        for part in unique.split(max(1, at_once // unique.shape[1]))
-    ]
-    out = torch.cat(parts) if len(parts) > 1 else parts[0]  # (U, W - first, D)
-    position = torch.arange(tokens.shape[-1], device=tokens.device) - first
-    return out.flatten(0, 1), inverse.view(*tokens.shape[:-1], 1) * out.shape[1] + position
-
-
-def supports_trees(lm: LanguageModel) -> bool:
-    """Whether tree attention gives this network's own logits: tried once per network on a small tree, then known."""
-    return verified(lm, "tree_attention", _tree_agrees)
-
-
-def windows(lm: LanguageModel) -> list[int | None] | None:
-    """How far back each layer attends, by the configuration, as no small trial could show; None if it does not say."""
-    config = lm.model.config.get_text_config()
-    if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "attention_layers", None):
-        return None
-    if counts_columns(lm):
-        return None
-    window = getattr(config, "sliding_window", None)
-    alike = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
-    reach = {"full_attention": None, "sliding_attention": window}
-    kinds = getattr(config, "layer_types", None) or alike
-    return [reach[kind] for kind in kinds] if set(kinds) <= set(reach) else None
-
-
-def counts_columns(lm: LanguageModel) -> bool:
-    """Whether a token's place among the pass's, padding included, is what its attention depends on (Llama 4)."""
-    config = lm.model.config.get_text_config()
-    return bool(getattr(config, "attn_temperature_tuning", False))
-
-
-def _tree_agrees(lm: LanguageModel) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(lm.vocab_size, (3, 2, 2, 9), generator=generator).to(lm.device)
-    ids[:, :, :, :2] = ids[0, 0, 0, :2]
-    ids[1, :, :, :5], ids[2, :, :, :4] = ids[0, :, :, :5], ids[0, :, :, :4]
-    ids[2, :, :, 7:] = text.PAD
-    with windows_seen() as seen:
-        plain, at = _read_plain(lm, ids, 1, _logits, _fitting(lm))
-        packed, there = Tree(ids).read(lm, ids, _logits)
-    return seen == windows(lm) and agree(lm, packed[there[..., 1:7]], plain[at[..., 1:7]], 1e-4)

@@ -12,7 +12,7 @@ from .core.weights import weigh
 from .judging.compare import compare
 from .judging.comparison import Comparison
 from .judging.diagnose import Diagnosis, Finding, diagnose
-from .posterior import Posterior, Prediction, Predictive, ZeroEvidence
+from .posterior import Ensemble, Posterior, Prediction, Predictive, Uncertainty, ZeroEvidence
 from .posterior.algorithm import Algorithm, Sampler
 from .processes.sharded import Sharded
 from .samplers.enumeration import Enumerated, Enumeration
@@ -38,6 +38,7 @@ from .training import EarlyStopping, StopTraining, Task, Trainer, gflownet
 from .training.direct_preference import DirectPreferenceOptimization
 from .training.em import VariationalEM
 from .training.gflownet import *  # noqa: F403 - objectives are listed in one place
+from .training.langevin import SGLD
 from .training.policy_gradient import PolicyGradient
 from .training.reweighted_wake_sleep import ReweightedWakeSleep
 from .training.supervised import SupervisedFineTuning, dreams
@@ -45,6 +46,7 @@ from .training.supervised import SupervisedFineTuning, dreams
 __all__ = [
     "Algorithm",
     "AutoGuide",
+    "SGLD",
     "SMC",
     "Automaton",
     "AxesError",
@@ -54,6 +56,7 @@ __all__ = [
     "DirectPreferenceOptimization",
     "Divergences",
     "EarlyStopping",
+    "Ensemble",
     "Enumerated",
     "Enumeration",
     "Finding",
@@ -79,6 +82,7 @@ __all__ = [
     "SupervisedFineTuning",
     "Task",
     "Trainer",
+    "Uncertainty",
     "VariationalEM",
     "ZeroEvidence",
     "compare",

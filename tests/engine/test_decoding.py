@@ -16,8 +16,9 @@ from transformers import DynamicCache
 
 from lmppl.distributions import Completion, NextToken
 from lmppl.engine.decoding import Decoder
+from lmppl.engine.reading import supports_trees
 from lmppl.engine.recomputing import Recomputing, decoder
-from lmppl.engine.scoring import score, supports_trees
+from lmppl.engine.scoring import score
 from lmppl.engine.shared_prompts import SharedPrompts
 from lmppl.engine.tuning import TUNING
 from lmppl.text import PAD

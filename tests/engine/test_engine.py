@@ -14,10 +14,10 @@ from tiny import ARCHITECTURES, tiny_lm, tiny_tokenizer
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion, NextToken
-from lmppl.engine import scoring
+from lmppl.engine import reading
 from lmppl.engine.decoding import Decoder
+from lmppl.engine.reading import supports_trees
 from lmppl.engine.recomputing import decoder
-from lmppl.engine.scoring import supports_trees
 from lmppl.engine.tuning import TUNING
 from lmppl.text import PAD
 
@@ -243,7 +243,7 @@ def test_unusual_attention_is_right_or_falls_back(name):
 def test_a_window_that_does_not_reach_the_attention_is_no_tree():
     """The trial tree is 9 tokens deep: that a layer's window is 20 only the configuration knows."""
     lm = UNUSUAL["wide sliding window"]()
-    assert scoring.windows(lm) == [20, 20] and supports_trees(lm)
+    assert reading.windows(lm) == [20, 20] and supports_trees(lm)
     lm = tiny_lm("llama", vocab=V, tried=False)
     lm.model.config.sliding_window = 20  # these layers hand no window on
     assert not supports_trees(lm)

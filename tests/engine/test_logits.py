@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion, NextToken
 from lmppl.distributions.rules import Selection, selected_log_softmax
-from lmppl.engine import scoring, unembedding
+from lmppl.engine import reading, unembedding
 from lmppl.engine.tuning import TUNING
 from lmppl.inference import SMC, Enumeration, Importance
 
@@ -92,7 +92,7 @@ def test_chunks_of_logits_give_the_same_scores_and_gradients_in_bounded_memory(k
     prompt = text.cat(prompt, text.prefixes(prompt[:3], stop=0)[:, None]) if packed else prompt  # (3, 1, L)
     z = text.cat(z.masked_fill(torch.arange(19) >= torch.arange(8, 20)[:, None], text.PAD), torch.tensor([0]))
     z = z[::3] if packed else z
-    unembedding.splits(lm), scoring.supports_trees(lm)
+    unembedding.splits(lm), reading.supports_trees(lm)
     found = {}
     for always in (True, False):
         with split(always, monkeypatch), packing(packed), Largest() as largest:
@@ -159,7 +159,7 @@ def test_a_frozen_output_layer_needs_no_logits_for_a_gradient(kind, rules, monke
     z, found = d.sample((9,)), []
     monkeypatch.setattr(TUNING, "many_logits", 0)
     monkeypatch.setattr(TUNING, "unembedded", 20 * V)
-    unembedding.splits(lm), scoring.supports_trees(lm), unembedding.plain_weight(lm)
+    unembedding.splits(lm), reading.supports_trees(lm), unembedding.plain_weight(lm)
     for direct in (True, False):
         with monkeypatch.context() as m, Largest() as largest:
             if not direct:

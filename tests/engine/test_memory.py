@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion
-from lmppl.engine import scoring, unembedding
+from lmppl.engine import reading, unembedding
 from lmppl.engine.again import activations, kept_tokens
 from lmppl.engine.tuning import TUNING
 from lmppl.language_model import TOKEN_BUDGET
@@ -59,7 +59,7 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
 def three_views(**kwargs) -> list[LanguageModel]:
     lm = tiny_lm("gpt2", vocab=V, dtype=torch.float64, **kwargs)
     views = [adapter(lm, 1), adapter(lm, 2), lm]
-    scoring.supports_trees(lm), unembedding.splits(lm)
+    reading.supports_trees(lm), unembedding.splits(lm)
     return views
 
 

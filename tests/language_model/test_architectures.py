@@ -17,8 +17,8 @@ from tiny import tiny_tokenizer
 from lmppl import LanguageModel, text
 from lmppl.distributions import Completion, NextToken
 from lmppl.engine.decoding import Decoder, shares_prompts
+from lmppl.engine.reading import supports_trees
 from lmppl.engine.recomputing import decoder
-from lmppl.engine.scoring import supports_trees
 from lmppl.engine.unembedding import hidden_states, splits, unembed
 from lmppl.text import PAD
 

@@ -41,10 +41,10 @@ FACTORIES = {
 }  # fmt: skip
 # What is on the CPU on purpose, or sent on at once; by file and function.
 ELSEWHERE = {
-    "recomputing.py:_trial",
+    "recomputing.py:_agrees",
     "prompts.py:_trial",
     "decoding.py:_shared",
-    "scoring.py:_tree_agrees",  # these three are drawn on the CPU and sent to the network's device in the same line
+    "reading.py:_tree_agrees",  # these three are drawn on the CPU and sent to the network's device in the same line
     "rows.py:covering",  # likewise
     "rows.py:first_equal",  # sent to the rows' device in the next line
     "verdict.py:judge",  # k-hats: numbers for Python

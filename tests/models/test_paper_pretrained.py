@@ -35,6 +35,7 @@ from lmppl.inference import Enumeration
 from lmppl.models import Arithmetic, Continuation, RandomNumber
 from lmppl.models.arithmetic import FILES
 from lmppl.models.continuation import embedded_prompts
+from lmppl.models.forecasts import log_score
 from lmppl.models.programs.random_number import tensors
 from lmppl.models.programs.subjectivity import Subjectivity
 
@@ -43,7 +44,7 @@ NUMBERS = embedded.path("numbers")
 
 def of(study, *given):
     """Every cell of a study, once and short."""
-    return {cell: [study.run(cell, 0, True, *given)] for cell in study.cells}
+    return {cell: [study.run(cell, 0, True, *given) | {"seed": 0}] for cell in study.cells}
 
 
 def states(study, results):
@@ -206,8 +207,7 @@ def test_prompts_are_chosen_and_calibrated_on_sentences_that_no_method_learns_fr
 def test_figures_of_labels():
     p, y = [0.9, 0.6, 0.5, 0.2], [1, 0, 1, 0]
     assert subjectivity.right(p, y) == [1.0, 0.0, 0.5, 1.0]
-    assert subjectivity.log_score(p, y) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
-    assert subjectivity.calibration_error([0.8] * 10, [1] * 6 + [0] * 4) == pytest.approx(0.2)
+    assert log_score(*subjectivity.forecast(p, y)) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
     assert subjectivity.calibrated([0.5, 0.9], [0.9, 0.9, 0.9]) == pytest.approx([0.1, 0.5])
 
 
@@ -277,10 +277,10 @@ def test_intervals_of_votes_and_their_differences():
     assert arithmetic.wilson([1.0] * 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert arithmetic.wilson([1.0] * 5 + [0.0] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
-    def votes(*hits):
-        return {"of": {"4": {"vote": [float(h) for h in hits]}}}
+    def votes(seed, *hits):
+        return {"seed": seed, "of": {"4": {"vote": [float(h) for h in hits]}}}
 
-    results = {"SFT": [votes(0, 0, 0, 1)], "GFlowNet": [votes(1, 1, 0, 1), votes(1, 1, 1, 1)]}
+    results = {"SFT": [votes(1, 0, 0, 0, 1)], "GFlowNet": [votes(0, 1, 1, 1, 1), votes(1, 1, 1, 0, 1)]}
     gain, half = arithmetic.ahead(results, "GFlowNet", "SFT", 4, "vote")
     assert gain == pytest.approx(50) and half == pytest.approx(3.182 * 57.735 / 2, rel=1e-3)  # of the seed of both
 
@@ -396,7 +396,7 @@ def test_a_study_runs_on_a_pretrained_model(study, cells, smollm2_lm):
     """A cell or two, so that it takes a minute: guides, and beside them what is not trained."""
     if any(not (SHARED / "data" / name).is_file() for name in study.needs):
         pytest.skip(f"no data for {study.name} in {SHARED}")
-    states(study, {cell: [study.run(cell, 0, True, smollm2_lm, SHARED / "data")] for cell in cells})
+    states(study, {cell: [study.run(cell, 0, True, smollm2_lm, SHARED / "data") | {"seed": 0}] for cell in cells})
 
 
 def test_every_story_is_one_that_the_pretrained_model_may_tell(smollm2_lm):
@@ -414,17 +414,18 @@ def test_guides_of_one_model_share_their_evidence():
 
     def found(z, gap, posterior):
         each = {"log_z": [math.log(z)], "gap": [gap], "posterior": [posterior]}
-        return [{"of": {str(n): each for n in arithmetic.OPERANDS}}]
+        return {"of": {str(n): each for n in arithmetic.OPERANDS}}
 
     of = {
-        arithmetic.SFT: found(0.1, 2.0, 0.8),
-        arithmetic.GFLOWNET: found(0.3, 1.0, 0.2),
-        arithmetic.LONGER: found(1, 0, 1),
+        arithmetic.SFT: [found(5, 0, 0) | {"seed": 0}, found(0.1, 2.0, 0.8) | {"seed": 1}],
+        arithmetic.GFLOWNET: [found(0.3, 1.0, 0.2) | {"seed": 1}],  # the other seed's is missing
+        arithmetic.LONGER: [found(1, 0, 1) | {"seed": 1}],
     }
     shared = arithmetic.with_one_evidence(of)
     for cell, z, gap, posterior in ((arithmetic.SFT, 0.1, 2.0, 0.8), (arithmetic.GFLOWNET, 0.3, 1.0, 0.2)):
-        row = shared[cell][0]["of"]["4"]
+        row = shared[cell][-1]["of"]["4"]
         assert row["log_z"] == pytest.approx([math.log(0.2)], rel=1e-5)
         assert row["gap"] == pytest.approx([gap + math.log(0.2 / z)], rel=1e-5)
         assert row["posterior"] == pytest.approx([posterior * z / 0.2], rel=1e-5)
     assert shared[arithmetic.LONGER] == of[arithmetic.LONGER]
+    assert shared[arithmetic.SFT][0]["of"]["4"]["log_z"] == pytest.approx([math.log(5)])

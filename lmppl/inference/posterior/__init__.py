@@ -1,6 +1,7 @@
 """What every algorithm answers with: weighted particles, their predictions, files and tables."""
 
+from .ensemble import Ensemble, Uncertainty
 from .posterior import Posterior, Sites, ZeroEvidence
 from .predictive import Prediction, Predictive
 
-__all__ = ["Posterior", "Prediction", "Predictive", "Sites", "ZeroEvidence"]
+__all__ = ["Ensemble", "Posterior", "Prediction", "Predictive", "Sites", "Uncertainty", "ZeroEvidence"]
