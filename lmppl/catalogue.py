@@ -57,6 +57,18 @@ MODELS = {
         }
         | MAX_TOKENS,
     ),
+    "preferences": Entry(
+        "Texts for people who disagree: kinds of annotators and what they like, from their choices; then texts for each.",
+        "a JSONL file, a choice a line: who chose, the prompt, what was chosen and what was not; it goes with properties",
+        '{"annotator": "1", "prompt": "Tom had a dog.", "chosen": " It was old.", "rejected": " It was new."}',
+        {
+            "properties": "what can be liked, as old, new; cake|egg: at most one property of each group",
+            "kinds": "the most kinds of annotators",
+            "strength": "the utility of what is liked, nats",
+            "beta": "how much of it counts in the texts that are wanted",
+        }
+        | MAX_TOKENS,
+    ),
     "random_number": Entry(
         "A random integer between 0 and 100: uniform, whatever the language model prefers.",
         BOUNDS,

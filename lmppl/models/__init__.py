@@ -19,6 +19,7 @@ from .continuation import Continuation
 from .contrastive import Contrastive
 from .experiment import PRETRAINED, Experiment, Recipe
 from .infilling import Infilling
+from .preferences import Annotators, Preferences
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
@@ -34,6 +35,7 @@ EXPERIMENTS = {name: _maker(name) for name in MODELS}
 __all__ = [
     "EXPERIMENTS",
     "PRETRAINED",
+    "Annotators",
     "Arithmetic",
     "Constrained",
     "Continuation",
@@ -41,6 +43,7 @@ __all__ = [
     "Experiment",
     "Infilling",
     "Plan",
+    "Preferences",
     "RandomNumber",
     "Recipe",
     "Reverse",

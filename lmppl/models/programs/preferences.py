@@ -1,0 +1,222 @@
+r"""Preferences: people of several kinds choose between texts; wanted are texts as all of them would have them.
+
+Who they are, from choices y:   s ~ shares,   g_k ~ tastes,   y_a ~ sum_k s_k prod_j Bernoulli(sigmoid(d_aj . w[g_k]))
+What one of them would read:    z ~ LM(x), times e^(beta w . phi(z)),    for a taste w
+
+Wanted for the next person, whoever it is:  sum_g m_g p_g(z | x),   m the posterior of that person's taste
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+
+import pyro
+import torch
+from pyro.distributions import Bernoulli, Categorical, MaskedDistribution, MixtureSameFamily
+from torch import Tensor
+
+from ... import text
+from ...constraints import Constraint
+from ...distributions import Completion
+from ...inference import Posterior
+from ...language_model import LanguageModel
+
+TEMPLATE = "For a reader who likes{w}:\n{x}"
+LONGEST = 30  # tokens of a text
+
+
+class Annotators:
+    r"""People of K kinds, whose choices between two texts are observed: a program of ordinary latents.
+
+    .. math:: s \sim \text{shares}, \quad g_k \sim \text{tastes}, \quad
+              y_a \sim \sum_k s_k \prod_j \mathrm{Bernoulli}(\sigma(w_{g_k} \cdot d_{aj})),
+              \qquad d = \phi(z) - \phi(z')
+
+    :math:`y_{aj}` is 1 where annotator a chose z of the pair (z, z').  A kind is a Bradley-Terry utility
+    :math:`u(z) = w \cdot \phi(z)`, in nats.  An annotator's kind is summed out, so that all latents are few and
+    discrete: `Enumeration` is exact.  The shares are multiples of 1 / ``parts``, none of them zero, uniform on that
+    grid of the simplex; kinds are numbered by them, the largest first.  Two kinds may have one taste, so that K is the
+    most kinds there are.
+
+    :param tastes: (G, F), the utilities that a kind may have, all as probable before there are choices.
+    :param kinds: K.
+    :param parts: in how many parts the shares divide everyone, at least K.
+
+    `model(d, y)` is a Pyro program over differences of features d (A, J, F) and choices y (A, J), 0, 1 or -1 for none;
+    y None: they are drawn.  Its latent sites are "shares", a row of ``shares`` (S, K), and "kind 0" to "kind K-1", each
+    a row of ``tastes``.
+
+    :raises ValueError: for tastes that are no matrix, and fewer parts than kinds.
+    """
+
+    def __init__(self, tastes: Tensor, *, kinds: int = 3, parts: int = 10):
+        if tastes.dim() != 2:
+            raise ValueError(f"tastes: expected a matrix (G, F), got the shape {tuple(tastes.shape)}")
+        if not 1 <= kinds <= parts:
+            raise ValueError(f"kinds, parts: expected 1 <= kinds <= parts, got {kinds} and {parts}")
+        every = [s for s in product(range(1, parts + 1), repeat=kinds) if sum(s) == parts]
+        sorted_ = [tuple(sorted(s, reverse=True)) for s in every]
+        distinct = list(dict.fromkeys(sorted_))
+        self.tastes, self.kinds = tastes, kinds
+        self.shares = torch.tensor(distinct, device=tastes.device) / parts  # (S, K)
+        self.log_shares = torch.tensor([sorted_.count(s) / len(every) for s in distinct], device=tastes.device).log()
+
+    @property
+    def combinations(self) -> int:
+        """How many values the latents have, S G^K."""
+        return len(self.shares) * len(self.tastes) ** self.kinds
+
+    def model(self, d: Tensor, y: Tensor | None = None) -> Tensor:
+        """Shares and kinds; everyone's choices."""
+        everyone = torch.zeros(len(self.tastes), device=self.tastes.device)
+        s = pyro.sample("shares", Categorical(logits=self.log_shares))
+        kinds = [pyro.sample(f"kind {k}", Categorical(logits=everyone)) for k in range(self.kinds)]
+        w = self.tastes[torch.stack(torch.broadcast_tensors(*kinds), -1)]  # (..., K, F)
+        choices = Bernoulli(logits=torch.einsum("...kf,...jf->...kj", w, d))  # (..., A, K, J)
+        if y is not None:
+            choices = MaskedDistribution(choices, (y >= 0)[:, None])
+        choices = choices.to_event(1)
+        mixture = Categorical(self.shares[s].expand(*choices.batch_shape))
+        with pyro.plate("annotators", len(d)):
+            seen = None if y is None else y.clamp(min=0).to(d.dtype)
+            return pyro.sample("choices", MixtureSameFamily(mixture, choices), obs=seen)
+
+    def next_taste(self, posterior: Posterior) -> Tensor:
+        r"""Of the next person, the probability of each taste: :math:`m_g = E[\sum_k s_k 1[g_k = g]]`, (G,)."""
+        shares, kinds = self._found(posterior)
+        m = shares.new_zeros(len(self.tastes))
+        return m.index_add(0, kinds.flatten(), (posterior.probabilities[:, None].to(shares.dtype) * shares).flatten())
+
+    def taste_of_each(self, posterior: Posterior, d: Tensor, y: Tensor) -> Tensor:
+        """Of each annotator who chose, the probability of each taste, given everyone's choices: (A, G)."""
+        shares, kinds = self._found(posterior)
+        utility = torch.einsum("gf,ajf->gaj", self.tastes, d)
+        chosen = Bernoulli(logits=utility).log_prob(y.clamp(min=0).to(utility.dtype)).masked_fill(y < 0, 0.0).sum(-1)
+        weights = posterior.probabilities.to(shares.dtype)
+        top = weights > 0
+        of_kind = (chosen[kinds[top]] + shares[top].log()[..., None]).softmax(1) * weights[top, None, None]  # (N, K, A)
+        found = shares.new_zeros(len(self.tastes), len(d))
+        return found.index_add(0, kinds[top].flatten(), of_kind.flatten(0, 1)).T
+
+    def _found(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
+        """The shares and tastes of particles, (N, K) each."""
+        n = posterior.num_particles
+        kinds = [posterior.samples[f"kind {k}"].reshape(n) for k in range(self.kinds)]
+        return self.shares[posterior.samples["shares"].reshape(n)], torch.stack(kinds, -1)
+
+
+class Preferences:
+    r"""The model and guide of a text for somebody, for any language model.
+
+    .. math:: p_w(z \mid x) = p(z \mid x) \, e^{\beta \, w \cdot \phi(z)} / Z_w(x)
+
+    With kinds of shares m the texts wanted are :math:`\sum_g m_g \, p_g(z \mid x)`: draw a person, then a text.  That is
+    not the joint :math:`m_g \, p(z \mid x) \, e^{\beta u_g(z)}`, in which a taste counts by :math:`Z_g` as well, more the
+    easier it is to please; so the taste is an argument here, and each has a Z of its own.  For one utility that is the
+    mean, or that was fitted to all choices, it is :math:`p \, e^{\beta \bar u}`, what RLHF and DPO aim at: texts that
+    please a minority have no share of their own in it.
+
+    :param lm: the language model p, frozen.
+    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
+    :param properties: names, and the words of which a text has one or more that has the property:
+        :math:`\phi_f(z)` is 1 there and 0 elsewhere.
+    :param beta: how much a nat of utility counts.
+    :param max_tokens: the most tokens of a text before its stop.
+    :param stop: its stop, a sentence end.
+    :param template: the guide's prompt, with the fields x and w, the names of what is liked; without w the guide does
+        not know for whom it writes.
+    :param allowed: a constraint on the next token, for p and for the guide.
+
+    `model(x, w)` and `guide(x, w)` are Pyro programs over prompts x (B, L) and utilities w (B, F), with one plate.
+
+    :raises ValueError: for a beta that is not finite, and properties without words.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        guide_lm: LanguageModel | None = None,
+        *,
+        properties: Mapping[str, Sequence[str]],
+        beta: float = 1.0,
+        max_tokens: int = LONGEST,
+        stop: str = ".",
+        template: str = TEMPLATE,
+        allowed: Constraint | None = None,
+    ):
+        if not abs(beta) < float("inf"):
+            raise ValueError(f"beta: expected a finite number, got {beta}")
+        if not properties or not all(properties.values()):
+            raise ValueError(f"properties: expected names, each with one word or more, got {properties!r}")
+        self.lm, self.guide_lm, self.beta = lm, guide_lm, beta
+        self.properties = {name: tuple(words) for name, words in properties.items()}
+        self.max_tokens, self.stop, self.template, self.allowed = max_tokens, stop, template, allowed
+
+    def model(self, x: Tensor, w: Tensor) -> Tensor:
+        """z ~ LM(x), and what somebody of utility w thinks of it."""
+        with pyro.plate("people", len(x)):
+            z = pyro.sample("z", self.completion(self.lm, x))
+            pyro.factor("utility", self.beta * (self.features(z) * w).sum(-1))
+            return z
+
+    def guide(self, x: Tensor, w: Tensor) -> Tensor:
+        """z ~ q(z | x, w), a language model that reads what is liked."""
+        with pyro.plate("people", len(x)):
+            return pyro.sample("z", self.proposal(x, w))
+
+    def proposal(self, x: Tensor, w: Tensor) -> Completion:
+        """q(z | x, w), or q(z | x) where the template has no w."""
+        if self.guide_lm is None:
+            raise ValueError("guide_lm: this Preferences was made without a guide")
+        liked = {"w": self.liked(w)} if "{w}" in self.template else {}
+        return self.completion(self.guide_lm, self.guide_lm.fill(self.template, x=x, **liked))
+
+    def features(self, z: Tensor) -> Tensor:
+        """Which properties texts (..., L) have: (..., F)."""
+        return text.map(lambda said: features(said, self.properties), z, self.lm).to(torch.get_default_dtype())
+
+    def liked(self, w: Tensor) -> Tensor:
+        """The names of what somebody likes, (B, L): "nothing" can be said of how much.
+
+        :raises ValueError: for utilities whose positive weights are not all one number, and negative ones.
+        """
+        if w.numel() and not bool(((w == 0) | (w == w.amax())).all() and w.amin() >= 0):
+            raise ValueError("w: the guide is told what is liked, not how much; expected zeros and one positive number")
+        names = list(self.properties)
+        return self.lm.encode([said([names[f] for f in row.nonzero()[:, 0]]) for row in w])
+
+    def completion(self, lm: LanguageModel, prompt: Tensor) -> Completion:
+        """What a language model writes after a prompt."""
+        return Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
+
+
+def features(said: str, properties: Mapping[str, Iterable[str]]) -> Tensor:
+    """phi of a text, (F,): which properties it has.
+
+    >>> features("He took the old egg.", {"old": ["old"], "food": ["egg", "cake"], "toy": ["ball"]})
+    tensor([1., 1., 0.])
+    """
+    found = set(re.findall(r"\w+", said))
+    return torch.tensor([float(not found.isdisjoint(words)) for words in properties.values()])
+
+
+def said(names: Sequence[str]) -> str:
+    """What is liked, as the guide is told: each name with its space, and commas between.
+
+    >>> said(["old", "food"]), said([])
+    (' old, food', '')
+    """
+    return ",".join(f" {name}" for name in names)
+
+
+def one_of_each(groups: Sequence[int], strength: float) -> Tensor:
+    """The tastes that like at most one property of each group, groups of so many properties: (G, F), in nats.
+
+    >>> one_of_each([2, 1], 3.0).tolist()
+    [[0.0, 0.0, 0.0], [0.0, 0.0, 3.0], [3.0, 0.0, 0.0], [3.0, 0.0, 3.0], [0.0, 3.0, 0.0], [0.0, 3.0, 3.0]]
+    """
+    parts = [torch.cat([torch.zeros(1, n), torch.eye(n)]) for n in groups]
+    rows = product(*(range(n + 1) for n in groups))
+    return strength * torch.stack([torch.cat([p[i] for p, i in zip(parts, row, strict=True)]) for row in rows])
