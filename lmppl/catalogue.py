@@ -58,8 +58,8 @@ MODELS = {
         | MAX_TOKENS,
     ),
     "preferences": Entry(
-        "Texts for people who disagree: kinds of annotators and what they like, from their choices; then texts for each.",
-        "a JSONL file, a choice a line: who chose, the prompt, what was chosen and what was not; it goes with properties",
+        "Texts for people who disagree, in their shares: who likes what is inferred from choices.",
+        "a JSONL file, a choice a line; it goes with properties",
         '{"annotator": "1", "prompt": "Tom had a dog.", "chosen": " It was old.", "rejected": " It was new."}',
         {
             "properties": "what can be liked, as old, new; cake|egg: at most one property of each group",

@@ -1,4 +1,4 @@
-"""Preferences: whose choices they are, on the embedded stories or in a file; the programs are `programs/preferences.py`.
+"""Preferences: whose choices, on the embedded stories or in a file; its programs are `programs/preferences.py`.
 
 The embedded annotators are forty, of three kinds, and chose between middles of stories ten times each.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import torch
 from torch import Tensor
@@ -22,14 +22,21 @@ from ..language_model import LanguageModel
 from .constrained import beginnings, next_sentence
 from .data_files import read_each
 from .experiment import TEST_OBSERVATIONS, Experiment, Options, Recipe, Start, split
-from .programs.preferences import LONGEST, TEMPLATE, Annotators, Preferences, features, one_of_each, said
+from .programs.preferences import LONGEST, Annotators, Preferences, features, one_of_each, said
 
-FOOD = """egg walnut apple orange lemon loaf cake bun pancake omelette fish potato turnip carrot cocoa soup pie melon
-pumpkin""".split()
-TOYS = "bat ski marble ball drum gong bell rattle piano guitar banjo doll toy puppet kite robot".split()
+Group: TypeAlias = Mapping[str, Sequence[str]]  # properties by name, each with its words
+
+FOOD = """
+egg walnut apple orange lemon loaf cake bun pancake omelette fish potato turnip carrot cocoa soup pie melon pumpkin
+"""
+TOYS = """
+bat ski marble ball drum gong bell rattle piano guitar banjo doll toy puppet kite robot
+"""
 # At most one property of each group is liked; a property is called by a word that the story LM has a token for.
-GROUPS = ({word: (word,) for word in ADJECTIVES}, {"cake": FOOD, "ball": TOYS})
-KINDS = (24, ("old", "cake")), (12, ("new", "ball")), (4, ("small",))  # annotators, and what they like
+GROUPS: tuple[Group, ...] = ({word: (word,) for word in ADJECTIVES}, {"cake": FOOD.split(), "ball": TOYS.split()})
+# To the story LM, adjectives are one word: nothing depends on them.  Its guide is told a thing in their place.
+TOLD = {"small": "coin", "old": "clock", "new": "phone"}
+KINDS = (24, ("old", "cake")), (12, ("new", "cake")), (4, ("small", "ball"))  # annotators, and what they like
 CHOICES = 10  # of each annotator
 STRENGTH = 3.0  # nats: of two texts that differ in what one likes, 95% of the choices are right
 EMBEDDED_TEMPLATE, EMBEDDED_LONGEST = "Note:{w}.\n{x}", 5
@@ -80,13 +87,13 @@ def read_choices(path: str | Path) -> list[Choice]:
     return read_each(path, choice, "choice")
 
 
-def parsed(properties: str) -> list[dict[str, tuple[str, ...]]]:
+def parsed(properties: str) -> list[Group]:
     """Groups of properties, with their words.
 
     >>> parsed("old, new; cake|egg")
     [{'old': ('old',), 'new': ('new',)}, {'cake': ('cake', 'egg')}]
     """
-    groups = []
+    groups: list[Group] = []
     for group in properties.split(";"):
         words = [tuple(word.strip() for word in name.split("|")) for name in group.split(",")]
         if not all(all(each) for each in words) or len({each[0] for each in words}) < len(words):
@@ -98,7 +105,7 @@ def parsed(properties: str) -> list[dict[str, tuple[str, ...]]]:
     return groups
 
 
-def differences(chosen: Sequence[Choice], properties: dict[str, Sequence[str]]) -> tuple[Tensor, Tensor]:
+def differences(chosen: Sequence[Choice], properties: Group) -> tuple[Tensor, Tensor]:
     """The arguments (d, y) of `Annotators`: d (A, J, F), what was chosen less what was not, and y (A, J), 1 or none."""
     of: dict[str, list[Tensor]] = {}
     for c in chosen:
@@ -124,9 +131,7 @@ class People(NamedTuple):
         return self.annotators.next_taste(self.posterior)
 
 
-def infer(
-    chosen: Sequence[Choice], groups: Sequence[dict[str, Sequence[str]]], *, kinds: int = 3, strength: float = STRENGTH
-) -> People:
+def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, strength: float = STRENGTH) -> People:
     """The exact posterior of the kinds of annotators who chose so.
 
     :param groups: of properties, see `one_of_each`.
@@ -159,7 +164,7 @@ def pooled(d: Tensor, y: Tensor, *, prior: float = 10.0, steps: int = 50) -> Ten
     return w.float()
 
 
-def flat(groups: Sequence[dict[str, Sequence[str]]]) -> dict[str, Sequence[str]]:
+def flat(groups: Sequence[Group]) -> Group:
     """The properties of all groups.
 
     :raises ValueError: where two have one name.
@@ -181,29 +186,30 @@ def experiment(
     max_tokens: int | None = None,
     **options: Unpack[Options],
 ) -> Experiment:
-    """Texts for people who disagree: kinds of annotators and what they like, from their choices; then texts for each.
+    """Texts for people who disagree, in their shares: who likes what is inferred from choices.
 
     The guide is trained for every taste after every training prompt; it is tested for people drawn from the posterior
-    of the next person's taste, after prompts that training had not.  On the embedded story LM, whose 2,304 sentences can
-    be counted, or on ``lm`` with the file ``data``, a choice a line.
+    of the next person's taste, after unseen prompts.  On the embedded story LM, whose 2,304 sentences can be counted,
+    or on ``lm`` with the file ``data``, a choice a line.
 
     :param properties: what can be liked, on choices of one's own, see `parsed`.
     :param kinds: the most kinds of annotators.
     :param strength: the utility of what is liked, nats.
     :param beta: how much of it counts in the texts that are wanted.
-    :raises ValueError: for another language model without ``data``, and ``data`` without ``properties`` or the other way.
+    :raises ValueError: for another language model without ``data``, and one of ``data`` and ``properties`` alone.
     """
     needs = "choices of its own, a JSONL file with one a line"
     start = Start.of("preferences", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if (properties is None) != (data is None):
         raise ValueError("properties: they go with choices of your own, `data`, and those with them")
+    groups: Sequence[Group] = GROUPS
+    own: dict[str, Any] = {"max_tokens": max_tokens or (EMBEDDED_LONGEST if data is None else LONGEST)}
     if data is None or properties is None:
-        groups, chosen, prompts = GROUPS, choices(), [[x for (x,) in part] for part in beginnings()]
-        own = dict(template=EMBEDDED_TEMPLATE, max_tokens=EMBEDDED_LONGEST, allowed=next_sentence(start.lm))
+        chosen, prompts = choices(), [[x for (x,) in part] for part in beginnings()]
+        own |= {"template": EMBEDDED_TEMPLATE, "names": TOLD, "allowed": next_sentence(start.lm)}
     else:
         groups, chosen = parsed(properties), read_choices(data)
-        prompts = split(list(dict.fromkeys(c.prompt for c in chosen)))
-        own = dict(template=TEMPLATE, max_tokens=max_tokens or LONGEST)
+        prompts = [*split(list(dict.fromkeys(c.prompt for c in chosen)))]
     people = infer(chosen, groups, kinds=kinds, strength=strength)
     task = Preferences(start.lm, start.guide_lm, properties=flat(groups), beta=beta, **own)
     tastes, device = people.annotators.tastes, start.lm.device

@@ -60,8 +60,8 @@ class Annotators:
         sorted_ = [tuple(sorted(s, reverse=True)) for s in every]
         distinct = list(dict.fromkeys(sorted_))
         self.tastes, self.kinds = tastes, kinds
-        self.shares = torch.tensor(distinct, device=tastes.device) / parts  # (S, K)
-        self.log_shares = torch.tensor([sorted_.count(s) / len(every) for s in distinct], device=tastes.device).log()
+        self.shares = tastes.new_tensor(distinct) / parts  # (S, K)
+        self.log_shares = tastes.new_tensor([sorted_.count(s) / len(every) for s in distinct]).log()
 
     @property
     def combinations(self) -> int:
@@ -70,7 +70,7 @@ class Annotators:
 
     def model(self, d: Tensor, y: Tensor | None = None) -> Tensor:
         """Shares and kinds; everyone's choices."""
-        everyone = torch.zeros(len(self.tastes), device=self.tastes.device)
+        everyone = torch.zeros_like(self.tastes[:, 0])
         s = pyro.sample("shares", Categorical(logits=self.log_shares))
         kinds = [pyro.sample(f"kind {k}", Categorical(logits=everyone)) for k in range(self.kinds)]
         w = self.tastes[torch.stack(torch.broadcast_tensors(*kinds), -1)]  # (..., K, F)
@@ -112,17 +112,19 @@ class Preferences:
 
     .. math:: p_w(z \mid x) = p(z \mid x) \, e^{\beta \, w \cdot \phi(z)} / Z_w(x)
 
-    With kinds of shares m the texts wanted are :math:`\sum_g m_g \, p_g(z \mid x)`: draw a person, then a text.  That is
-    not the joint :math:`m_g \, p(z \mid x) \, e^{\beta u_g(z)}`, in which a taste counts by :math:`Z_g` as well, more the
-    easier it is to please; so the taste is an argument here, and each has a Z of its own.  For one utility that is the
-    mean, or that was fitted to all choices, it is :math:`p \, e^{\beta \bar u}`, what RLHF and DPO aim at: texts that
-    please a minority have no share of their own in it.
+    With tastes of probability m the texts wanted are :math:`\sum_g m_g \, p_g(z \mid x)`: draw a person, then a text.
+    The joint :math:`m_g \, p(z \mid x) \, e^{\beta u_g(z)}` is another distribution, in which a taste counts by
+    :math:`Z_g` as well, more the easier it is to please; so the taste is an argument here, and each has a Z of its own.
+    One utility :math:`\bar u` for all, the mean or what was fitted to all choices, gives
+    :math:`p \, e^{\beta \bar u}`, what RLHF and DPO aim at: texts that please a minority have no share of it.
 
     :param lm: the language model p, frozen.
     :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
     :param properties: names, and the words of which a text has one or more that has the property:
         :math:`\phi_f(z)` is 1 there and 0 elsewhere.
     :param beta: how much a nat of utility counts.
+    :param names: what the guide is told instead of a property's own name, where its language model can hardly tell
+        names apart.
     :param max_tokens: the most tokens of a text before its stop.
     :param stop: its stop, a sentence end.
     :param template: the guide's prompt, with the fields x and w, the names of what is liked; without w the guide does
@@ -141,6 +143,7 @@ class Preferences:
         *,
         properties: Mapping[str, Sequence[str]],
         beta: float = 1.0,
+        names: Mapping[str, str] | None = None,
         max_tokens: int = LONGEST,
         stop: str = ".",
         template: str = TEMPLATE,
@@ -152,6 +155,9 @@ class Preferences:
             raise ValueError(f"properties: expected names, each with one word or more, got {properties!r}")
         self.lm, self.guide_lm, self.beta = lm, guide_lm, beta
         self.properties = {name: tuple(words) for name, words in properties.items()}
+        if unknown := set(names or ()) - set(properties):
+            raise ValueError(f"names: {min(unknown)!r} is none of the properties {list(properties)}")
+        self.names = [(names or {}).get(name, name) for name in properties]
         self.max_tokens, self.stop, self.template, self.allowed = max_tokens, stop, template, allowed
 
     def model(self, x: Tensor, w: Tensor) -> Tensor:
@@ -184,8 +190,7 @@ class Preferences:
         """
         if w.numel() and not bool(((w == 0) | (w == w.amax())).all() and w.amin() >= 0):
             raise ValueError("w: the guide is told what is liked, not how much; expected zeros and one positive number")
-        names = list(self.properties)
-        return self.lm.encode([said([names[f] for f in row.nonzero()[:, 0]]) for row in w])
+        return self.lm.encode([said([self.names[f] for f in row.nonzero()[:, 0]]) for row in w])
 
     def completion(self, lm: LanguageModel, prompt: Tensor) -> Completion:
         """What a language model writes after a prompt."""

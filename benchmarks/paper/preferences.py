@@ -1,0 +1,278 @@
+"""Preferences as a distribution: texts for people who disagree, beside the exact mixture over the kinds of people.
+
+Not an experiment of the paper.  The claims are this package's own, written down before the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import mean as average
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmppl.embedded.stories import ADJECTIVES
+from lmppl.files import replacing
+from lmppl.inference import DirectPreferenceOptimization, Trainer
+from lmppl.models import Experiment, Preferences
+from lmppl.models.constrained import beginnings, next_sentence
+from lmppl.models.preferences import GROUPS, KINDS, RECIPE, People, choices, experiment, flat, infer, pooled
+
+from .study import Figures, Results, Study, markdown, spread, verdict
+from .targets import perplexity, ppo, programs
+
+EXACT, GFLOWNET, POOLED = "exact", "GFlowNet for each taste", "GFlowNet, one utility"
+MATCHED, REWARD, DPO = "PPO, one utility, matched KL", "PPO, one utility, reward only", "DPO"
+CELLS = EXACT, GFLOWNET, POOLED, MATCHED, REWARD, DPO
+MIXTURE, PRIOR, FITTED, MEAN = "exact mixture", "language model", "one utility, exact", "mean utility, exact"
+NEAREST = "one utility, nearest power, exact"
+TILTS = [0.25 * n for n in range(65)]  # powers of e^u
+STEPS = {GFLOWNET: 600, POOLED: 200, MATCHED: 150, REWARD: 150, DPO: 100}
+DPO_RATE = 1e-3
+SELDOM = 1e-3  # tastes of less probability are left out of a guide's mixture
+BOTH = ("food", "toys", "other")
+
+
+class World(NamedTuple):
+    """All texts after the test prompts, and what everyone thinks of them."""
+
+    people: People
+    x: Tensor  # (B, L) test prompts
+    z: Tensor  # (K, L) all texts
+    log_p: Tensor  # (K, B)
+    phi: Tensor  # (K, F)
+
+    def tilted(self, w: Tensor) -> Tensor:
+        """p(z | x) e^(w phi) normalised, (K, B)."""
+        return (self.log_p + (self.phi @ w.double())[:, None]).softmax(0)
+
+    def mixture(self) -> Tensor:
+        """The exact mixture, (K, B)."""
+        m, tastes = self.people.next_taste.double(), self.people.annotators.tastes
+        return sum((share * self.tilted(w) for share, w in zip(m, tastes, strict=True)), torch.zeros(()))
+
+    def kinds(self) -> Tensor:
+        """The true kinds' utilities of the texts, (K, kinds)."""
+        names, strength = list(flat(GROUPS)), float(self.people.annotators.tastes.max())
+        w = torch.tensor([[strength * (name in liked) for _, liked in KINDS] for name in names]).double()
+        return self.phi @ w
+
+    def figures(self, q: Tensor) -> Figures:
+        """What there is to say of a distribution over the texts, (K, B)."""
+        utility = self.kinds()
+        all_ = (utility == utility.amax(0)).double()  # (K, kinds)
+        p, cells = self.log_p.exp(), self.phi[:, : len(ADJECTIVES)]
+        other = 1 - self.phi[:, len(ADJECTIVES) :].sum(-1, keepdim=True)
+        things = torch.cat([self.phi[:, len(ADJECTIVES) :], other], -1)
+        return {
+            "tv": ((q - self.mixture()).abs().sum(0) / 2).mean().item(),
+            "kinds": (all_.T @ q).mean(1).tolist(),
+            "preferred": preferred(q, p, utility).mean(1).tolist(),
+            "perplexity": perplexity(q).mean().item(),
+            "cells": (cells.T @ (things[:, None] * q[..., None]).mean(1)).tolist(),  # (adjectives, things)
+        }
+
+
+def preferred(q: Tensor, p: Tensor, utility: Tensor) -> Tensor:
+    """The probability that each kind chooses a text of q rather than one of p, (kinds, B).
+
+    q and p (K, B), utility (K, kinds), of which a kind has few levels.
+    """
+    found = []
+    for u in utility.unbind(-1):
+        levels, of = u.unique(return_inverse=True)
+        mass = [torch.zeros(len(levels), x.shape[1], dtype=x.dtype).index_add(0, of, x) for x in (q, p)]  # (levels, B)
+        chosen = torch.sigmoid(levels[:, None] - levels)
+        found.append(torch.einsum("lb,lm,mb->b", mass[0], chosen, mass[1]))
+    return torch.stack(found)
+
+
+@cache
+@torch.no_grad()
+def world(prompts: int) -> World:
+    e, people = experiment(), infer(choices(), GROUPS)
+    task = programs(e)
+    z = next_sentence(e.lm).texts()
+    x = e.lm.encode([x for (x,) in beginnings()[2][:prompts]])
+    log_p = task.completion(e.lm, x).log_prob(z[:, None]).double()
+    return World(people, x, z, log_p, task.features(z).double())
+
+
+@torch.no_grad()
+def density(task: Preferences, of: World, w: Tensor) -> Tensor:
+    """q of all texts after the test prompts, for one utility: (K, B)."""
+    return task.proposal(of.x, w.expand(len(of.x), -1)).log_prob(of.z[:, None]).double().exp()
+
+
+def run(cell: str, seed: int, short: bool) -> Figures:
+    """Train one method, and hold its density against the exact mixture."""
+    of, steps = world(2 if short else 8), 2 if short else STEPS.get(cell, 0)
+    one = pooled(of.people.d, of.people.y)
+    m, tastes = of.people.next_taste.double(), of.people.annotators.tastes
+    if cell == EXACT:
+        mean = (m[:, None] * tastes).sum(0)
+        exact = {MIXTURE: of.mixture(), PRIOR: of.log_p.exp(), FITTED: of.tilted(one), MEAN: of.tilted(mean)}
+        found: Figures = {name: of.figures(q) for name, q in exact.items()}
+        swept = [{"tilt": t, **of.figures(of.tilted(t * one))} for t in TILTS]
+        found |= {"swept": swept, NEAREST: min(swept, key=lambda f: f["tv"])}
+        return found | {"shares": [m[taste(tastes, liked)].item() for _, liked in KINDS], "fitted": one.tolist()}
+    e = experiment(seed=seed, recipe=replace(RECIPE, steps=steps))
+    if cell == GFLOWNET:
+        trainer: Trainer = e.gflownet()
+        trainer.fit(e.batches, steps, seed=seed, progress=False)
+        often = (m > SELDOM).nonzero()[:, 0]
+        share = m[often] / m[often].sum()
+        each = [density(programs(e), of, tastes[g]) for g in often]
+        q = sum((s * x for s, x in zip(share, each, strict=True)), torch.zeros(()))
+        own = [(x - of.tilted(tastes[g])).abs().sum(0).mean() / 2 for g, x in zip(often, each, strict=True)]
+        more = {"each": sum(float(s * tv) for s, tv in zip(share, own, strict=True))}
+    else:
+        e = unaware(e, one)
+        trainer = methods(cell, e)
+        trainer.fit(e.batches if cell != DPO else pairs(e, one, seed), steps, seed=seed, progress=False)
+        q, more = density(programs(e), of, one), {}
+    return of.figures(q) | more | {"scored": trainer.training_tokens}
+
+
+def taste(tastes: Tensor, liked: Sequence[str]) -> int:
+    """The row of those who like this."""
+    asked = torch.tensor([name in liked for name in flat(GROUPS)])
+    return int(((tastes > 0) == asked).all(-1).nonzero()[0, 0])
+
+
+def unaware(e: Experiment, one: Tensor) -> Experiment:
+    """The experiment of one utility for everyone: the guide reads the prompt alone."""
+    given = programs(e)
+    task = Preferences(
+        e.lm,
+        e.guide_lm,
+        properties=given.properties,
+        max_tokens=given.max_tokens,
+        template="{x}",
+        allowed=given.allowed,
+    )
+    x = e.lm.encode([x for (x,) in beginnings()[0]])
+    return replace(e, model=task.model, guide=task.guide, batches=e.recipe.batches(x, one.expand(len(x), -1)))
+
+
+def methods(cell: str, e: Experiment) -> Trainer:
+    """The trainer of a cell of one utility."""
+    if cell == POOLED:
+        return e.gflownet()
+    if cell == DPO:  # beta 1: its optimum is then that of the others
+        optimizer = e.optimizer(DPO_RATE)
+        return DirectPreferenceOptimization(e.model, e.guide, optimizer=optimizer, beta=1.0)
+    return ppo(e, matched=True) if cell == MATCHED else ppo(e, reward="likelihood", kl=0.0)
+
+
+def pairs(e: Experiment, one: Tensor, seed: int) -> Any:
+    """The observed choices in batches, in passes of an order of their own."""
+    told = choices()
+    x, best, other = (e.lm.encode([getattr(c, name) for c in told]) for name in ("prompt", "chosen", "rejected"))
+    passes = e.recipe.passes(len(told), seed)
+
+    def batch(step: int) -> tuple[Any, ...]:
+        rows = passes(step)
+        return x[rows], one.expand(len(rows), -1), {"z": best[rows]}, {"z": other[rows]}
+
+    return batch
+
+
+def rows(results: Results) -> list[tuple[str, list[Figures]]]:
+    """Every row of the table and what its runs found."""
+    exact = [(name, [r[name] for r in results[EXACT]]) for name in (MIXTURE, PRIOR, FITTED, MEAN)]
+    return exact[:1] + [(GFLOWNET, results[GFLOWNET])] + exact[1:] + [(c, results[c]) for c in CELLS[2:]]
+
+
+def report(results: Results) -> str:
+    """The table, and a sentence a claim."""
+    shares = results[EXACT][0]["shares"]
+    liked = [" ".join(names) for _, names in KINDS]
+    total = sum(count for count, _ in KINDS)
+    told = ", ".join(
+        f"{like} {count / total:.2f} (posterior {s:.2f})"
+        for (count, _), like, s in zip(KINDS, liked, shares, strict=True)
+    )
+
+    def row(name: str, runs: list[Figures]) -> list[str]:
+        apart = [{"a": r["kinds"][k], "b": r["preferred"][k]} for k in range(len(KINDS)) for r in runs]
+        of = [apart[k * len(runs) : (k + 1) * len(runs)] for k in range(len(KINDS))]
+        tokens = f"{round(average(r['scored'] for r in runs)):,}" if "scored" in runs[0] else ""
+        return [
+            name, spread(runs, "tv"), *(spread(x, "a", 2) for x in of), *(spread(x, "b", 2) for x in of),
+            spread(runs, "perplexity", 0), tokens,
+        ]  # fmt: skip
+
+    header = ["method", "TV to the mixture", *(f"best for: {x}" for x in liked), *(f"chosen by: {x}" for x in liked)]
+    text = (
+        "Not an experiment of the paper. Forty annotators of three kinds chose between two middles of stories, ten "
+        f"times each; who they are is inferred exactly. Kinds, and their shares: {told}. Wanted, after unseen "
+        "beginnings, is the mixture of what each kind would have, weighted by the posterior. *Best for* a kind: the "
+        "share of texts that it likes more than any other kind does; *chosen by*: how often it takes such a text "
+        "rather than one of the language model; *worth*: exp of the entropy, so many texts. All densities are exact, "
+        "over 2,304 texts, means over 8 prompts. *One utility* is the Bradley-Terry utility fitted to all choices; its "
+        "exact row is the optimum of DPO, and of GFlowNet and PPO with one utility and matched KL. *Mean*: the "
+        "posterior mean of the utilities in its place.\n\n"
+    )
+    text += markdown([*header, "worth", "training tokens"], [row(*r) for r in rows(results)]) + "\n"
+    worst = max(r["tv"] for r in results[GFLOWNET])
+    minority = {c: max(r["kinds"][-1] for r in results[c]) for c in CELLS[2:]}
+    wanted = results[EXACT][0][MIXTURE]["kinds"][-1]
+    text += verdict(
+        "the guide that is told the taste samples the mixture over people (TV at most 0.05)", worst <= 0.05,
+        f"Largest of a seed {worst:.3f}; of single tastes, by their shares, {spread(results[GFLOWNET], 'each')}.",
+    )  # fmt: skip
+    text += verdict(
+        "one utility for all drops the minority (at most half of the texts that are its own)",
+        max(minority.values()) <= wanted / 2,
+        f"The mixture has {wanted:.3f} for it, the language model "
+        f"{results[EXACT][0][PRIOR]['kinds'][-1]:.3f}; "
+        + ", ".join(f"{c} {x:.3f}" for c, x in minority.items())
+        + " (the largest of a seed).",
+    )
+    near = {c: average(r["tv"] for r in results[c]) for c in CELLS[2:]}
+    far = results[EXACT][0][FITTED]["tv"]
+    text += verdict(
+        "it is the utility and not the algorithm: no method of one utility comes nearer to the mixture than half way "
+        "from its own optimum", min(near.values()) >= far / 2,
+        f"That optimum is at {far:.3f}; " + ", ".join(f"{c} {x:.3f}" for c, x in near.items()) + ".",
+    )  # fmt: skip
+    return text
+
+
+def plot(results: Results, path: Path) -> None:
+    """For every method the mass of adjective and thing; frames are what the kinds like, as thick as their shares."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    shown = [(name, runs) for name, runs in rows(results) if name != MEAN]
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    grid = figure.subplots(2, (len(shown) + 1) // 2, sharex=True, sharey=True).flatten()
+    for axis in grid[len(shown) :]:
+        axis.set_axis_off()
+    total, colours = sum(count for count, _ in KINDS), ("tab:red", "tab:green", "tab:blue")
+    for axis, (name, runs) in zip(grid, shown, strict=False):
+        cells = torch.tensor([r["cells"] for r in runs]).mean(0)  # (adjectives, things)
+        axis.imshow(cells, cmap="Greys", vmin=0, vmax=0.6)
+        for i, line in enumerate(cells.tolist()):
+            for j, mass in enumerate(line):
+                axis.text(j, i, f"{mass:.2f}", ha="center", va="center", color="w" if mass > 0.3 else "k", fontsize=8)
+        for (count, liked), colour in zip(KINDS, colours, strict=True):
+            i = next(n for n, word in enumerate(ADJECTIVES) if word in liked)
+            things = [j for j, word in enumerate(GROUPS[1]) if word in liked] or range(len(BOTH))
+            low, width = min(things) - 0.47, len(things) - 0.06
+            size = 1 + 5 * count / total
+            axis.add_patch(Rectangle((low, i - 0.47), width, 0.94, fill=False, ec=colour, lw=size))
+        tv = average(r["tv"] for r in runs)
+        axis.set_title(f"{name}\nTV {tv:.2f}", fontsize=8)
+        axis.set_xticks(range(len(BOTH)), BOTH, fontsize=8)
+        axis.set_yticks(range(len(ADJECTIVES)), ADJECTIVES, fontsize=8)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120)
+
+
+STUDY = Study("preferences", "Preferences: people who disagree", CELLS, run, report, plot)
