@@ -40,7 +40,7 @@ KINDS = (24, ("old", "cake")), (12, ("new", "cake")), (4, ("small", "ball"))  # 
 CHOICES = 10  # of each annotator
 STRENGTH = 3.0  # nats: of two texts that differ in what one likes, 95% of the choices are right
 EMBEDDED_TEMPLATE, EMBEDDED_LONGEST = "Note:{w}.\n{x}", 5
-RECIPE = Recipe(steps=600, quick_steps=150, observations=32, particles=4, learning_rate=3e-3, output_layer=True)
+RECIPE = Recipe(steps=300, quick_steps=150, observations=32, particles=4, learning_rate=3e-3, output_layer=True)
 MOST = 100_000  # combinations of shares and kinds that are enumerated
 
 
