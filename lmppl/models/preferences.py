@@ -106,12 +106,15 @@ def parsed(properties: str) -> list[Group]:
 
 
 def differences(chosen: Sequence[Choice], properties: Group) -> tuple[Tensor, Tensor]:
-    """The arguments (d, y) of `Annotators`: d (A, J, F), what was chosen less what was not, and y (A, J), 1 or none."""
+    """The arguments (d, y) of `Annotators`: d (A, J, F), what was chosen less what was not, and y (A, J), 1 or none.
+
+    Both are on the CPU: who the annotators are is no matter of a network.
+    """
     of: dict[str, list[Tensor]] = {}
     for c in chosen:
         of.setdefault(c.annotator, []).append(features(c.chosen, properties) - features(c.rejected, properties))
-    d = torch.zeros(len(of), max(map(len, of.values())), len(properties))
-    y = torch.full(d.shape[:2], -1)
+    d = torch.zeros(len(of), max(map(len, of.values())), len(properties), device="cpu")
+    y = torch.full(d.shape[:2], -1, device="cpu")
     for a, own in enumerate(of.values()):
         d[a, : len(own)], y[a, : len(own)] = torch.stack(own), 1
     return d, y
@@ -159,7 +162,9 @@ def pooled(d: Tensor, y: Tensor, *, prior: float = 10.0, steps: int = 50) -> Ten
     for _ in range(steps):
         p = torch.sigmoid(rows @ w)
         gradient = rows.T @ (1 - p) - w / prior**2
-        curvature = (rows * (p * (1 - p))[:, None]).T @ rows + torch.eye(len(w)).double() / prior**2
+        curvature = (rows * (p * (1 - p))[:, None]).T @ rows + torch.eye(
+            len(w), dtype=w.dtype, device=w.device
+        ) / prior**2
         w = w + torch.linalg.solve(curvature, gradient)
     return w.float()
 

@@ -198,13 +198,13 @@ class Preferences:
 
 
 def features(said: str, properties: Mapping[str, Iterable[str]]) -> Tensor:
-    """phi of a text, (F,): which properties it has.
+    """phi of a text, (F,), on the CPU: which properties it has.
 
     >>> features("He took the old egg.", {"old": ["old"], "food": ["egg", "cake"], "toy": ["ball"]})
     tensor([1., 1., 0.])
     """
     found = set(re.findall(r"\w+", said))
-    return torch.tensor([float(not found.isdisjoint(words)) for words in properties.values()])
+    return torch.tensor([float(not found.isdisjoint(words)) for words in properties.values()], device="cpu")
 
 
 def said(names: Sequence[str]) -> str:
@@ -217,11 +217,11 @@ def said(names: Sequence[str]) -> str:
 
 
 def one_of_each(groups: Sequence[int], strength: float) -> Tensor:
-    """The tastes that like at most one property of each group, groups of so many properties: (G, F), in nats.
+    """The tastes that like at most one property of each group, groups of so many properties: (G, F), nats, on the CPU.
 
     >>> one_of_each([2, 1], 3.0).tolist()
     [[0.0, 0.0, 0.0], [0.0, 0.0, 3.0], [3.0, 0.0, 0.0], [3.0, 0.0, 3.0], [0.0, 3.0, 0.0], [0.0, 3.0, 3.0]]
     """
-    parts = [torch.cat([torch.zeros(1, n), torch.eye(n)]) for n in groups]
+    parts = [torch.cat([torch.zeros(1, n, device="cpu"), torch.eye(n, device="cpu")]) for n in groups]
     rows = product(*(range(n + 1) for n in groups))
     return strength * torch.stack([torch.cat([p[i] for p, i in zip(parts, row, strict=True)]) for row in rows])
