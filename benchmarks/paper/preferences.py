@@ -283,4 +283,4 @@ def plot(results: Results, path: Path) -> None:
         figure.savefig(fresh, dpi=120)
 
 
-STUDY = Study("preferences", "Preferences: people who disagree", CELLS, run, report, plot)
+STUDY = Study("preferences", "Preferences: people who disagree", CELLS, run, report, plot, paired=False)

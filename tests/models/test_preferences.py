@@ -266,6 +266,18 @@ def test_a_text_has_a_property_by_a_whole_word():
     assert features(" He took the older egg.", {"old": ["old"], "egg": ["cake", "egg"]}).tolist() == [0.0, 1.0]
 
 
+def test_the_guide_is_told_names_and_reads_them_in_its_prompt(tiny):
+    lm, x = tiny
+    task = Preferences(lm, lm, properties=PROPERTIES, names={"ab": "b"}, max_tokens=MAX_TOKENS, template="{w}{x}")
+    w = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    assert lm.decode(task.liked(w)) == ["ab", ""]  # a space is an "a" to this tokenizer
+    assert [tokens(p) for p in task.proposal(x, w).prompt] == [tokens(lm.encode("abab")), tokens(lm.encode("c"))]
+    blind = Preferences(lm, lm, properties=PROPERTIES, max_tokens=MAX_TOKENS, template="{x}")
+    assert [tokens(p) for p in blind.proposal(x, w * 0.3 - 1).prompt] == [tokens(p) for p in x]
+    with pytest.raises(ValueError, match="names: 'other'"):
+        Preferences(lm, properties=PROPERTIES, names={"other": "b"})
+
+
 def test_tastes_like_at_most_one_of_a_group():
     tastes = one_of_each([3, 2], 1.5)
     assert len({tuple(row) for row in tastes.tolist()}) == len(tastes) == 12
