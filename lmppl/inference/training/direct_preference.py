@@ -49,7 +49,7 @@ class DirectPreferenceOptimization(Trainer):
     Example::
 
         tuning = DirectPreferenceOptimization(model, guide, optimizer=optimizer, beta=1.0)
-        tuning.fit([(x, y, {"z": z}, {"z": other})], steps=100)
+        tuning.fit([(x, y, {"z": chosen}, {"z": rejected})], steps=100)
     """
 
     def __init__(
