@@ -21,9 +21,9 @@ from tiny import tiny_lm
 from benchmarks.paper.preferences import World, preferred
 from lmppl import cli
 from lmppl.embedded.stories import middles
-from lmppl.inference import Enumeration, GFlowNet
+from lmppl.inference import Enumeration
 from lmppl.inference.judging.quality import density_quality
-from lmppl.models import EXPERIMENTS, Annotators, Preferences, Recipe
+from lmppl.models import EXPERIMENTS, Annotators, Preferences
 from lmppl.models.constrained import beginnings
 from lmppl.models.preferences import (
     GROUPS,
@@ -284,28 +284,6 @@ def test_tastes_like_at_most_one_of_a_group():
     assert tastes[:, :3].sum(-1).max() == tastes[:, 3:].sum(-1).max() == 1.5 and tastes.unique().tolist() == [0.0, 1.5]
 
 
-@pytest.mark.slow
-def test_one_guide_serves_every_taste(tiny):
-    """Trained for four tastes after two prompts at once: each is near its target, and so is their mixture."""
-    lm, x = tiny
-    w = one_of_each([1, 1], 3.0)
-    x, w = x.repeat_interleave(len(w), 0), w.repeat(2, 1)
-    recipe = Recipe(adapter={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"})
-    names = {"a": PROPERTIES["short"], "bb": PROPERTIES["ab"]}
-    task = Preferences(
-        lm, recipe.guide_lm(lm, 1), properties=names, max_tokens=MAX_TOKENS, template="{w}.{x}"
-    )  # fmt: skip
-    exact = Enumeration(task.model).run(x, w)
-
-    def tv():
-        return density_quality(exact, task.guide, (x, w), {}).total_variation
-
-    assert float(tv().max()) > 0.3
-    optimizer = torch.optim.AdamW(task.guide_lm.trainable_parameters(), lr=1e-2)
-    GFlowNet(task.model, task.guide, optimizer=optimizer, num_particles=16).fit([(x, w)], 300, progress=False)
-    assert float(tv().max()) < 0.12
-
-
 # -- the experiment ------------------------------------------------------------------------------------------------
 
 
@@ -320,6 +298,23 @@ def test_the_embedded_target_is_enumerated_whole():
     assert len(exact.samples["z"]) == 2304 and not exact.unexplored.any()
     torch.testing.assert_close(exact.log_prior.exp().sum(0), torch.ones(2), atol=single(10), rtol=0)
     assert exact.log_evidence[0] > 0.1 and abs(float(exact.log_evidence[1])) < 1e-4
+
+
+@pytest.mark.slow
+def test_one_guide_serves_every_taste():
+    """By its own recipe: unseen prompts, all three kinds and one who likes nothing, each near its target."""
+    e = EXPERIMENTS["preferences"]()
+    x, w = (given[[0, 1, 12, 3]] for given in e.test)
+    w = torch.cat([w[:3], torch.zeros_like(w[:1])])
+    assert len(w.unique(dim=0)) == 4
+    exact = e.exact.run(x, w)
+
+    def tv():
+        return density_quality(exact, e.guide, (x, w), {}).total_variation
+
+    assert float(tv()[:3].min()) > 0.5
+    e.gflownet().fit(e.batches, e.recipe.steps, progress=False)
+    assert float(tv().max()) < 0.05
 
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):
