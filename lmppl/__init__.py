@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from lmppl import text
     from lmppl.inference.judging.check import check
     from lmppl.language_model import LanguageModel
+    from lmppl.masked_language_model import MaskedLanguageModel
 
 __version__ = "0.1.0"
 
-__all__ = ["LanguageModel", "check", "text"]
+__all__ = ["LanguageModel", "MaskedLanguageModel", "check", "text"]
 
-_HOMES = {"LanguageModel": "lmppl.language_model", "check": "lmppl.inference.judging.check"}
+_HOMES = {
+    "LanguageModel": "lmppl.language_model",
+    "MaskedLanguageModel": "lmppl.masked_language_model",
+    "check": "lmppl.inference.judging.check",
+}
 _MODULES = {module.name for module in iter_modules(__path__) if not module.name.startswith("_")}
 
 

@@ -88,7 +88,8 @@ class Network(Passes):
         name = self._name(name)
         config = copy.deepcopy(config)  # PEFT writes into it
         config.inference_mode = False
-        config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
+        if hasattr(self.model, "prepare_inputs_for_generation"):  # of masked language models PEFT has no type
+            config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
         if getattr(config, "target_modules", None) == "all-linear":

@@ -15,6 +15,7 @@ class Entry(NamedTuple):
     example: str
     options: dict[str, str]
     maker: str = ""  # the function in `lmppl.models` that makes it; "": ``experiment`` in the module of its name
+    lm: str = "LanguageModel"  # the class in `lmppl` of its language model
 
 
 MAX_TOKENS = {"max_tokens": "the most tokens of a text before its stop"}
@@ -68,6 +69,17 @@ MODELS = {
             "beta": "how much of it counts in the texts that are wanted",
         }
         | MAX_TOKENS,
+    ),
+    "diffusion": Entry(
+        "The missing middle sentence of a story, by a masked language model that unmasks it word by word.",
+        STORIES,
+        STORY,
+        {
+            "order": "of the model's unmasking: random, left-to-right, confidence or learned",
+            "guide_order": "the guide's, as order",
+            "reader": "the causal language model that reads the end; default: the embedded one",
+        },
+        lm="MaskedLanguageModel",
     ),
     "random_number": Entry(
         "A random integer between 0 and 100: uniform, whatever the language model prefers.",

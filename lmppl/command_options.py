@@ -100,7 +100,8 @@ def experiment_of(
     import torch
     import transformers
 
-    from .language_model import LanguageModel
+    import lmppl
+
     from .models import EXPERIMENTS
 
     device = own_device(device)
@@ -108,7 +109,8 @@ def experiment_of(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     weights = None if dtype is None else getattr(torch, dtype)
-    loaded = None if lm is None else LanguageModel.from_pretrained(lm, device=device, dtype=weights)
+    kind = getattr(lmppl, MODELS[model].lm)
+    loaded = None if lm is None else kind.from_pretrained(lm, device=device, dtype=weights)
     own = _own_options(model, options or [])
     try:
         return EXPERIMENTS[model](loaded, data, seed=seed, checkpoint=checkpoint, setting=setting, device=device, **own)

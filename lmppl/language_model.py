@@ -1,4 +1,7 @@
-"""A Hugging Face causal language model with its tokenizer, seen from one set of weights."""
+"""A Hugging Face language model with its tokenizer, seen from one set of weights.
+
+`View` is what all of them have in common, `LanguageModel` a causal one; `masked_language_model` has the masked ones.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import copy
 import os
 import string as strings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from lmppl import files, loading
 from lmppl import text as texts
@@ -24,38 +28,23 @@ Stop = str | int | Iterable[str | int] | Tensor | None
 TOKEN_BUDGET = 16_384
 
 
-class LanguageModel(nn.Module):
-    """A causal language model and its tokenizer.
+class View(nn.Module):
+    """A network and its tokenizer under one set of weights: what causal and masked language models have in common.
 
-    Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
-    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Its
-    activation functions `gelu_new` and `gelu_fast` are computed by torch's one operation for them. Call the view, not
-    `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
-    views: each layer is computed again in the backward pass, by the view that ran it.
-
-    The law of a token is what the network says that reads the text so far, alone, also where its positions depend on
-    how long the text is (LongRoPE). Several threads may use views of one network: they take turns, pass by pass. What
-    is replaced in the model later is followed, but for its vocabulary: wrap it again after `resize_token_embeddings`.
-
-    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
-    work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
-    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again; on
-    a processor at most half a gigabyte of them at the default budget, in proportion at another.
-    One text alone is never split.
-
-    :param model: any causal language model of transformers, without PEFT layers.
-    :param tokenizer: its tokenizer.
-
-    >>> lm = LanguageModel.from_pretrained("gpt2")
-    >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+    Adapters of one base model are views of their own that share `.network`. The network is always in `eval()` mode,
+    `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the view, not
+    `.model`, which all views share.
     """
+
+    kind = "language model"  # in words
+    loader: Any = None  # transformers' class that loads one
 
     def __init__(
         self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
     ) -> None:
         super().__init__()
         if not (hasattr(model, "config") and hasattr(model, "forward")):
-            raise ValueError(f"model: expected a causal language model of transformers, got {type(model).__name__}")
+            raise ValueError(f"model: expected a {self.kind} of transformers, got {type(model).__name__}")
         if not hasattr(tokenizer, "all_special_ids"):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
         network = model.__dict__.get("_lmppl_network")
@@ -82,7 +71,7 @@ class LanguageModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, device: Any = None, dtype: Any = None, **hf_kwargs: Any
-    ) -> LanguageModel:
+    ) -> Self:
         """The language model saved under a path, or under a name on the Hugging Face hub.
 
         With ``gguf_file=`` (the extra ``gguf``), weights and tokenizer are those of one GGUF file there, dequantised;
@@ -97,11 +86,11 @@ class LanguageModel(nn.Module):
             raise ValueError(f"name_or_path: expected a directory, or a name on the hub, got {name_or_path!r}")
         if dtype is not None:
             hf_kwargs["dtype"] = dtype
-        model, tokenizer = loading.checkpoint(os.fspath(name_or_path), **hf_kwargs)
+        model, tokenizer = loading.checkpoint(os.fspath(name_or_path), cls.loader, **hf_kwargs)
         return cls(model if device is None else model.to(device), tokenizer)
 
     @classmethod
-    def embedded(cls, name: str, **kwargs: Any) -> LanguageModel:
+    def embedded(cls, name: str, **kwargs: Any) -> Self:
         """One of the small language models that ship with the package; keywords as in `from_pretrained`.
 
         >>> lm = LanguageModel.embedded("stories")
@@ -122,7 +111,7 @@ class LanguageModel(nn.Module):
         if self.network.vocab_size != self._vocab_size:
             raise ValueError(
                 f"model: it has {self.network.vocab_size} ids, and had {self._vocab_size} when it was wrapped; after "
-                "resize_token_embeddings, wrap it again: LanguageModel(model, tokenizer)"
+                f"resize_token_embeddings, wrap it again: {type(self).__name__}(model, tokenizer)"
             )
 
     @property
@@ -185,7 +174,7 @@ class LanguageModel(nn.Module):
             network.tokens_scored += input_ids.numel() if tokens is None else tokens
             return network.run(self._adapter, input_ids, long=self._long, **kwargs)
 
-    def reading(self, *, long: bool) -> LanguageModel:
+    def reading(self, *, long: bool) -> Self:
         """This view, every pass with the rotary factors of long texts, or all with those of short ones.
 
         Of short texts: `max_length` is the length up to which they hold. See `lmppl.positions`.
@@ -201,7 +190,7 @@ class LanguageModel(nn.Module):
         """What `reading` was given: None where a pass is read as its own length demands."""
         return self._long
 
-    def train(self, mode: bool = True) -> LanguageModel:
+    def train(self, mode: bool = True) -> Self:
         """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""
         self.training = mode
         return self
@@ -220,9 +209,7 @@ class LanguageModel(nn.Module):
 
     # Views and their weights -----------------------------------------------------------------------------------------
 
-    def with_adapter(
-        self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None
-    ) -> LanguageModel:
+    def with_adapter(self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None) -> Self:
         """The same base weights with a new adapter, or one loaded from a path; only the adapter trains.
 
         Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.
@@ -241,11 +228,11 @@ class LanguageModel(nn.Module):
             adapter = self.network.load(os.fspath(peft_config), name)
         else:
             raise ValueError(f"peft_config must be a PeftConfig or a path, not {type(peft_config).__name__}")
-        view = LanguageModel(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
+        view = type(self)(self.model, self.tokenizer, _adapter=adapter, _vocabulary=self.vocabulary)
         view.token_budget = self.token_budget
         return view
 
-    def remove_adapter(self, adapter: LanguageModel | str | None = None) -> None:
+    def remove_adapter(self, adapter: View | str | None = None) -> None:
         """Take an adapter and its weights out of the network: of this view, of another view, or of this name.
 
         The views that had it can no longer be used. Raises ValueError where there is no such adapter.
@@ -253,7 +240,7 @@ class LanguageModel(nn.Module):
         >>> lm.remove_adapter(guide)
         """
         found: Any = self if adapter is None else adapter
-        if isinstance(found, LanguageModel):
+        if isinstance(found, View):
             found = found._adapter if found.network is self.network else None
         elif isinstance(found, str):
             found = self.network.adapters.get(found)
@@ -436,6 +423,36 @@ class LanguageModel(nn.Module):
         strings = [s for s in several if isinstance(s, str) and s != "eos" and self.vocabulary.one_token(s) is None]
         ids = self.stop_ids([s for s in several if s not in strings] or None)
         return Stops(ids, self.vocabulary.stop_strings(tuple(dict.fromkeys(strings)), ids.device) if strings else None)
+
+
+class LanguageModel(View):
+    """A causal language model and its tokenizer.
+
+    Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
+    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Its
+    activation functions `gelu_new` and `gelu_fast` are computed by torch's one operation for them. Call the view, not
+    `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
+    views: each layer is computed again in the backward pass, by the view that ran it.
+
+    The law of a token is what the network says that reads the text so far, alone, also where its positions depend on
+    how long the text is (LongRoPE). Several threads may use views of one network: they take turns, pass by pass. What
+    is replaced in the model later is followed, but for its vocabulary: wrap it again after `resize_token_embeddings`.
+
+    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
+    work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
+    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again; on
+    a processor at most half a gigabyte of them at the default budget, in proportion at another.
+    One text alone is never split.
+
+    :param model: any causal language model of transformers, without PEFT layers.
+    :param tokenizer: its tokenizer.
+
+    >>> lm = LanguageModel.from_pretrained("gpt2")
+    >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+    """
+
+    kind = "causal language model"
+    loader = AutoModelForCausalLM
 
 
 def _several(stop: Stop) -> list[str | int]:

@@ -19,8 +19,10 @@ BASE, KIND = "language model", "adapter"  # the kinds of files that are saved
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def checkpoint(name: str, **hf_kwargs: Any) -> tuple[Any, Any]:
+def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) -> tuple[Any, Any]:
     """The model and the tokenizer saved under a path, or under a name on the hub; see `LanguageModel.from_pretrained`.
+
+    :param loader: transformers' class that loads such a model.
 
     Raises CheckpointError if there is no whole language model there.
     """
@@ -41,9 +43,7 @@ def checkpoint(name: str, **hf_kwargs: Any) -> tuple[Any, Any]:
         if Path(name).is_dir():
             damage.refuse_damaged(Path(name).absolute(), BASE)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **tokenizer_kwargs)
-        return tokenizer, AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs
-        )
+        return tokenizer, loader.from_pretrained(name, trust_remote_code=trust, output_loading_info=True, **hf_kwargs)
 
     try:
         tokenizer, (model, info) = files.read(name, load)
@@ -53,7 +53,17 @@ def checkpoint(name: str, **hf_kwargs: Any) -> tuple[Any, Any]:
         reason = f"{hub.unreachable()}: " if away else damage.culprit(Path(name))
         raise CheckpointError(f"{name}: no language model can be loaded ({reason}{first_line(error)})") from error
     _refuse_partial(name, model, info)
+    if loader is AutoModelForCausalLM and (masked := [a for a in _made_as(model) if a.endswith("ForMaskedLM")]):
+        # transformers would let it read to the right of what it predicts.
+        raise CheckpointError(
+            f"{name}: it is a masked language model ({masked[0]}); MaskedLanguageModel.from_pretrained loads it"
+        )
     return model, tokenizer
+
+
+def _made_as(model: Any) -> list[str]:
+    """The classes that a checkpoint was saved from."""
+    return [str(name) for name in getattr(model.config, "architectures", None) or []]
 
 
 def _refuse_partial(name: str, model: Any, info: dict[str, Any]) -> None:

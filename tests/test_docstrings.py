@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lmppl
-from lmppl import LanguageModel, constraints, distributions, embedded, inference, ngram, text
+from lmppl import LanguageModel, MaskedLanguageModel, constraints, distributions, embedded, inference, ngram, text
 from lmppl.models import Subjectivity
 from lmppl.testing import TextContract
 
@@ -39,6 +39,8 @@ NOT_RUN = {
     "language_model.py: LanguageModel": "it loads a pretrained model",
     "language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
     "language_model.py: chat": "it goes on as the reader likes (...)",
+    "masked_language_model.py: MaskedLanguageModel": "it loads a pretrained model",
+    "masked_language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
     "files.py: writing": "`config` is the caller's, and so are the files",
     "models/budget.py: plan": "it trains for half a minute; tests/models/test_budget.py does so for no time",
     "locks.py: locked": "what it guards is the caller's",
@@ -177,7 +179,19 @@ def guide_lm(context: dict[str, Any]) -> dict[str, Any]:
     return {"guide": context["lm"].with_adapter(LoraConfig(r=2, target_modules="all-linear"))}
 
 
+def with_gaps(context: dict[str, Any]) -> dict[str, Any]:
+    lm = MaskedLanguageModel.embedded("masked_stories")
+    x, y = lm.encode("Tom went to the attic."), lm.encode(" He oiled it.")
+    d = distributions.Unmasking(lm, lm.join(x, lm.gap(6), y))
+    path = d.sample()
+    return {"lm": lm, "x": x, "y": y, "d": d, "path": path, "words": d.words(path)}
+
+
 OF_THEIR_OWN = {
+    "distributions/unmasking.py: Unmasking": with_gaps,
+    "distributions/unmasking.py: symbols": with_gaps,
+    "distributions/unmasking.py: text_log_prob": with_gaps,
+    "masked_language_model.py: gap": with_gaps,
     "inference/training/em.py: VariationalEM": with_labels,
     "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
     "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),

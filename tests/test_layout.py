@@ -42,6 +42,7 @@ LAYERS = {
     "adapters": 2,
     "gguf_files": 2,
     "language_model": 3,
+    "masked_language_model": 3,
     "embedded": 4,
     "engine": 4,
     "constraints": 5,

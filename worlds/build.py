@@ -4,11 +4,14 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import torch
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,7 +28,24 @@ FILES = "config.json", "generation_config.json", "model.safetensors", "tokenizer
 
 
 def fresh(world: World, words: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """An untrained GPT-2 or Llama of the world's size, without dropout."""
+    """An untrained GPT-2, Llama or BERT of the world's size, without dropout."""
+    if world.masks is not None:
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=len(words),
+                max_position_embeddings=world.context,
+                hidden_size=world.width,
+                intermediate_size=4 * world.width,
+                num_hidden_layers=world.layers,
+                num_attention_heads=world.heads,
+                initializer_range=world.scale,
+                hidden_act="gelu_pytorch_tanh",
+                type_vocab_size=1,
+                pad_token_id=words.pad_token_id,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
     if world.rotary:
         return LlamaForCausalLM(
             LlamaConfig(
@@ -62,7 +82,7 @@ def fresh(world: World, words: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def train(world: World, seed: int, log=print) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Next-token training on an endless corpus: AdamW, warm-up, cosine decay to zero, clipping at 1.
+    """Next-token or masked-token training on an endless corpus: AdamW, warm-up, cosine decay to zero, clipping at 1.
 
     One thread, and a random state of its own: the same seed gives the same weights.
     """
@@ -71,7 +91,7 @@ def train(world: World, seed: int, log=print) -> tuple[PreTrainedModel, PreTrain
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            words = tokenizer.build(world.words, world.context, world.word)
+            words = tokenizer.build(world.words, world.context, world.word, mask=world.masks is not None)
             model = fresh(world, words).train()
             stream = world.rows(Random(seed), words.encode, world.context)
             optimizer = torch.optim.AdamW(
@@ -84,8 +104,7 @@ def train(world: World, seed: int, log=print) -> tuple[PreTrainedModel, PreTrain
             started, mean = time.monotonic(), None
             for step in range(1, world.steps + 1):
                 batch = torch.tensor([next(stream) for _ in range(world.rows_a_step)])  # (row, token)
-                logits = model(batch).logits[:, :-1]
-                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+                loss = _next_token(model, batch) if world.masks is None else _masked(model, words, world.masks, batch)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
@@ -97,6 +116,26 @@ def train(world: World, seed: int, log=print) -> tuple[PreTrainedModel, PreTrain
     finally:
         torch.set_num_threads(threads)
     return model.eval(), words
+
+
+def _next_token(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    logits = model(batch).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def _masked(
+    model: PreTrainedModel, words: PreTrainedTokenizerFast, masks: Callable[..., torch.Tensor], batch: torch.Tensor
+) -> torch.Tensor:
+    r"""The mean over rows of the mean over masked words w of -log p(w), p a softmax over all tokens but the mask.
+
+    Where k of n words are masked, k evenly from 1..n, n times that is on average -log p(path) of a random order.
+    """
+    masked = masks(batch, words)  # (row, token)
+    ids = batch.masked_fill(masked, words.mask_token_id)
+    logits = model(ids, attention_mask=(batch != words.eos_token_id).long()).logits
+    logits = logits.index_fill(2, torch.tensor([words.mask_token_id]), -torch.inf)
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch, reduction="none")
+    return ((loss * masked).sum(1) / masked.sum(1)).mean()
 
 
 def refuse_to_replace(out: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from random import Random
 from typing import NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .tokenizer import WORD
@@ -53,3 +54,5 @@ class World(NamedTuple):
     learning_rate: float = 4e-3
     warmup: int = 100
     rotary: bool = False  # a Llama instead of a GPT-2
+    # A BERT instead, which learns the words under masks: rows (row, token) filled up with eos -> which are masked.
+    masks: Callable[[Tensor, PreTrainedTokenizerFast], Tensor] | None = None

@@ -346,19 +346,21 @@ def claims(of: Results) -> list[str]:
 
 
 def headline(results: Results) -> Headline:
-    """Votes by the number of operands."""
+    """Votes by the number of operands, of the seeds that all methods have."""
     methods = [m for m in (SFT, REWARD, GFLOWNET) if m in results]
     if len(methods) < 3:
         return []
-    seeds = min(len(results[m]) for m in methods)
+    seeds = set.intersection(*({r["seed"] for r in results[m]} for m in methods))
+    runs = {m: [r for r in results[m] if r["seed"] in seeds] for m in methods}
     return [
         (
             f"votes right in percent, {n} operands, of {'; '.join(methods)}",
             "; ".join(f"{PAPER[IN_PAPER[m]][OPERANDS.index(n)]:g}" for m in methods),
-            "; ".join(votes(results[m], n) for m in methods),
-            seeds,
+            "; ".join(votes(runs[m], n) for m in methods),
+            len(seeds),
         )
         for n in (4, 5)
+        if seeds
     ]
 
 

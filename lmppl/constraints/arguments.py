@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, View
+
+V = TypeVar("V", bound=View)
 
 
 def as_lm(given: Any) -> LanguageModel:
-    """A language model of this package; ValueError for a name, or a network without its tokenizer."""
-    if isinstance(given, LanguageModel):
+    """A causal language model of this package; ValueError for a name, or a network without its tokenizer."""
+    return as_view(given, LanguageModel)
+
+
+def as_view(given: Any, kind: type[V]) -> V:
+    """A language model of a kind; errors as of `as_lm`."""
+    if isinstance(given, kind):
         return given
+    name = kind.__name__
     if isinstance(given, str):
-        raise ValueError(f"lm: expected a LanguageModel, got {given!r}; LanguageModel.from_pretrained loads one")
-    raise ValueError(
-        f"lm: expected a LanguageModel, got {type(given).__name__}; wrap a network by LanguageModel(model, tokenizer)"
-    )
+        raise ValueError(f"lm: expected a {name}, got {given!r}; {name}.from_pretrained loads one")
+    raise ValueError(f"lm: expected a {name}, got {type(given).__name__}; wrap a network by {name}(model, tokenizer)")
 
 
 def as_list(given: Any, name: str, expected: str) -> list[Any]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import text
-from ..constraints.arguments import as_lm
-from ..language_model import LanguageModel
+from ..constraints.arguments import as_lm, as_view
+from ..language_model import View
 
-__all__ = ["as_count", "as_lm", "as_text", "no_text", "refuse_nan"]
+__all__ = ["as_count", "as_lm", "as_text", "as_view", "no_text", "refuse_nan"]
 
 
 def no_text(fn: Any, value: Any) -> str:
@@ -25,7 +25,7 @@ def no_text(fn: Any, value: Any) -> str:
     return f"expected a text, a LongTensor of token ids, got {value!r}; write lm.encode({value!r}{stop})"
 
 
-def as_text(lm: LanguageModel, given: Tensor | str | list[Any], name: str) -> Tensor:
+def as_text(lm: View, given: Tensor | str | list[Any], name: str) -> Tensor:
     """A text, or the documents that strings begin; ValueError naming the argument for anything else."""
     if not isinstance(given, Tensor):
         try:

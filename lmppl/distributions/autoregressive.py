@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from .. import randomness, text
+from .. import text
 from ..shapes import broadcast_shapes
 from ..text import PAD
 from .protocols import PrefixScores
-from .support import Texts
-from .token_steps import DeadEnd, draw
+from .stepped import SteppedText
+from .token_steps import draw
 
 
-class AutoregressiveText(TorchDistribution):
+class AutoregressiveText(SteppedText):
     r"""Texts of which a function says what token comes next; a subclass defines `next_logits`.
 
     .. math:: p(z) = \prod_t \mathrm{softmax}(\text{next\_logits}(z_1 \dots z_{t-1}))_{z_t}
@@ -41,8 +40,6 @@ class AutoregressiveText(TorchDistribution):
         letters = Letters(["", "a", "b"], max_tokens=5, stop=0)
         letters.decode(letters.sample((10,)))
     """
-
-    arg_constraints: dict[str, Any] = {}
 
     def __init__(
         self,
@@ -74,10 +71,6 @@ class AutoregressiveText(TorchDistribution):
     def vocab_size(self) -> int:
         return len(self.vocabulary)
 
-    @property
-    def support(self) -> Texts:
-        return Texts(self.vocab_size)
-
     def decode(self, value: Tensor) -> Any:
         """Texts (..., L) as strings, nested lists of the leading axes."""
         if value.dim() > 1:
@@ -88,24 +81,6 @@ class AutoregressiveText(TorchDistribution):
         shape = self.batch_shape if shape is None else torch.Size(shape)
         element = torch.arange(self.batch_shape.numel(), device=self.stop.device).view(self.batch_shape)
         return AutoregressiveSteps(self, element.expand(shape).reshape(-1))
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Texts (*sample_shape, *batch_shape, L).
-
-        :raises DeadEnd: where nothing can follow a text that was drawn.
-        """
-        shape = torch.Size(sample_shape) + self.batch_shape
-        steps = self.token_steps(shape)
-        width = self.event_shape[0]
-        uniform = randomness.uniform((*shape, width), right=1, device=self.stop.device).reshape(-1, width)
-        for u in uniform.unbind(1):
-            token, log_p = steps.draw(u)
-            dead = (log_p == -torch.inf).nonzero()[:, 0]
-            if len(dead):
-                raise DeadEnd(f"nothing can follow the text {self.decode(steps.prefix[dead[0]])!r}")
-            steps.append(token)
-        return steps.prefix.view(*shape, width)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """(..., L) -> (...); -inf for a text that is impossible."""
@@ -145,7 +120,7 @@ class AutoregressiveSteps:
         self.ended = torch.zeros_like(element, dtype=torch.bool)
         self._next: Tensor | None = None
 
-    def next(self) -> Tensor:
+    def log_probs(self) -> Tensor:
         """Log-probabilities of the next token, (R, V): -inf everywhere where nothing can follow, 0 in ended rows."""
         if self._next is None:
             rows, V = len(self.ended), self.fn.vocab_size
@@ -165,14 +140,14 @@ class AutoregressiveSteps:
         return self._next
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = self.next()
+        log_p = self.log_probs()
         token = draw(log_p, uniform)
         log_prob = log_p.gather(1, token[:, None])[:, 0]
         token = token.masked_fill(log_prob == -torch.inf, PAD)
         return token.masked_fill(self.ended, PAD), log_prob.masked_fill(self.ended, 0.0)
 
     def score(self, tokens: Tensor) -> Tensor:
-        return self.next().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+        return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
 
     def append(self, tokens: Tensor) -> None:
         self.prefix, self._next = torch.cat([self.prefix, tokens[:, None]], 1), None

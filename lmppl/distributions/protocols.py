@@ -79,6 +79,9 @@ class Stepwise(Text, Protocol):
 class Steps(Protocol):
     r"""Unfinished texts, R rows.
 
+    Where the log-probabilities of all tokens are at hand, ``log_probs()`` returns them, (R, V), unspecified in rows
+    that have ended: `score` for each of many tokens would take as many calls.
+
     Where tokens may be inserted by a tool, ``inserting``, a BoolTensor (R,), says in which rows the next one is.  Where
     weighted draws are cheaper than log-probabilities, ``propose(uniform)`` draws from the same distribution as `draw`,
     and returns in place of log p(v) a log q whose inverse has the right mean,

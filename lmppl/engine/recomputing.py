@@ -76,7 +76,7 @@ def _cache_agrees(lm: LanguageModel) -> bool:
 def _trial(lm: LanguageModel) -> bool:
     # An adapter's prompts are read by the decoder itself, those of the base network are kept: right for one and wrong
     # for the other would be wrong, whichever asks first.
-    return all(_agrees(lm, capacity) for capacity in (0, prompts(lm.network).capacity))
+    return all(_agrees(lm, capacity) for capacity in {0, prompts(lm.network).capacity})
 
 
 def _agrees(lm: LanguageModel, capacity: int) -> bool:

@@ -17,6 +17,7 @@ from .budget import Plan, plan
 from .constrained import Constrained
 from .continuation import Continuation
 from .contrastive import Contrastive
+from .diffusion import Diffusion
 from .experiment import PRETRAINED, Experiment, Recipe
 from .infilling import Infilling
 from .preferences import Annotators, Preferences
@@ -40,6 +41,7 @@ __all__ = [
     "Constrained",
     "Continuation",
     "Contrastive",
+    "Diffusion",
     "Experiment",
     "Infilling",
     "Plan",

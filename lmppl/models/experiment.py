@@ -16,14 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import embedded
 from ..catalogue import SETTINGS
-from ..distributions.arguments import as_lm
+from ..distributions.arguments import as_view
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
-from ..language_model import LanguageModel
+from ..language_model import LanguageModel, View
 from ..text import length
 
 T = TypeVar("T")
+V = TypeVar("V", bound=View)
 TEST_OBSERVATIONS = 16
 
 
@@ -74,7 +75,7 @@ class Recipe:
         """How many steps to train."""
         return self.quick_steps if quick else self.steps
 
-    def guide_lm(self, lm: LanguageModel, seed: int = 0, checkpoint: str | Path | None = None) -> LanguageModel:
+    def guide_lm(self, lm: V, seed: int = 0, checkpoint: str | Path | None = None) -> V:
         """``lm`` with a fresh adapter of this recipe, or with the adapter saved at ``checkpoint``."""
         if checkpoint is not None:
             return lm.with_adapter(checkpoint)
@@ -107,7 +108,7 @@ PRETRAINED = Recipe(observations=2, particles=8, learning_rate=1e-3)
 LARGE = 20_000_000
 
 
-def recipe_for(lm: LanguageModel, own: Recipe, large: int = LARGE) -> Recipe:
+def recipe_for(lm: View, own: Recipe, large: int = LARGE) -> Recipe:
     """An experiment's own recipe, and on a large network its batch, rate, adapter and objective those of `PRETRAINED`.
 
     A network of more than ``large`` parameters is: none of the embedded ones, most pretrained ones.  What is the
@@ -127,7 +128,7 @@ def recipe_for(lm: LanguageModel, own: Recipe, large: int = LARGE) -> Recipe:
     )
 
 
-def linear_layers(lm: LanguageModel) -> list[str]:
+def linear_layers(lm: View) -> list[str]:
     """The names of all linear layers, the output layer too, which PEFT's "all-linear" leaves out.
 
     A small language model has nearly equal embeddings for words that it has no reason to tell apart, and the norm
@@ -139,7 +140,7 @@ def linear_layers(lm: LanguageModel) -> list[str]:
     return sorted(name for name, m in plain.items() if isinstance(m, torch.nn.Linear | Conv1D))
 
 
-def decoder_layers(lm: LanguageModel) -> list[str]:
+def decoder_layers(lm: View) -> list[str]:
     """What the names of each decoder layer's modules begin with, from the bottom to the top.
 
     :raises ValueError: where the network keeps its layers in no list.
@@ -156,8 +157,8 @@ class Experiment:
     """A latent-variable model ready to run."""
 
     name: str
-    lm: LanguageModel
-    guide_lm: LanguageModel
+    lm: View
+    guide_lm: View
     model: Program
     guide: Program
     # The arguments of a training step, or a list of tasks: programs to train on, where they are not these.
@@ -234,8 +235,8 @@ class Start:
     """What there is of an experiment before its programs: the language models, the recipe, and what is wanted."""
 
     name: str
-    lm: LanguageModel
-    guide_lm: LanguageModel
+    lm: Any  # a LanguageModel, or what the experiment asks for
+    guide_lm: Any
     recipe: Recipe
     seed: int
     paper: bool  # the paper's setting
@@ -245,7 +246,7 @@ class Start:
         cls,
         name: str,
         world: str,
-        lm: LanguageModel | None,
+        lm: View | None,
         data: str | Path | None,
         default: Recipe,
         needs: str | None = None,
@@ -255,24 +256,26 @@ class Start:
         checkpoint: str | Path | None = None,
         setting: str = SETTINGS[0],
         device: str | None = None,
+        kind: type[View] = LanguageModel,
         **unknown: Any,
     ) -> Start:
         """The start on ``lm``, or on the embedded language model ``world``, with the `Options` that were given.
 
         :param default: the recipe where none is given; on a large network, see `recipe_for`.
         :param needs: what another language model needs as ``data``; None: nothing.
+        :param kind: of language model.
         :raises ValueError: for another language model without ``data``, what is none, and a setting that is none.
         :raises TypeError: for other options.
         """
         if unknown:
             raise TypeError(f"{name}: experiment() got an unexpected keyword argument {next(iter(unknown))!r}")
         if lm is not None:
-            as_lm(lm)
+            as_view(lm, kind)
         if setting not in SETTINGS:
             raise ValueError(f"setting: expected one of {', '.join(map(repr, SETTINGS))}, got {setting!r}")
         if lm is not None and data is None and needs is not None:
             raise ValueError(f"data: another language model needs {needs}")
-        lm = lm or LanguageModel.embedded(world, device=device)
+        lm = lm or kind.embedded(world, device=device)
         recipe = recipe or recipe_for(lm, default)
         return cls(name, lm, recipe.guide_lm(lm, seed, checkpoint), recipe, seed, setting == "paper")
 

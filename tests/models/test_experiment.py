@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lmppl.catalogue import MODELS
 from lmppl.models import EXPERIMENTS
 
 
@@ -13,5 +14,5 @@ def test_an_option_that_is_none_is_refused_by_name(name):
         EXPERIMENTS[name](sead=1)
     with pytest.raises(ValueError, match="setting: expected one of 'posterior', 'paper', got 'posteriori'"):
         EXPERIMENTS[name](setting="posteriori")
-    with pytest.raises(ValueError, match="lm: expected a LanguageModel, got 'x'"):
+    with pytest.raises(ValueError, match=f"lm: expected a {MODELS[name].lm}, got 'x'"):
         EXPERIMENTS[name](lm="x")

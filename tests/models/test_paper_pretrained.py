@@ -429,3 +429,16 @@ def test_guides_of_one_model_share_their_evidence():
         assert row["posterior"] == pytest.approx([posterior * z / 0.2], rel=1e-5)
     assert shared[arithmetic.LONGER] == of[arithmetic.LONGER]
     assert shared[arithmetic.SFT][0]["of"]["4"]["log_z"] == pytest.approx([math.log(5)])
+
+
+def test_infillings_bleu_is_compared_seed_by_seed():
+    """One seed says nothing; two that agree do, and a seed that only one of them has does not count."""
+
+    def runs(**of):
+        return {name: [{"seed": seed, "bleu": b} for seed, b in bleu.items()] for name, bleu in of.items()}
+
+    one = runs(GFlowNet={0: 0.3, 1: 0.1}, prompting={1: 0.05})
+    assert "not testable here**. +0.050, of one seed." in infilling.in_bleu(one, infilling.ASKED)
+    two = runs(GFlowNet={0: 0.3, 2: 0.2}, prompting={2: 0.1, 1: 9.0, 0: 0.2})
+    assert "**seen**. +0.100 ± 0.000, over 2 seeds." in infilling.in_bleu(two, infilling.ASKED)
+    assert infilling.in_bleu(runs(GFlowNet={0: 0.3}, prompting={1: 0.1}), infilling.ASKED) == ""

@@ -16,6 +16,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ... import text
+from ...constraints.masks import Constraint, allowed_at
+from ...rows import distinct_rows
 from ..core import programs
 from ..core.programs import Node, Sketch, Substitute
 from ..core.query import Query, unknown
@@ -212,11 +214,36 @@ def _same_law(old: Any, new: Any, value: Tensor) -> bool:
                 for key in ("max_tokens", "min_tokens", "temperature", "stop")
                 if hasattr(old, key)
             ]
-            alike = old.lm is new.lm and all(torch.equal(*pair) for pair in rules)
-            return alike and bool(text.equal(old.prompt, new.prompt).all())
+            alike = (
+                old.lm is new.lm
+                and getattr(old, "order", None) == getattr(new, "order", None)
+                and all(torch.equal(*pair) for pair in rules)
+                and bool(text.equal(old.prompt, new.prompt).all())
+            )
+            return alike and _same_allowed(old, new, value)
         return all(_close(old.log_prob(x), new.log_prob(x)) for x in _points(old, value))
     except (RuntimeError, ValueError):  # shapes that do not fit, or a value that one of them does not know
         return False
+
+
+def _same_allowed(old: Any, new: Any, texts: Tensor) -> bool:
+    """Whether the constraints of two texts are the same: functions by what they allow along these texts (..., L)."""
+    given = [getattr(fn, "allowed", None) for fn in (old, new)]
+    if given[0] is given[1]:
+        return True
+    V = old.lm.vocab_size
+    every = torch.ones(V, dtype=torch.bool, device=texts.device)
+    both: list[Constraint] = [every if allowed is None else allowed for allowed in given]
+    if all(isinstance(allowed, Tensor) for allowed in both):
+        return torch.equal(*torch.broadcast_tensors(*both))
+    rows, _ = distinct_rows(texts.reshape(-1, texts.shape[-1]))
+    # At the limit the only stop is certain, and constraints are not asked.
+    for t in range(int(old.max_tokens.max()) if old.stop.numel() == 1 else rows.shape[1]):
+        if len(asked := rows[rows[:, t] != text.PAD, :t]):
+            masks = (allowed_at(allowed, asked, V).expand(len(asked), V) for allowed in both)
+            if not torch.equal(*masks):
+                return False
+    return True
 
 
 def _points(fn: Any, value: Tensor) -> list[Tensor]:

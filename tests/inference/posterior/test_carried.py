@@ -11,8 +11,9 @@ import pytest
 import torch
 from five_sigma import within
 from tiny import flat_lm
+from tiny_masked import masked_lm
 
-from lmppl.distributions import Completion
+from lmppl.distributions import Completion, Unmasking
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior
 
 LM = flat_lm(vocab=5, seed=0, dtype=torch.float64)  # <eos> . a b c
@@ -274,3 +275,52 @@ def test_arguments_of_any_kind_are_saved_or_left_out(tmp_path):
         else:
             with pytest.raises(ValueError, match="keep"):
                 loaded.predictive(model, options, ["p", "q"])
+
+
+def test_a_path_whose_words_or_order_have_changed_is_drawn_anew():
+    """Which words each hole may get, and in which order it is filled, are part of what a path is drawn from."""
+    lm = masked_lm(vocab=5)
+    letters = lm.encode("abc")
+
+    def model(x, allowed, order, y=None):
+        with pyro.plate("texts", len(x)):
+            d = Unmasking(lm, x, allowed=allowed, order=order)
+            told = d.fill(pyro.sample("z", d))
+            pyro.sample("y", dist.Bernoulli(0.2 + 0.6 * (told == letters[2]).any(-1).double()), obs=y)
+
+    x, y = lm.join(lm.encode(["a", "b"]), lm.gap(1)), torch.ones(2)
+    every, only_c = torch.arange(5) > 1, torch.arange(5) == letters[2]
+    pyro.set_rng_seed(0)
+    posterior = Importance(model, num_particles=500).run(x, every, "random", y)
+    kept = posterior.predictive(model, x, every, "random", None).samples["z"]
+    assert torch.equal(kept, posterior.samples["z"])
+    anew = posterior.predictive(model, x, only_c, "random", None).samples["z"]
+    assert bool((anew == letters[2]).all())
+    other = posterior.predictive(model, x, every, "learned", None).samples["z"]
+    assert not torch.equal(other, posterior.samples["z"])
+
+
+def test_a_text_under_another_constraint_is_drawn_anew():
+    """A mask, none, or a function: texts are kept where the same is allowed along them, and only there."""
+    every, no_a = torch.ones(5, dtype=torch.bool), torch.arange(5) != 2
+    rules = {
+        "none": lambda: None,
+        "every": lambda: every,
+        "no a": lambda: no_a,
+        "every, a function": lambda: lambda prefix: every.expand(*prefix.shape[:-1], 5),
+        "no a, a function": lambda: lambda prefix: no_a.expand(*prefix.shape[:-1], 5),
+        "no a at the end": lambda: lambda prefix: (no_a if prefix.shape[-1] == 1 else every).expand(len(prefix), 5),
+    }
+
+    def model(x, rule):
+        with pyro.plate("texts", len(x)):
+            pyro.sample("z", Completion(LM, x, max_tokens=2, allowed=rules[rule]()))
+
+    x = LM.encode(["a", "b"])
+    alike = {"none": 0, "every": 0, "every, a function": 0, "no a": 1, "no a, a function": 1, "no a at the end": 2}
+    for old in rules:
+        pyro.set_rng_seed(0)
+        posterior = Importance(model, num_particles=50).run(x, old)
+        for new in rules:
+            found = posterior.predictive(model, x, new).samples["z"]
+            assert torch.equal(found, posterior.samples["z"]) == (alike[old] == alike[new]), (old, new)

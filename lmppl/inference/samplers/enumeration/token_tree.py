@@ -19,7 +19,7 @@ from ....distributions import Completion
 from ....distributions.arguments import refuse_nan
 from ....engine.scoring import score, with_bos
 from ....engine.tuning import TUNING
-from ...core.sites import Site, lm_of
+from ...core.sites import Site, lm_of, next_log_probs
 
 
 class Texts(NamedTuple):
@@ -289,8 +289,7 @@ class Stepped(Next):
             steps.select(row[nodes])
             for token in prefix[nodes, :t].unbind(1):
                 steps.append(token)
-            tokens = torch.arange(self.vocab_size, device=prefix.device)
-            result[nodes] = torch.stack([steps.score(v.expand(len(nodes))) for v in tokens], 1).double()
+            result[nodes] = next_log_probs(steps, self.vocab_size).double()
         refuse_nan(result)
         return result
 

@@ -1,0 +1,436 @@
+r"""`Unmasking`: a masked language model as a distribution over paths, which fill the gaps of a text one by one.
+
+A *canvas* is a text of L tokens, n of which are masks, its *holes* 0..n-1 from left to right.  A *path* fills them in
+some order: step t chooses a hole :math:`i_t` that is still open and a word :math:`w_t` for it.
+
+.. math:: p(i_1 w_1 \dots i_n w_n)
+          = \prod_{t=1}^{n} \pi(i_t \mid x_t) \, p_\theta(w_t \mid x_t, i_t), \qquad x_{t+1} = x_t[i_t \leftarrow w_t]
+
+:math:`x_t` is the canvas as far as it is filled, :math:`p_\theta` the network's softmax over all tokens but the mask,
+:math:`\pi` the *order*.  So the probability of a path is a product of n conditionals, exact and differentiable.  That
+of the text that it writes is a sum over n! paths,
+
+.. math:: p(w) = \sum_\sigma \prod_t \pi(\sigma_t \mid x_t) \, p_\theta(w_{\sigma_t} \mid x_t, \sigma_t)
+
+since neural denoisers write a text with another probability in another order.  A program whose latent is the path
+needs no such sum: u = log p - log q of a path is exact, with q another `Unmasking` of the same holes.
+
+A path is written as a text of n *symbols*, :math:`i_t V + w_t`, an alphabet of n V of them: hole and word in one token.
+Symbols are numbered by hole and not by position, so that a guide may fill the same holes on another canvas.  What the
+package does with texts token by token, it does with paths step by step: resampling between denoising steps (`SMC`), the
+tree of all paths (`Enumeration`), regrown ends (`MetropolisHastings`).
+
+The text's own probability can be summed where holes are few: :math:`x_t` depends on *which* holes are filled and not
+on their order, so that the sum runs over the :math:`2^n` subsets S of holes,
+
+.. math:: f(\emptyset) = 1, \qquad
+          f(S) = \sum_{i \in S} f(S') \, \pi(i \mid x_{S'}) \, p_\theta(w_i \mid x_{S'}, i), \; S' = S \setminus i,
+          \qquad p(w) = f(\{0 \dots n-1\})
+
+With more holes it is bounded from both sides: see `docs/diffusion.md`.
+
+Sources: Austin et al. 2021, "Structured denoising diffusion models in discrete state-spaces"; Hoogeboom et al. 2022,
+"Autoregressive diffusion models" (random orders); Sahoo et al. 2024, "Simple and effective masked diffusion language
+models"; Venkatraman et al. 2024, "Amortizing intractable inference in diffusion models" (arXiv 2405.20971).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..engine.denoising import ask
+from ..masked_language_model import MaskedLanguageModel
+from ..rows import distinct_rows
+from ..shapes import broadcast_shapes
+from ..text import PAD
+from .arguments import as_text, as_view, refuse_nan
+from .stepped import SteppedText
+
+Order = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole; those that are open get the
+softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
+"""
+MOST_HOLES = 16  # of which all subsets are summed over
+SUMMED = 2**20  # states that are summed over at once
+
+
+def _random(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
+    return torch.zeros_like(stay)
+
+
+def _left_to_right(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
+    first = open & (open.cumsum(-1) == 1)
+    return torch.zeros_like(stay).masked_fill(~first, -torch.inf)
+
+
+def _confidence(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
+    return log_words.amax(-1)
+
+
+def _learned(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
+    return -stay
+
+
+ORDERS: dict[str, Order] = {
+    "random": _random,
+    "left-to-right": _left_to_right,
+    "confidence": _confidence,
+    "learned": _learned,
+}
+
+
+class Unmasking(SteppedText):
+    r"""The paths by which a masked language model fills the holes of a text; see the module for the mathematics.
+
+    :param lm: the masked language model.
+    :param canvas: texts (*batch, L), or strings, whose masks are the holes; all else is given and stays.
+    :param order: how the next hole is chosen among the open ones: "random", evenly; "left-to-right"; "confidence", in
+        proportion to the probability of its likeliest word; "learned", in proportion to the odds that the network gives
+        to a word against the mask, which costs nothing and which an adapter learns as it learns words; or a function,
+        see `Order`.
+    :param allowed: BoolTensor (V,), (n, V) or (*batch, n, V): which words each hole may get; the others' probability is
+        shared among these.
+    :param temperature: of the words, a number or (*batch).
+
+    Shapes: ``event_shape = (n,)`` for the most holes that any canvas has; those of fewer have shorter paths, padded.
+    ``max_tokens`` (*batch) says how many.  `fill` writes a path's text, `words` what stands in the holes, `decode` that
+    as a string; unfinished paths too.
+
+    `log_prob` of R paths reads R n texts, equal ones once; its gradient reaches ``lm``'s trainable parameters.
+
+    :raises ValueError: naming the argument: a canvas without a mask, a hole for which no word is allowed.
+
+    Example::
+
+        x, y = lm.encode("Tom went to the attic."), lm.encode(" He oiled it.")
+        d = Unmasking(lm, lm.join(x, lm.gap(6), y))
+        path = d.sample()
+        lm.decode(d.fill(path)), d.log_prob(path)
+    """
+
+    def __init__(
+        self,
+        lm: MaskedLanguageModel,
+        canvas: Tensor | str | list[Any],
+        *,
+        order: str | Order = "random",
+        allowed: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+    ):
+        as_view(lm, MaskedLanguageModel)
+        if not callable(order) and order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(map(repr, ORDERS))} or a function, got {order!r}")
+        self.lm, self.order = lm, order
+        self.stop = torch.empty(0, dtype=torch.long, device=lm.device)
+        self.prompt = as_text(lm, canvas, "canvas")  # (*canvas batch, L)
+        self.holes_each = (self.prompt == lm.mask_id).sum(-1)
+        holes = int(self.holes_each.max()) if self.holes_each.numel() else 0
+        if not holes:
+            raise ValueError("canvas: none of its tokens is the mask; join texts with lm.gap(tokens)")
+        self.allowed = self._checked(allowed, holes)
+        self.temperature = torch.as_tensor(temperature, device=lm.device)
+        if not bool((self.temperature > 0).all()):
+            raise ValueError(f"temperature: must be positive, got {temperature!r}")
+        self._epsilon = torch.zeros((), device=lm.device)
+        self._set(torch.Size([holes]))
+
+    def _checked(self, allowed: Tensor | None, holes: int) -> Tensor:
+        """Which words each hole may get, BoolTensor (*batch or none, n or 1, V): never the mask."""
+        V = self.lm.vocab_size
+        words = torch.arange(V, device=self.lm.device) != self.lm.mask_id
+        if allowed is None:
+            return words[None]
+        fits = isinstance(allowed, Tensor) and allowed.dtype == torch.bool and allowed.dim() and allowed.shape[-1] == V
+        if not fits or (allowed.dim() > 1 and allowed.shape[-2] not in (1, holes)):
+            what = f"{allowed.dtype} of shape {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else repr(allowed)
+            raise ValueError(f"allowed: expected a BoolTensor (V,) or (..., {holes}, V), V = {V}; got {what}")
+        allowed = (allowed[None] if allowed.dim() == 1 else allowed).to(words.device) & words
+        if not bool(allowed.any(-1).all()):
+            raise ValueError("allowed: some hole may get no word")
+        return allowed
+
+    def _set(self, event_shape: torch.Size) -> None:
+        """Number the elements of the batch by what makes them differ: ``kind`` (element,), of K kinds."""
+        shapes = [self.temperature.shape, self._epsilon.shape, self.allowed.shape[:-2]]
+        batch = broadcast_shapes(self.prompt.shape[:-1], *shapes)
+        rows = self.prompt.expand(*batch, -1).reshape(batch.numel(), -1)
+        self._ruled = any(shape.numel() > 1 for shape in shapes)  # rules are each element's own
+        if self._ruled:
+            self.canvases, self.kind = rows, torch.arange(len(rows), device=rows.device)
+        else:
+            self.canvases, self.kind = distinct_rows(rows)
+        masked = self.canvases == self.lm.mask_id
+        self.count = masked.sum(1)  # (K,)
+        self.holes = (~masked).int().argsort(dim=1, stable=True)[:, : event_shape[0]]  # (K, n): their positions
+        self.max_tokens = self.holes_each.expand(batch)
+        super().__init__(batch, event_shape, validate_args=False)
+
+    # -- what a path is ----------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """How many symbols there are."""
+        return self.event_shape[0] * self.lm.vocab_size
+
+    def symbols(self, holes: Tensor, words: Tensor) -> Tensor:
+        """Paths (..., n) of holes in the order in which they are filled and their words, PAD in both at the end.
+
+        >>> path = d.symbols(torch.arange(6), words)  # from left to right
+        """
+        holes, words = torch.broadcast_tensors(holes, words)
+        return torch.where((holes == PAD) | (words == PAD), PAD, holes * self.lm.vocab_size + words)
+
+    def words(self, path: Tensor) -> Tensor:
+        """What stands in each hole, (..., n); PAD where it is open."""
+        n, V = self.event_shape[0], self.lm.vocab_size
+        out = path.new_full((*path.shape[:-1], n + 1), PAD)
+        at = torch.where(path == PAD, n, path.clamp(min=0) // V)
+        return out.scatter(-1, at, torch.where(path == PAD, PAD, path.clamp(min=0) % V))[..., :n]
+
+    def fill(self, path: Tensor) -> Tensor:
+        """The canvas as a path has filled it, (..., L); masks where it is open."""
+        words = self.words(path)
+        batch = broadcast_shapes(words.shape[:-1], self.batch_shape)
+        canvas = self.prompt.expand(*batch, -1)
+        hole = ((canvas == self.lm.mask_id).cumsum(-1) - 1).clamp(0, words.shape[-1] - 1)
+        own = words.expand(*batch, -1).gather(-1, hole)
+        return torch.where((canvas == self.lm.mask_id) & (own != PAD), own, canvas)
+
+    def decode(self, value: Tensor) -> Any:
+        """What paths (..., n) write into the holes, one after another: strings, nested lists of the leading axes."""
+        return self.lm.decode(text.cat(self.words(value)))
+
+    def placeholder(self) -> Tensor:
+        """Some path of the right shape (*batch, n): from left to right, the first word that is allowed."""
+        first = self.allowed.int().argmax(-1).expand(*self.batch_shape, self.event_shape[0])
+        hole = torch.arange(self.event_shape[0], device=first.device)
+        return self.symbols(torch.where(hole < self.max_tokens[..., None], hole, PAD), first)
+
+    def broadened(self, temperature: float | Tensor = 1.0, epsilon: float | Tensor = 0.0) -> Unmasking:
+        """The same distribution with every word's temperature multiplied by ``temperature`` and then, with probability
+        ``epsilon``, each word drawn evenly from those allowed; both broadcast.
+        """
+        new = self._get_checked_instance(Unmasking)
+        new.__dict__.update(self.__dict__)
+        new.temperature = self.temperature * torch.as_tensor(temperature, device=self.prompt.device)
+        new._epsilon = torch.as_tensor(epsilon, device=self.prompt.device)
+        new._set(self.event_shape)
+        return new
+
+    # -- its law -----------------------------------------------------------------------------------------------------
+
+    def law(self, states: Tensor, kind: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi(i | x) (k, n), -inf for a hole that is filled, and log p(w | x, i) (k, n, V), of k states (k, L).
+
+        ``kind`` (k,), ``logits`` (k, L, V).  Of a state without an open hole the former is unspecified.
+        """
+        at = self.holes[kind]  # (k, n)
+        own = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))  # (k, n, V)
+        refuse_nan(own.detach())
+        allowed, temperature, epsilon = self._rules(kind)
+        mask = self.lm.mask_id
+        is_mask = torch.arange(own.shape[-1], device=own.device) == mask
+        stay = own[..., mask] - own.masked_fill(is_mask, -torch.inf).logsumexp(-1)
+        log_words = (own / temperature).masked_fill(~allowed, -torch.inf).log_softmax(-1)
+        if bool((epsilon > 0).any()):
+            even = allowed.to(own.dtype) / allowed.sum(-1, keepdim=True)
+            log_words = ((1 - epsilon) * log_words.exp() + epsilon * even).log()
+        there = torch.arange(at.shape[1], device=at.device) < self.count[kind][:, None]
+        open = there & (states.gather(1, at) == mask)
+        order = self.order if callable(self.order) else ORDERS[self.order]
+        scores = order(log_words, stay, open).masked_fill(~open, -torch.inf)
+        stuck = (scores == -torch.inf).all(1, keepdim=True)
+        if bool((stuck & open.any(1, keepdim=True)).any()):
+            raise ValueError("order: it gives no open hole a finite score")
+        return scores.masked_fill(stuck, 0.0).log_softmax(1), log_words
+
+    def _rules(self, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """allowed (k or 1, n or 1, V), temperature and epsilon (k or 1, 1, 1) of each kind."""
+        if not self._ruled:
+            return self.allowed.reshape(1, *self.allowed.shape[-2:]), self.temperature.view(1), self._epsilon.view(1)
+        allowed = self.allowed.expand(*self.batch_shape, *self.allowed.shape[-2:]).flatten(0, -3)[kind]
+        numbers = (x.expand(self.batch_shape).flatten()[kind, None, None] for x in (self.temperature, self._epsilon))
+        temperature, epsilon = numbers
+        return allowed, temperature, epsilon
+
+    def _kinds(self, shape: torch.Size) -> Tensor:
+        """The kind of each row of the flattened ``shape``, with which the batch broadcasts."""
+        return self.kind.view(self.batch_shape).expand(shape).reshape(-1)
+
+    def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> UnmaskingSteps:
+        return UnmaskingSteps(self, self._kinds(self.batch_shape if shape is None else torch.Size(shape)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of paths, (..., n) -> (...): -inf for one that fills a hole twice, or not all of them."""
+        text.validate(value, "value", self.vocab_size)
+        (n,), V = self.event_shape, self.lm.vocab_size
+        shape = broadcast_shapes(value.shape[:-1], self.batch_shape)
+        too_long = (value[..., n:] != PAD).any(-1).expand(shape).flatten()
+        path = text.pad(value[..., :n], n).expand(*shape, n).reshape(-1, n)  # (R, n)
+        kind = self._kinds(shape)
+        step, count = torch.arange(n, device=path.device), self.count[kind]
+        there = step < count[:, None]
+        hole, word = path.clamp(min=0) // V, path % V
+        in_order = torch.where(there, hole, n + step).sort(1).values
+        fits = ((path != PAD) == there).all(1) & (in_order.masked_fill(~there, 0) == step.where(there, step * 0)).all(1)
+        row = (fits & ~too_long).nonzero()[:, 0]
+        states = self._states(path[row], kind[row])  # (r, n, L): before each step
+        at = there[row].nonzero()  # (r n', 2)
+        h, w = hole[row][tuple(at.T)], word[row][tuple(at.T)]
+
+        def chosen(states: Tensor, kind: Tensor, logits: Tensor, which: Tensor, rows: Tensor) -> Tensor:
+            log_order, log_words = self.law(states, kind, logits)
+            return log_order[which, h[rows]] + log_words[which, h[rows], w[rows]]
+
+        if not len(at):
+            return torch.where(fits & ~too_long, 0.0, -torch.inf).view(shape)
+        each = ask(self.lm, states[tuple(at.T)], kind[row[at[:, 0]]], chosen)
+        total = each.new_zeros(len(row)).index_add(0, at[:, 0], each)
+        return each.new_full((len(path),), -torch.inf).index_copy(0, row, total).view(shape)
+
+    def _states(self, path: Tensor, kind: Tensor) -> Tensor:
+        """The texts (R, n, L) before each step of paths (R, n)."""
+        state, found = self.canvases[kind], []
+        for symbol in path.unbind(1):
+            found.append(state)
+            state = self._after(state, kind, symbol)
+        return torch.stack(found, 1)
+
+    def _after(self, state: Tensor, kind: Tensor, symbol: Tensor) -> Tensor:
+        """The texts (R, L) after a step more; PAD changes nothing."""
+        at = self.holes[kind, symbol.clamp(min=0) // self.lm.vocab_size][:, None]
+        word = torch.where(symbol == PAD, state.gather(1, at)[:, 0], symbol % self.lm.vocab_size)
+        return state.scatter(1, at, word[:, None])
+
+    # -- the text's own probability ----------------------------------------------------------------------------------
+
+    def text_log_prob(self, words: Tensor) -> Tensor:
+        r"""log p of the text itself, whatever path wrote it: words (..., n) of the holes -> (...), with gradient.
+
+        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read.
+
+        :raises ValueError: for more than 16 holes; `lmppl.inference.Sandwich` bounds it there.
+
+        >>> bool(d.text_log_prob(d.words(path)) > d.log_prob(path))
+        True
+        """
+        (n,), text_shape = self.event_shape, words.shape[:-1]
+        text.validate(words, "words", self.lm.vocab_size)
+        if n > MOST_HOLES:
+            raise ValueError(f"words: {n} holes have 2^{n} subsets; up to {MOST_HOLES} are summed over, else bound it")
+        shape = broadcast_shapes(text_shape, self.batch_shape)
+        too_long = (words[..., n:] != PAD).any(-1).expand(shape).flatten()
+        words = text.pad(words[..., :n], n).expand(*shape, n).reshape(-1, n)
+        kind = self._kinds(shape)
+        parts = zip(*(x.split(max(1, SUMMED // 2**n)) for x in (words, kind)), strict=True)
+        log_p = torch.cat([self._summed(w, k) for w, k in parts])
+        right = (words != PAD).sum(1) == self.count[kind]
+        return log_p.masked_fill(~right | too_long, -torch.inf).view(shape)
+
+    def _summed(self, words: Tensor, kind: Tensor) -> Tensor:
+        """`text_log_prob` of words (R, n)."""
+        rows, n = words.shape
+        hole = torch.arange(n, device=words.device)
+        subset = torch.arange(2**n, device=words.device)
+        filled = (subset[:, None] >> hole) & 1 == 1  # (S, n)
+        count = self.count[kind]
+        state = self.canvases[kind][:, None].expand(-1, 2**n, -1)  # (R, S, L)
+        for j in range(n):
+            at = self.holes[kind, j][:, None, None].expand(-1, 2**n, 1)
+            word = torch.where(filled[:, j] & (j < count[:, None]), words[:, j, None], self.lm.mask_id)
+            own = torch.where((j < count[:, None]), word, state.gather(2, at)[..., 0])
+            state = state.scatter(2, at, own[..., None])
+        inside = subset < (1 << count[:, None]) - 1  # (R, S): not all are filled, and none that is not there
+        r, s = inside.nonzero().unbind(1)
+        safe = words.clamp(min=0)
+
+        def each_hole(states: Tensor, kind: Tensor, logits: Tensor, which: Tensor, rows: Tensor) -> Tensor:
+            log_order, log_words = self.law(states, kind, logits)
+            own = safe[r[rows]][..., None]  # (r, n, 1)
+            return log_order[which] + log_words[which].gather(-1, own)[..., 0]
+
+        step = ask(self.lm, state[r, s], kind[r], each_hole)  # (r, n)
+        step = step.new_full((rows, 2**n, n), -torch.inf).index_put((r, s), step)
+        log_f = step.new_full((rows, 2**n), -torch.inf).index_fill(1, subset[:1], 0.0)
+        for size in range(1, n + 1):
+            these = (filled.sum(1) == size).nonzero()[:, 0]
+            before = these[:, None] ^ (1 << hole)  # (m, n): where hole j is filled, without it
+            before = torch.where(filled[these], before, 0)
+            terms = (log_f[:, before] + step[:, before, hole]).masked_fill(~filled[these], -torch.inf)
+            possible = (terms > -torch.inf).any(-1)
+            total = torch.where(possible[..., None], terms, 0.0).logsumexp(-1).masked_fill(~possible, -torch.inf)
+            log_f = log_f.index_copy(1, these, total)
+        return log_f.gather(1, ((1 << count) - 1)[:, None])[:, 0]
+
+
+class UnmaskingSteps:
+    """Unfinished paths, a row each: `protocols.Steps`, one pass of the network a step, equal states read once."""
+
+    def __init__(self, fn: Unmasking, kind: Tensor):
+        self.fn, self.kind = fn, kind
+        self.prefix = kind.new_empty(len(kind), 0)
+        self.state = fn.canvases[kind]  # (R, L)
+        self.ended = fn.count[kind] == 0
+        self._next: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def _law(self) -> tuple[Tensor, Tensor]:
+        """log p of every next symbol after each of K different states, (K, n, V), and which of them each row has."""
+        if self._next is None:
+            live = (~self.ended).nonzero()[:, 0]
+            states, which = distinct_rows(torch.cat([self.state, self.kind[:, None]], 1)[live])
+
+            def joint(states: Tensor, kind: Tensor, logits: Tensor, which: Tensor, rows: Tensor) -> Tensor:
+                log_order, log_words = self.fn.law(states, kind, logits)
+                return (log_order[..., None] + log_words)[which]
+
+            log_p = ask(self.fn.lm, states[:, :-1], states[:, -1], joint)
+            self._next = log_p, torch.zeros_like(self.kind).index_copy(0, live, which)
+        return self._next
+
+    def log_probs(self) -> Tensor:
+        """Of every next symbol, (R, n V); unspecified in rows that have ended."""
+        log_p, which = self._law()
+        return log_p.flatten(1)[which]
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        if bool(self.ended.all()):
+            return torch.full_like(self.kind, PAD), torch.zeros_like(uniform)
+        log_p, which = self._law()
+        p = log_p.exp().double()  # (K, n, V)
+        hole, rest = _inverted(p.sum(-1)[which], uniform.double())
+        word, _ = _inverted(p[which, hole], rest)
+        log_prob = log_p[which, hole, word].masked_fill(self.ended, 0.0)
+        return (hole * self.fn.lm.vocab_size + word).masked_fill(self.ended, PAD), log_prob
+
+    def score(self, tokens: Tensor) -> Tensor:
+        if bool(self.ended.all()):
+            return torch.zeros(len(tokens), device=tokens.device)
+        log_p, which = self._law()
+        symbol, V = tokens.clamp(min=0), self.fn.lm.vocab_size
+        return log_p[which, symbol // V, symbol % V]
+
+    def append(self, tokens: Tensor) -> None:
+        self.prefix, self._next = torch.cat([self.prefix, tokens[:, None]], 1), None
+        self.state = self.fn._after(self.state, self.kind, tokens)
+        self.ended = self.ended | (self.prefix.shape[1] >= self.fn.count[self.kind]) | (tokens == PAD)
+
+    def select(self, index: Tensor) -> None:
+        self.prefix, self.ended, self.kind = self.prefix[index], self.ended[index], self.kind[index]
+        self.state = self.state[index]
+        self._next = None if self._next is None else (self._next[0], self._next[1][index])
+
+
+def _inverted(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF draws (R,) from weights (R, M), and what is left of each uniform number, itself uniform."""
+    cdf = p.cumsum(1)
+    at = uniform.clamp(max=1 - 2**-23)[:, None] * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=p.shape[1] - 1)
+    own = p.gather(1, drawn)
+    rest = (at - (cdf.gather(1, drawn) - own)) / own
+    return drawn[:, 0], rest[:, 0].clamp(0, 1)
