@@ -22,7 +22,7 @@ from ..language_model import LanguageModel
 from .constrained import beginnings, next_sentence
 from .data_files import read_each
 from .experiment import TEST_OBSERVATIONS, Experiment, Options, Recipe, Start, split
-from .programs.preferences import LONGEST, Annotators, Preferences, features, one_of_each, said
+from .programs.preferences import LONGEST, Annotators, Preferences, features, one_of_each, said, words_of
 
 Group: TypeAlias = Mapping[str, Sequence[str]]  # properties by name, each with its words
 
@@ -42,6 +42,7 @@ STRENGTH = 3.0  # nats: of two texts that differ in what one likes, 95% of the c
 EMBEDDED_TEMPLATE, EMBEDDED_LONGEST = "Note:{w}.\n{x}", 5
 RECIPE = Recipe(steps=300, quick_steps=150, observations=32, particles=4, learning_rate=3e-3, output_layer=True)
 MOST = 100_000  # combinations of shares and kinds that are enumerated
+LARGEST = 3 * 10**8  # numbers of the largest tensor of their enumeration: 40 annotators with ten choices take 2 * 10**7
 
 
 class Choice(NamedTuple):
@@ -138,10 +139,11 @@ def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, 
     """The exact posterior of the kinds of annotators who chose so.
 
     :param groups: of properties, see `one_of_each`.
-    :raises ValueError: where kinds and tastes have too many combinations.
+    :raises ValueError: where kinds and tastes have too many combinations, alone or times all choices, and for a
+        property in which no choice differs.
     """
-    if not strength > 0:
-        raise ValueError(f"strength: must be positive, got {strength}")
+    if not 0 < strength < math.inf:
+        raise ValueError(f"strength: must be positive and finite, got {strength}")
     annotators = Annotators(one_of_each([len(group) for group in groups], strength), kinds=kinds)
     if annotators.combinations > MOST:
         raise ValueError(
@@ -149,6 +151,13 @@ def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, 
             f"more than {MOST:,}; take fewer kinds, or fewer properties"
         )
     d, y = differences(chosen, flat(groups))
+    if unknown := [name for name, any_ in zip(flat(groups), d.flatten(0, 1).any(0), strict=True) if not any_]:
+        raise ValueError(f"properties: no choice differs in {unknown[0]!r}, so that nothing says who likes it")
+    if (size := annotators.combinations * kinds * y.numel()) > LARGEST:
+        raise ValueError(
+            f"kinds: {annotators.combinations:,} combinations of {kinds} kinds, {len(y)} annotators and {y.shape[1]} "
+            f"choices of one make {size:,} numbers, more than {LARGEST:,}; take fewer kinds, properties or choices"
+        )
     return People(annotators, d, y, Enumeration(annotators.model, max_support=MOST).run(d, y))
 
 
@@ -172,12 +181,12 @@ def pooled(d: Tensor, y: Tensor, *, prior: float = 10.0, steps: int = 50) -> Ten
 def flat(groups: Sequence[Group]) -> Group:
     """The properties of all groups.
 
-    :raises ValueError: where two have one name.
+    :raises ValueError: where two have one name, and where one has what is no word.
     """
     found = {name: words for group in groups for name, words in group.items()}
     if len(found) < sum(map(len, groups)):
         raise ValueError("properties: two of them begin with the same word")
-    return found
+    return words_of(found)
 
 
 def experiment(
@@ -208,7 +217,8 @@ def experiment(
     if (properties is None) != (data is None):
         raise ValueError("properties: they go with choices of your own, `data`, and those with them")
     groups: Sequence[Group] = GROUPS
-    own: dict[str, Any] = {"max_tokens": max_tokens or (EMBEDDED_LONGEST if data is None else LONGEST)}
+    longest = EMBEDDED_LONGEST if data is None else LONGEST
+    own: dict[str, Any] = {"max_tokens": longest if max_tokens is None else max_tokens}
     if data is None or properties is None:
         chosen, prompts = choices(), [[x for (x,) in part] for part in beginnings()]
         own |= {"template": EMBEDDED_TEMPLATE, "names": TOLD, "allowed": next_sentence(start.lm)}

@@ -18,7 +18,7 @@ from pyro import poutine
 from reference import Law, Plain, tokens
 from tiny import tiny_lm
 
-from benchmarks.paper.preferences import World, preferred
+from benchmarks.paper.preferences import World, preferred, sorts
 from lmppl import cli
 from lmppl.embedded.stories import middles
 from lmppl.inference import Enumeration
@@ -165,6 +165,34 @@ def test_the_embedded_choices_tell_the_kinds():
     assert wrong <= 2
 
 
+def test_many_kinds_are_divided_at_once():
+    assert Annotators(torch.zeros(2, 1), kinds=10, parts=20).log_shares.exp().sum().item() == pytest.approx(1.0)
+
+
+def test_what_would_only_broadcast_is_refused():
+    """One answer for three questions, one annotator's for all, one weight for all features; y of other numbers."""
+    annotators, d = Annotators(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), kinds=2, parts=3), torch.randn(3, 4, 2)
+    y = torch.ones(3, 4).long()
+    posterior = Enumeration(annotators.model).run(d, y)
+    assert Enumeration(annotators.model).run(d.double(), y.bool()).log_evidence == posterior.log_evidence
+    asked = (
+        ("y", d, y[:, :1]),
+        ("y", d, y[:1]),
+        ("y", d, y[0]),
+        ("y", d, y * -2),
+        ("y", d, y * 2),
+        ("y", d, y * 0.5),
+        ("y", d, y * math.nan),
+        ("d", d[..., :1], y),
+        ("d", d[0], y),
+    )
+    for name, *wrong in asked:
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            annotators.model(*wrong)
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            annotators.taste_of_each(posterior, *wrong)
+
+
 def test_annotators_need_not_be_asked_equally_often():
     told = [
         Choice("a", "x", "an egg", "a ball"),
@@ -262,8 +290,35 @@ def test_how_often_a_text_is_chosen(q, p, levels):
         assert found[0, b].item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_text_has_a_property_by_a_whole_word():
-    assert features(" He took the older egg.", {"old": ["old"], "egg": ["cake", "egg"]}).tolist() == [0.0, 1.0]
+def test_a_text_has_a_property_by_a_whole_word_in_capitals_or_not():
+    properties = {"old": ["old"], "egg": ["cake", "Egg"]}
+    assert features(" He took the older egg.", properties).tolist() == [0.0, 1.0]
+    assert features("Old EGGS.", properties).tolist() == [1.0, 0.0]
+
+
+@settings(max_examples=20, deadline=None)
+@given(matrix(9, 1), st.permutations(range(9)))
+def test_every_text_is_of_one_sort(logits, order):
+    """Nine texts, one of each sort: a sort's mass is its text's; ten draws find a text, by the sum over how many do."""
+    adjectives, things = torch.eye(3).repeat_interleave(3, 0), torch.tensor([[1.0, 0], [0, 1], [0, 0]]).repeat(3, 1)
+    phi = torch.cat([adjectives, things], -1)[[*order]].double()
+    assert sorts(phi).argmax(-1).tolist() == [*order] and (sorts(phi).sum(-1) == 1).all()
+    q = logits.log_softmax(0).exp()
+
+    class Found:
+        next_taste = torch.tensor([1.0])
+        annotators = Annotators(torch.tensor([[3.0, 0, 0, 0, 0]]), kinds=1, parts=1)
+
+    found = World(Found, None, None, q.log(), phi).figures(q)
+    assert [x for row in found["cells"] for x in row] == pytest.approx([float(q[order.index(s)]) for s in range(9)])
+    names = list(flat(GROUPS))
+    for k, (_, liked) in enumerate(KINDS):
+        (i,) = ((phi[:, [names.index(n) for n in liked]] == 1).all(-1)).nonzero()[:, 0].tolist()
+        p = float(q[i])
+        assert found["kinds"][k] == pytest.approx(p)
+        assert found["found"][k] == pytest.approx(
+            sum(math.comb(10, n) * p**n * (1 - p) ** (10 - n) for n in range(1, 11))
+        )
 
 
 def test_the_guide_is_told_names_and_reads_them_in_its_prompt(tiny):
@@ -361,17 +416,29 @@ def test_arguments_out_of_range(tiny):
     for kinds, parts in ((0, 3), (4, 3)):
         with pytest.raises(ValueError, match="kinds, parts"):
             Annotators(torch.zeros(2, 2), kinds=kinds, parts=parts)
-    with pytest.raises(ValueError, match="tastes"):
-        Annotators(torch.zeros(2))
-    with pytest.raises(ValueError, match="strength"):
-        infer(choices(), GROUPS, strength=0.0)
-    with pytest.raises(ValueError, match="properties"):
-        Preferences(lm, properties={"a": []})
+    for tastes in (torch.zeros(2), torch.zeros(0, 2), torch.zeros(2, 2).long(), torch.tensor([[math.nan]])):
+        with pytest.raises(ValueError, match="tastes"):
+            Annotators(tastes)
+    for strength in (0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="strength"):
+            infer(choices(), GROUPS, strength=strength)
+    for words, name in (([], "expected names"), ("ab", "expected a list"), (["a", "b c"], "'b c'"), (["it's"], "it's")):
+        for refused in (lambda p: Preferences(lm, properties=p), lambda p: infer(choices(), [p])):
+            with pytest.raises(ValueError, match=f"properties: .*{name}"):
+                refused({"a": words})
+    with pytest.raises(ValueError, match="properties: no choice differs in 'olden'"):
+        infer(choices(), parsed("old, olden"))
+    with pytest.raises(ValueError, match="kinds: .* numbers"):
+        infer([c for c in choices() for _ in range(20)], GROUPS)
     with pytest.raises(ValueError, match="beta"):
         Preferences(lm, properties=PROPERTIES, beta=math.inf)
     task = Preferences(lm, lm, properties=PROPERTIES, max_tokens=MAX_TOKENS)
     with pytest.raises(ValueError, match="guide_lm"):
         Preferences(lm, properties=PROPERTIES).guide(x, torch.zeros(2, 2))
+    for w in (torch.zeros(2, 1), torch.zeros(2, 3), torch.zeros(())):
+        for program in (task.model, task.guide):
+            with pytest.raises(ValueError, match="w: expected"):
+                program(x, w)
     for w in ([[1.0, 2.0], [0.0, 0.0]], [[-1.0, 0.0], [0.0, 0.0]]):
         with pytest.raises(ValueError, match="w: the guide"):
             task.guide(x, torch.tensor(w))

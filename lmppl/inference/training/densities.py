@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..core import programs
@@ -78,7 +79,7 @@ def log_likelihood(query: Query, values: Values) -> Tensor:
     """log q (*kept) of given latent values, each as what proposes would draw it, with gradient; the model is not run.
 
     :raises SiteMismatch: where a latent site of the guide has no value, or a value no site.
-    :raises ValueError: where a value is impossible under the guide.
+    :raises ValueError: where a value is impossible under the guide, or a plate draws which observations it has.
     """
     query = replace(query, model=query.proposal, guide=None)
     run = _told(query, query.model, values, "guide")
@@ -89,7 +90,7 @@ def log_likelihoods(query: Query, values: Values) -> tuple[Tensor, Tensor]:
     """log q with gradient and log p of given latent values, (*kept) each; p is of the model's latent sites, unscaled.
 
     :raises SiteMismatch: where a latent site has no value, or a value no site.
-    :raises ValueError: where a value is impossible under model or guide.
+    :raises ValueError: where a value is impossible under model or guide, or a plate draws which observations it has.
     """
     guide = _told(query, query.proposal, values, "guide")
     with torch.no_grad():
@@ -103,6 +104,12 @@ def _told(query: Query, program: Program, values: Values, name: str) -> Trace:
     """The program run at these values of its latent sites."""
     run = query.trace(program, Substitute(values), particles=1)
     latents = programs.latents(run)
+    for site, node in run.nodes.items():
+        if site_is_subsample(node) and (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
+            raise ValueError(  # another one in every run
+                f"{name}: the plate {site!r} draws which observations it has, so that nothing says whose the values "
+                "are; give the program batches, or the plate its subsample="
+            )
     for site in latents:
         if site not in values:
             raise SiteMismatch(f"{name}: its latent site {site!r} has no value; there are values of {list(values)}")

@@ -22,8 +22,8 @@ class DirectPreferenceOptimization(Trainer):
 
     .. math:: \mathcal L = -\log \sigma\Big(\beta \Big[\log \frac{q(z^+)}{p(z^+)} - \log \frac{q(z^-)}{p(z^-)}\Big]\Big)
 
-    averaged over the kept plates.  The reference p(z) is the model's own distribution of its latents, unscaled; what
-    the model observes, and its factors, do not count.
+    averaged over the kept plates: without one, a choice is between values of all latents together.  The reference p(z)
+    is the model's own distribution of its latents, unscaled; what the model observes, and its factors, add nothing.
 
     Where all choices follow one Bradley-Terry utility, :math:`p(z^+ \succ z^-) = \sigma(r(z^+) - r(z^-))`, and there
     are enough of them, it is least at :math:`q \propto p \, e^{r/\beta}`: what `PolicyGradient` attains with the reward
@@ -42,7 +42,7 @@ class DirectPreferenceOptimization(Trainer):
     "accuracy" the share of choices in which it is positive.
 
     :raises ValueError: for a beta that is not positive; in a step, for latents without a value, values without a site,
-        and values that are impossible under model or guide.
+        values that are impossible under model or guide, and a plate that draws which observations it has.
 
     Source: Rafailov et al. 2023, "Direct preference optimization: your language model is secretly a reward model".
 

@@ -9,8 +9,10 @@ Wanted for the next person, whoever it is:  sum_g m_g p_g(z | x),   m the poster
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from math import comb, factorial, prod
 
 import pyro
 import torch
@@ -48,20 +50,22 @@ class Annotators:
     y None: they are drawn.  Its latent sites are "shares", a row of ``shares`` (S, K), and "kind 0" to "kind K-1", each
     a row of ``tastes``.
 
-    :raises ValueError: for tastes that are no matrix, and fewer parts than kinds.
+    :raises ValueError: for tastes that are no matrix of finite numbers, and fewer parts than kinds; in a run, for d and
+        y of other shapes or values.
     """
 
     def __init__(self, tastes: Tensor, *, kinds: int = 3, parts: int = 10):
-        if tastes.dim() != 2:
+        if tastes.dim() != 2 or not len(tastes):
             raise ValueError(f"tastes: expected a matrix (G, F), got the shape {tuple(tastes.shape)}")
+        if not tastes.is_floating_point() or not bool(tastes.isfinite().all()):
+            raise ValueError("tastes: expected finite floating-point numbers")
         if not 1 <= kinds <= parts:
             raise ValueError(f"kinds, parts: expected 1 <= kinds <= parts, got {kinds} and {parts}")
-        every = [s for s in product(range(1, parts + 1), repeat=kinds) if sum(s) == parts]
-        sorted_ = [tuple(sorted(s, reverse=True)) for s in every]
-        distinct = list(dict.fromkeys(sorted_))
+        found = list(divisions(parts, kinds, parts))
+        orders = [factorial(kinds) / prod(map(factorial, Counter(s).values())) for s in found]  # of these parts
         self.tastes, self.kinds = tastes, kinds
-        self.shares = tastes.new_tensor(distinct) / parts  # (S, K)
-        self.log_shares = tastes.new_tensor([sorted_.count(s) / len(every) for s in distinct]).log()
+        self.shares = tastes.new_tensor(found) / parts  # (S, K)
+        self.log_shares = (tastes.new_tensor(orders) / comb(parts - 1, kinds - 1)).log()
 
     @property
     def combinations(self) -> int:
@@ -70,6 +74,7 @@ class Annotators:
 
     def model(self, d: Tensor, y: Tensor | None = None) -> Tensor:
         """Shares and kinds; everyone's choices."""
+        d = self._checked(d, y)
         everyone = torch.zeros_like(self.tastes[:, 0])
         s = pyro.sample("shares", Categorical(logits=self.log_shares))
         kinds = [pyro.sample(f"kind {k}", Categorical(logits=everyone)) for k in range(self.kinds)]
@@ -91,7 +96,7 @@ class Annotators:
 
     def taste_of_each(self, posterior: Posterior, d: Tensor, y: Tensor) -> Tensor:
         """Of each annotator who chose, the probability of each taste, given everyone's choices: (A, G)."""
-        shares, kinds = self._found(posterior)
+        d, (shares, kinds) = self._checked(d, y), self._found(posterior)
         utility = torch.einsum("gf,ajf->gaj", self.tastes, d)
         chosen = Bernoulli(logits=utility).log_prob(y.clamp(min=0).to(utility.dtype)).masked_fill(y < 0, 0.0).sum(-1)
         weights = posterior.probabilities.to(shares.dtype)
@@ -99,6 +104,16 @@ class Annotators:
         of_kind = (chosen[kinds[top]] + shares[top].log()[..., None]).softmax(1) * weights[top, None, None]  # (N, K, A)
         found = shares.new_zeros(len(self.tastes), len(d))
         return found.index_add(0, kinds[top].flatten(), of_kind.flatten(0, 1)).T
+
+    def _checked(self, d: Tensor, y: Tensor | None) -> Tensor:
+        """d in the precision of tastes; what would only broadcast is refused."""
+        if d.dim() != 3 or d.shape[-1] != self.tastes.shape[-1]:
+            raise ValueError(f"d: expected (A, J, F) with F = {self.tastes.shape[-1]}, got the shape {tuple(d.shape)}")
+        if y is not None and y.shape != d.shape[:2]:
+            raise ValueError(f"y: expected (A, J) = {tuple(d.shape[:2])}, got the shape {tuple(y.shape)}")
+        if y is not None and not bool(((y == 0) | (y == 1) | (y == -1)).all()):
+            raise ValueError("y: expected 1, 0, or -1 for no choice")
+        return d.to(self.tastes.dtype)
 
     def _found(self, posterior: Posterior) -> tuple[Tensor, Tensor]:
         """The shares and tastes of particles, (N, K) each."""
@@ -120,7 +135,7 @@ class Preferences:
 
     :param lm: the language model p, frozen.
     :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
-    :param properties: names, and the words of which a text has one or more that has the property:
+    :param properties: names, and the words of which a text has one or more that has the property, in capitals or not:
         :math:`\phi_f(z)` is 1 there and 0 elsewhere.
     :param beta: how much a nat of utility counts.
     :param names: what the guide is told instead of a property's own name, where its language model can hardly tell
@@ -133,7 +148,8 @@ class Preferences:
 
     `model(x, w)` and `guide(x, w)` are Pyro programs over prompts x (B, L) and utilities w (B, F), with one plate.
 
-    :raises ValueError: for a beta that is not finite, and properties without words.
+    :raises ValueError: for a beta that is not finite, and properties without words; in a run, for utilities that are
+        not one weight for each property.
     """
 
     def __init__(
@@ -151,10 +167,8 @@ class Preferences:
     ):
         if not abs(beta) < float("inf"):
             raise ValueError(f"beta: expected a finite number, got {beta}")
-        if not properties or not all(properties.values()):
-            raise ValueError(f"properties: expected names, each with one word or more, got {properties!r}")
         self.lm, self.guide_lm, self.beta = lm, guide_lm, beta
-        self.properties = {name: tuple(words) for name, words in properties.items()}
+        self.properties = words_of(properties)
         if unknown := set(names or ()) - set(properties):
             raise ValueError(f"names: {min(unknown)!r} is none of the properties {list(properties)}")
         self.names = [(names or {}).get(name, name) for name in properties]
@@ -164,7 +178,7 @@ class Preferences:
         """z ~ LM(x), and what somebody of utility w thinks of it."""
         with pyro.plate("people", len(x)):
             z = pyro.sample("z", self.completion(self.lm, x))
-            pyro.factor("utility", self.beta * (self.features(z) * w).sum(-1))
+            pyro.factor("utility", self.beta * (self.features(z) * self._checked(w)).sum(-1))
             return z
 
     def guide(self, x: Tensor, w: Tensor) -> Tensor:
@@ -176,7 +190,7 @@ class Preferences:
         """q(z | x, w), or q(z | x) where the template has no w."""
         if self.guide_lm is None:
             raise ValueError("guide_lm: this Preferences was made without a guide")
-        liked = {"w": self.liked(w)} if "{w}" in self.template else {}
+        liked = {"w": self.liked(self._checked(w))} if "{w}" in self.template else {}
         return self.completion(self.guide_lm, self.guide_lm.fill(self.template, x=x, **liked))
 
     def features(self, z: Tensor) -> Tensor:
@@ -192,19 +206,54 @@ class Preferences:
             raise ValueError("w: the guide is told what is liked, not how much; expected zeros and one positive number")
         return self.lm.encode([said([self.names[f] for f in row.nonzero()[:, 0]]) for row in w])
 
+    def _checked(self, w: Tensor) -> Tensor:
+        if w.shape[-1:] != (len(self.properties),):
+            raise ValueError(f"w: expected (B, F) with F = {len(self.properties)}, got the shape {tuple(w.shape)}")
+        return w
+
     def completion(self, lm: LanguageModel, prompt: Tensor) -> Completion:
         """What a language model writes after a prompt."""
         return Completion(lm, prompt, max_tokens=self.max_tokens, stop=self.stop, allowed=self.allowed)
 
 
-def features(said: str, properties: Mapping[str, Iterable[str]]) -> Tensor:
-    """phi of a text, (F,), on the CPU: which properties it has.
+def divisions(parts: int, kinds: int, largest: int) -> Iterator[tuple[int, ...]]:
+    """So many parts among so many kinds, one or more and at most ``largest`` each, the largest first.
 
-    >>> features("He took the old egg.", {"old": ["old"], "food": ["egg", "cake"], "toy": ["ball"]})
+    >>> list(divisions(6, 3, 6))
+    [(4, 1, 1), (3, 2, 1), (2, 2, 2)]
+    """
+    if kinds == 0:
+        yield from [()] if parts == 0 else []
+        return
+    for first in range(min(largest, parts - kinds + 1), 0, -1):
+        for rest in divisions(parts - first, kinds - 1, first):
+            yield first, *rest
+
+
+def words_of(properties: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The words of properties.
+
+    :raises ValueError: where there are none, and where one is no word: no text would have it.
+    """
+    if not properties or not all(properties.values()):
+        raise ValueError(f"properties: expected names, each with one word or more, got {properties!r}")
+    for name, words in properties.items():
+        if isinstance(words, str):
+            raise ValueError(f"properties: expected a list of the words of {name!r}, got the string {words!r}")
+        if wrong := [word for word in words if not re.fullmatch(r"\w+", word)]:
+            raise ValueError(f"properties: {wrong[0]!r} is not one word of letters and digits, so that no text has it")
+    return {name: tuple(words) for name, words in properties.items()}
+
+
+def features(said: str, properties: Mapping[str, Sequence[str]]) -> Tensor:
+    """phi of a text, (F,), on the CPU: which properties it has, in capitals or not.
+
+    >>> features("He took the Old egg.", {"old": ["old"], "food": ["egg", "cake"], "toy": ["ball"]})
     tensor([1., 1., 0.])
     """
-    found = set(re.findall(r"\w+", said))
-    return torch.tensor([float(not found.isdisjoint(words)) for words in properties.values()], device="cpu")
+    found = set(re.findall(r"\w+", said.casefold()))
+    has = [not found.isdisjoint(word.casefold() for word in words) for words in properties.values()]
+    return torch.tensor(has, device="cpu").to(torch.get_default_dtype())
 
 
 def said(names: Sequence[str]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from four_texts import One, gradient
@@ -13,7 +15,8 @@ from reference import Law, Plain, tokens
 from tasks import Task
 from tiny import tiny_lm
 
-from lmppl.inference import DirectPreferenceOptimization, SiteMismatch
+from lmppl.distributions import Completion
+from lmppl.inference import DirectPreferenceOptimization, SiteMismatch, SupervisedFineTuning
 
 number = st.floats(-2.0, 2.0, allow_nan=False)
 VOCAB = 4
@@ -90,6 +93,86 @@ def test_the_reference_is_the_model_without_what_it_observes():
     before = task.values()
     assert trainer.step(*task.args, {"z": chosen}, {"z": rejected})["loss"] == pytest.approx(sum(losses) / 2, abs=1e-9)
     assert any((a != b).any() for a, b in zip(before, task.values(), strict=True))
+
+
+class Numbers:
+    """Four numbers around 10 i and, under the guide, around i; the plate may have two of them."""
+
+    def __init__(self) -> None:
+        self.loc = torch.nn.Parameter(torch.arange(4.0, dtype=torch.float64))
+
+    def model(self, outside=False, **which):
+        if outside:
+            pyro.factor("outside", torch.tensor(1.0))
+        with pyro.plate("data", 4, **which) as i:
+            pyro.sample("z", dist.Normal(10 * i.double(), 1.0))
+
+    def guide(self, outside=False, **which):
+        with pyro.plate("data", 4, **which) as i:
+            pyro.sample("z", dist.Normal(self.loc[i], 1.0))
+
+    def loss(self, chosen, rejected, **kwargs) -> float:
+        optimizer = torch.optim.SGD([self.loc], lr=1e-12)
+        trainer = DirectPreferenceOptimization(self.model, self.guide, optimizer=optimizer, beta=1.0)
+        return trainer.step({"z": chosen}, {"z": rejected}, **kwargs)["loss"]
+
+
+def test_choices_go_with_the_observations_that_they_are_of():
+    """A plate that draws which it has is refused, for supervision too; one that is told them is by hand."""
+    numbers, indices = Numbers(), torch.tensor([1, 3])
+    a, b = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.5, 2.5]).double()
+    margin = [
+        sum(sign * ((z - 10 * i) ** 2 - (z - i) ** 2) / 2 for sign, z in ((1, x), (-1, y)))
+        for i, x, y in zip((1, 3), a.tolist(), b.tolist(), strict=True)
+    ]
+    expected = sum(math.log1p(math.exp(-m)) for m in margin) / 2
+    assert numbers.loss(a, b, subsample=indices) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="plate 'data' draws which observations"):
+        numbers.loss(a, b, subsample_size=2)
+    tuning = SupervisedFineTuning(numbers.model, numbers.guide, optimizer=torch.optim.SGD([numbers.loc], lr=0.1))
+    with pytest.raises(ValueError, match="plate 'data' draws which observations"):
+        tuning.step({"z": a}, subsample_size=2)
+
+
+def test_without_a_kept_plate_a_choice_is_of_all_together():
+    numbers = Numbers()
+    a, b = torch.tensor([0.1, 0.2, 0.0, 0.3]).double(), torch.tensor([0.0, 0.1, 0.1, 0.2]).double()
+    i = torch.arange(4.0, dtype=torch.float64)
+    margin = sum(sign * ((z - 10 * i) ** 2 - (z - i) ** 2) / 2 for sign, z in ((1, a), (-1, b)))
+    assert numbers.loss(a, b) == pytest.approx(torch.nn.functional.softplus(-margin).mean().item())
+    together = torch.nn.functional.softplus(-margin.sum()).item()
+    assert numbers.loss(a, b, outside=True) == pytest.approx(together) != numbers.loss(a, b)
+
+
+def test_a_choice_between_values_of_several_latents():
+    """A category that a text depends on: their log-ratios add up."""
+    task, loc = Task(), torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64))
+
+    def program(x, lm, logits):
+        with pyro.plate("stories", len(x)):
+            k = pyro.sample("k", dist.Categorical(logits=logits))
+            pyro.sample("z", Completion(lm, x, max_tokens=2, temperature=1.0 + k))
+
+    x, _ = task.args
+    chosen = {"k": torch.tensor([0, 2]), "z": task.lm.encode(["b", "ab"], stop="eos")}
+    rejected = {"k": torch.tensor([1, 1]), "z": task.lm.encode(["cc", ""], stop="eos")}
+    q, p = Plain(task.q), Plain(task.lm)
+    losses = []
+    for i in range(2):
+        ratios = []
+        for values in (chosen, rejected):
+            k, z, prompt = int(values["k"][i]), tokens(values["z"][i]), tokens(x[i])
+            texts = [Law(plain, prompt, 2, temperature=1.0 + k).log_prob(z) for plain in (q, p)]
+            ratios.append(float(loc.detach().log_softmax(-1)[k]) + math.log(3) + texts[0] - texts[1])
+        losses.append(math.log1p(math.exp(-0.7 * (ratios[0] - ratios[1]))))
+    trainer = DirectPreferenceOptimization(
+        lambda x: program(x, task.lm, torch.zeros(3, dtype=torch.float64)),
+        lambda x: program(x, task.q, loc),
+        optimizer=torch.optim.SGD([loc, *task.q.trainable_parameters()], lr=1e-12),
+        beta=0.7,
+    )
+    assert trainer.step(x, chosen, rejected)["loss"] == pytest.approx(sum(losses) / 2, abs=1e-9)
+    assert loc.grad.abs().max() > 0
 
 
 def test_what_is_no_choice_is_refused():
