@@ -21,7 +21,7 @@ from tiny import tiny_lm
 from benchmarks.paper.preferences import World, preferred, sorts
 from lmppl import cli
 from lmppl.embedded.stories import middles
-from lmppl.inference import Enumeration
+from lmppl.inference import SMC, Enumeration, Importance
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Annotators, Preferences
 from lmppl.models.constrained import beginnings
@@ -402,6 +402,43 @@ def test_a_file_that_holds_no_choices(tmp_path, line):
     (tmp_path / "choices.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match="data: .*choices.jsonl"):
         read_choices(tmp_path / "choices.jsonl")
+
+
+def test_a_minority_taste_on_a_pretrained_model(smollm2_lm, capsys):
+    """Words that are seldom, prompts of two lengths: evidence and weights by hand; the figures are shown."""
+    lm, strength, n = smollm2_lm, 3.0, 128
+    task = Preferences(lm, lm, properties={"dogs": ["dog", "dogs", "puppy"], "birds": ["bird", "birds"]}, max_tokens=20)
+    x = lm.encode(["On Sunday Tom and Mia went to the park.", "It rained, so they looked out of the window."])
+    x, w = x.repeat_interleave(2, 0), strength * torch.eye(2).repeat(2, 1)
+    pyro.set_rng_seed(0)
+    found = {
+        "importance sampling, prior": Importance(task.model, num_particles=n).run(x, w),
+        "importance sampling, told": Importance(task.model, task.guide, num_particles=n).run(x, w),
+        "SMC, told": SMC(task.model, task.guide, num_particles=n).run(x, w),
+    }
+    has = {name: (task.features(p.samples["z"]) * w).sum(-1) / strength for name, p in found.items()}
+    with capsys.disabled():
+        for name, p in found.items():
+            share = (p.probabilities * has[name]).sum(0)
+            print(f"\n{name}: ESS / N {p.ess / n}, share {share}, of draws {has[name].mean(0)}, log Z {p.log_evidence}")
+    prior, told = (found[f"importance sampling, {name}"] for name in ("prior", "told"))
+    often = has["importance sampling, prior"].mean(0)
+    z = 1 + math.expm1(strength) * often  # of as many draws as there are
+    assert prior.log_evidence.tolist() == pytest.approx(z.log().tolist(), abs=1e-4)
+    share = (prior.probabilities * has["importance sampling, prior"]).sum(0)
+    assert share.tolist() == pytest.approx((math.exp(strength) * often / z).tolist(), abs=1e-4)
+    guide = task.proposal(x, w).prompt
+    for i in range(4):
+        text_, ratio = tokens(told.samples["z"][0, i]), 0.0
+        for sign, prompt in ((1, tokens(x[i])), (-1, tokens(guide[i]))):
+            with torch.no_grad():
+                logits = lm.model(torch.tensor([[*prompt, *text_]])).logits[0].double()
+            logits = logits[len(prompt) - 1 : -1]
+            if len(text_) > task.max_tokens:  # its stop was certain
+                logits = logits[:-1]
+            ratio += sign * sum(float(row.log_softmax(-1)[t]) for row, t in zip(logits, text_, strict=False))
+        u = float(told.log_weights[0, i]) + math.log(n)
+        assert u == pytest.approx(ratio + strength * float(has["importance sampling, told"][0, i]), abs=2e-3)
 
 
 def test_arguments_out_of_range(tiny):

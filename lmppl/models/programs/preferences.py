@@ -131,7 +131,8 @@ class Preferences:
     The joint :math:`m_g \, p(z \mid x) \, e^{\beta u_g(z)}` is another distribution, in which a taste counts by
     :math:`Z_g` as well, more the easier it is to please; so the taste is an argument here, and each has a Z of its own.
     One utility :math:`\bar u` for all, the mean or what was fitted to all choices, gives
-    :math:`p \, e^{\beta \bar u}`, what RLHF and DPO aim at: texts that please a minority have no share of it.
+    :math:`p \, e^{\beta \bar u}`, what RLHF aims at: fitted to people who disagree, it has less and less of what only a
+    minority likes as :math:`\beta` grows.
 
     :param lm: the language model p, frozen.
     :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
