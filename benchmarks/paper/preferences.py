@@ -269,7 +269,7 @@ def report(results: Results) -> str:
         f"{name} {average(r['found'][-1] for r in runs):.2f}"
         for name, runs in ((MIXTURE, [exact[MIXTURE]]), (GFLOWNET, results[GFLOWNET]), (FITTED, [exact[FITTED]]))
     )
-    text += f"\nOf {DRAWS} texts one or more has all that the smallest kind likes with probability: {of_ten}. "
+    text += f"Of {DRAWS} texts one or more has all that the smallest kind likes with probability: {of_ten}. "
     text += (
         "The story language model's embeddings of the adjectives have cosines of {:.3f} and more, of the words that "
         "the guide is told in their place {:.3f} and more.\n\n".format(*exact["alike"])
