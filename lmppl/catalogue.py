@@ -107,6 +107,12 @@ MODELS = {
         '{"text": "a film without a plot", "label_text": "subjective"}',
         {"reads": "what the guide reads: xy or x", "count": "how many labelled sentences to train on"},
     ),
+    "uncertainty": Entry(
+        "What of the uncertainty of a label chance, reasons and parameters leave open.",
+        "nothing: the sentences are its own",
+        "",
+        {"count": "how many labelled sentences each adapter is trained on", "members": "how many adapters"},
+    ),
     "arithmetic": Entry(
         "The chain of thought between a sum and its answer, with a calculator.",
         "a directory of train_50.json, train_questions_1000.json, test_3_operands.json and test_4_operands.json, "
