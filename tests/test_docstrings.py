@@ -117,6 +117,7 @@ def names(max_tokens: int = 1) -> dict[str, Any]:
     context |= {"torch": torch, "pyro": pyro, "poutine": poutine, "lmppl": lmppl, "text": text, "embedded": embedded}
     context |= {"LanguageModel": LanguageModel, "LoraConfig": LoraConfig, "Path": Path, "TextContract": TextContract}
     context |= {"lm": lm, "q": q, "x": x, "y": y, "z": lm.encode(["a", "b"], stop="eos"), "optimizer": optimizer}
+    context |= {"chosen": context["z"], "rejected": lm.encode(["b", "a"], stop="eos")}
     context |= {"model": model, "guide": guide, "masked": masked, "author": author, "batches": [(x, y)]}
     context |= {"questions": x, "answers": y, "other_questions": lm.encode(["who", "when"]), "context": x}
     context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x}

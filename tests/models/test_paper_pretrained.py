@@ -196,6 +196,23 @@ def test_subjectivity_runs_on_any_language_model(stories, sentences):
     subjectivity.STUDY.report({"untrained": results["untrained"]})  # of what there is
 
 
+def test_longer_em_stands_beside_the_other_methods_of_its_seed(stories, sentences):
+    (cell, count), *_ = subjectivity.LONGER.items()
+    results = {c: [subjectivity.run(c, 0, True, stories, sentences)] for c in (count, cell)}
+    (short,), (longer,) = results.values()
+    assert longer["lines"] == short["lines"] and [*longer["methods"]] == [subjectivity.LONGER_EM]
+    assert len(longer["methods"][subjectivity.LONGER_EM]["p"]) == 4
+    (both,) = subjectivity.with_longer(results)[count]
+    assert both["methods"] == short["methods"] | longer["methods"]
+    text = states(subjectivity.STUDY, results)
+    assert text.count("| GFlowNet + longer EM |") == 1 and text.count("| GFlowNet + EM |") == 1
+    assert "GFlowNet + longer EM is ahead of supervised at 10 labels" in text
+    (measured, _, here, seeds), *_ = subjectivity.headline(results)
+    assert measured.endswith("GFlowNet + longer EM; 10 labels") and here.count("±") == 4 and seeds == 1
+    results[cell].append(longer | {"lines": [9, 9, 9, 9]})  # a seed that has no other methods is left out
+    assert len(subjectivity.with_longer(results)[count]) == 1
+
+
 def test_prompts_are_chosen_and_calibrated_on_sentences_that_no_method_learns_from(stories, sentences):
     again = {"text": "train.10 0 is told", "label_text": "objective"}
     with (sentences / "subj" / "train.jsonl").open("a") as file:
