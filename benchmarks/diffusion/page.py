@@ -108,6 +108,7 @@ def told(results: Results) -> dict[str, str]:
     for cell, name in ((VARIANCE, "vargrad"), (BOUNDED, "linex"), (FEW, "few"), (CAUSAL, "causal")):
         if runs := results.get(cell, []):
             found |= {name: f"{mean(flat(runs)):.3f}", f"{name}_seen": f"{mean(flat(runs, 'seen tv')):.3f}"}
+            found[f"{name}_seeds"] = str(len(runs))
             if "sd" in runs[0]:
                 found[f"{name}_sd"] = f"{mean(r['sd'] for r in runs):.2f}"
             found |= {f"{name}_tokens": f"{mean(r['tokens'] for r in runs) / 1e6:.1f}"}
