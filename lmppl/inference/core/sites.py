@@ -283,15 +283,6 @@ def propose(steps: Steps, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
-def next_log_probs(steps: Steps, vocab_size: int) -> Tensor:
-    """log p of every next token, (R, V)."""
-    if hasattr(steps, "log_probs"):
-        found: Tensor = steps.log_probs()
-        return found
-    tokens = torch.arange(vocab_size, device=steps.prefix.device)
-    return torch.stack([steps.score(v.expand(len(steps.ended))) for v in tokens], 1)
-
-
 def inserting(steps: Steps) -> Tensor:
     """BoolTensor (R,): whether the next token is a tool's."""
     found: Tensor = steps.inserting if hasattr(steps, "inserting") else torch.zeros_like(steps.ended)
