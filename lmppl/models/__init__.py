@@ -23,6 +23,7 @@ from .infilling import Infilling
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
+from .transfer import Transfer
 
 
 def _maker(name: str) -> Callable[..., Experiment]:
@@ -47,5 +48,6 @@ __all__ = [
     "Recipe",
     "Reverse",
     "Subjectivity",
+    "Transfer",
     "plan",
 ]

@@ -14,7 +14,16 @@ import lmppl
 from lmppl import cli
 from lmppl.catalogue import MODELS
 from lmppl.command_options import COMMON
-from lmppl.models import EXPERIMENTS, arithmetic, classifier, continuation, contrastive, infilling, random_number
+from lmppl.models import (
+    EXPERIMENTS,
+    arithmetic,
+    classifier,
+    continuation,
+    contrastive,
+    infilling,
+    random_number,
+    transfer,
+)
 from lmppl.models.subjectivity import read_sentences
 
 COMMANDS = "compare", "train", "sample"
@@ -98,6 +107,7 @@ def test_the_examples_are_data(tmp_path):
         "continuation": continuation.read_prompts,
         "constrained": continuation.read_prompts,
         "contrastive": contrastive.read_pairs,
+        "transfer": transfer.read_tasks,
         "random_number": random_number.read_bounds,
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,

@@ -1,0 +1,241 @@
+"""Transfer: every choice of blanks by plain loops; the tasks; what the guide is told; the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from precision import single
+from reference import Law, Plain, tokens
+from tiny import flat_lm, tiny_lm
+
+from lmppl import LanguageModel, cli
+from lmppl.distributions import TextProduct
+from lmppl.embedded.stories import NAMES, OBJECTS, middles
+from lmppl.inference import Enumeration
+from lmppl.inference.judging.quality import density_quality
+from lmppl.models import EXPERIMENTS, Transfer
+from lmppl.models.programs.transfer import Description
+from lmppl.models.transfer import (
+    FAMILIES,
+    TEMPERATURES,
+    TRAINED,
+    UNSEEN_TEMPERATURES,
+    embedded_tasks,
+    read_tasks,
+    texts,
+    unseen,
+    write,
+)
+
+MAX_TOKENS = 2
+X, Y, W = ("", "b"), ("", "c.", "ab"), ("", "a", "ab.b")
+
+
+class Words(Transfer):
+    """Words written with dots between them, since the tiny tokenizer has no space."""
+
+    def has_one(self, z, w):
+        told = [[word for word in self.lm.decode(row).split(".") if word] for row in w]
+        said = [[self.lm.decode(t).removesuffix(".") for t in row] for row in z.reshape(-1, *z.shape[-2:])]
+        found = [[not of or text in of for text, of in zip(row, told * len(row), strict=False)] for row in said]
+        return torch.tensor(found).view(z.shape[:-1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(
+        st.tuples(st.sampled_from(X), st.sampled_from(Y), st.sampled_from(W), st.floats(0.3, 3.0)),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_every_choice_of_blanks_is_that_of_plain_loops(seed, tasks):
+    """Of random networks, tasks of several kinds in one plate: log Z and every text's probability."""
+    lm = flat_lm(vocab=5, seed=seed)
+    task = Words(lm, prefix="c", strength=2.5, max_tokens=MAX_TOKENS)
+    exact = Enumeration(task.model).run(*task.encode([Description(*t) for t in tasks]))
+    plain, dot = Plain(lm), lm.token_id(".")
+    for i, (x, y, w, T) in enumerate(tasks):
+        prompt = tokens(lm.encode("c" + x))
+        joint = {}
+        for z, log_p in Law(plain, prompt, MAX_TOKENS, stops=(dot,)).support().items():
+            told, log_y = (*prompt, *z), 0.0
+            for token in tokens(lm.encode(y)):
+                log_y += plain.logits(told).log_softmax(0)[token].item()
+                told = (*told, token)
+            said = lm.decode(torch.tensor(z)).removesuffix(".")
+            wrong = bool(w) and said not in w.split(".")
+            joint[z] = (log_p + log_y - 2.5 * wrong) / T
+        log_z = math.log(sum(map(math.exp, joint.values())))
+        assert exact.log_evidence[i].item() == pytest.approx(log_z, abs=1e-4)
+        found = {tokens(z): float(p) for z, p in zip(exact.samples["z"][:, i], exact.probabilities[:, i], strict=True)}
+        assert found.keys() == joint.keys()
+        assert all(found[z] == pytest.approx(math.exp(u - log_z), abs=1e-5) for z, u in joint.items())
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return LanguageModel.embedded("stories")
+
+
+def test_a_text_has_a_word_as_a_whole(stories):
+    task = Transfer(stories)
+    z = stories.encode([[" He took the old egg.", " He took the new cake."], [" She got the small bat.", " Tom."]])
+    w = stories.encode([" egg bat", ""])
+    assert task.has_one(z, w).tolist() == [[True, True], [True, True]]
+    w = stories.encode([" cake knife", " cake egg"])
+    assert task.has_one(z, w).tolist() == [[False, True], [False, False]]
+
+
+def test_what_the_guide_is_told(stories):
+    task = EXPERIMENTS["transfer"]().model.__self__
+    tasks = [
+        Description("Tom went to the barn.", " He ate it.", " egg cake"),
+        Description(y=" He got the old egg. He ate it."),
+        Description("Tom went to the barn.", T=2.0),
+    ]
+    assert stories.decode(task.described(*task.encode(tasks))) == [
+        "Ending: He ate it.\nNote: egg cake\nBeginning:Tom went to the barn.",
+        "Ending: He got the old egg. He ate it.\nNote:\nBeginning:",
+        "Ending:\nNote:!!\nBeginning:Tom went to the barn.",
+    ]
+    assert len({write(T) for T in (1.0, *TEMPERATURES, *UNSEEN_TEMPERATURES)}) == 7
+    blind = Transfer(stories, stories, template="{x}")
+    assert stories.decode(blind.described(*task.encode(tasks)))[0] == "Tom went to the barn."
+
+
+def test_tasks_are_told_in_words_that_the_language_model_tells_apart(stories):
+    """Things are, and the marks of a temperature; adjectives and places are not: their embeddings point the same way."""
+    e = stories.model.get_input_embeddings().weight.detach()
+    e = torch.nn.functional.normalize(e - e.mean(0), dim=-1)
+
+    def alike(words):
+        own = e[[stories.token_id(w) for w in words]]
+        return float((own @ own.T).fill_diagonal_(0.0).sum() / (len(own) * (len(own) - 1)))
+
+    assert alike([f" {o}" for o in OBJECTS]) < 0.3
+    assert alike([" small", " old", " new"]) > 0.99 and alike([" kitchen", " barn", " beach"]) > 0.99
+    assert alike(["!", "#"]) < 0.9
+
+
+def test_the_tasks_are_frozen_and_keep_the_unseen_apart():
+    things, verbs = unseen()
+    for family in FAMILIES:
+        train = embedded_tasks(family, "train")
+        assert len(train) == 1024 and train == embedded_tasks(family, "train")
+        for told, z in train:
+            said = " ".join((told.y, told.w)).replace(".", " ").split()
+            assert not (things | verbs) & set(said) and told.T not in UNSEEN_TEMPERATURES
+            assert z in middles(told.x) if told.x else any(z.startswith(name) for name in NAMES)
+        for new in (False, True):
+            test = embedded_tasks(family, "test", new=new)
+            assert len(test) == 8
+            for told, _ in test:
+                said = " ".join((told.y, told.w)).replace(".", " ").split()
+                assert bool((things | verbs) & set(said) or told.T in UNSEEN_TEMPERATURES) == new
+        if family in ("infilling", "both"):  # places and verbs of test stories are of no training story
+            assert not {(t.x, t.y) for t, _ in train} & {(t.x, t.y) for t, _ in embedded_tasks(family, "test")}
+    first = Description("Mia went to the barn.", " She stacked it.", " axe shelf")
+    assert embedded_tasks("both", "test")[0] == (first, " She took the old shelf.")
+
+
+def test_both_conditions_are_the_product_over_the_prior():
+    """On all 2,368 texts of embedded tasks: p(z | x, y, w) is p(z | x, y) p(z | x, w) / p(z | x), normalised."""
+    e = EXPERIMENTS["transfer"]()
+    task = e.model.__self__
+    tasks = [t for t, _ in embedded_tasks("both", "test")[:2]]
+    runs = [
+        e.exact.run(*task.encode(of))
+        for of in (tasks, [t._replace(w="") for t in tasks], [t._replace(y="") for t in tasks])
+    ]
+    assert all(len(r.samples["z"]) == 2368 and not r.unexplored.any() for r in runs)
+    both, one, other = (ordered(r) for r in runs)
+    prior = TextProduct([task.prior(task.encode(tasks)[0])], torch.ones(1))
+    z = texts(e.lm).texts()
+    z = z[distinct_order(z)]
+    log_p = prior.log_prob(z[:, None])
+    torch.testing.assert_close(log_p.exp().sum(0), torch.ones(2), atol=single(10), rtol=0)
+    product = (one + other - log_p.double()).log_softmax(0)
+    assert (product.exp() - both.exp()).abs().sum(0).max() < 1e-4
+    assert (one.exp() - both.exp()).abs().sum(0).min() > 0.5
+
+
+def distinct_order(z):
+    return torch.tensor(sorted(range(len(z)), key=lambda i: z[i].tolist()))
+
+
+def ordered(run):
+    """log p of every text, in the order of their tokens, (K, B)."""
+    columns = [run.probabilities[distinct_order(run.samples["z"][:, i]), i] for i in range(run.samples["z"].shape[1])]
+    return torch.stack(columns, 1).double().log()
+
+
+@pytest.mark.slow
+def test_one_guide_serves_the_families_it_was_trained_on():
+    """By its own recipe, short: unseen tasks of each, nearer to their posteriors than the untrained guide."""
+    e = EXPERIMENTS["transfer"]()
+    task = e.model.__self__
+    sets = {f: task.encode([t for t, _ in embedded_tasks(f, "test")[:2]]) for f in TRAINED}
+    exact = {f: e.exact.run(*args) for f, args in sets.items()}
+
+    def tv():
+        return {f: float(density_quality(exact[f], e.guide, sets[f], {}).total_variation.mean()) for f in TRAINED}
+
+    before = tv()
+    e.gflownet().fit(e.batches, e.recipe.quick_steps, progress=False)
+    after = tv()
+    assert all(after[f] < 0.8 * before[f] for f in ("infilling", "reverse", "lexical")), (before, after)
+
+
+def test_the_command_line(tmp_path, monkeypatch, capfd):
+    """Blank tasks ask for what the prior gives: every draw of it weighs one."""
+    lm = tiny_lm(vocab=6)
+    lm.model.save_pretrained(tmp_path / "lm")
+    lm.tokenizer.save_pretrained(tmp_path / "lm")
+    tasks = [{"x": x, "T": 1} for x in ("ab", "ba", "cb", "c", "a")]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
+    monkeypatch.chdir(tmp_path)
+    options = ("--lm", "lm", "--data", "tasks.jsonl", "--set", "max_tokens=3")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lmppl", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capfd.readouterr().err
+
+    run("compare", "transfer", *options, "--steps", "2", "--particles", "8")
+    rows = {r["name"]: r for r in json.loads((tmp_path / "out" / "comparison.json").read_text())["rows"]}
+    assert rows["importance sampling (prior)"]["log_evidence"] == pytest.approx(0.0, abs=1e-6)
+    run("train", "transfer", *options, "--steps", "2", "--out", "out/train")
+    run("sample", "transfer", *options, "--checkpoint", "out/train/adapter", "--particles", "4")
+
+
+@pytest.mark.parametrize("line", ["", "[1]", '{"x": 1}', '{"z": "a"}', '{"x": "a", "T": "hot"}', "no JSON"])
+def test_a_file_that_holds_no_tasks(tmp_path, line):
+    (tmp_path / "tasks.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="data: .*tasks.jsonl"):
+        read_tasks(tmp_path / "tasks.jsonl")
+
+
+def test_arguments_out_of_range(stories):
+    task = Transfer(stories)
+    with pytest.raises(ValueError, match="guide_lm"):
+        task.guide(*task.encode([Description("Tom")]))
+    for T in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="T: expected positive"):
+            task.encode([Description(T=T)])
+    for strength in (-1.0, math.inf):
+        with pytest.raises(ValueError, match="strength"):
+            Transfer(stories, strength=strength)
+    with pytest.raises(ValueError, match="data"):
+        EXPERIMENTS["transfer"](stories)
+    for families in ("infilling, other", "", []):
+        with pytest.raises(ValueError, match="families"):
+            EXPERIMENTS["transfer"](families=families)
