@@ -70,8 +70,8 @@ MODELS = {
         lm="MaskedLanguageModel",
     ),
     "transfer": Entry(
-        "Texts of many tasks by one guide that reads their descriptions; tested on a combination it was not trained on.",
-        "a JSONL file, a task a line: what comes before, what follows, words and a temperature, as far as they are known",
+        "Texts of many tasks by one guide that reads their descriptions; tested on a combination that it never saw.",
+        "a JSONL file, a task a line: what comes before, what follows, words and a temperature, as far as known",
         '{"x": "Tom had a dog.", "y": " They ran to the park.", "w": " dog ball", "T": 0.7}',
         {
             "families": "to train on: infilling, reverse, lexical, tempered, both",

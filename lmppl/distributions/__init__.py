@@ -8,4 +8,14 @@ from .table import Table, TextTable
 from .token_steps import DeadEnd
 from .unmasking import Unmasking
 
-__all__ = ["AutoregressiveText", "Completion", "DeadEnd", "NextToken", "Table", "TextMixture", "TextProduct", "TextTable", "Unmasking"]
+__all__ = [
+    "AutoregressiveText",
+    "Completion",
+    "DeadEnd",
+    "NextToken",
+    "Table",
+    "TextMixture",
+    "TextProduct",
+    "TextTable",
+    "Unmasking",
+]

@@ -67,7 +67,7 @@ class Composed(SteppedText):
         super(Composed, new).__init__(shape, self.event_shape, validate_args=False)
         return new
 
-    def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> ComposedSteps:
+    def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> Steps:
         shape = self.batch_shape if shape is None else torch.Size(shape)
         numbers = self.numbers.detach().expand(*shape, -1).reshape(-1, len(self.components))
         return self.steps([c.token_steps(shape, share=share) for c in self.components], numbers, self.vocab_size)
@@ -83,15 +83,10 @@ class ComposedSteps:
 
     def __init__(self, parts: list[Steps], numbers: Tensor, vocab_size: int):
         self.parts, self.numbers, self.vocab_size = parts, numbers, vocab_size
-        self._next: Tensor | None = None
+        self._moved(None)
 
-    @property
-    def prefix(self) -> Tensor:
-        return self.parts[0].prefix
-
-    @property
-    def ended(self) -> Tensor:
-        return self.parts[0].ended
+    def _moved(self, log_probs: Tensor | None) -> None:
+        self._next, self.prefix, self.ended = log_probs, self.parts[0].prefix, self.parts[0].ended
 
     def together(self) -> Tensor:
         """log p of the next tokens, (R, V)."""
@@ -114,14 +109,15 @@ class ComposedSteps:
         return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
 
     def append(self, tokens: Tensor) -> None:
-        self._next = None
         for part in self.parts:
             part.append(tokens)
+        self._moved(None)
 
     def select(self, index: Tensor) -> None:
-        self.numbers, self._next = self.numbers[index], None if self._next is None else self._next[index]
         for part in self.parts:
             part.select(index)
+        self.numbers = self.numbers[index]
+        self._moved(None if self._next is None else self._next[index])
 
 
 class MixtureSteps(ComposedSteps):
@@ -179,7 +175,8 @@ class TextMixture(Composed):
 
     Example::
 
-        z = pyro.sample("z", TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2)))
+        mixture = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))
+        z = pyro.sample("z", mixture)
     """
 
     steps = MixtureSteps

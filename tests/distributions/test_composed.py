@@ -112,7 +112,9 @@ def test_a_product_is_normalised_token_by_token(seed, powers):
         for t, v in enumerate(tokens(z)):
             of = [next_token(s, tokens(z)[:t]) for s in supports]
             weights = [
-                math.prod(own[w] ** a for own, a in zip(of, powers, strict=True)) if all(own[w] > 0 for own in of) else 0.0
+                math.prod(own[w] ** a for own, a in zip(of, powers, strict=True))
+                if all(own[w] > 0 for own in of)
+                else 0.0
                 for w in range(4)
             ]
             log_p += math.log(weights[v] / sum(weights))
@@ -120,7 +122,11 @@ def test_a_product_is_normalised_token_by_token(seed, powers):
 
 
 def test_one_component_is_itself():
-    (own, mixed, product) = (two(OTHER), TextMixture([two(OTHER)], torch.zeros(1)), TextProduct([two(OTHER)], torch.ones(1)))
+    (own, mixed, product) = (
+        two(OTHER),
+        TextMixture([two(OTHER)], torch.zeros(1)),
+        TextProduct([two(OTHER)], torch.ones(1)),
+    )
     every = support(own)[:, None]
     for d in (mixed, product, TextProduct([two(OTHER), two(LM), two(LM)], torch.tensor([1.0, 0.7, -0.7]))):
         assert (d.log_prob(every) - own.log_prob(every)).abs().max() < 1e-6
@@ -171,9 +177,7 @@ def target(x):
 
 PROPOSALS = {
     "mixture": lambda: TextMixture([two(OTHER), two(LM)], torch.zeros(2).double()),
-    "product": lambda: TextProduct(
-        [two(OTHER), two(LM, ("c", "a")), two(LM)], torch.tensor([0.4, -0.3, 0.9]).double()
-    ),
+    "product": lambda: TextProduct([two(OTHER), two(LM, ("c", "a")), two(LM)], torch.tensor([0.4, -0.3, 0.9]).double()),
 }
 
 
