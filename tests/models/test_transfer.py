@@ -29,9 +29,9 @@ from lmppl.models.transfer import (
     TRAINED,
     UNSEEN_TEMPERATURES,
     embedded_tasks,
+    parameters,
     read_tasks,
     texts,
-    unseen,
     write,
 )
 
@@ -53,7 +53,7 @@ class Words(Transfer):
 @given(
     st.integers(0, 10**6),
     st.lists(
-        st.tuples(st.sampled_from(X), st.sampled_from(Y), st.sampled_from(W), st.floats(0.3, 3.0)),
+        st.tuples(*map(st.sampled_from, (X, Y, Y, W)), st.floats(0.3, 3.0)),
         min_size=1,
         max_size=3,
     ),
@@ -64,14 +64,16 @@ def test_every_choice_of_blanks_is_that_of_plain_loops(seed, tasks):
     task = Words(lm, prefix="c", strength=2.5, max_tokens=MAX_TOKENS)
     exact = Enumeration(task.model).run(*task.encode([Description(*t) for t in tasks]))
     plain, dot = Plain(lm), lm.token_id(".")
-    for i, (x, y, w, T) in enumerate(tasks):
+    for i, (x, y, v, w, T) in enumerate(tasks):
         prompt = tokens(lm.encode("c" + x))
         joint = {}
         for z, log_p in Law(plain, prompt, MAX_TOKENS, stops=(dot,)).support().items():
-            told, log_y = (*prompt, *z), 0.0
-            for token in tokens(lm.encode(y)):
-                log_y += plain.logits(told).log_softmax(0)[token].item()
-                told = (*told, token)
+            log_y = 0.0
+            for seen in (y, v):
+                told = (*prompt, *z)
+                for token in tokens(lm.encode(seen)):
+                    log_y += plain.logits(told).log_softmax(0)[token].item()
+                    told = (*told, token)
             said = lm.decode(torch.tensor(z)).removesuffix(".")
             wrong = bool(w) and said not in w.split(".")
             joint[z] = (log_p + log_y - 2.5 * wrong) / T
@@ -99,12 +101,12 @@ def test_a_text_has_a_word_as_a_whole(stories):
 def test_what_the_guide_is_told(stories):
     task = EXPERIMENTS["transfer"]().model.__self__
     tasks = [
-        Description("Tom went to the barn.", " He ate it.", " egg cake"),
+        Description("Tom went to the barn.", " He ate it.", " He baked it.", " cake"),
         Description(y=" He got the old egg. He ate it."),
         Description("Tom went to the barn.", T=2.0),
     ]
     assert stories.decode(task.described(*task.encode(tasks))) == [
-        "Ending: He ate it.\nNote: egg cake\nBeginning:Tom went to the barn.",
+        "Ending: He ate it. He baked it.\nNote: cake\nBeginning:Tom went to the barn.",
         "Ending: He got the old egg. He ate it.\nNote:\nBeginning:",
         "Ending:\nNote:!!\nBeginning:Tom went to the barn.",
     ]
@@ -128,13 +130,15 @@ def test_tasks_are_told_in_words_that_the_language_model_tells_apart(stories):
 
 
 def test_the_tasks_are_frozen_and_keep_the_unseen_apart():
-    things, verbs = unseen()
+    own = parameters()
+    new_ones = {*own.new_words, *own.new_verbs}
+    assert not set(own.words) & new_ones
     for family in FAMILIES:
         train = embedded_tasks(family, "train")
-        assert len(train) == 1024 and train == embedded_tasks(family, "train")
+        assert len(train) == (992 if family == "lexical" else 1024) and train == embedded_tasks(family, "train")
         for told, known in train:
-            said = " ".join((told.y, told.w)).replace(".", " ").split()
-            assert not (things | verbs) & set(said) and told.T not in UNSEEN_TEMPERATURES
+            said = " ".join((told.y, told.v, told.w)).replace(".", " ").split()
+            assert not new_ones & set(said) and told.T not in UNSEEN_TEMPERATURES
             assert known[0] != known[1]
             assert all(z in middles(told.x) if told.x else any(z.startswith(name) for name in NAMES) for z in known)
             assert not told.w or all(any(f" {word}." in z for word in told.w.split()) for z in known)
@@ -142,22 +146,22 @@ def test_the_tasks_are_frozen_and_keep_the_unseen_apart():
             test = embedded_tasks(family, "test", new=new)
             assert len(test) == 8
             for told, _ in test:
-                said = " ".join((told.y, told.w)).replace(".", " ").split()
-                assert bool((things | verbs) & set(said) or told.T in UNSEEN_TEMPERATURES) == new
-        if family in ("infilling", "both"):  # places and verbs of test stories are of no training story
+                said = " ".join((told.y, told.v, told.w)).replace(".", " ").split()
+                assert bool(new_ones & set(said) or told.T in UNSEEN_TEMPERATURES) == new
+        if family in ("infilling", "two endings"):  # places and verbs of test stories are of no training story
             assert not {(t.x, t.y) for t, _ in train} & {(t.x, t.y) for t, _ in embedded_tasks(family, "test")}
-    first = Description("Mia went to the barn.", " She stacked it.", " shelf axe")
-    assert embedded_tasks("both", "test")[0].task == first
+    first = Description("Tom went to the beach.", " He tasted it.", " He shared it.")
+    assert embedded_tasks("two endings", "test")[0] == (first, (" He chose the small pie.", " He took the new pie."))
 
 
 def test_both_conditions_are_the_product_over_the_prior():
-    """On all 2,368 texts of embedded tasks: p(z | x, y, w) is p(z | x, y) p(z | x, w) / p(z | x), normalised."""
+    """On all 2,368 texts of embedded tasks: p(z | x, y, v) is p(z | x, y) p(z | x, v) / p(z | x), normalised."""
     e = EXPERIMENTS["transfer"]()
     task = e.model.__self__
-    tasks = [t for t, _ in embedded_tasks("both", "test")[:2]]
+    tasks = [t for t, _ in embedded_tasks("two endings", "test")[:2]]
     runs = [
         e.exact.run(*task.encode(of))
-        for of in (tasks, [t._replace(w="") for t in tasks], [t._replace(y="") for t in tasks])
+        for of in (tasks, [t._replace(v="") for t in tasks], [t._replace(y=t.v, v="") for t in tasks])
     ]
     assert all(len(r.samples["z"]) == 2368 and not r.unexplored.any() for r in runs)
     both, one, other = (ordered(r) for r in runs)
@@ -168,7 +172,7 @@ def test_both_conditions_are_the_product_over_the_prior():
     torch.testing.assert_close(log_p.exp().sum(0), torch.ones(2), atol=single(10), rtol=0)
     product = (one + other - log_p.double()).log_softmax(0)
     assert (product.exp() - both.exp()).abs().sum(0).max() < 1e-4
-    assert (one.exp() - both.exp()).abs().sum(0).min() > 0.5
+    assert (one.exp() - both.exp()).abs().sum(0).max() > 0.5
 
 
 def distinct_order(z):
@@ -202,7 +206,7 @@ def test_the_sum_of_adapters_adds_their_differences():
 
 def test_a_proposal_is_judged_by_all_texts():
     """Of the prior: ESS / N is 1 / E_p[p / q], its TV that of the densities, by another enumeration."""
-    of = Truth("both", False, 1)
+    of = Truth("two endings", False, 1)
     e = EXPERIMENTS["transfer"]()
     task = e.model.__self__
     fn = task.prior(of.args[0])
