@@ -74,7 +74,7 @@ MODELS = {
         "a JSONL file, a task a line: what comes before, what follows, words and a temperature, as far as known",
         '{"x": "Tom had a dog.", "y": " They ran to the park.", "w": " dog ball", "T": 0.7}',
         {
-            "families": "to train on: infilling, reverse, lexical, tempered, both",
+            "families": "to train on: infilling, reverse, lexical, tempered, two endings",
             "strength": "how much containing one of the words counts, nats",
         }
         | MAX_TOKENS,

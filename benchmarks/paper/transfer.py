@@ -249,8 +249,8 @@ def report(results: Results) -> str:
         "its beginning, what follows it, another thing that might have followed, a word that it has, a temperature. "
         "One guide reads a description of that and is trained on four families of blanks; *two endings* at once are a "
         "fifth, which it is not trained on. *New*: verbs (16 of 96), words (8 of 32) and temperatures (2 of 6) that no "
-        f"training task has. Total variation (TV) is exact, over all 2,368 texts, on {TASKS} tasks of unseen stories for each "
-        "column.\n\n"
+        f"training task has. Total variation (TV) is exact, over all 2,368 texts, on {TASKS} tasks of unseen stories "
+        "for each column.\n\n"
     )
     zero = [found["zero-shot"] for found in results.get(MANY, [])]
     prior = [found["prior"] for found in results.get(MANY, [])]
