@@ -15,6 +15,7 @@ from tiny import adapter, flat_lm, tiny_lm
 from lmppl.distributions import AutoregressiveText, Completion, TextMixture, TextProduct
 from lmppl.distributions.token_steps import TokenSteps
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings
+from lmppl.inference.core.query import Query
 from lmppl.inference.judging.quality import draw_quality
 from lmppl.testing import TextContract, support
 
@@ -218,6 +219,8 @@ def test_the_target_reads_what_a_component_has_read():
     steps = two(LM).token_steps(share=share)
     assert isinstance(steps, TokenSteps) and steps._share is share.parts[2]
     assert two(LM, ("b", "bc")).token_steps(share=share)._share is None
+    letters = Letters(["", ".", "a", "b", "c"], (2,), max_tokens=MAX_TOKENS, stop=1)
+    assert two(LM).token_steps(share=letters.token_steps())._share is None
     before = LM.tokens_scored
     both = [s.score(torch.tensor([2, 3])) for s in (share, steps)]
     for s in (share, steps):
@@ -234,6 +237,15 @@ def test_texts_that_begin_alike_are_read_once():
     before = LM.tokens_scored
     d.log_prob(every)
     assert LM.tokens_scored - before < 0.7 * every[:, 0].ge(0).sum() * 2
+
+
+def test_the_networks_of_all_components_are_counted():
+    other = flat_lm(vocab=5, seed=7)
+
+    def guide():
+        pyro.sample("z", TextProduct([two(LM), two(other)], torch.ones(2)).to_event(1))
+
+    assert Query(guide, None).networks == [LM.network, other.network]
 
 
 def test_arguments_out_of_range():

@@ -263,6 +263,13 @@ def lm_of(fn: Any) -> Any:
     return getattr(innermost(fn), "lm", None)
 
 
+def lms_of(fn: Any) -> list[Any]:
+    """All language models behind a site's distribution, of its components too."""
+    inner = innermost(fn)
+    found = [lm for c in getattr(inner, "components", ()) for lm in lms_of(c)] or [lm_of(inner)]
+    return [lm for lm in found if lm is not None]
+
+
 def prompt_of(fn: Any) -> Tensor | None:
     """What a site's text or token follows, (*batch, L); None where there is nothing of the kind."""
     return getattr(innermost(fn), "prompt", None)
