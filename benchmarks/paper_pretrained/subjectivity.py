@@ -80,7 +80,10 @@ HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log
 class Setup:
     """The language model, labelled sentences and the sentences to predict of a cell and a seed."""
 
-    def __init__(self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path):
+    def __init__(
+        self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path, sentences: range | None = None
+    ):
+        """``sentences``: which of the shuffled test sentences; None: the seed's own hundred."""
         self.lm, self.seed, self.short = lm, seed, short
         few = {n: read(data / "subj" / f"train.{n}.jsonl") for n in CELLS[1:]}
         known = {s.text for sentences in few.values() for s in sentences}
@@ -88,7 +91,9 @@ class Setup:
         self.unlabelled = [s for s in read(data / "subj" / "train.jsonl") if s.text not in known]
         test, count = read(data / "subj" / "test.jsonl"), 4 if short else TEST
         start = seed * count % len(test)
-        self.lines = Random("test").sample(range(len(test)), len(test))[start : start + count]  # of test.jsonl, from 0
+        chosen = sentences or range(start, start + count)
+        lines = Random("test").sample(range(len(test)), len(test))  # of test.jsonl, from 0
+        self.lines = lines[chosen.start : chosen.stop]
         self.test = [test[i] for i in self.lines]
         self.x, self.y = self.task().encode(self.test)
 
@@ -156,13 +161,7 @@ def trained(s: Setup) -> dict[str, Figures]:
     plain = s.task()
     found = {"few-shot": s.directly(plain, plain.examples(s.labelled, FEW_SHOT_TOKENS))}
 
-    p = s.adapter()
-    told = s.task(p=p)
-    tuning = SupervisedFineTuning(
-        told.direct, lambda x, y=None: told.direct(x), optimizer=adam(p, RATE), examples=lambda x, y: ((x,), {"y": y})
-    )
-    tuning.fit(s.batches(SUPERVISED_BATCH), s.steps(SUPERVISED_STEPS), seed=s.seed, progress=False)
-    found["supervised"] = s.directly(told)
+    found["supervised"] = s.directly(supervised(s))
 
     p, q = s.adapter(), s.adapter()
     task = s.task(q, p)
@@ -175,6 +174,17 @@ def trained(s: Setup) -> dict[str, Figures]:
     em.fit(batches, s.steps(ROUNDS), seed=s.seed, progress=False)
     found["GFlowNet + EM"] = s.by_reasons(task, "guide")
     return found
+
+
+def supervised(s: Setup) -> Subjectivity:
+    """An adapter trained on log p(y | x) of the labelled sentences, no reason."""
+    p = s.adapter()
+    told = s.task(p=p)
+    tuning = SupervisedFineTuning(
+        told.direct, lambda x, y=None: told.direct(x), optimizer=adam(p, RATE), examples=lambda x, y: ((x,), {"y": y})
+    )
+    tuning.fit(s.batches(SUPERVISED_BATCH), s.steps(SUPERVISED_STEPS), seed=s.seed, progress=False)
+    return told
 
 
 def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
