@@ -76,7 +76,10 @@ def scored(fn: Any, z: Tensor) -> Tensor:
 
 
 def proposed(of: Truth, fn: Any) -> Figures:
-    """What a proposal fn is worth: its total variation, exactly its ESS / N, and draws corrected by u."""
+    """What a proposal fn is worth: its total variation and ESS / N, both exact, and draws corrected by u.
+
+    k-hat is a mean over the tasks where it is defined, None where it is nowhere.
+    """
     log_q, p = scored(fn, of.exact.samples["z"]), of.exact.probabilities.double()
     second = torch.where(p > 0, 2 * p.log() - log_q, -torch.inf).logsumexp(0)  # log E_q (p / q)^2
 
@@ -91,7 +94,7 @@ def proposed(of: Truth, fn: Any) -> Figures:
     return {
         "tv": float((((q - p).abs().sum(0) + 1 - q.sum(0)) / 2).mean()),
         "ess": mean((-second).exp()),
-        "khat": mean(large.khat.nan_to_num(0.0)),
+        "khat": None if bool(large.khat.isnan().all()) else float(large.khat.nanmean()),
         "draws_tv": mean(torch.stack([draw_quality(of.exact, run) for run in runs])),
         "log_z_error": mean(torch.stack([(r.log_evidence - of.exact.log_evidence).abs() for r in runs])),
     }
@@ -287,7 +290,7 @@ def report(results: Results) -> str:
             name,
             spread(runs, "tv"),
             spread(runs, "ess"),
-            spread(runs, "khat", 2),
+            "undefined" if any(r["khat"] is None for r in runs) else spread(runs, "khat", 2),
             spread(runs, "draws_tv"),
             spread(runs, "log_z_error"),
         ]

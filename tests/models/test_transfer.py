@@ -26,7 +26,6 @@ from lmppl.models.programs.transfer import Description
 from lmppl.models.transfer import (
     FAMILIES,
     TEMPERATURES,
-    TRAINED,
     UNSEEN_TEMPERATURES,
     embedded_tasks,
     parameters,
@@ -234,19 +233,23 @@ def test_the_study_short():
 
 @pytest.mark.slow
 def test_one_guide_serves_the_families_it_was_trained_on():
-    """By its own recipe, short: unseen tasks of each, nearer to their posteriors than the untrained guide."""
+    """By its own recipe: unseen tasks of each, and nearer than the untrained guide to two endings, which it never saw."""
     e = EXPERIMENTS["transfer"]()
     task = e.model.__self__
-    sets = {f: task.encode([t for t, _ in embedded_tasks(f, "test")[:2]]) for f in TRAINED}
+    sets = {f: task.encode([t for t, _ in embedded_tasks(f, "test")[:3]]) for f in FAMILIES}
     exact = {f: e.exact.run(*args) for f, args in sets.items()}
 
     def tv():
-        return {f: float(density_quality(exact[f], e.guide, sets[f], {}).total_variation.mean()) for f in TRAINED}
+        return {f: float(density_quality(exact[f], e.guide, sets[f], {}).total_variation.mean()) for f in FAMILIES}
 
     before = tv()
-    e.gflownet().fit(e.batches, e.recipe.quick_steps, progress=False)
+    e.gflownet().fit(e.batches, e.recipe.steps, progress=False)
     after = tv()
-    assert all(after[f] < 0.8 * before[f] for f in ("infilling", "reverse", "lexical")), (before, after)
+    assert all(before[f] > 0.4 and after[f] < 0.2 for f in ("infilling", "reverse", "lexical")), (before, after)
+    assert after["tempered"] < before["tempered"] and after["two endings"] < 0.5 < before["two endings"], (
+        before,
+        after,
+    )
 
 
 def test_the_command_line(tmp_path, monkeypatch, capfd):
