@@ -233,7 +233,7 @@ def test_the_study_short():
 
 @pytest.mark.slow
 def test_one_guide_serves_the_families_it_was_trained_on():
-    """By its own recipe: unseen tasks of each, and nearer than the untrained guide to two endings, which it never saw."""
+    """By its own recipe, on unseen tasks of each; two endings, which it never saw, come nearer as well."""
     e = EXPERIMENTS["transfer"]()
     task = e.model.__self__
     sets = {f: task.encode([t for t, _ in embedded_tasks(f, "test")[:3]]) for f in FAMILIES}
