@@ -312,7 +312,7 @@ def claims(results: Results, zero: list[Figures], of: dict[str, list[Figures]]) 
     def said(found: dict[str, float]) -> str:
         return ", ".join(f"{name} {x:.3f}" for name, x in found.items()) + " (the largest of a seed)."
 
-    seen, new, both = largest("seen"), largest("unseen"), largest("seen", ["two endings"])
+    seen, new, both = largest("seen"), largest("new"), largest("seen", ["two endings"])
     text += verdict("one guide serves the four families (TV at most 0.05)", max(seen.values()) <= 0.05, said(seen))
     text += verdict("and what none of its training tasks had (TV at most 0.1)", max(new.values()) <= 0.1, said(new))
     text += verdict(
@@ -371,15 +371,18 @@ def plot(results: Results, path: Path) -> None:
     left.set_xticks(range(len(FAMILIES)), [f if f in TRAINED else f"{f}\n(not trained)" for f in FAMILIES], fontsize=8)
     left.set(ylabel="TV to the exact posterior", ylim=(0, 1))
     left.set_title("One guide as it is, by its description; lines: language model", fontsize=9, loc="left")
-    left.legend(fontsize=8, frameon=False, title="verbs, words, temperatures", title_fontsize=8)
+    told = {"title": "verbs, words, temperatures", "title_fontsize": 8}
+    left.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0.15, 0.72), **told)
     names = composed(results)
     for i, (name, runs) in enumerate(names.items()):
         colour = "tab:gray" if name in ALONE else "tab:purple" if name in COMPOSED else "tab:blue"
         right.barh(i, average(r["ess"] for r in runs), color=colour)
         right.plot([r["ess"] for r in runs], [i] * len(runs), "k.", ms=3)
+        worth = max(r["ess"] for r in runs)
+        right.text(worth + 0.015, i, f"TV {average(r['tv'] for r in runs):.2f}", va="center", fontsize=8)
     right.set_yticks(range(len(names)), list(names), fontsize=8)
     right.invert_yaxis()
-    right.set(xlim=(0, 1), xlabel="ESS/N for two endings; nothing was trained on two")
+    right.set(xlim=(0, 1.1), xlabel="ESS/N for two endings; nothing was trained on two")
     right.set_title("Guides put together, corrected by u", fontsize=9, loc="left")
     colours = dict(zip(STARTS, ("tab:gray", "tab:green", "tab:blue"), strict=True))
     for axis, target in zip(below.subplots(1, 2, sharey=True), TARGETS, strict=True):
