@@ -226,15 +226,15 @@ def composed(results: Results) -> dict[str, list[Figures]]:
     """What every proposal for an ending and words was worth, over seeds."""
     known: dict[str, list[Figures]] = {}
     for cell in CELLS:
-        for found in results.get(cell, []):
+        for found in results[cell]:
             for name, figures in found["proposals"].items():
                 known.setdefault(name, []).append(figures)
-    return {name: known[name] for name in (*ALONE, *COMPOSED, PROMPT, PARTS) if name in known}
+    return {name: known[name] for name in (*ALONE, *COMPOSED, PROMPT, PARTS)}
 
 
 def tokens_of(results: Results, target: str) -> dict[str, list[int | None]]:
     """Tokens to learn a target from every start; None where it was not learned."""
-    return {cell: [found["learned"][target]["tokens"] for found in results.get(cell, [])] for cell in STARTS}
+    return {cell: [found["learned"][target]["tokens"] for found in results[cell]] for cell in STARTS}
 
 
 def amount(values: Sequence[int | None], least: int) -> str:
@@ -255,33 +255,30 @@ def report(results: Results) -> str:
         f"training task has. Total variation (TV) is exact, over all 2,368 texts, on {TASKS} tasks of unseen stories "
         "for each column.\n\n"
     )
-    zero = [found["zero-shot"] for found in results.get(MANY, [])]
-    prior = [found["prior"] for found in results.get(MANY, [])]
-    if zero and prior:
-        rows = [
-            [f"{family}" + ("" if family in TRAINED else " (never trained)")]
-            + [spread(of, f"{family}, {kind}") for kind in KINDS for of in (prior, zero)]
-            for family in FAMILIES
-        ]
-        text += markdown(["family", *(f"{of}, {kind}" for kind in KINDS for of in ("language model", "guide"))], rows)
-        text += f"\nTraining tokens of the guide: {round(average(f['trained'] for f in results[MANY])):,}.\n\n"
+    zero = [found["zero-shot"] for found in results[MANY]]
+    prior = [found["prior"] for found in results[MANY]]
+    rows = [
+        [family if family in TRAINED else f"{family} (never trained)"]
+        + [spread(of, f"{family}, {kind}") for kind in KINDS for of in (prior, zero)]
+        for family in FAMILIES
+    ]
+    text += markdown(["family", *(f"{of}, {kind}" for kind in KINDS for of in ("language model", "guide"))], rows)
+    text += f"\nTraining tokens of the guide: {round(average(f['trained'] for f in results[MANY])):,}.\n\n"
     rows = []
     for target in TARGETS:
         for cell, start in STARTS.items():
-            runs = [found["learned"][target] for found in results.get(cell, [])]
-            if runs:
-                least = min(run["scored"] for run in runs)
-                first, last = ([{"tv": run["way"][i][1]} for run in runs] for i in (0, -1))
-                rows.append(
-                    [target, start, spread(first, "tv"), spread(last, "tv"), amount([r["tokens"] for r in runs], least)]
-                )
+            runs = [found["learned"][target] for found in results[cell]]
+            least = min(run["scored"] for run in runs)
+            first, last = ([{"tv": run["way"][i][1]} for run in runs] for i in (0, -1))
+            tokens = amount([run["tokens"] for run in runs], least)
+            rows.append([target, start, spread(first, "tv"), spread(last, "tv"), tokens])
     text += f"Learning a target, until its TV is {ENOUGH:g} or for {STEPS['on']} steps of the same tasks:\n\n"
     text += markdown(["target", "from", "TV at the start", "TV at the end", "tokens to get there"], rows) + "\n"
     text += (
         "Proposals for two endings, of which nothing was trained on two; even and odd are every other verb. ESS/N of "
         "weights p/q, exact; k-hat of "
         f"{4 * PARTICLES} draws; the TV of {PARTICLES} draws corrected by u (exact draws: "
-        f"{spread(results.get(MANY, [{'exact draws': None}]), 'exact draws')}), and the error of their log Z, nats:"
+        f"{spread(results[MANY], 'exact draws')}), and the error of their log Z, nats:"
         "\n\n"
     )
     of = composed(results)
@@ -302,8 +299,6 @@ def report(results: Results) -> str:
 
 def claims(results: Results, zero: list[Figures], of: dict[str, list[Figures]]) -> str:
     """A verdict each."""
-    if not all(cell in results for cell in CELLS):
-        return ""
     text = ""
 
     def largest(kind: str, families: Sequence[str] = TRAINED) -> dict[str, float]:
@@ -358,16 +353,14 @@ def plot(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 7), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     left, right = above.subplots(1, 2, width_ratios=(1, 1.15))
-    zero = [found["zero-shot"] for found in results.get(MANY, [])]
-    prior = [found["prior"] for found in results.get(MANY, [])]
+    zero = [found["zero-shot"] for found in results[MANY]]
+    prior = [found["prior"] for found in results[MANY]]
     for k, (kind, colour) in enumerate(zip(KINDS, ("tab:blue", "tab:orange"), strict=True)):
         for i, family in enumerate(FAMILIES):
             at, name = i + (k - 0.5) * 0.36, f"{family}, {kind}"
-            if prior:
-                left.hlines(average(p[name] for p in prior), at - 0.16, at + 0.16, color="k", lw=1)
-            if zero:
-                left.bar(at, average(z[name] for z in zero), 0.32, color=colour, label=kind if not i else None)
-                left.plot([at] * len(zero), [z[name] for z in zero], "k.", ms=3)
+            left.hlines(average(p[name] for p in prior), at - 0.16, at + 0.16, color="k", lw=1)
+            left.bar(at, average(z[name] for z in zero), 0.32, color=colour, label=kind if not i else None)
+            left.plot([at] * len(zero), [z[name] for z in zero], "k.", ms=3)
     left.set_xticks(range(len(FAMILIES)), [f if f in TRAINED else f"{f}\n(not trained)" for f in FAMILIES], fontsize=8)
     left.set(ylabel="TV to the exact posterior", ylim=(0, 1))
     left.set_title("One guide as it is, by its description; lines: language model", fontsize=9, loc="left")
@@ -387,7 +380,7 @@ def plot(results: Results, path: Path) -> None:
     colours = dict(zip(STARTS, ("tab:gray", "tab:green", "tab:blue"), strict=True))
     for axis, target in zip(below.subplots(1, 2, sharey=True), TARGETS, strict=True):
         for cell, start in STARTS.items():
-            for j, found in enumerate(results.get(cell, [])):
+            for j, found in enumerate(results[cell]):
                 tokens, tv = zip(*found["learned"][target]["way"], strict=True)
                 axis.plot([t / 1000 for t in tokens], tv, color=colours[cell], lw=1.2, label=start if not j else None)
         axis.axhline(ENOUGH, color="k", lw=0.8, ls="--")
@@ -401,4 +394,4 @@ def plot(results: Results, path: Path) -> None:
         figure.savefig(fresh, dpi=120)
 
 
-STUDY = Study("transfer", "Transfer: one guide for many posteriors", CELLS, run, report, plot, paired=False)
+STUDY = Study("transfer", "Transfer: one guide for many posteriors", CELLS, run, report, plot)
