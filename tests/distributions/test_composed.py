@@ -133,6 +133,14 @@ def test_one_component_is_itself():
         assert (d.log_prob(every) - own.log_prob(every)).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("said", ["a", "ab", ".a", "a.b", "abc.", ""])
+def test_a_text_without_its_stop_or_with_more_behind_it_is_impossible(said):
+    z = LM.encode(said) if said else torch.full((1,), -1)
+    for d in (TextProduct([two(LM), two(OTHER)], torch.ones(2)), TextMixture([two(LM), two(OTHER)], torch.zeros(2))):
+        assert bool((d.log_prob(z) == -math.inf).all())
+        assert bool(d.log_prob(LM.encode("a", stop=".")).isfinite().all())
+
+
 def test_where_one_can_write_nothing():
     """A product of what shares no text is a dead end; a mixture goes on with what can."""
     a, b = (torch.tensor([False, True, own == "a", own == "b", False]) for own in "ab")
