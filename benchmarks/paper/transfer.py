@@ -364,7 +364,7 @@ def plot(results: Results, path: Path) -> None:
     left.set_xticks(range(len(FAMILIES)), [f if f in TRAINED else f"{f}\n(not trained)" for f in FAMILIES], fontsize=8)
     left.set(ylabel="TV to the exact posterior", ylim=(0, 1))
     left.set_title("One guide as it is, by its description; lines: language model", fontsize=9, loc="left")
-    told = {"title": "verbs, words, temperatures", "title_fontsize": 8}
+    told = {"title": "verbs, words, T", "title_fontsize": 8}
     left.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0.15, 0.72), **told)
     names = composed(results)
     for i, (name, runs) in enumerate(names.items()):
