@@ -24,6 +24,7 @@ from .preferences import Annotators, Preferences
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
+from .transfer import Transfer
 
 
 def _maker(name: str) -> Callable[..., Experiment]:
@@ -50,5 +51,6 @@ __all__ = [
     "Recipe",
     "Reverse",
     "Subjectivity",
+    "Transfer",
     "plan",
 ]

@@ -23,6 +23,7 @@ from lmppl.models import (
     infilling,
     preferences,
     random_number,
+    transfer,
 )
 from lmppl.models.subjectivity import read_sentences
 
@@ -108,6 +109,7 @@ def test_the_examples_are_data(tmp_path):
         "constrained": continuation.read_prompts,
         "contrastive": contrastive.read_pairs,
         "preferences": preferences.read_choices,
+        "transfer": transfer.read_tasks,
         "random_number": random_number.read_bounds,
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,
