@@ -23,6 +23,7 @@ from .infilling import Infilling
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
+from .thoughts import Steps, Tree
 
 
 def _maker(name: str) -> Callable[..., Experiment]:
@@ -46,6 +47,8 @@ __all__ = [
     "RandomNumber",
     "Recipe",
     "Reverse",
+    "Steps",
     "Subjectivity",
+    "Tree",
     "plan",
 ]
