@@ -6,6 +6,7 @@ Not an experiment of the paper.  The claims are this package's own, written down
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lmppl import LanguageModel, embedded, text
 from lmppl.files import replacing
-from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sandwich
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Query, Sandwich
 from lmppl.inference.judging.compare import Meter, particles_within
 from lmppl.inference.posterior.algorithm import Algorithm, sized
 from lmppl.models import Tree
@@ -31,13 +32,14 @@ from .targets import programs
 SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS = "samplers", "GFlowNet", "answers", "searched", "bounds"
 CELLS = SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS
 BUDGETS = 100, 200, 400  # tokens a query of the small world; to enumerate it takes some 740
-LARGE_BUDGETS = 50, 100, 200, 400, 800
+LARGE_BUDGETS = 100, 200, 400, 800, 1600
 REPETITIONS, LARGE_REPETITIONS = 8, 8
 STEPS = 150  # of the GFlowNet
 CHILDREN, NUMBERS = 4, (1, 2, 4, 8, 16, 64)
 PLAIN, CHAINS, SMC_CHAINS = "chains, no judge", "chains, weighed at the end", "chains, SMC"
 TREES, WEIGHED, SMC_TREES = "trees as they are", "trees, weighed", "trees, SMC"
 BOUNDED = 4  # questions
+IMPORTANCE = "importance sampling"
 GUIDED, SMC_GUIDED = "importance, GFlowNet's guide", "SMC, GFlowNet's guide"
 PARTICLES = 4, 16, 64
 
@@ -52,10 +54,9 @@ def small(e: Experiment | None = None, children: tuple[float, ...] = (0.5, 0.5))
     return programs(e) if e is not None else Tree(**sums(lm()), children=children)
 
 
-def large(children: int, judged: bool = True) -> Tree:
+def large(children: int) -> Tree:
     """Sums of four operands and any digits, trees of so many children."""
-    given = sums(lm(), digits=EVERY, steps=3)
-    return Tree(**given | ({} if judged else {"evaluate": None}), children=[0.0] * (children - 1) + [1.0])
+    return Tree(**sums(lm(), digits=EVERY, steps=3), children=[0.0] * (children - 1) + [1.0])
 
 
 def large_questions(count: int) -> Tensor:
@@ -82,7 +83,7 @@ def chosen(posterior: Posterior, d: int) -> Tensor:
 
 def paths(posterior: Posterior, steps: int) -> list[dict[str, float]]:
     """Of every question, the distribution of the path."""
-    told = [posterior.sites.query.model.__self__.lm.decode(chosen(posterior, d)) for d in range(1, steps + 1)]
+    told = [lm().decode(chosen(posterior, d)) for d in range(1, steps + 1)]
     found: list[dict[str, float]] = [{} for _ in told[0][0]]
     for n, weights in enumerate(posterior.probabilities.tolist()):
         for i, p in enumerate(weights):
@@ -109,9 +110,9 @@ def truth(questions: int) -> tuple[list[dict[str, float]], Tensor]:
 def measured(algorithm: Algorithm, args: tuple[Tensor, ...], budgets: tuple[int, ...], repetitions: int) -> Figures:
     """At each budget of tokens a query: the path's total variation, and the error of log Z."""
     exact, log_z = truth(len(args[0]))
-    meter, found = Meter([lm_.network for lm_ in _networks(algorithm)]), []
+    meter, found = Meter(Query(algorithm.model, algorithm.guide, args).networks), []
     for budget in budgets:
-        n = particles_within(algorithm, budget, meter, args=args, checks=3)
+        n = particles_within(algorithm, budget, meter, args=args, checks=2)
         runs, tokens, _ = meter(partial(_repeated, sized(algorithm, n), args, repetitions))
         tv = [distance(p, q) for r in runs for p, q in zip(exact, paths(r, 2), strict=True)]
         errors = torch.stack([(r.log_evidence - log_z).abs() for r in runs])
@@ -131,18 +132,11 @@ def _repeated(algorithm: Algorithm, args: tuple[Tensor, ...], repetitions: int) 
     return [algorithm.run(*args) for _ in range(repetitions)]
 
 
-def _networks(algorithm: Any) -> list[LanguageModel]:
-    task = algorithm.model.__self__
-    return [task.lm]
-
-
 def samplers(task: Tree) -> dict[str, Algorithm]:
     chains = {"num_chains": 4, "num_samples": 8, "warmup": 2}
     return {
-        "importance, prior": Importance(task.model),
-        "importance, search": Importance(task.model, task.search),
-        "SMC, prior": SMC(task.model),
-        "SMC, search": SMC(task.model, task.search),
+        IMPORTANCE: Importance(task.model),
+        "SMC": SMC(task.model),
         "Metropolis, a site": MetropolisHastings(task.model, **chains),
         "Metropolis, a branch": MetropolisHastings(task.model, moves="branch", **chains),
     }
@@ -151,19 +145,14 @@ def samplers(task: Tree) -> dict[str, Algorithm]:
 # -- the large world, the answer wanted ----------------------------------------------------------------------------
 
 
-class Alone:
-    """Model and search of a tree without the answer."""
+def alone(task: Tree, weighted: bool = True) -> Callable[[Tensor], None]:
+    """A tree without the answer."""
 
-    def __init__(self, task: Tree):
-        self.task = self.__self__ = task
-
-    def model(self, x: Tensor) -> None:
+    def program(x: Tensor) -> None:
         with pyro.plate("questions", len(x)):
-            self.task.path(x)
+            task.path(x, weighted=weighted)
 
-    def search(self, x: Tensor) -> None:
-        with pyro.plate("questions", len(x)):
-            self.task.found(x)
+    return program
 
 
 def results_of(posterior: Posterior, x: Tensor, steps: int) -> Tensor:
@@ -179,7 +168,7 @@ def answers(algorithm: Algorithm, questions: int, budgets: tuple[int, ...], repe
     asked, x = _asked(questions), large_questions(questions)
     right, meter, found = torch.tensor([q.answer for q in asked]), Meter([lm().network]), []
     for budget in budgets:
-        n = particles_within(algorithm, budget, meter, args=(x,), checks=3)
+        n = particles_within(algorithm, budget, meter, args=(x,), checks=2)
         runs, tokens, _ = meter(partial(_repeated, sized(algorithm, n), (x,), repetitions))
         mass, votes = [], []
         for r in runs:
@@ -200,14 +189,14 @@ def answers(algorithm: Algorithm, questions: int, budgets: tuple[int, ...], repe
 
 
 def askers() -> dict[str, Algorithm]:
-    chain, tree = Alone(large(1)), Alone(large(CHILDREN))
+    chain, tree = large(1), large(CHILDREN)
     return {
-        PLAIN: Importance(Alone(large(1, judged=False)).model),
-        CHAINS: Importance(chain.model),
-        SMC_CHAINS: SMC(chain.model),
-        TREES: Importance(tree.search),
-        WEIGHED: Importance(tree.model, tree.search),
-        SMC_TREES: SMC(tree.model, tree.search),
+        PLAIN: Importance(alone(chain, weighted=False)),
+        CHAINS: Importance(alone(chain)),
+        SMC_CHAINS: SMC(alone(chain)),
+        TREES: Importance(alone(tree, weighted=False)),
+        WEIGHED: Importance(alone(tree)),
+        SMC_TREES: SMC(alone(tree)),
     }
 
 
@@ -296,7 +285,7 @@ def bounds(questions: int, short: bool) -> Figures:
         for _ in range(1 if short else 4):
             path = exact.resample(1, "multinomial").values
             values = tree.around(args[0], [path[f"thought {d}.1"][0] for d in (1, 2, 3)])
-            both = Sandwich(tree.model, tree.search, num_particles=n).run(*args, exact_sample=values)
+            both = Sandwich(tree.model, num_particles=n).run(*args, exact_sample=values)
             lows.append(both.lower - exact.log_evidence)
             highs.append(both.upper - exact.log_evidence)
         curve.append(
@@ -469,7 +458,7 @@ def claims(results: Results, budgets: list[int]) -> str:
         branch < site,
         f"TV at {BUDGETS[-1]} tokens {branch:.3f} and {site:.3f}.",
     )
-    amortised, prior = (average(c[0]["tv"] for c in found[x]) for x in (GUIDED, "importance, prior"))
+    amortised, prior = (average(c[0]["tv"] for c in found[x]) for x in (GUIDED, IMPORTANCE))
     text += verdict(
         "a trained guide helps: at the smallest budget it halves the TV of importance sampling from the prior",
         amortised <= prior / 2,

@@ -1,18 +1,19 @@
 r"""Thoughts between a question and its answer: plans whose number of steps is random, and trees whose path counts.
 
-    Steps:  z_d ~ LM(s_d),   more_d ~ LM(s_d z_d): "," or ".",   s_{d+1} = s_d z_d more_d;    y ~ LM(s "The answer is")
-    Tree:   k_d ~ children,   z_d1 .. z_dk ~ LM(s_d),   j_d ~ uniform on 1..k,   s_{d+1} = s_d z_dj;    y likewise
+    Steps:  z_d ~ LM(s_d),   more_d ~ LM(s_d z_d): "," or ".",   s_{d+1} = s_d z_d more_d,   y ~ LM(s "The answer is")
+            with a factor e^(v(s_{d+1})), its evaluation, for each state that is reached
+    Tree:   k_d ~ children,   z_d1 .. z_dk ~ LM(s_d),   j_d = i with probability e^(v_i) / sum_i e^(v_i),
+            v_i = v(s_d z_di),   s_{d+1} = s_d z_dj,   y likewise
+            with a factor (1 / k_d) sum_i e^(v_i), the mean evaluation of the children, for each level
 
-Each s_{d+1} that is reached has a factor e^(v(s_{d+1})), its evaluation.  What follows from a thought, as the result of
-a sum, is written by the program; thoughts that are not there are texts of no tokens.
+What follows from a thought, as the result of a sum, is written by the program; thoughts that are not there are texts
+of no tokens.  The path of a tree is a chain: choice and factor together are e^(v_j) / k, an even choice and the
+evaluation of the child that is taken, and children are alike, so that
 
-The path of a tree is a chain: its children are alike, and the choice does not look at them, so that
+    p(path, y) = p(z_1) .. p(z_D) e^(v(s_2) + .. + v(s_{D+1})) p(y | s_{D+1}),    whatever the number of children.
 
-    p(path, y) = p(z_1) .. p(z_D) e^(v(s_2) + .. + v(s_{D+1})) p(y | s_{D+1}),    whatever the number of children
-
-`Tree.search` is the tree as one builds it: it looks at the children and goes on with j with probability
-e^(v_j) / sum_i e^(v_i).  As a guide of the tree it has the log weight  sum_d log(mean_i e^(v_di)) + log p(y | s):
-what a search finds is a draw of the posterior only after it is weighted, by its own mean evaluations.
+`Tree.search` is the tree as one builds it, without the factors.  What it finds is a draw of the posterior only after it
+is weighted by them: by the mean evaluations of its own children.
 """
 
 from __future__ import annotations
@@ -102,10 +103,6 @@ class Thoughts:
         which = text.map(number, told, self.lm)
         return self.lm.join(told, self.lm.encode(written)[which])
 
-    def value(self, told: Tensor) -> Tensor:
-        """The log score v of what has been told, (..., B)."""
-        return torch.zeros(told.shape[:-1], device=told.device) if self.evaluate is None else self.evaluate(told)
-
     def reads(self, told: Tensor, y: Tensor) -> Tensor:
         """The guide's prompt."""
         if self.guide_lm is None:
@@ -151,7 +148,7 @@ class Steps(Thoughts):
             read = self.follow(self.lm.join(read, mark))
             told = where(more, read, told)
             if evaluated and self.evaluate is not None:
-                pyro.factor(f"evaluation {d}", torch.where(more, self.value(told), 0.0))
+                pyro.factor(f"evaluation {d}", torch.where(more, self.evaluate(told), 0.0))
             more = on
         return told
 
@@ -196,36 +193,30 @@ class Tree(Thoughts):
         self.most, self.log_children = len(share), share.log()
 
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Children of the language model, the path evenly through them, a factor for each state of it, the answer."""
+        """Children of the language model, the path through them by evaluation, their mean evaluation, the answer."""
         with pyro.plate("questions", len(x)):
             return self.answer(self.path(x), y)
 
-    def path(self, x: Tensor) -> Tensor:
-        """The tree of the model without an answer; what is told on its path, (..., B, L)."""
-        told = self.follow(x)
-        for d in range(1, self.steps + 1):
-            there = self.count(d, x)
-            states = self.thoughts(d, told, there)
-            told = pick(states, self.chosen(d, self.even(there)))
-            if self.evaluate is not None:
-                pyro.factor(f"evaluation {d}", self.value(told))
-        return told
-
     def search(self, x: Tensor, y: Tensor | None = None) -> None:
-        """The same children; the path goes on with those of high evaluation.  Given no answer, it asks for one."""
+        """The same without the factors.  Given no answer, it asks for one; of a given one it knows nothing."""
         with pyro.plate("questions", len(x)):
-            told = self.found(x)
+            told = self.path(x, weighted=False)
             if y is None:
                 self.answer(told, None)
 
-    def found(self, x: Tensor) -> Tensor:
-        """The tree of the search without an answer; what is told on its path, (..., B, L)."""
+    def path(self, x: Tensor, *, weighted: bool = True) -> Tensor:
+        """The tree without its answer; what is told on its path, (..., B, L)."""
         told = self.follow(x)
         for d in range(1, self.steps + 1):
             there = self.count(d, x)
             states = self.thoughts(d, told, there)
-            seen = torch.stack(torch.broadcast_tensors(*(self.value(s) for s in states)), -1)
-            told = pick(states, self.chosen(d, self.even(there) + seen))
+            logits = self.even(there)
+            if self.evaluate is not None:
+                logits = logits + torch.stack(torch.broadcast_tensors(*map(self.evaluate, states)), -1)
+                if weighted:
+                    count = torch.stack(there).sum(0)
+                    pyro.factor(f"evaluation {d}", logits.logsumexp(-1) - count.to(logits.dtype).log())
+            told = pick(states, self.chosen(d, logits))
         return told
 
     def guide(self, x: Tensor, y: Tensor) -> None:
