@@ -23,7 +23,7 @@ from .infilling import Infilling
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
-from .thoughts import Steps, Tree
+from .thoughts import ChainOfThoughts, TreeOfThoughts
 
 
 def _maker(name: str) -> Callable[..., Experiment]:
@@ -37,6 +37,7 @@ __all__ = [
     "EXPERIMENTS",
     "PRETRAINED",
     "Arithmetic",
+    "ChainOfThoughts",
     "Constrained",
     "Continuation",
     "Contrastive",
@@ -47,8 +48,7 @@ __all__ = [
     "RandomNumber",
     "Recipe",
     "Reverse",
-    "Steps",
     "Subjectivity",
-    "Tree",
+    "TreeOfThoughts",
     "plan",
 ]

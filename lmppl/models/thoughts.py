@@ -22,7 +22,7 @@ from ..inference import Enumeration
 from ..language_model import LanguageModel
 from .data_files import read_each
 from .experiment import Experiment, Options, Recipe, Start, split
-from .programs.thoughts import Steps, Thoughts, Tree
+from .programs.thoughts import ChainOfThoughts, Thoughts, TreeOfThoughts
 
 SMALL = (1, 2, 3)  # digits of which the small world's questions and thoughts are made
 EVERY = tuple(range(10))
@@ -121,7 +121,7 @@ def small_questions() -> tuple[list[Question], list[Question], list[Question]]:
 def sums(
     lm: LanguageModel, guide_lm: LanguageModel | None = None, *, digits: Sequence[int] = SMALL, **options: Any
 ) -> dict[str, Any]:
-    """What `Steps` and `Tree` take for the embedded sums: a thought is a sign and a digit."""
+    """What both programs take for the embedded sums: a thought is a sign and a digit."""
     allowed = Slots(lm, [[" +", " -"], [f" {n}" for n in digits]])
     return {"lm": lm, "guide_lm": guide_lm, "allowed": allowed, "after": result, "evaluate": Judge(lm)} | options
 
@@ -132,7 +132,7 @@ def encode(lm: LanguageModel, questions: Sequence[Question]) -> tuple[Tensor, Te
 
 
 def lines(lm: LanguageModel, guide_lm: LanguageModel | None = None, **options: Any) -> dict[str, Any]:
-    """What `Steps` and `Tree` take on other language models: a thought is a line, which they evaluate themselves."""
+    """What both programs take on other language models: a thought is a line, which they evaluate themselves."""
     given = {"lm": lm, "guide_lm": guide_lm, "max_tokens": LONGEST_THOUGHT, "stop": "\n", "marks": LINES}
     return given | {"evaluate": SaysYes(lm), "max_answer": LONGEST_ANSWER} | options
 
@@ -182,9 +182,9 @@ def experiment(
         splits, given, encoded = split(read_questions(data)), lines(start.lm, start.guide_lm), encode_lines
     task: Thoughts
     if children == 1:
-        task = Steps(**given, steps=PLAN)
+        task = ChainOfThoughts(**given, steps=PLAN)
     else:
-        task = Tree(**given, steps=TREE, children=[1 / children] * children)
+        task = TreeOfThoughts(**given, steps=TREE, children=[1 / children] * children)
     return start.experiment(
         task,
         splits,

@@ -14,7 +14,16 @@ import lmppl
 from lmppl import cli
 from lmppl.catalogue import MODELS
 from lmppl.command_options import COMMON
-from lmppl.models import EXPERIMENTS, arithmetic, classifier, continuation, contrastive, infilling, random_number
+from lmppl.models import (
+    EXPERIMENTS,
+    arithmetic,
+    classifier,
+    continuation,
+    contrastive,
+    infilling,
+    random_number,
+    thoughts,
+)
 from lmppl.models.subjectivity import read_sentences
 
 COMMANDS = "compare", "train", "sample"
@@ -102,6 +111,7 @@ def test_the_examples_are_data(tmp_path):
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,
         "arithmetic": arithmetic.read_file,
+        "thoughts": thoughts.read_questions,
     }
     assert set(readers) <= {name for name, entry in MODELS.items() if entry.example}
     for name, read in readers.items():

@@ -30,7 +30,7 @@ from lmppl.inference import (
     weigh,
 )
 from lmppl.inference.judging.quality import density_quality
-from lmppl.models import EXPERIMENTS, Steps, Tree
+from lmppl.models import EXPERIMENTS, ChainOfThoughts, TreeOfThoughts
 from lmppl.models.thoughts import (
     Asked,
     Judge,
@@ -146,7 +146,7 @@ QUESTIONS, ANSWERS = ("ab", "b"), ("b", "")
 @pytest.mark.parametrize("stop", [None, "eos"])
 def test_the_posterior_of_plans_is_that_of_plain_loops(lm, stop):
     """Of one step or two; thoughts that are not there are empty, once."""
-    task = world(lm, Steps, stop=stop)
+    task = world(lm, ChainOfThoughts, stop=stop)
     x, y = lm.encode(list(QUESTIONS)), lm.encode(list(ANSWERS), stop="eos")
     exact = Enumeration(task.model).run(x, y)
     for i in range(2):
@@ -164,7 +164,7 @@ def test_the_posterior_of_plans_is_that_of_plain_loops(lm, stop):
 @pytest.mark.parametrize("children", [(1.0,), CHILDREN])
 def test_the_path_of_a_tree_is_a_chain_by_plain_loops(lm, stop, children):
     """Evidence and the path's posterior do not depend on how many children there are, whose number keeps its prior."""
-    task = world(lm, Tree, children=children, stop=stop)
+    task = world(lm, TreeOfThoughts, children=children, stop=stop)
     x, y = lm.encode(list(QUESTIONS)), lm.encode(list(ANSWERS), stop="eos")
     exact = Enumeration(task.model).run(x, y)
     for i in range(2):
@@ -199,7 +199,7 @@ def test_a_trees_evidence_is_its_chains_on_random_small_models(drawn):
         return text.map(lambda s: sum(v * s.count(c) for v, c in zip(score, "ab.", strict=True)), told, lm)
 
     def evidence(children):
-        task = world(lm, Tree, children=children, evaluate=evaluate, steps=1, marks=("", "b"))
+        task = world(lm, TreeOfThoughts, children=children, evaluate=evaluate, steps=1, marks=("", "b"))
         return Enumeration(task.model).run(x, y).log_evidence
 
     assert torch.allclose(evidence(children), evidence([1.0]), atol=1e-6)
@@ -208,7 +208,7 @@ def test_a_trees_evidence_is_its_chains_on_random_small_models(drawn):
 @pytest.mark.parametrize("searched", [False, True])
 def test_a_search_weighs_by_its_mean_evaluations(lm, searched):
     """u = sum_d log mean_i e^(v_di) + log p(y | s), whichever child it went on with: the model proposes by search."""
-    task = world(lm, Tree, children=CHILDREN)
+    task = world(lm, TreeOfThoughts, children=CHILDREN)
     x, y = lm.encode(list(QUESTIONS)), lm.encode(list(ANSWERS), stop="eos")
     pyro.set_rng_seed(0)
     drawn = weigh(Query(task.model, task.search if searched else None, (x, y)), 30)
@@ -244,7 +244,7 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_evidence_of_a_tree_is_unbiased(lm, name):
     """Means of 400 runs of 8 particles within five standard errors; the copies of a question run apart."""
-    task, copies = world(lm, Tree, children=CHILDREN), 400
+    task, copies = world(lm, TreeOfThoughts, children=CHILDREN), 400
     x, y = lm.encode(["ab"] * copies), lm.encode(["b"] * copies, stop="eos")
     truth = float(Enumeration(task.model).run(x[:1], y[:1]).log_evidence.exp())
     pyro.set_rng_seed(0)
@@ -252,7 +252,7 @@ def test_evidence_of_a_tree_is_unbiased(lm, name):
     assert abs(float(found.mean()) - truth) < 5 * float(found.std()) / copies**0.5
 
 
-@pytest.mark.parametrize("kind", [Steps, Tree])
+@pytest.mark.parametrize("kind", [ChainOfThoughts, TreeOfThoughts])
 def test_chains_that_regrow_branches_end_at_the_posterior(lm, kind):
     """The last states of 800 chains, within five standard errors; a mark or a number of children says what is there."""
     task = world(lm, kind)
@@ -261,7 +261,7 @@ def test_chains_that_regrow_branches_end_at_the_posterior(lm, kind):
     n = 800
     pyro.set_rng_seed(0)
     chains = MetropolisHastings(task.model, num_chains=n, num_samples=1, warmup=40, moves="branch").run(x, y)
-    sites = ["thought 1", "more 1"] if kind is Steps else ["children 1", "expand 1", "children 2"]
+    sites = ["thought 1", "more 1"] if kind is ChainOfThoughts else ["children 1", "expand 1", "children 2"]
     truth, found = dict(exact.table(sites, 0)), dict(chains.table(sites, 0))
     assert found.keys() <= truth.keys()
     count = torch.tensor([n * found.get(key, 0.0) for key in truth]).round()
@@ -270,7 +270,7 @@ def test_chains_that_regrow_branches_end_at_the_posterior(lm, kind):
 
 def test_one_site_at_a_time_no_number_of_children_changes(lm):
     """A second child that was not there is impossible with no token; what was there, with one: `branch` is needed."""
-    task = world(lm, Tree, children=CHILDREN, steps=1, marks=("", "b"))
+    task = world(lm, TreeOfThoughts, children=CHILDREN, steps=1, marks=("", "b"))
     x, y = lm.encode(["ab"]), lm.encode(["b"], stop="eos")
     pyro.set_rng_seed(0)
     for moves, still in {"regrowth": True, "branch": False}.items():
@@ -283,7 +283,7 @@ def test_one_site_at_a_time_no_number_of_children_changes(lm):
 @pytest.mark.parametrize("objective", [VarGrad, PooledVarGrad, SubTB, DetailedBalance])
 def test_texts_that_are_not_there_are_terms_of_no_objective(lm, objective, stop):
     """A guide that is the model has u = 0 everywhere: at plans of one step too, whose second thought is empty."""
-    task = world(lm, Steps, stop=stop)
+    task = world(lm, ChainOfThoughts, stop=stop)
     x = lm.encode(list(QUESTIONS))
 
     def program(x):
@@ -300,8 +300,8 @@ def test_texts_that_are_not_there_are_terms_of_no_objective(lm, objective, stop)
 
 def test_bounds_from_both_sides_of_a_trees_evidence(lm):
     """A draw of the chain's posterior, siblings around it: E[1 / Z] of conditional SMC is 1 / Z, 5 standard errors."""
-    task, copies = world(lm, Tree, children=CHILDREN), 200
-    chain = world(lm, Tree, children=[1.0])
+    task, copies = world(lm, TreeOfThoughts, children=CHILDREN), 200
+    chain = world(lm, TreeOfThoughts, children=[1.0])
     x, y = lm.encode(["ab"] * copies), lm.encode(["b"] * copies, stop="eos")
     exact = Enumeration(chain.model).run(x, y)
     pyro.set_rng_seed(0)
@@ -316,7 +316,7 @@ def test_bounds_from_both_sides_of_a_trees_evidence(lm):
 
 def test_an_answer_that_is_queried(lm):
     """Its distribution is the evidence with it over the evidence without; the search asks it, too."""
-    task = world(lm, Tree, steps=1, marks=("", "b"))
+    task = world(lm, TreeOfThoughts, steps=1, marks=("", "b"))
     x = lm.encode(["ab"])
     exact = Enumeration(task.model).run(x)
     asked = dict(exact.table("y", 0))
@@ -328,12 +328,12 @@ def test_an_answer_that_is_queried(lm):
 
 def test_bad_arguments_are_refused(lm):
     with pytest.raises(ValueError, match="children"):
-        Tree(lm, children=[0.5, 0.6])
+        TreeOfThoughts(lm, children=[0.5, 0.6])
     with pytest.raises(ValueError, match="steps"):
-        Steps(lm, steps=0)
+        ChainOfThoughts(lm, steps=0)
     with pytest.raises(ValueError, match="allowed"):
-        Steps(lm, stop=".", allowed=lambda prefix: prefix)
-    for kind in (Steps, Tree):
+        ChainOfThoughts(lm, stop=".", allowed=lambda prefix: prefix)
+    for kind in (ChainOfThoughts, TreeOfThoughts):
         with pytest.raises(ValueError, match="guide_lm"):
             kind(lm).guide(lm.encode(["a"]), lm.encode(["b"]))
     with pytest.raises(ValueError, match="reliable"):
@@ -366,7 +366,7 @@ def test_the_small_world_is_frozen(arithmetic):
 
 def test_a_chain_is_told_as_the_arithmetic_lm_knows_it(arithmetic):
     """Results, values and marks are written by the program; the path of right thoughts is the right chain."""
-    task = Tree(**sums(arithmetic), children=[1.0])
+    task = TreeOfThoughts(**sums(arithmetic), children=[1.0])
     (q,) = small_questions()[2][:1]
     told = task.follow(arithmetic.encode([q.x]))
     for d, (sign, n) in enumerate(zip(q.signs, q.operands[1:], strict=True), 1):
@@ -420,20 +420,27 @@ def test_questions_are_read_from_a_file(tmp_path):
         read_questions(path)
 
 
-@pytest.mark.slow
 def test_a_tree_on_a_pretrained_language_model_that_evaluates_itself(smollm2_lm):
-    """Importance sampling and SMC estimate one evidence; the evaluations are those of plain passes."""
+    """Its evaluations are those of plain passes; importance sampling and SMC by trees of two children, one problem."""
     lm = smollm2_lm
-    task = Tree(**lines(lm, max_tokens=10), children=[0.0, 1.0])
+    task = TreeOfThoughts(**lines(lm, max_tokens=10), children=[0.0, 1.0])
     evaluate = task.evaluate
     x, y = encode_lines(lm, [Asked("Tom has 6 eggs and eats 2. Then he buys 5. How many has he?", "9")])
+    found = {}
+    for step in (" 6 - 2 = 4", " 6 - 2 = 5", " 6 + 2 = 8"):
+        told = lm.join(x, f"{step}\n-")
+        logits = lm.forward(lm.join(told, evaluate.asked), use_cache=False).logits[0, -1]
+        found[step] = float(evaluate(told)[0])
+        assert found[step] == pytest.approx(float(logits[[evaluate.yes, evaluate.no]].log_softmax(-1)[0]), abs=1e-3)
     pyro.set_rng_seed(0)
-    drawn = weigh(Query(task.model, None, (x, y)), 4)
-    told = lm.join(x, " 6 - 2 = 4\n-")
-    logits = lm.forward(lm.join(told, evaluate.asked), use_cache=False).logits[0, -1]
-    plain = logits[[evaluate.yes, evaluate.no]].log_softmax(-1)[0]
-    assert float(evaluate(told)[0]) == pytest.approx(float(plain), abs=1e-3)
-    assert bool(drawn.u.isfinite().all())
+    before = lm.tokens_scored
+    drawn = weigh(Query(task.model, None, (x, y)), 8)
+    tokens_of_it = lm.tokens_scored - before
+    log_z = float(drawn.u.logsumexp(0)) - math.log(8)
+    smc = SMC(task.model, num_particles=8).run(x, y)
+    print(found, tokens_of_it, log_z, float(smc.log_evidence), lm.decode(drawn.values["thought 1.1"]))
+    assert bool(drawn.u.isfinite().all()) and abs(float(smc.log_evidence) - log_z) < 6.0
     assert all(s.endswith("\n") for s in sum(lm.decode(drawn.values["thought 1.1"]), []))
-    smc = SMC(task.model, num_particles=4).run(x, y)
-    assert float((smc.log_evidence - drawn.u.logsumexp(0) + math.log(4)).abs()) < 6.0
+    chain = ChainOfThoughts(**lines(lm, max_tokens=10), steps=2)
+    ended = Importance(chain.model, num_particles=4).run(x, y).samples["more 1"]
+    assert set(sum(lm.decode(ended), [])) <= {"-", "="}

@@ -1,10 +1,10 @@
 r"""Thoughts between a question and its answer: plans whose number of steps is random, and trees whose path counts.
 
-    Steps:  z_d ~ LM(s_d),   more_d ~ LM(s_d z_d): "," or ".",   s_{d+1} = s_d z_d more_d,   y ~ LM(s "The answer is")
-            with a factor e^(v(s_{d+1})), its evaluation, for each state that is reached
-    Tree:   k_d ~ children,   z_d1 .. z_dk ~ LM(s_d),   j_d = i with probability e^(v_i) / sum_i e^(v_i),
-            v_i = v(s_d z_di),   s_{d+1} = s_d z_dj,   y likewise
-            with a factor (1 / k_d) sum_i e^(v_i), the mean evaluation of the children, for each level
+A chain:  z_d ~ LM(s_d),   more_d ~ LM(s_d z_d): "," or ".",   s_{d+1} = s_d z_d more_d,   y ~ LM(s "The answer is"),
+          with a factor e^(v(s_{d+1})), its evaluation, for each state that is reached
+A tree:   k_d ~ children,   z_d1 .. z_dk ~ LM(s_d),   j_d = i with probability e^(v_i) / sum_i e^(v_i),
+          v_i = v(s_d z_di),   s_{d+1} = s_d z_dj,   y likewise,
+          with a factor (1 / k_d) sum_i e^(v_i), the mean evaluation of the children, for each level
 
 What follows from a thought, as the result of a sum, is written by the program; thoughts that are not there are texts
 of no tokens.  The path of a tree is a chain: choice and factor together are e^(v_j) / k, an even choice and the
@@ -12,8 +12,8 @@ evaluation of the child that is taken, and children are alike, so that
 
     p(path, y) = p(z_1) .. p(z_D) e^(v(s_2) + .. + v(s_{D+1})) p(y | s_{D+1}),    whatever the number of children.
 
-`Tree.search` is the tree as one builds it, without the factors.  What it finds is a draw of the posterior only after it
-is weighted by them: by the mean evaluations of its own children.
+`TreeOfThoughts.search` is the tree as one builds it, without the factors.  What it finds is a draw of the posterior
+only after it is weighted by them: by the mean evaluations of its own children.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Thoughts:
         return pyro.sample("y", Completion(self.lm, asked, max_tokens=self.max_answer, stop=self.stop_answer), obs=y)
 
 
-class Steps(Thoughts):
+class ChainOfThoughts(Thoughts):
     """Plans of 1 to D steps: after each the language model says whether another follows.
 
     Parameters as of `Thoughts`, with marks of one token each.
@@ -163,7 +163,7 @@ class Steps(Thoughts):
         return mark[..., 0] == on, mark
 
 
-class Tree(Thoughts):
+class TreeOfThoughts(Thoughts):
     r"""Trees of D levels: children of the path so far, one of which the path goes on with.
 
     :param children: the probabilities of 1, 2, .. children.
