@@ -314,6 +314,27 @@ def test_bounds_from_both_sides_of_a_trees_evidence(lm):
     assert float(bounds.lowers.mean()) < float(exact.log_evidence[0]) < float(bounds.uppers.mean())
 
 
+def test_plans_none_of_which_goes_on(lm):
+    """All later texts are of no tokens, in every particle: they are resampled and tabled like any other."""
+    task = world(lm, ChainOfThoughts)
+    x, none = lm.encode(["ab", "b"]), torch.zeros(2, dtype=torch.bool)
+
+    def model():
+        with pyro.plate("questions", 2):
+            z = pyro.sample("z", task.thought(lm, x, ~none))
+            w = pyro.sample("w", task.thought(lm, x, none))
+            pyro.factor("likes b", 2.0 * (z[..., 0] == lm.token_id("b")))
+            v = pyro.sample("v", task.thought(lm, lm.join(x, z, w), ~none))
+            pyro.factor("likes c", 2.0 * (v[..., 0] == lm.token_id("c")))
+
+    pyro.set_rng_seed(0)
+    found = SMC(model, num_particles=50, ess_threshold=1.0).run()
+    assert found.ancestry and found.samples["w"].shape == (50, 2, 0)
+    assert found.resample(9).table("w", 0) == [("", pytest.approx(1.0))]
+    exact = Enumeration(model).run()
+    assert bool(((found.log_evidence - exact.log_evidence).abs() < 1.0).all())
+
+
 def test_an_answer_that_is_queried(lm):
     """Its distribution is the evidence with it over the evidence without; the search asks it, too."""
     task = world(lm, TreeOfThoughts, steps=1, marks=("", "b"))
