@@ -20,7 +20,7 @@ from torch import Tensor
 from lmppl import LanguageModel, embedded, text
 from lmppl.files import replacing
 from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Query, Sandwich
-from lmppl.inference.judging.compare import Meter, particles_within
+from lmppl.inference.judging.compare import Meter
 from lmppl.inference.posterior.algorithm import Algorithm, sized
 from lmppl.models import TreeOfThoughts
 from lmppl.models.experiment import Experiment
@@ -31,8 +31,10 @@ from .targets import programs
 
 SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS = "samplers", "GFlowNet", "answers", "searched", "bounds"
 CELLS = SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS
-BUDGETS = 150, 300, 600  # tokens a query of the small world; to enumerate it takes some 740
-LARGE_BUDGETS = 100, 300, 900
+BUDGETS = 150, 400  # tokens a question of the small world; to enumerate it takes some 740
+LARGE_BUDGETS = 100, 300, 1000
+SIZES = 2, 8, 32
+CHAIN_SIZES, TREE_SIZES = (1, 4, 16, 64), (1, 3, 10, 30)
 REPETITIONS = 4
 STEPS = 100  # of the GFlowNet
 CHILDREN, NUMBERS = 4, (1, 2, 4, 8, 16, 64)
@@ -107,24 +109,16 @@ def truth(questions: int) -> tuple[list[dict[str, float]], Tensor]:
     return paths(exact, 2), exact.log_evidence
 
 
-def measured(algorithm: Algorithm, args: tuple[Tensor, ...], budgets: tuple[int, ...], repetitions: int) -> Figures:
-    """At each budget of tokens a query: the path's total variation, and the error of log Z."""
+def measured(algorithm: Algorithm, args: tuple[Tensor, ...], sizes: tuple[int, ...], repetitions: int) -> Figures:
+    """With so many particles: tokens a question, the path's total variation, and the error of log Z."""
     exact, log_z = truth(len(args[0]))
     meter, found = Meter(Query(algorithm.model, algorithm.guide, args).networks), []
-    for budget in budgets:
-        n = particles_within(algorithm, budget, meter, args=args, checks=1)
+    for n in sizes:
         runs, tokens, _ = meter(partial(_repeated, sized(algorithm, n), args, repetitions))
         tv = [distance(p, q) for r in runs for p, q in zip(exact, paths(r, 2), strict=True)]
-        errors = torch.stack([(r.log_evidence - log_z).abs() for r in runs])
-        error = float(errors.mean())
-        found.append(
-            {
-                "particles": n,
-                "tokens": tokens / repetitions / len(args[0]),
-                "tv": average(tv),
-                "error": error if math.isfinite(error) else None,
-            }
-        )
+        error = float(torch.stack([(r.log_evidence - log_z).abs() for r in runs]).mean())
+        point = {"particles": n, "tokens": tokens / repetitions / len(args[0]), "tv": average(tv)}
+        found.append(point | {"error": error if math.isfinite(error) else None})
     return {"curve": found}
 
 
@@ -163,27 +157,22 @@ def results_of(posterior: Posterior, x: Tensor, steps: int) -> Tensor:
     )
 
 
-def answers(algorithm: Algorithm, questions: int, budgets: tuple[int, ...], repetitions: int) -> list[Figures]:
-    """At each budget: the mass on the right answer, and how often the answer with most mass is right."""
+def answers(algorithm: Algorithm, questions: int, sizes: tuple[int, ...], repetitions: int) -> list[Figures]:
+    """With so many particles: the mass on the right answer, and how often the answer with most mass is right."""
     asked, x = _asked(questions), large_questions(questions)
     right, meter, found = torch.tensor([q.answer for q in asked]), Meter([lm().network]), []
-    for budget in budgets:
-        n = particles_within(algorithm, budget, meter, args=(x,), checks=1)
+    for n in sizes:
         runs, tokens, _ = meter(partial(_repeated, sized(algorithm, n), (x,), repetitions))
         mass, votes = [], []
         for r in runs:
             said, weights = results_of(r, x, 3), r.probabilities.double()
-            of = torch.stack([(weights * (said == said[n])).sum(0) for n in range(len(said))])  # of n's answer
+            of = torch.stack([(weights * (said == one)).sum(0) for one in said])  # (N, B): of each particle's answer
             votes.append(said.gather(0, of.argmax(0)[None])[0] == right)
             mass.append((weights * (said == right)).sum(0))
+        masses = torch.stack(mass)
+        point = {"particles": n, "tokens": tokens / repetitions / questions, "mass": masses.mean(0).tolist()}
         found.append(
-            {
-                "particles": n,
-                "tokens": tokens / repetitions / questions,
-                "mass": torch.stack(mass).mean(0).tolist(),
-                "square": (torch.stack(mass) ** 2).mean(0).tolist(),
-                "vote": float(torch.stack(votes).double().mean()),
-            }
+            point | {"square": (masses**2).mean(0).tolist(), "vote": float(torch.stack(votes).double().mean())}
         )
     return found
 
@@ -294,44 +283,55 @@ def bounds(questions: int, short: bool) -> Figures:
 
 def run(cell: str, seed: int, short: bool) -> Figures:
     """One cell; everything is drawn from the seed."""
-    questions, large_ones = (2, 2) if short else (16, 16)
+    questions, repetitions = (2, 1) if short else (16, REPETITIONS)
+    sizes, few = SIZES[: 2 if short else None], 2 if short else None
     pyro.set_rng_seed(seed)
-    before = lm().tokens_scored
-    budgets, repetitions = (BUDGETS[:1], 1) if short else (BUDGETS, REPETITIONS)
     if cell == SAMPLERS:
         args = encode(lm(), small_questions()[2][:questions])
-        return {name: measured(a, args, budgets, repetitions) for name, a in samplers(small()).items()}
+        return {name: measured(a, args, sizes, repetitions) for name, a in samplers(small()).items()}
     if cell == GFLOWNET:
         steps = 2 if short else STEPS
         e = experiment(children=2, seed=seed, recipe=replace(RECIPE, steps=steps))
         args = tuple(given[:questions] for given in e.test)
         trainer, task = e.gflownet(), programs(e)
-        untrained = measured(Importance(task.model, task.guide), args, budgets[-1:], repetitions)
+        untrained = measured(Importance(task.model, task.guide), args, sizes[-1:], repetitions)
         trainer.fit(e.batches, steps, seed=seed, progress=False)
         after = {
-            GUIDED: measured(Importance(task.model, task.guide), args, budgets, repetitions),
-            SMC_GUIDED: measured(SMC(task.model, task.guide), args, budgets, repetitions),
+            GUIDED: measured(Importance(task.model, task.guide), args, sizes, repetitions),
+            SMC_GUIDED: measured(SMC(task.model, task.guide), args, sizes, repetitions),
         }
         return after | {"untrained": untrained, "training": trainer.training_tokens}
     if cell == ANSWERS:
-        budgets = LARGE_BUDGETS[:1] if short else LARGE_BUDGETS
-        return {name: answers(a, large_ones, budgets, repetitions) for name, a in askers().items()}
-    if cell == SEARCHED:
-        return searched(large_ones)
-    return bounds(1 if short else BOUNDED, short) | {"tokens": lm().tokens_scored - before}
+        return {
+            name: answers(a, questions, (CHAIN_SIZES if "chains" in name else TREE_SIZES)[:few], repetitions)
+            for name, a in askers().items()
+        }
+    return searched(questions) if cell == SEARCHED else bounds(1 if short else BOUNDED, short)
 
 
 # -- the section ---------------------------------------------------------------------------------------------------
 
 
-def rms(results: Results, name: str, at: int) -> list[float]:
-    """Of every seed, the root mean square error of the mass on the right answer, at a budget."""
-    exact = results[SEARCHED][0]["large"]["None"]["right"]
-    found = []
-    for r in results[ANSWERS]:
-        point = r[name][at]
-        each = [s - 2 * p * m + p * p for s, m, p in zip(point["square"], point["mass"], exact, strict=True)]
-        found.append(math.sqrt(average(each)))
+def at(curve: list[Figures], key: str, tokens: float) -> float:
+    """A figure of a curve at so many tokens a question, linear in their logarithm between the runs."""
+    xs, ys = [math.log(p["tokens"]) for p in curve], [p[key] for p in curve]
+    x = min(max(math.log(tokens), xs[0]), xs[-1])
+    i = max(1, next((i for i, right in enumerate(xs) if right >= x), len(xs) - 1))
+    share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+    return ys[i - 1] + share * (ys[i] - ys[i - 1])
+
+
+def with_errors(results: Results) -> dict[str, list[list[Figures]]]:
+    """Of the large world: each way to answer, its curve by seed, with the root mean square error of the mass."""
+    exact, found = results[SEARCHED][0]["large"]["None"]["right"], dict[str, list[list[Figures]]]()
+    for name in (n for n in results[ANSWERS][0] if n != "seed"):
+        found[name] = []
+        for r in results[ANSWERS]:
+            curve = []
+            for p in r[name]:
+                each = [s - 2 * e * m + e * e for s, m, e in zip(p["square"], p["mass"], exact, strict=True)]
+                curve.append(p | {"error": math.sqrt(average(each)), "mass": average(p["mass"])})
+            found[name].append(curve)
     return found
 
 
@@ -348,23 +348,22 @@ def curves(results: Results) -> dict[str, list[list[Figures]]]:
 
 def report(results: Results) -> str:
     """The tables, and a sentence a claim."""
-    drawn, asked = curves(results), {n: r for n, r in results[ANSWERS][0].items() if n != "seed"}
-    budgets, large_budgets = BUDGETS[: points(drawn[IMPORTANCE])], LARGE_BUDGETS[: len(asked[PLAIN])]
+    drawn, asked = curves(results), with_errors(results)
     training = average(r["training"] for r in results[GFLOWNET])
     text = (
         "Not an experiment of the paper ([thoughts.md](thoughts.md)). A sum is worked out step by step; a step is a "
         "sign and a digit of the arithmetic LM, and a judge who is right in 85% says of each whether it is right. "
         "*Small world*: sums of three operands from 1 to 3 whose answer is observed, trees of two levels and one child "
-        "or two. The exact posterior of the path is known, and so is the evidence. Total variation of the path at so "
-        "many tokens a question (to enumerate all takes 740), and at the largest budget the error of log Z and N. "
-        f"The GFlowNet's training took {round(training):,} tokens.\n\n"
+        "or two. The exact posterior of the path is known, and so is the evidence. Total variation of the path, and "
+        "error of log Z, at so many tokens a question (to enumerate all takes 740), between runs of 2, 8 and 32 "
+        f"particles. The GFlowNet's training took {round(training):,} tokens.\n\n"
     )
     rows = []
     for name, runs in drawn.items():
-        errors = [c[-1]["error"] for c in runs]
-        rows.append([name, *(of_seeds([c[at]["tv"] for c in runs]) for at in range(len(budgets)))])
-        rows[-1] += ["" if None in errors else of_seeds(errors), f"{average(c[-1]['particles'] for c in runs):.0f}"]
-    header = ["algorithm", *(f"TV, {b} tokens" for b in budgets), "error of log Z", "N"]
+        rows.append([name, *(of_seeds([at(c, "tv", b) for c in runs]) for b in BUDGETS)])
+        known = all(p["error"] is not None for c in runs for p in c)
+        rows[-1].append(of_seeds([at(c, "error", BUDGETS[-1]) for c in runs]) if known else "")
+    header = ["algorithm", *(f"TV, {b} tokens" for b in BUDGETS), f"error of log Z, {BUDGETS[-1]}"]
     text += markdown(header, rows)
     exact = results[SEARCHED][0]["large"]
     text += (
@@ -374,14 +373,13 @@ def report(results: Results) -> str:
         "against the exact posterior's "
         f"({average(exact['None']['right']):.2f}; its vote {exact['None']['vote']:.2f}).\n\n"
     )
-    shown = sorted({0, len(large_budgets) // 2, len(large_budgets) - 1})
     header, rows = ["answers by"], [[name] for name in asked]
-    for at in shown:
-        header += [f"{large_budgets[at]} tokens: vote", "mass", "error"]
+    for b in LARGE_BUDGETS:
+        header += [f"{b} tokens: vote", "mass", "error"]
         for row in rows:
-            runs = [r[row[0]][at] for r in results[ANSWERS]]
-            row += [spread(runs, "vote", 2), of_seeds([average(r["mass"]) for r in runs], 2)]
-            row += [of_seeds(rms(results, row[0], at))]
+            row += [of_seeds([at(c, "vote", b) for c in asked[row[0]]], 2)]
+            row += [of_seeds([at(c, "mass", b) for c in asked[row[0]]], 2)]
+            row += [of_seeds([at(c, "error", b) for c in asked[row[0]]])]
     text += markdown(header, rows)
     text += (
         "\nExactly: the path that a search of K children finds, beside the posterior (no answer observed); K = 1 is "
@@ -394,72 +392,69 @@ def report(results: Results) -> str:
     ]
     text += markdown(["children", "TV, small world", "TV, large", "mass on the right result, large", "vote"], rows)
     runs = results[BOUNDS]
-    known = "; ".join(
-        f"{p['particles']} particles {of_seeds([r['curve'][at]['lower'] for r in runs])} to "
-        f"{of_seeds([r['curve'][at]['upper'] for r in runs])}"
-        for at, p in enumerate(runs[0]["curve"])
+    known_to = "; ".join(
+        f"{p['particles']} particles {of_seeds([r['curve'][i]['lower'] for r in runs])} to "
+        f"{of_seeds([r['curve'][i]['upper'] for r in runs])}"
+        for i, p in enumerate(runs[0]["curve"])
     )
     text += (
         f"\nBounds of the large trees' log evidence, answer observed, {BOUNDED} questions, less the exact one, which "
-        f"is the chain's: {known} nats.\n\n"
+        f"is the chain's: {known_to} nats.\n\n"
     )
-    return text + claims(results, budgets, large_budgets)
+    return text + claims(results, drawn, asked)
 
 
-def points(runs: list[list[Figures]]) -> int:
-    """At how many budgets there are figures."""
-    return len(runs[0])
-
-
-def claims(results: Results, budgets: tuple[int, ...], large_budgets: tuple[int, ...]) -> str:
+def claims(results: Results, drawn: dict[str, list[list[Figures]]], asked: dict[str, list[list[Figures]]]) -> str:
     """What was expected, and whether it was seen."""
-    exact, found = results[SEARCHED][0], curves(results)
-    alone = [exact["large"][str(k)]["tv"] for k in NUMBERS]
+    alone = [results[SEARCHED][0]["large"][str(k)]["tv"] for k in NUMBERS]
+
+    def of(name: str, key: str) -> list[float]:  # by budget
+        return [average(at(c, key, b) for c in asked[name]) for b in LARGE_BUDGETS]
+
+    def told(values: list[float], digits: int = 3) -> str:
+        return ", ".join(f"{x:.{digits}f}" for x in values)
+
+    tokens = ", ".join(map(str, LARGE_BUDGETS)) + " tokens"
     text = verdict(
         "a search that is not weighted is no posterior: it comes closer with every child more, and is still away by a "
         "TV of 0.05 with 64 of them, since it looks one level ahead",
         alone[-1] >= 0.05 and all(a > b for a, b in zip(alone, alone[1:], strict=False)),
         "Large world, " + ", ".join(f"K = {k}: {tv:.3f}" for k, tv in zip(NUMBERS, alone, strict=True)) + ".",
     )
-    better = {at: (rms(results, WEIGHED, at), rms(results, CHAINS, at)) for at in range(len(large_budgets))}
+    trees, chains, smc = (of(name, "error") for name in (WEIGHED, CHAINS, SMC_CHAINS))
     text += verdict(
         "weighted, a tree of four children estimates the posterior better than chains that are weighted at their end, "
         "at every budget",
-        all(average(a) < average(b) for a, b in better.values()),
-        "Error of the mass, trees and chains: "
-        + ", ".join(
-            f"{large_budgets[at]} tokens {average(a):.3f} and {average(b):.3f}" for at, (a, b) in better.items()
-        )
-        + ".",
+        all(a < b for a, b in zip(trees, chains, strict=True)),
+        f"Error of the mass at {tokens}: trees {told(trees)}, chains {told(chains)}.",
     )
-    smc = {at: rms(results, SMC_CHAINS, at) for at in better}
     text += verdict(
         "it buys nothing beside SMC over the steps of chains: SMC's error is no larger at any budget",
-        all(average(smc[at]) <= average(better[at][0]) for at in better),
-        "SMC: " + ", ".join(f"{large_budgets[at]} tokens {average(x):.3f}" for at, x in smc.items()) + ".",
+        all(a <= b for a, b in zip(smc, trees, strict=True)),
+        f"SMC: {told(smc)}; SMC of trees: {told(of(SMC_TREES, 'error'))}.",
     )
-    votes = {n: [average(r[n][at]["vote"] for r in results[ANSWERS]) for at in better] for n in (PLAIN, TREES, WEIGHED)}
+    plain, searches = of(PLAIN, "vote"), of(TREES, "vote")
     text += verdict(
         "for the vote, trees are better than plain chains with few tokens, and worse with many: the judge's mistakes "
         "are always the same, the language model's cancel",
-        votes[TREES][0] > votes[PLAIN][0] and votes[TREES][-1] < votes[PLAIN][-1],
-        "Votes by budget: "
-        + "; ".join(f"{name} " + ", ".join(f"{v:.2f}" for v in each) for name, each in votes.items())
-        + ".",
+        searches[0] > plain[0] and searches[-1] < plain[-1],
+        f"Votes at {tokens}: plain chains {told(plain, 2)}; trees {told(searches, 2)}; trees, weighed "
+        f"{told(of(WEIGHED, 'vote'), 2)}.",
     )
-    site, branch = (average(c[-1]["tv"] for c in found[f"Metropolis, a {x}"]) for x in ("site", "branch"))
+    few, many = BUDGETS
+    site, branch = (average(at(c, "tv", many) for c in drawn[f"Metropolis, a {x}"]) for x in ("site", "branch"))
     text += verdict(
         "Metropolis that regrows a branch is closer to the posterior than one site at a time",
         branch < site,
-        f"TV at {budgets[-1]} tokens {branch:.3f} and {site:.3f}.",
+        f"TV at {many} tokens {branch:.3f} and {site:.3f}.",
     )
-    amortised, prior = (average(c[0]["tv"] for c in found[x]) for x in (GUIDED, IMPORTANCE))
+    amortised, prior = (average(at(c, "tv", few) for c in drawn[x]) for x in (GUIDED, IMPORTANCE))
     text += verdict(
         "a trained guide helps: at the smallest budget it halves the TV of importance sampling from the prior",
         amortised <= prior / 2,
-        f"{amortised:.3f} and {prior:.3f}; at {budgets[-1]} tokens before training "
+        f"{amortised:.3f} and {prior:.3f}; with 32 particles before training "
         f"{average(r['untrained']['curve'][0]['tv'] for r in results[GFLOWNET]):.3f}, after it "
-        f"{average(c[-1]['tv'] for c in found[GUIDED]):.3f}.",
+        f"{average(c[-1]['tv'] for c in drawn[GUIDED]):.3f}.",
     )
     return text
 
@@ -470,22 +465,19 @@ def plot(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(10.5, 7.4), layout="constrained")
     (first, second), (third, fourth) = figure.subplots(2, 2)
-    for i, (name, runs) in enumerate(curves(results).items()):
-        tokens = [average(c[at]["tokens"] for c in runs) for at in range(len(runs[0]))]
-        first.plot(tokens, [average(c[at]["tv"] for c in runs) for at in range(len(tokens))], "o-", ms=3, color=f"C{i}")
+    for j, (name, runs) in enumerate(curves(results).items()):
+        tokens = [average(c[i]["tokens"] for c in runs) for i in range(len(runs[0]))]
+        first.plot(tokens, [average(c[i]["tv"] for c in runs) for i in range(len(tokens))], "o-", ms=3, color=f"C{j}")
         first.lines[-1].set_label(name)
     first.set(xscale="log", xlabel="tokens a question", ylabel="TV of the path", title="small world, answer observed")
-    names = [n for n in results[ANSWERS][0] if n != "seed"]
     styles = {PLAIN: ("0.5", "o-"), CHAINS: ("C0", "o-"), SMC_CHAINS: ("C0", "s--"), TREES: ("0.2", "^-"),
               WEIGHED: ("C3", "^-"), SMC_TREES: ("C3", "v--")}  # fmt: skip
-    for name in names:
+    for name, runs in with_errors(results).items():
         colour, style = styles[name]
-        runs = [r[name] for r in results[ANSWERS]]
-        tokens = [average(c[at]["tokens"] for c in runs) for at in range(len(runs[0]))]
-        errors = [average(rms(results, name, at)) for at in range(len(tokens))]
-        votes = [average(c[at]["vote"] for c in runs) for at in range(len(tokens))]
-        second.plot(tokens, errors, style, ms=4, color=colour, label=name)
-        third.plot(tokens, votes, style, ms=4, color=colour, label=name)
+        tokens = [average(c[i]["tokens"] for c in runs) for i in range(len(runs[0]))]
+        for axis, key in ((second, "error"), (third, "vote")):
+            figures = [average(c[i][key] for c in runs) for i in range(len(tokens))]
+            axis.plot(tokens, figures, style, ms=4, color=colour, label=name)
     second.set(xscale="log", yscale="log", xlabel="tokens a question", ylabel="error of the mass on the right answer")
     second.set_title("large world, answer wanted")
     exact = results[SEARCHED][0]["large"]
