@@ -24,7 +24,8 @@ from lmppl.inference.judging.compare import Meter
 from lmppl.inference.posterior.algorithm import Algorithm, sized
 from lmppl.models import TreeOfThoughts
 from lmppl.models.experiment import Experiment
-from lmppl.models.thoughts import EVERY, RECIPE, Judge, encode, experiment, small_questions, sums
+from lmppl.models.thoughts import EVERY, RECIPE, Judge, encode, experiment, small_answers, small_questions, sums
+from lmppl.models.thoughts import Asked as Given
 
 from .study import Figures, Results, Study, markdown, spread, verdict
 from .targets import programs
@@ -105,7 +106,7 @@ def distance(p: dict[str, float], q: dict[str, float]) -> float:
 def truth(questions: int) -> tuple[list[dict[str, float]], Tensor]:
     """Exact: the path of every test question, and the log evidence."""
     task = small(children=(1.0,))
-    exact = Enumeration(task.model).run(*encode(lm(), small_questions()[2][:questions]))
+    exact = Enumeration(task.model).run(*encode(lm(), small_answers()[2][:questions]))
     return paths(exact, 2), exact.log_evidence
 
 
@@ -264,7 +265,7 @@ def _taken(number: int | None, good: float, doubt: float) -> dict[bool, float]:
 def bounds(questions: int, short: bool) -> Figures:
     """Trees of four children, three levels, the answer observed: bounds by SMC, and the chain's exact evidence."""
     asked = _asked(questions)
-    args = encode(lm(), asked)
+    args = encode(lm(), [Given(q.x, str(q.answer)) for q in asked])
     exact = Enumeration(large(1).model, max_support=10_000).run(*args)
     tree, curve = large(CHILDREN), []
     for n in PARTICLES[: 1 if short else None]:
@@ -287,7 +288,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
     sizes, few = SIZES[: 2 if short else None], 2 if short else None
     pyro.set_rng_seed(seed)
     if cell == SAMPLERS:
-        args = encode(lm(), small_questions()[2][:questions])
+        args = encode(lm(), small_answers()[2][:questions])
         return {name: measured(a, args, sizes, repetitions) for name, a in samplers(small()).items()}
     if cell == GFLOWNET:
         steps = 2 if short else STEPS
@@ -353,9 +354,10 @@ def report(results: Results) -> str:
     text = (
         "Not an experiment of the paper ([thoughts.md](thoughts.md)). A sum is worked out step by step; a step is a "
         "sign and a digit of the arithmetic LM, and a judge who is right in 85% says of each whether it is right. "
-        "*Small world*: sums of three operands from 1 to 3 whose answer is observed, trees of two levels and one child "
-        "or two. The exact posterior of the path is known, and so is the evidence. Total variation of the path, and "
-        "error of log Z, at so many tokens a question (to enumerate all takes 740), between runs of 2, 8 and 32 "
+        "*Small world*: sums of three operands from 1 to 3, and answers that somebody gave, wrong in half of them; "
+        "trees of two levels and one child or two. The exact posterior of the path is known, and so is the evidence. "
+        "Total variation of the path, and error of log Z, at so many tokens a question (to enumerate all takes 740), "
+        "between runs of 2, 8 and 32 "
         f"particles. The GFlowNet's training took {round(training):,} tokens.\n\n"
     )
     rows = []

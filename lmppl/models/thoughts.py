@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,7 +44,7 @@ LONGEST_THOUGHT, LONGEST_ANSWER = 16, 4
 
 
 class Asked(NamedTuple):
-    """A question, and its answer."""
+    """What is told before the thoughts, a question, and its answer."""
 
     x: str
     answer: str
@@ -118,6 +118,26 @@ def small_questions() -> tuple[list[Question], list[Question], list[Question]]:
     return found[2 * TEST :], found[:TEST], found[TEST : 2 * TEST]
 
 
+def small_answers() -> tuple[list[Asked], list[Asked], list[Asked]]:
+    """Those questions with answers that somebody gave, always the same; how did they come to them?
+
+    To train on, every answer that two steps can give; to validate and to test on, one of each question: the right one
+    or, as often, another that two steps can give.
+    """
+    train, *others = small_questions()
+    random, most = Random("answers"), 2 * SMALL[-1]
+
+    def reached(q: Question) -> list[int]:
+        return [q.operands[0] + n for n in range(-most, most + 1)]
+
+    def given(q: Question) -> int:
+        other = random.choice([n for n in reached(q) if n != q.answer])
+        return q.answer if random.random() < 0.5 else other
+
+    held_out, test = ([Asked(q.x, str(given(q))) for q in questions] for questions in others)
+    return [Asked(q.x, str(n)) for q in train for n in reached(q)], held_out, test
+
+
 def sums(
     lm: LanguageModel, guide_lm: LanguageModel | None = None, *, digits: Sequence[int] = SMALL, **options: Any
 ) -> dict[str, Any]:
@@ -126,9 +146,9 @@ def sums(
     return {"lm": lm, "guide_lm": guide_lm, "allowed": allowed, "after": result, "evaluate": Judge(lm)} | options
 
 
-def encode(lm: LanguageModel, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+def encode(lm: LanguageModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
     """The arguments (x, y) of the programs."""
-    return lm.encode([q.x for q in questions]), lm.encode([f" {q.answer}." for q in questions])
+    return lm.encode([q.x for q in asked]), lm.encode([f" {q.answer}." for q in asked])
 
 
 def lines(lm: LanguageModel, guide_lm: LanguageModel | None = None, **options: Any) -> dict[str, Any]:
@@ -137,26 +157,17 @@ def lines(lm: LanguageModel, guide_lm: LanguageModel | None = None, **options: A
     return given | {"evaluate": SaysYes(lm), "max_answer": LONGEST_ANSWER} | options
 
 
-def encode_lines(lm: LanguageModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
-    """The arguments (x, y) of the programs, with an example before each question."""
-    return lm.encode([EXAMPLE.format(q=q.x) for q in asked]), lm.encode([f" {q.answer}." for q in asked])
-
-
 def answered(line: str) -> Asked:
-    """The question and the answer of a line."""
+    """The question of a line, with an example before it, and the answer."""
     question, tab, answer = line.partition("\t")
     if not tab or not question.strip() or not answer.strip():
         raise ValueError("is not a question, a tab and an answer")
-    return Asked(question.strip(), answer.strip())
+    return Asked(EXAMPLE.format(q=question.strip()), answer.strip())
 
 
 def read_questions(path: str | Path) -> list[Asked]:
     """Questions and answers from a text file, with a tab between; errors as of `read_each`."""
     return read_each(path, answered, "questions")
-
-
-def _told(asked: Any) -> str:
-    return f"{asked.x} [...] {asked.answer}"
 
 
 def experiment(
@@ -175,11 +186,10 @@ def experiment(
     needs = "questions of its own, a file with a question, a tab and its answer a line"
     start = Start.of("thoughts", "arithmetic", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     splits: tuple[list[Any], list[Any], list[Any]]
-    encoded: Callable[..., tuple[Tensor, Tensor]]
     if data is None:
-        splits, given, encoded = small_questions(), sums(start.lm, start.guide_lm), encode
+        splits, given = small_answers(), sums(start.lm, start.guide_lm)
     else:
-        splits, given, encoded = split(read_questions(data)), lines(start.lm, start.guide_lm), encode_lines
+        splits, given = split(read_questions(data)), lines(start.lm, start.guide_lm)
     task: Thoughts
     if children == 1:
         task = ChainOfThoughts(**given, steps=PLAN)
@@ -188,8 +198,8 @@ def experiment(
     return start.experiment(
         task,
         splits,
-        _told,
-        encode=partial(encoded, start.lm),
+        lambda q: f"{q.x} [...] {q.answer}",
+        encode=partial(encode, start.lm),
         site="thought 1" if children == 1 else "thought 1.1",
         exact=Enumeration(task.model) if data is None and children <= 2 else None,
     )

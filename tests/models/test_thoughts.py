@@ -32,13 +32,15 @@ from lmppl.inference import (
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, ChainOfThoughts, TreeOfThoughts
 from lmppl.models.thoughts import (
+    EXAMPLE,
     Asked,
     Judge,
-    encode_lines,
+    encode,
     is_right,
     lines,
     read_questions,
     result,
+    small_answers,
     small_questions,
     sums,
 )
@@ -378,6 +380,10 @@ def test_the_small_world_is_frozen(arithmetic):
     assert (len(train), len(held_out), len(test)) == (76, 16, 16)
     assert len({*train, *held_out, *test}) == 108 == 27 * 4
     assert test[0].x == "Question: 1 + 1 + 1 = ? Answer:"
+    given = small_answers()
+    assert [len(asked) for asked in given] == [76 * 13, 16, 16] and given == small_answers()
+    assert [int(a.answer) for a in given[2]] == [3, 7, 1, -1, 7, -1, -2, -1, 6, 1, 7, 2, 0, 8, -3, 7]
+    assert sum(int(a.answer) == q.answer for a, q in zip(given[2], test, strict=True)) == 8
     judge = Judge(arithmetic)
     told = [q.x + q.chain for q in train + held_out + test]
     assert all(map(is_right, told))
@@ -435,7 +441,7 @@ def test_a_short_training_comes_closer_to_the_posterior_of_plans():
 def test_questions_are_read_from_a_file(tmp_path):
     path = tmp_path / "questions.txt"
     path.write_text("How many?\t3\nAnd now?\t 4 \n")
-    assert read_questions(path) == [Asked("How many?", "3"), Asked("And now?", "4")]
+    assert read_questions(path) == [Asked(EXAMPLE.format(q=q), a) for q, a in (("How many?", "3"), ("And now?", "4"))]
     path.write_text("How many? 3\n")
     with pytest.raises(ValueError, match="a tab and an answer"):
         read_questions(path)
@@ -446,7 +452,8 @@ def test_a_tree_on_a_pretrained_language_model_that_evaluates_itself(smollm2_lm)
     lm = smollm2_lm
     task = TreeOfThoughts(**lines(lm, max_tokens=10), children=[0.0, 1.0])
     evaluate = task.evaluate
-    x, y = encode_lines(lm, [Asked("Tom has 6 eggs and eats 2. Then he buys 5. How many has he?", "9")])
+    question = "Tom has 6 eggs and eats 2. Then he buys 5. How many has he?"
+    x, y = encode(lm, [Asked(EXAMPLE.format(q=question), "9")])
     found = {}
     for step in (" 6 - 2 = 4", " 6 - 2 = 5", " 6 + 2 = 8"):
         told = lm.join(x, f"{step}\n-")
