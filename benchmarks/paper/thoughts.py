@@ -456,7 +456,7 @@ def claims(results: Results, drawn: dict[str, list[list[Figures]]], asked: dict[
     text += verdict(
         "with few tokens a trained guide is closer to the posterior than importance sampling and SMC from the prior",
         amortised < min(prior, resampled),
-        f"TV at {BUDGETS[0]} tokens {amortised:.3f}, {prior:.3f} and {resampled:.3f}; with 32 particles before training "
+        f"TV at {BUDGETS[0]} tokens {amortised:.3f}, {prior:.3f} and {resampled:.3f}; by 32 draws before training "
         f"{average(r['untrained']['curve'][0]['tv'] for r in results[GFLOWNET]):.3f}, after it "
         f"{average(c[-1]['tv'] for c in drawn[GUIDED]):.3f}.",
     )
