@@ -58,6 +58,18 @@ MODELS = {
         }
         | MAX_TOKENS,
     ),
+    "preferences": Entry(
+        "Texts for people who disagree, in their shares: who likes what is inferred from choices.",
+        "a JSONL file, a choice a line; it goes with properties",
+        '{"annotator": "1", "prompt": "Tom had a dog.", "chosen": " It was old.", "rejected": " It was new."}',
+        {
+            "properties": "what can be liked, as old, new; cake|egg: at most one property of each group",
+            "kinds": "the most kinds of annotators",
+            "strength": "the utility of what is liked, nats",
+            "beta": "how much of it counts in the texts that are wanted",
+        }
+        | MAX_TOKENS,
+    ),
     "diffusion": Entry(
         "The missing middle sentence of a story, by a masked language model that unmasks it word by word.",
         STORIES,
@@ -94,6 +106,12 @@ MODELS = {
         "a JSONL file, a sentence and its label a line; or a directory of train.10.jsonl or train.jsonl and test.jsonl",
         '{"text": "a film without a plot", "label_text": "subjective"}',
         {"reads": "what the guide reads: xy or x", "count": "how many labelled sentences to train on"},
+    ),
+    "uncertainty": Entry(
+        "What of the uncertainty of a label chance, reasons and parameters leave open.",
+        "nothing: the sentences are its own",
+        "",
+        {"count": "how many labelled sentences each adapter is trained on", "members": "how many adapters"},
     ),
     "arithmetic": Entry(
         "The chain of thought between a sum and its answer, with a calculator.",

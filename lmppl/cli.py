@@ -190,6 +190,10 @@ def compare_command(
     text = sample_text(experiment, shown, exact, len(experiment.test[0]))
     with writing(out, "samples") as fresh:
         (fresh / SAMPLES).write_text(text)
+    if experiment.shows is not None:
+        with console.status(f"Measuring {experiment.name}"), writing(out, experiment.name) as fresh:
+            said = experiment.shows(fresh)
+        console.print(said, soft_wrap=True)
     console.print(f"Written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir() if p.name[0] != ".")))
 
 

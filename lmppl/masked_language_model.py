@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from lmppl.language_model import View
+from lmppl.view import View
 
 
 class MaskedLanguageModel(View):

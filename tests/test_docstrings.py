@@ -37,8 +37,8 @@ ROOT = Path(lmppl.__file__).parent
 NOT_RUN = {
     "pretrained.py: smollm2": "it loads a pretrained model",
     "language_model.py: LanguageModel": "it loads a pretrained model",
-    "language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
-    "language_model.py: chat": "it goes on as the reader likes (...)",
+    "view.py: from_pretrained": "it loads a pretrained model, on an accelerator",
+    "encoding.py: chat": "it goes on as the reader likes (...)",
     "masked_language_model.py: MaskedLanguageModel": "it loads a pretrained model",
     "masked_language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
     "files.py: writing": "`config` is the caller's, and so are the files",
@@ -117,6 +117,7 @@ def names(max_tokens: int = 1) -> dict[str, Any]:
     context |= {"torch": torch, "pyro": pyro, "poutine": poutine, "lmppl": lmppl, "text": text, "embedded": embedded}
     context |= {"LanguageModel": LanguageModel, "LoraConfig": LoraConfig, "Path": Path, "TextContract": TextContract}
     context |= {"lm": lm, "q": q, "x": x, "y": y, "z": lm.encode(["a", "b"], stop="eos"), "optimizer": optimizer}
+    context |= {"chosen": context["z"], "rejected": lm.encode(["b", "a"], stop="eos")}
     context |= {"model": model, "guide": guide, "masked": masked, "author": author, "batches": [(x, y)]}
     context |= {"questions": x, "answers": y, "other_questions": lm.encode(["who", "when"]), "context": x}
     context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x}
@@ -201,8 +202,8 @@ OF_THEIR_OWN = {
     "ngram.py: NGram": lambda c: vars(ngram) | {"tokenizer": tiny_tokenizer(6)},
     "testing.py: TextContract": lambda c: {"Mine": Mine},
     "inference/judging/diagnose.py: diagnose": without_texts,
-    "language_model.py: remove_adapter": guide_lm,
-    "language_model.py: trainable_parameters": guide_lm,
+    "view.py: remove_adapter": guide_lm,
+    "view.py: trainable_parameters": guide_lm,
     "constraints/check.py: Check": lambda c: {"spelling_is_fine": lambda prefix, token: token != 5},
     "constraints/masks.py: log_indicator": lambda c: {"constraint": c["Slots"](c["lm"], [["a", "b"], ["c"]])},
     "models/classifier.py: TokenClassifier": lambda c: {"texts": ["a tree", "a car"], "labels": [True, False]},

@@ -18,7 +18,7 @@ from typing import Any
 
 from lmppl import files
 
-from .study import Figures, Headline, Results, Study, markdown
+from .study import Figures, Headline, Results, Study, Told, markdown
 
 Kept = dict[tuple[str, int], Figures]  # the file of a cell and a seed
 
@@ -46,6 +46,16 @@ def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Seque
     return f"{name}: {cell}, seed {seed}: {seconds:.0f} s"
 
 
+def kept_of(study: Study, seeds: int, runs: Path) -> Kept:
+    """The files of a study that are there."""
+    return {
+        (cell, seed): json.loads(path.read_text())
+        for cell in study.cells
+        for seed in range(seeds)
+        if (path := path_of(study, cell, seed, runs)).exists()
+    }
+
+
 def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
     """What a study's figures rest on, and the figures that its report gets."""
     of = {cell: [seed for seed in range(seeds) if (cell, seed) in kept] for cell in study.cells}
@@ -64,14 +74,9 @@ def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
     """Write the page from the files that are there."""
-    sections, headlines, seconds, known = [], [], 0.0, {}
+    sections, headlines, seconds, known, told = [], [], 0.0, {}, Told()
     for study in studies:
-        kept: Kept = {
-            (cell, seed): json.loads(path.read_text())
-            for cell in study.cells
-            for seed in range(seeds)
-            if (path := path_of(study, cell, seed, runs)).exists()
-        }
+        kept = kept_of(study, seeds, runs)
         seconds += sum(k["seconds"] for k in kept.values())
         basis, results = section(study, kept, seeds)
         known |= {f"{study.name}: {cell}": runs for cell, runs in results.items()}
@@ -80,12 +85,14 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
             known_too = results | {cell: runs for cell, runs in known.items() if cell.partition(":")[0] in study.beside}
             text += study.report(known_too)
             headlines += [(study, study.headline(known_too))] if study.headline else []
+            told |= study.told(known_too) if study.told else {}
             if study.plot is not None:
                 picture = out.with_name(f"{out.stem}-{study.name}.png")
                 study.plot(results, picture)
                 text += f"\n![{study.title}]({picture.name})\n"
         sections.append(text + costs(kept))
-    text = preamble.format(seeds=seeds, hours=seconds / 3600, headline=first_table(headlines))
+    given = {"seeds": seeds, "hours": seconds / 3600, "headline": first_table(headlines)}
+    text = preamble.format_map(Told(told | given))
     files.write(out, (text + "\n".join(sections)).encode())
 
 

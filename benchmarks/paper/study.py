@@ -31,6 +31,7 @@ class Study:
     :param needs: files that it reads, below the folder of data.
     :param beside: studies whose cells the report gets too, as far as they have run, as "study: cell"; earlier ones.
     :param headline: what a page's first table has of it.
+    :param told: figures that the text of a page names, by the names that stand for them there; "–" what is missing.
     """
 
     name: str
@@ -43,6 +44,14 @@ class Study:
     needs: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     headline: Callable[[Results], Headline] | None = None
+    told: Callable[[Results], dict[str, str]] | None = None
+
+
+class Told(dict[str, str]):
+    """What `Study.told` gives, with a dash for what is missing."""
+
+    def __missing__(self, name: str) -> str:
+        return "–"
 
 
 def spread(runs: Sequence[Figures], key: str, digits: int = 3, scale: float = 1.0) -> str:

@@ -21,6 +21,7 @@ from lmppl.embedded.subjectivity import IDLE
 from lmppl.inference import GFlowNet, Prediction, VariationalEM
 from lmppl.models import Recipe
 from lmppl.models.programs.subjectivity import Subjectivity, allowed_words
+from lmppl.models.uncertainty import RATE, climb
 
 from .study import Figures, Results, Study, markdown, paired, spread, verdict
 
@@ -31,7 +32,7 @@ SAMPLES = 32  # reasons a prediction averages over
 TEST_SENTENCES = 300
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Chosen on validation sentences and on examples that no seed of the study draws: docs/subjectivity.md.
-LEARNING_RATE = 3e-3  # of all methods
+LEARNING_RATE = RATE  # of all methods
 SUPERVISED_STEPS, GUIDE_STEPS, E_STEPS = 100, 80, 2
 ROUNDS = {10: 40, 20: 80, 50: 70}  # of EM
 FEW_SHOT_TOKENS = 110  # of a context of 128
@@ -80,14 +81,7 @@ class Setup:
 
     def climb(self, p: LanguageModel, steps: int, objective: Callable[[Tensor, Tensor], Tensor], clip: float) -> None:
         """Raise an objective (B,) of the batches over p's parameters, the learning rate decaying to zero."""
-        optimizer = self.adam(p)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        for step in range(steps):
-            optimizer.zero_grad()
-            (-objective(*self.batches(step)).sum()).backward()
-            torch.nn.utils.clip_grad_norm_(p.trainable_parameters(), clip)
-            optimizer.step()
-            schedule.step()
+        climb(p, objective, self.batches, steps, clip)
 
     # -- measures ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.paper.study import Figures, Study
 from lmppl import LanguageModel
 
-from . import arithmetic, continuation, grpo, infilling, random_number, subjectivity
+from . import arithmetic, continuation, grpo, infilling, random_number, subjectivity, uncertainty
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,14 @@ def on_checkpoint(study: Study) -> Study:
 STUDIES: tuple[Study, ...] = tuple(
     map(
         on_checkpoint,
-        (subjectivity.STUDY, continuation.STUDY, infilling.STUDY, random_number.STUDY, arithmetic.STUDY, grpo.STUDY),
+        (
+            subjectivity.STUDY,
+            uncertainty.STUDY,
+            continuation.STUDY,
+            infilling.STUDY,
+            random_number.STUDY,
+            arithmetic.STUDY,
+            grpo.STUDY,
+        ),
     )
 )

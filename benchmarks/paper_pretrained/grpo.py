@@ -129,7 +129,7 @@ def report(results: Results) -> str:
         text += continuation.tables(rows) + "\n"
         said += continuation_claims(rows)
     if "subjectivity" in results:
-        runs = together(results["subjectivity"], results.get(f"subjectivity: {LABELS}", []))
+        runs = subjectivity.together(results["subjectivity"], results.get(f"subjectivity: {LABELS}", []))
         methods = [m for m in ("supervised", "GFlowNet", GRPO) if m in runs[0]["methods"]]
         text += (
             f"\n{subjectivity.TEST} test sentences a seed, those of the section on subjectivity; *distinct* is the "
@@ -150,13 +150,6 @@ def report(results: Results) -> str:
         ],
     )  # fmt: skip
     return text + "\n" + "".join(said)
-
-
-def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures]:
-    """Runs on the same test sentences, with the methods of both; without theirs, ours alone."""
-    of = {tuple(r["lines"]): r["methods"] for r in theirs}
-    both = [r | {"methods": of[tuple(r["lines"])] | r["methods"]} for r in ours if tuple(r["lines"]) in of]
-    return both or list(ours)
 
 
 def variety(runs: Sequence[Figures], method: str) -> list[str]:

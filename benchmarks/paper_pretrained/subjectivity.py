@@ -67,12 +67,16 @@ PROMPTS: dict[str, Any] = {
     "stop": ",",
     "plainly": "Sentence:{x}\nThis sentence is from a movie",
 }
-CELLS = ("untrained", "10", "20", "50")
+COUNTS = ("10", "20", "50")  # of labels
+LONGER = {f"{n}, longer EM": n for n in COUNTS}  # cells
+CELLS = ("untrained", *COUNTS, *LONGER)
 TEST, REASONS = 100, 10  # sentences a seed, reasons of each
 UNLABELLED = 32  # training sentences that the untrained methods are calibrated on
 FEW_SHOT_TOKENS = 400
 GUIDE_STEPS, ROUNDS, SUPERVISED_STEPS, SUPERVISED_BATCH = 24, 16, 40, 4
 GUIDE_RATE, RATE = PRETRAINED.learning_rate, 5e-4
+LONGER_ROUNDS, LONGER_BATCH, M_STEPS, M_PARTICLES = 40, 4, 2, 2
+EM, LONGER_EM = "GFlowNet + EM", "GFlowNet + longer EM"
 SHOWN, BEGINNING = 10, 60  # reasons in the report; characters of their sentences
 HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log score", "seeds")
 
@@ -80,15 +84,20 @@ HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log
 class Setup:
     """The language model, labelled sentences and the sentences to predict of a cell and a seed."""
 
-    def __init__(self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path):
+    def __init__(
+        self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path, sentences: range | None = None
+    ):
+        """``sentences``: which of the shuffled test sentences; None: the seed's own hundred."""
         self.lm, self.seed, self.short = lm, seed, short
-        few = {n: read(data / "subj" / f"train.{n}.jsonl") for n in CELLS[1:]}
+        few = {n: read(data / "subj" / f"train.{n}.jsonl") for n in COUNTS}
         known = {s.text for sentences in few.values() for s in sentences}
         self.labelled = few.get(cell, [])
         self.unlabelled = [s for s in read(data / "subj" / "train.jsonl") if s.text not in known]
         test, count = read(data / "subj" / "test.jsonl"), 4 if short else TEST
         start = seed * count % len(test)
-        self.lines = Random("test").sample(range(len(test)), len(test))[start : start + count]  # of test.jsonl, from 0
+        chosen = sentences or range(start, start + count)
+        lines = Random("test").sample(range(len(test)), len(test))  # of test.jsonl, from 0
+        self.lines = lines[chosen.start : chosen.stop]
         self.test = [test[i] for i in self.lines]
         self.x, self.y = self.task().encode(self.test)
 
@@ -98,6 +107,10 @@ class Setup:
 
     def adapter(self) -> LanguageModel:
         return PRETRAINED.guide_lm(self.lm, self.seed)
+
+    @property
+    def particles(self) -> int:
+        return 2 if self.short else PRETRAINED.particles
 
     def steps(self, steps: int) -> int:
         return 1 if self.short else steps
@@ -156,25 +169,44 @@ def trained(s: Setup) -> dict[str, Figures]:
     plain = s.task()
     found = {"few-shot": s.directly(plain, plain.examples(s.labelled, FEW_SHOT_TOKENS))}
 
+    found["supervised"] = s.directly(supervised(s))
+
+    task, trainer = guided(s)
+    found["GFlowNet"] = s.by_reasons(task, "guide")
+    em = VariationalEM(task.model, task.guide, trainer, adam(task.lm, RATE), num_particles=s.particles, clip=1.0)
+    em.fit(s.batches(PRETRAINED.observations), s.steps(ROUNDS), seed=s.seed, progress=False)
+    found[EM] = s.by_reasons(task, "guide")
+    return found
+
+
+def longer(s: Setup) -> dict[str, Figures]:
+    """EM that is shown as many sentences as supervised fine-tuning."""
+    task, trainer = guided(s)
+    em = VariationalEM(
+        task.model, task.guide, trainer, adam(task.lm, RATE), num_particles=M_PARTICLES, m_steps=M_STEPS, clip=1.0
+    )
+    em.fit(s.batches(LONGER_BATCH), s.steps(LONGER_ROUNDS), seed=s.seed, progress=False)
+    return {LONGER_EM: s.by_reasons(task, "guide")}
+
+
+def guided(s: Setup) -> tuple[Subjectivity, GFlowNet]:
+    """Both factors under a fresh adapter, and a guide that samples their reasons, with its trainer."""
+    p, q = s.adapter(), s.adapter()
+    task = s.task(q, p)
+    trainer = GFlowNet(task.model, task.guide, optimizer=adam(q, GUIDE_RATE), num_particles=s.particles)
+    trainer.fit(s.batches(PRETRAINED.observations), s.steps(GUIDE_STEPS), seed=s.seed, progress=False)
+    return task, trainer
+
+
+def supervised(s: Setup) -> Subjectivity:
+    """An adapter trained on log p(y | x) of the labelled sentences, no reason."""
     p = s.adapter()
     told = s.task(p=p)
     tuning = SupervisedFineTuning(
         told.direct, lambda x, y=None: told.direct(x), optimizer=adam(p, RATE), examples=lambda x, y: ((x,), {"y": y})
     )
     tuning.fit(s.batches(SUPERVISED_BATCH), s.steps(SUPERVISED_STEPS), seed=s.seed, progress=False)
-    found["supervised"] = s.directly(told)
-
-    p, q = s.adapter(), s.adapter()
-    task = s.task(q, p)
-    particles = 2 if s.short else PRETRAINED.particles
-    trainer = GFlowNet(task.model, task.guide, optimizer=adam(q, GUIDE_RATE), num_particles=particles)
-    batches = s.batches(PRETRAINED.observations)
-    trainer.fit(batches, s.steps(GUIDE_STEPS), seed=s.seed, progress=False)
-    found["GFlowNet"] = s.by_reasons(task, "guide")
-    em = VariationalEM(task.model, task.guide, trainer, adam(p, RATE), num_particles=particles, clip=1.0)
-    em.fit(batches, s.steps(ROUNDS), seed=s.seed, progress=False)
-    found["GFlowNet + EM"] = s.by_reasons(task, "guide")
-    return found
+    return told
 
 
 def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
@@ -183,10 +215,10 @@ def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
     """Every method's p(subjective) of each test sentence, which is named by its line."""
-    s = Setup(cell, seed, short, lm, data)
-    methods = untrained(s) if cell == "untrained" else trained(s)
+    s = Setup(LONGER.get(cell, cell), seed, short, lm, data)
+    methods = untrained(s) if cell == "untrained" else longer(s) if cell in LONGER else trained(s)
     found: Figures = {"lines": s.lines, "y": s.y.tolist(), "methods": methods}
-    return found if cell == "untrained" else found | {"shown": shown(s, methods["GFlowNet + EM"])}
+    return found if cell not in COUNTS else found | {"shown": shown(s, methods[EM])}
 
 
 def shown(s: Setup, method: Figures) -> list[list[str]]:
@@ -219,6 +251,13 @@ def pooled(runs: Sequence[Figures], method: str, key: str = "p") -> tuple[list[f
     return said, [label for r in runs for label in r["y"]]
 
 
+def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures]:
+    """Runs on the same test sentences, with the methods of both; without theirs, ours alone."""
+    of = {tuple(r["lines"]): r["methods"] for r in theirs}
+    both = [r | {"methods": of[tuple(r["lines"])] | r["methods"]} for r in ours if tuple(r["lines"]) in of]
+    return both or list(ours)
+
+
 def report(results: Results) -> str:
     """Accuracy and calibration by method and number of labels, reasons, and the claims."""
     text = (
@@ -226,19 +265,26 @@ def report(results: Results) -> str:
         "difference to supervised fine-tuning on the same sentences; *vote* is the accuracy of ten reasons' majority, "
         "ECE the calibration error in ten bins, the log score in nats a sentence. Labelled sentences are the paper's "
         "files, the same for every seed. Calibrated: log-odds less their median over "
-        f"{UNLABELLED} unlabelled training sentences.\n\n"
+        f"{UNLABELLED} unlabelled training sentences. Labelled sentences that training was shown, with repetitions: "
+        f"supervised {SUPERVISED_STEPS * SUPERVISED_BATCH}, GFlowNet {GUIDE_STEPS * PRETRAINED.observations}, and EM "
+        f"after it {ROUNDS * PRETRAINED.observations}, longer EM {LONGER_ROUNDS * LONGER_BATCH}. Longer EM was "
+        "planned when the others had been read, on other sentences.\n\n"
     )
-    rows = []
-    for cell, runs in results.items():
-        for method in runs[0]["methods"]:
-            rows.append(row(cell, runs, method))
-    text += markdown(HEADER, rows) + "\n"
-    for cell in CELLS[1:]:
+    shorter = {cell: runs for cell, runs in results.items() if cell not in LONGER}
+    rows = [row(cell, runs, method) for cell, runs in shorter.items() for method in runs[0]["methods"]]
+    rows += [row(cell, runs, LONGER_EM) for cell, runs in with_longer(results).items()]
+    text += markdown(HEADER, sorted(rows, key=lambda r: [*shorter, *COUNTS].index(r[0]))) + "\n"
+    for cell in COUNTS:
         if cell in results:
             text += f"Reasons of GFlowNet + EM, {cell} labels, the first seed:\n\n"
             text += markdown(("", "label", "sentence", "a reason"), results[cell][0]["shown"]) + "\n"
             return text + "".join(claims(results))
     return text
+
+
+def with_longer(results: Results) -> dict[str, list[Figures]]:
+    """By number of labels, the runs of longer EM with all methods of their seeds."""
+    return {n: together(results[cell], results.get(n, [])) for cell, n in LONGER.items() if cell in results}
 
 
 def accuracy(runs: Sequence[Figures], method: str) -> tuple[float, float]:
@@ -250,7 +296,7 @@ def accuracy(runs: Sequence[Figures], method: str) -> tuple[float, float]:
 def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
     p, y = pooled(runs, method)
     share, half = accuracy(runs, method)
-    paper = PAPER[method][CELLS.index(cell) - 1] if method in PAPER and cell in CELLS[1:] else ""
+    paper = PAPER[method][COUNTS.index(cell)] if method in PAPER and cell in COUNTS else ""
     against = ""
     if "supervised" in runs[0]["methods"] and method != "supervised":
         against = "{:+.1f} ± {:.1f}".format(*difference(runs, method, "supervised"))
@@ -270,17 +316,20 @@ def difference(runs: Sequence[Figures], method: str, other: str) -> tuple[float,
 
 def claims(results: Results) -> list[str]:
     """A verdict on each claim whose cells have run."""
-    said = []
+    said, every = [], results | {f"{n}, longer": runs for n, runs in with_longer(results).items()}
     for ours, theirs, cells in (
         ("GFlowNet", "supervised", ("10", "20")),
-        ("GFlowNet + EM", "supervised", ("10", "20")),
-        ("GFlowNet + EM", "GFlowNet", ("10", "50")),
+        (EM, "supervised", ("10", "20")),
+        (EM, "GFlowNet", ("10", "50")),
         ("GFlowNet", "few-shot", ("10",)),
+        (LONGER_EM, "supervised", COUNTS),
+        (LONGER_EM, EM, COUNTS),
     ):
         for cell in cells:
-            if cell in results:
-                gain, half = difference(results[cell], ours, theirs)
-                sentences = sum(len(r["y"]) for r in results[cell])
+            runs = every.get(f"{cell}, longer" if ours == LONGER_EM else cell, [])
+            if runs and {ours, theirs} <= runs[0]["methods"].keys():
+                gain, half = difference(runs, ours, theirs)
+                sentences = sum(len(r["y"]) for r in runs)
                 because = f"{gain:+.1f} ± {half:.1f} points on {sentences} sentences."
                 said.append(verdict(f"{ours} is ahead of {theirs} at {cell} labels", gain > half, because))
     return said
@@ -288,17 +337,17 @@ def claims(results: Results) -> list[str]:
 
 def headline(results: Results) -> Headline:
     """Accuracy by number of labels."""
-    methods = "supervised", "GFlowNet", "GFlowNet + EM"
-    return [
-        (
-            f"accuracy of {', '.join(methods)}; {cell} labels",
-            ", ".join(PAPER[m][i] for m in methods),
-            ", ".join("{:.1f} ± {:.1f}".format(*accuracy(results[cell], m)) for m in methods),
-            len(results[cell]),
-        )
-        for i, cell in enumerate(CELLS[1:])
-        if cell in results
-    ]
+    methods, found = ("supervised", "GFlowNet", EM), []
+    for i, cell in enumerate(COUNTS):
+        if cell not in results:
+            continue
+        runs, shown = results[cell], methods
+        if len(both := with_longer(results).get(cell, [])) == len(runs) and LONGER_EM in both[0]["methods"]:
+            runs, shown = both, (*methods, LONGER_EM)
+        paper = ", ".join(PAPER[m][i] for m in methods)
+        here = ", ".join("{:.1f} ± {:.1f}".format(*accuracy(runs, m)) for m in shown)
+        found.append((f"accuracy of {', '.join(shown)}; {cell} labels", paper, here, len(runs)))
+    return found
 
 
 STUDY = Study(

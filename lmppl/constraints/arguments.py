@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..language_model import LanguageModel, View
+from ..language_model import LanguageModel
+from ..view import View
 
 V = TypeVar("V", bound=View)
 

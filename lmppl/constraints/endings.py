@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ..language_model import LanguageModel, Stop
+from ..encoding import Stop
+from ..language_model import LanguageModel
 from ..stop_strings import StopStrings
 from .arguments import as_lm
 from .spelling import Spelling, spelling

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..encoding import Stop
 from ..engine.tuning import TUNING
-from ..language_model import LanguageModel, Stop
+from ..language_model import LanguageModel
 from ..text import PAD
 from .arguments import as_list, as_lm
 from .complaints import one_line, shown

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import text
 from ..constraints.arguments import as_lm, as_view
-from ..language_model import View
+from ..view import View
 
 __all__ = ["as_count", "as_lm", "as_text", "as_view", "no_text", "refuse_nan"]
 

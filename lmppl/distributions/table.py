@@ -11,7 +11,7 @@ from torch.distributions import constraints as torch_constraints
 from torch.nn.functional import pad
 
 from .. import randomness, text
-from ..language_model import Stop
+from ..encoding import Stop
 from ..rows import distinct_rows
 from ..shapes import broadcast_shapes
 from ..stop_strings import Stops

@@ -20,14 +20,8 @@ Symbols are numbered by hole and not by position, so that a guide may fill the s
 package does with texts token by token, it does with paths step by step: resampling between denoising steps (`SMC`), the
 tree of all paths (`Enumeration`), regrown ends (`MetropolisHastings`).
 
-The text's own probability can be summed where holes are few: :math:`x_t` depends on *which* holes are filled and not
-on their order, so that the sum runs over the :math:`2^n` subsets S of holes,
-
-.. math:: f(\emptyset) = 1, \qquad
-          f(S) = \sum_{i \in S} f(S') \, \pi(i \mid x_{S'}) \, p_\theta(w_i \mid x_{S'}, i), \; S' = S \setminus i,
-          \qquad p(w) = f(\{0 \dots n-1\})
-
-With more holes it is bounded from both sides: see `docs/diffusion.md`.
+The text's own probability is `subsets`' sum where holes are few; with more it is bounded from both sides, see
+`docs/diffusion.md`.
 
 Sources: Austin et al. 2021, "Structured denoising diffusion models in discrete state-spaces"; Hoogeboom et al. 2022,
 "Autoregressive diffusion models" (random orders); Sahoo et al. 2024, "Simple and effective masked diffusion language
@@ -50,11 +44,14 @@ from ..shapes import broadcast_shapes
 from ..text import PAD
 from .arguments import as_text, as_view, refuse_nan
 from .stepped import SteppedText
+from .subsets import summed
+from .unmasking_steps import UnmaskingSteps, after
 
 Order = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole; those that are open get the
 softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
 """
+LEFT_TO_RIGHT = "left-to-right"
 MOST_HOLES = 16  # of which all subsets are summed over
 SUMMED = 2**20  # states that are summed over at once
 
@@ -78,7 +75,7 @@ def _learned(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
 
 ORDERS: dict[str, Order] = {
     "random": _random,
-    "left-to-right": _left_to_right,
+    LEFT_TO_RIGHT: _left_to_right,
     "confidence": _confidence,
     "learned": _learned,
 }
@@ -298,139 +295,33 @@ class Unmasking(SteppedText):
         state, found = self.canvases[kind], []
         for symbol in path.unbind(1):
             found.append(state)
-            state = self._after(state, kind, symbol)
+            state = after(self, state, kind, symbol)
         return torch.stack(found, 1)
-
-    def _after(self, state: Tensor, kind: Tensor, symbol: Tensor) -> Tensor:
-        """The texts (R, L) after a step more; PAD changes nothing."""
-        at = self.holes[kind, symbol.clamp(min=0) // self.lm.vocab_size][:, None]
-        word = torch.where(symbol == PAD, state.gather(1, at)[:, 0], symbol % self.lm.vocab_size)
-        return state.scatter(1, at, word[:, None])
-
-    # -- the text's own probability ----------------------------------------------------------------------------------
 
     def text_log_prob(self, words: Tensor) -> Tensor:
         r"""log p of the text itself, whatever path wrote it: words (..., n) of the holes -> (...), with gradient.
 
-        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read.
+        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read: `subsets`.  From
+        left to right there is one path.
 
-        :raises ValueError: for more than 16 holes; `lmppl.inference.Sandwich` bounds it there.
+        :raises ValueError: for more than 16 holes in other orders; `lmppl.inference.Sandwich` bounds it there.
 
         >>> bool(d.text_log_prob(d.words(path)) > d.log_prob(path))
         True
         """
         (n,), text_shape = self.event_shape, words.shape[:-1]
         text.validate(words, "words", self.lm.vocab_size)
-        if n > MOST_HOLES:
+        only = self.order == LEFT_TO_RIGHT
+        if n > MOST_HOLES and not only:
             raise ValueError(f"words: {n} holes have 2^{n} subsets; up to {MOST_HOLES} are summed over, else bound it")
         shape = broadcast_shapes(text_shape, self.batch_shape)
         too_long = (words[..., n:] != PAD).any(-1).expand(shape).flatten()
         words = text.pad(words[..., :n], n).expand(*shape, n).reshape(-1, n)
+        if only:
+            path = self.symbols(torch.arange(n, device=words.device), words).view(*shape, n)
+            return self.log_prob(path).masked_fill(too_long.view(shape), -torch.inf)
         kind = self._kinds(shape)
         parts = zip(*(x.split(max(1, SUMMED // 2**n)) for x in (words, kind)), strict=True)
-        log_p = torch.cat([self._summed(w, k) for w, k in parts])
+        log_p = torch.cat([summed(self, w, k) for w, k in parts])
         right = (words != PAD).sum(1) == self.count[kind]
         return log_p.masked_fill(~right | too_long, -torch.inf).view(shape)
-
-    def _summed(self, words: Tensor, kind: Tensor) -> Tensor:
-        """`text_log_prob` of words (R, n)."""
-        rows, n = words.shape
-        hole = torch.arange(n, device=words.device)
-        subset = torch.arange(2**n, device=words.device)
-        filled = (subset[:, None] >> hole) & 1 == 1  # (S, n)
-        count = self.count[kind]
-        state = self.canvases[kind][:, None].expand(-1, 2**n, -1)  # (R, S, L)
-        for j in range(n):
-            at = self.holes[kind, j][:, None, None].expand(-1, 2**n, 1)
-            word = torch.where(filled[:, j] & (j < count[:, None]), words[:, j, None], self.lm.mask_id)
-            own = torch.where((j < count[:, None]), word, state.gather(2, at)[..., 0])
-            state = state.scatter(2, at, own[..., None])
-        inside = subset < (1 << count[:, None]) - 1  # (R, S): not all are filled, and none that is not there
-        r, s = inside.nonzero().unbind(1)
-        safe = words.clamp(min=0)
-
-        def each_hole(states: Tensor, kind: Tensor, logits: Tensor, which: Tensor, rows: Tensor) -> Tensor:
-            log_order, log_words = self.law(states, kind, logits)
-            own = safe[r[rows]][..., None]  # (r, n, 1)
-            return log_order[which] + log_words[which].gather(-1, own)[..., 0]
-
-        step = ask(self.lm, state[r, s], kind[r], each_hole)  # (r, n)
-        step = step.new_full((rows, 2**n, n), -torch.inf).index_put((r, s), step)
-        log_f = step.new_full((rows, 2**n), -torch.inf).index_fill(1, subset[:1], 0.0)
-        for size in range(1, n + 1):
-            these = (filled.sum(1) == size).nonzero()[:, 0]
-            before = these[:, None] ^ (1 << hole)  # (m, n): where hole j is filled, without it
-            before = torch.where(filled[these], before, 0)
-            terms = (log_f[:, before] + step[:, before, hole]).masked_fill(~filled[these], -torch.inf)
-            possible = (terms > -torch.inf).any(-1)
-            total = torch.where(possible[..., None], terms, 0.0).logsumexp(-1).masked_fill(~possible, -torch.inf)
-            log_f = log_f.index_copy(1, these, total)
-        return log_f.gather(1, ((1 << count) - 1)[:, None])[:, 0]
-
-
-class UnmaskingSteps:
-    """Unfinished paths, a row each: `protocols.Steps`, one pass of the network a step, equal states read once."""
-
-    def __init__(self, fn: Unmasking, kind: Tensor):
-        self.fn, self.kind = fn, kind
-        self.prefix = kind.new_empty(len(kind), 0)
-        self.state = fn.canvases[kind]  # (R, L)
-        self.ended = fn.count[kind] == 0
-        self._next: tuple[Tensor, Tensor] | None = None
-
-    @torch.no_grad()
-    def _law(self) -> tuple[Tensor, Tensor]:
-        """log p of every next symbol after each of K different states, (K, n, V), and which of them each row has."""
-        if self._next is None:
-            live = (~self.ended).nonzero()[:, 0]
-            states, which = distinct_rows(torch.cat([self.state, self.kind[:, None]], 1)[live])
-
-            def joint(states: Tensor, kind: Tensor, logits: Tensor, which: Tensor, rows: Tensor) -> Tensor:
-                log_order, log_words = self.fn.law(states, kind, logits)
-                return (log_order[..., None] + log_words)[which]
-
-            log_p = ask(self.fn.lm, states[:, :-1], states[:, -1], joint)
-            self._next = log_p, torch.zeros_like(self.kind).index_copy(0, live, which)
-        return self._next
-
-    def log_probs(self) -> Tensor:
-        """Of every next symbol, (R, n V); unspecified in rows that have ended."""
-        log_p, which = self._law()
-        return log_p.flatten(1)[which]
-
-    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        if bool(self.ended.all()):
-            return torch.full_like(self.kind, PAD), torch.zeros_like(uniform)
-        log_p, which = self._law()
-        p = log_p.exp().double()  # (K, n, V)
-        hole, rest = _inverted(p.sum(-1)[which], uniform.double())
-        word, _ = _inverted(p[which, hole], rest)
-        log_prob = log_p[which, hole, word].masked_fill(self.ended, 0.0)
-        return (hole * self.fn.lm.vocab_size + word).masked_fill(self.ended, PAD), log_prob
-
-    def score(self, tokens: Tensor) -> Tensor:
-        if bool(self.ended.all()):
-            return torch.zeros(len(tokens), device=tokens.device)
-        log_p, which = self._law()
-        symbol, V = tokens.clamp(min=0), self.fn.lm.vocab_size
-        return log_p[which, symbol // V, symbol % V]
-
-    def append(self, tokens: Tensor) -> None:
-        self.prefix, self._next = torch.cat([self.prefix, tokens[:, None]], 1), None
-        self.state = self.fn._after(self.state, self.kind, tokens)
-        self.ended = self.ended | (self.prefix.shape[1] >= self.fn.count[self.kind]) | (tokens == PAD)
-
-    def select(self, index: Tensor) -> None:
-        self.prefix, self.ended, self.kind = self.prefix[index], self.ended[index], self.kind[index]
-        self.state = self.state[index]
-        self._next = None if self._next is None else (self._next[0], self._next[1][index])
-
-
-def _inverted(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF draws (R,) from weights (R, M), and what is left of each uniform number, itself uniform."""
-    cdf = p.cumsum(1)
-    at = uniform.clamp(max=1 - 2**-23)[:, None] * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, at, right=True).clamp(max=p.shape[1] - 1)
-    own = p.gather(1, drawn)
-    rest = (at - (cdf.gather(1, drawn) - own)) / own
-    return drawn[:, 0], rest[:, 0].clamp(0, 1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..language_model import TOKEN_BUDGET, LanguageModel
+from ..language_model import LanguageModel
+from ..view import TOKEN_BUDGET
 from .chunks import is_sharded
 from .tuning import TUNING
 

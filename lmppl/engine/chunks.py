@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..language_model import View
+from ..view import View
 from .tuning import TUNING
 
 

@@ -35,6 +35,7 @@ from .samplers.smc import (
     survivors,
 )
 from .training import EarlyStopping, StopTraining, Task, Trainer, gflownet
+from .training.direct_preference import DirectPreferenceOptimization
 from .training.em import VariationalEM
 from .training.gflownet import *  # noqa: F403 - objectives are listed in one place
 from .training.langevin import SGLD
@@ -52,6 +53,7 @@ __all__ = [
     "Bounds",
     "Comparison",
     "Diagnosis",
+    "DirectPreferenceOptimization",
     "Divergences",
     "EarlyStopping",
     "Ensemble",

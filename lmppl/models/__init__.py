@@ -20,6 +20,7 @@ from .contrastive import Contrastive
 from .diffusion import Diffusion
 from .experiment import PRETRAINED, Experiment, Recipe
 from .infilling import Infilling
+from .preferences import Annotators, Preferences
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
@@ -36,6 +37,7 @@ EXPERIMENTS = {name: _maker(name) for name in MODELS}
 __all__ = [
     "EXPERIMENTS",
     "PRETRAINED",
+    "Annotators",
     "Arithmetic",
     "ChainOfThoughts",
     "Constrained",
@@ -45,6 +47,7 @@ __all__ = [
     "Experiment",
     "Infilling",
     "Plan",
+    "Preferences",
     "RandomNumber",
     "Recipe",
     "Reverse",

@@ -8,6 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from ..distributions.unmasking import LEFT_TO_RIGHT
 from ..inference import Enumeration
 from ..language_model import LanguageModel
 from ..masked_language_model import MaskedLanguageModel
@@ -15,7 +16,6 @@ from .experiment import Experiment, Options, Recipe, Start, embedded_splits, spl
 from .infilling import read_stories
 from .programs.diffusion import Diffusion
 
-LEFT_TO_RIGHT = "left-to-right"
 RECIPE = Recipe(observations=4, particles=8)  # a step reads each text as often as it has words to fill
 
 

@@ -20,8 +20,9 @@ from ..distributions.arguments import as_view
 from ..inference import Enumeration, GFlowNet, Objective, Replay, VarGrad
 from ..inference.core.programs import Program
 from ..inference.training.trainer import Task
-from ..language_model import LanguageModel, View
+from ..language_model import LanguageModel
 from ..text import length
+from ..view import View
 
 T = TypeVar("T")
 V = TypeVar("V", bound=View)
@@ -171,6 +172,7 @@ class Experiment:
     recipe: Recipe = field(default_factory=Recipe)
     target: str = "the posterior"
     demonstrations: tuple[Any, ...] = ()  # arguments, and values that a replay buffer starts with
+    shows: Callable[[Path], str] | None = None  # what `compare` shows besides: says it, with pictures in a directory
 
     def optimizer(self, learning_rate: float | None = None) -> torch.optim.Optimizer:
         """AdamW over the guide's parameters, by the recipe unless told another learning rate."""

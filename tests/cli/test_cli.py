@@ -152,6 +152,16 @@ def test_compare_within_a_budget_says_what_it_will_cost(tmp_path, lmppl):
     assert float(foretold) == pytest.approx(tokens, rel=0.15)  # particles are found to 5%, and draws differ
 
 
+def test_compare_shows_what_an_experiment_has_besides(tmp_path, lmppl):
+    """The entropy of answers, its parts, and their picture."""
+    own = ["--set", "count=1", "--set", "members=2"]
+    run = lmppl("compare", "uncertainty", "--steps", "1", "--particles", "4", "--algorithms", "gflownet", *own)
+    assert run.returncode == 0, run.stderr
+    assert "Answers of 2 adapters, 1 labels each, to 300 unseen sentences: " in run.stdout
+    assert "parameter information" in run.stdout and "uncertainty.png" in run.stdout
+    assert (tmp_path / "out" / "uncertainty.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_continuation_runs_likewise(tmp_path, checkpoint, lmppl):
     run = lmppl("compare", "continuation", "--steps", "2", "--particles", "4", "--algorithms", "gflownet")

@@ -21,6 +21,7 @@ from lmppl.models import (
     continuation,
     contrastive,
     infilling,
+    preferences,
     random_number,
     thoughts,
 )
@@ -107,6 +108,7 @@ def test_the_examples_are_data(tmp_path):
         "continuation": continuation.read_prompts,
         "constrained": continuation.read_prompts,
         "contrastive": contrastive.read_pairs,
+        "preferences": preferences.read_choices,
         "random_number": random_number.read_bounds,
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,

@@ -126,6 +126,25 @@ def adapted(lm, seed=0):
     return view
 
 
+@given(st.integers(0, 2**16))
+def test_from_left_to_right_a_text_has_one_path(seed):
+    """Its probability is the sum over subsets of the same order, given as a function; also with more than 16 holes."""
+    g = torch.Generator().manual_seed(seed)
+    canvas = two_canvases(LM)
+    summed = Unmasking(LM, canvas, order=ORDERS["left-to-right"])
+    d = Unmasking(LM, canvas, order="left-to-right")
+    words = torch.tensor([A, B, C, PAD])[torch.randint(3, (6, 2, 3), generator=g)]
+    words[:, 0, 2] = words[:, 1, 1:] = PAD
+    words[4, 1, 1] = words[5, 0, 2] = A  # one too many
+    words[3, 0, 1] = PAD  # one too few
+    found, expected = d.text_log_prob(words), summed.text_log_prob(words)
+    assert (found[3:] == -torch.inf).tolist() == [[True, False], [False, True], [True, False]]
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    long = Unmasking(LM, LM.gap(17), order="left-to-right")
+    path = long.sample()
+    torch.testing.assert_close(long.text_log_prob(long.words(path)), long.log_prob(path))
+
+
 @pytest.mark.parametrize("order", ["random", "confidence", "learned"])
 @pytest.mark.parametrize("budget", [16_384, 8])
 def test_the_gradient_is_that_of_plain_passes(order, budget):

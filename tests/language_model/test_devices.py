@@ -17,6 +17,7 @@ import lmppl
 from lmppl.inference import (
     SMC,
     DetailedBalance,
+    DirectPreferenceOptimization,
     Enumeration,
     Importance,
     MetropolisHastings,
@@ -81,6 +82,9 @@ OBJECTIVES = (SubTB(prefixes=3), VarGrad(), PooledVarGrad(), TrajectoryBalance()
 LOOPS: dict[str, Callable[[Task], Any]] = {
     **{type(o).__name__: lambda t, o=o: fit(t.gflownet(o, replay=Replay(fraction=0.5)), *t.args) for o in OBJECTIVES},
     "SFT": lambda t: fit(SupervisedFineTuning(t.model, t.guide, optimizer=t.optimizer), *t.args, {"z": t.z}),
+    "DPO": lambda t: fit(
+        DirectPreferenceOptimization(t.model, t.guide, optimizer=t.optimizer), *t.args, {"z": t.z}, {"z": t.z.flip(0)}
+    ),
     "PPO": lambda t: fit(PolicyGradient(t.model, t.guide, optimizer=t.optimizer, algorithm="ppo"), *t.args),
     "wake-sleep": lambda t: fit(ReweightedWakeSleep(t.model, t.guide, optimizer=t.optimizer), *t.args),
     "EM": lambda t: fit(

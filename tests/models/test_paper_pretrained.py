@@ -25,6 +25,7 @@ from benchmarks.paper_pretrained import (
     on_checkpoint,
     random_number,
     subjectivity,
+    uncertainty,
 )
 from benchmarks.paper_pretrained.grpo_worker import Target, bar, log_target, read
 from benchmarks.paper_pretrained.tell import tell
@@ -195,6 +196,23 @@ def test_subjectivity_runs_on_any_language_model(stories, sentences):
     subjectivity.STUDY.report({"untrained": results["untrained"]})  # of what there is
 
 
+def test_longer_em_stands_beside_the_other_methods_of_its_seed(stories, sentences):
+    (cell, count), *_ = subjectivity.LONGER.items()
+    results = {c: [subjectivity.run(c, 0, True, stories, sentences)] for c in (count, cell)}
+    (short,), (longer,) = results.values()
+    assert longer["lines"] == short["lines"] and [*longer["methods"]] == [subjectivity.LONGER_EM]
+    assert len(longer["methods"][subjectivity.LONGER_EM]["p"]) == 4
+    (both,) = subjectivity.with_longer(results)[count]
+    assert both["methods"] == short["methods"] | longer["methods"]
+    text = states(subjectivity.STUDY, results)
+    assert text.count("| GFlowNet + longer EM |") == 1 and text.count("| GFlowNet + EM |") == 1
+    assert "GFlowNet + longer EM is ahead of supervised at 10 labels" in text
+    (measured, _, here, seeds), *_ = subjectivity.headline(results)
+    assert measured.endswith("GFlowNet + longer EM; 10 labels") and here.count("±") == 4 and seeds == 1
+    results[cell].append(longer | {"lines": [9, 9, 9, 9]})  # a seed that has no other methods is left out
+    assert len(subjectivity.with_longer(results)[count]) == 1
+
+
 def test_prompts_are_chosen_and_calibrated_on_sentences_that_no_method_learns_from(stories, sentences):
     again = {"text": "train.10 0 is told", "label_text": "objective"}
     with (sentences / "subj" / "train.jsonl").open("a") as file:
@@ -209,6 +227,39 @@ def test_figures_of_labels():
     assert subjectivity.right(p, y) == [1.0, 0.0, 0.5, 1.0]
     assert log_score(*subjectivity.forecast(p, y)) == pytest.approx(math.log(0.9 * 0.4 * 0.5 * 0.8) / 4)
     assert subjectivity.calibrated([0.5, 0.9], [0.9, 0.9, 0.9]) == pytest.approx([0.1, 0.5])
+
+
+def test_uncertainty_runs_on_any_language_model(stories, sentences, monkeypatch):
+    """Thirds of the sentences have no sentence twice, members answer the same ones, and both add up."""
+    monkeypatch.setattr(uncertainty, "RESAMPLES", 20)
+    results = {c: [uncertainty.run(c, seed, True, stories, sentences) for seed in (0, 1, 2)] for c in uncertainty.CELLS}
+    thirds, members = results.values()
+    lines = [line for r in thirds for line in r["lines"]]
+    assert len({*lines}) == 6 and all(r["lines"] == lines for r in members)
+    assert members[0]["direct"] != members[1]["direct"]
+    for r in thirds:
+        assert [len(chain) for chain in r["chains"]] == [2, 2] and len(r["direct"]) == 2
+    chains, y = uncertainty.of_chains(thirds)
+    assert y.tolist() == members[0]["y"]
+    mean = torch.tensor([p for r in thirds for p in torch.tensor(r["chains"]).mean(0).tolist()])
+    torch.testing.assert_close(chains.probabilities[1].float(), mean)
+    whole, _ = uncertainty.of_members(members)
+    torch.testing.assert_close(whole.probabilities[1], torch.tensor([r["direct"] for r in members]).double().mean(0))
+    u = whole.split()
+    torch.testing.assert_close(u.entropy, u.expected_entropy + u.parameter_information)
+
+
+def test_an_answer_that_knows_its_errors_is_ahead_of_one_that_does_not():
+    """AUROC 1 and 1/2 of the same errors, by hand, and an interval that holds the difference."""
+    p = torch.tensor([0.9, 0.8, 0.6, 0.55] * 10, dtype=torch.float64)
+    y = torch.tensor([1, 1, 0, 0] * 10)
+    knows = uncertainty.Answer(torch.stack([1 - p, p]), y, {"nothing": torch.zeros(40)})
+    (_, score, count, accuracy, area, half), (*_, nothing, _) = knows.rows("it")
+    assert (score, count, accuracy, half) == ("entropy", "40", "50.0", "100.0")
+    assert area == "1.00 (1.00 to 1.00)" and nothing == "0.50 (0.50 to 0.50)"
+    said = uncertainty.ahead("it knows", (knows, "entropy"), (knows, "nothing"))
+    assert said == "- *it knows*: **seen**. AUROC +0.50, +0.50 to +0.50, on 40 sentences.\n"
+    assert "not seen" in uncertainty.ahead("it knows", (knows, "nothing"), (knows, "entropy"))
 
 
 def test_data_that_are_absent_are_named(monkeypatch, capsys):

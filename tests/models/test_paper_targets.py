@@ -41,6 +41,24 @@ def test_all_of_the_contrastive_target_is_counted():
 
 
 @pytest.mark.slow
+def test_every_row_of_the_preferences_is_a_distribution_of_all_texts():
+    """Masses add up to one; no power of one utility is the language model; the first is the exact row of power 1."""
+    found = short("preferences")
+    (exact,) = found["exact"]
+    figures = [exact[name] for name in exact if isinstance(exact[name], dict)] + exact["swept"]
+    for f in [*figures, *(runs[0] for cell, runs in found.items() if cell != "exact")]:
+        assert sum(map(sum, f["cells"])) == pytest.approx(1.0, abs=1e-3) and 0 <= f["tv"] < 1
+    assert exact["exact mixture"]["tv"] == pytest.approx(0.0, abs=1e-9)
+    assert exact["language model"]["preferred"] == pytest.approx([0.5] * 3, abs=1e-3)
+    tilted = {f["tilt"]: f for f in exact["swept"]}
+    assert tilted[0.0]["tv"] == pytest.approx(exact["language model"]["tv"], abs=1e-3)
+    assert tilted[1.0]["tv"] == pytest.approx(exact["one utility, exact"]["tv"])
+    assert exact["one utility, nearest power, exact"]["tv"] == min(f["tv"] for f in exact["swept"])
+    told = STUDY["preferences"].report(found)
+    assert told.count("seen**") == 3 and "| GFlowNet for each taste | " in told and "nan" not in told
+
+
+@pytest.mark.slow
 def test_the_thoughts_are_held_against_exact_figures():
     """A search of more children comes closer to the posterior; figures in their range; a verdict a claim."""
     found = short("thoughts")

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..core import programs
 from ..core.plates import Plates, kept_plates
-from ..core.programs import Draw, SiteMismatch, Substitute
+from ..core.programs import Draw, Program, SiteMismatch, Substitute
 from ..core.query import Query
 from ..core.validation import check_axes_once
 from ..core.weights import log_density, log_density_of_latents, text_log_probs
@@ -77,21 +79,52 @@ def log_likelihood(query: Query, values: Values) -> Tensor:
     """log q (*kept) of given latent values, each as what proposes would draw it, with gradient; the model is not run.
 
     :raises SiteMismatch: where a latent site of the guide has no value, or a value no site.
-    :raises ValueError: where a value is impossible under the guide.
+    :raises ValueError: where a value is impossible under the guide, or a plate draws which observations it has.
     """
     query = replace(query, model=query.proposal, guide=None)
-    run = query.trace(query.model, Substitute(values), particles=1)
+    run = _told(query, query.model, values, "guide")
+    return _possible(run, kept_plates([run], query.nesting), values, "guide")
+
+
+def log_likelihoods(query: Query, values: Values) -> tuple[Tensor, Tensor]:
+    """log q with gradient and log p of given latent values, (*kept) each; p is of the model's latent sites, unscaled.
+
+    :raises SiteMismatch: where a latent site has no value, or a value no site.
+    :raises ValueError: where a value is impossible under model or guide, or a plate draws which observations it has.
+    """
+    guide = _told(query, query.proposal, values, "guide")
+    with torch.no_grad():
+        model = _told(query, query.model, values, "model")
+        plates = kept_plates([guide, model], query.nesting)
+        log_prior = _possible(model, plates, values, "model")
+    return _possible(guide, plates, values, "guide"), log_prior
+
+
+def _told(query: Query, program: Program, values: Values, name: str) -> Trace:
+    """The program run at these values of its latent sites."""
+    run = query.trace(program, Substitute(values), particles=1)
     latents = programs.latents(run)
-    for name in latents:
-        if name not in values:
-            raise SiteMismatch(f"guide: its latent site {name!r} has no value; there are values of {list(values)}")
-    for name in values:
-        if name not in run.nodes:
-            raise SiteMismatch(f"guide: it has no site {name!r}, of which there is a value; it has {list(latents)}")
-    log_q = log_density_of_latents(run, kept_plates([run], query.nesting))[0, 0]
-    if bool((log_q == -torch.inf).any()):
+    for site, node in run.nodes.items():
+        if site_is_subsample(node) and (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
+            raise ValueError(  # another one in every run
+                f"{name}: the plate {site!r} draws which observations it has, so that nothing says whose the values "
+                "are; give the program batches, or the plate its subsample="
+            )
+    for site in latents:
+        if site not in values:
+            raise SiteMismatch(f"{name}: its latent site {site!r} has no value; there are values of {list(values)}")
+    for site in values:
+        if site not in run.nodes:
+            raise SiteMismatch(f"{name}: it has no site {site!r}, of which there is a value; it has {list(latents)}")
+    return run
+
+
+def _possible(run: Trace, plates: Plates, values: Values, name: str) -> Tensor:
+    """The unscaled density of the run's latents, (*kept)."""
+    density = log_density_of_latents(run, plates).expand(1, 1, *plates.sizes)[0, 0]
+    if bool((density == -torch.inf).any()):
         raise ValueError(
-            f"the values of {list(values)} are impossible under the guide; texts must end with their stop token and be "
-            "no longer than its max_tokens"
+            f"the values of {list(values)} are impossible under the {name}; texts must end with their stop token and "
+            "be no longer than its max_tokens"
         )
-    return log_q
+    return density

@@ -39,7 +39,8 @@ class SupervisedFineTuning(Trainer):
 
     ``held_out`` of `fit` and what `run` is asked about are arguments of the model, without latents.
 
-    :raises ValueError: in a step, for latents without a value, values without a site, and impossible values.
+    :raises ValueError: in a step, for latents without a value, values without a site, impossible values, and a plate
+        that draws which observations it has.
 
     Example::
 

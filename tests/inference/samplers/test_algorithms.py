@@ -19,6 +19,7 @@ from lmppl import LanguageModel
 from lmppl.distributions import Completion
 from lmppl.inference import (
     SMC,
+    DirectPreferenceOptimization,
     Enumeration,
     GFlowNet,
     Importance,
@@ -71,6 +72,7 @@ GUIDED: dict[str, Callable] = {
     "policy gradient": lambda m, g, n: Sized(PolicyGradient, m, g, n),
     "wake-sleep": lambda m, g, n: Sized(ReweightedWakeSleep, m, g, n),
     "supervised": lambda m, g, n: Sized(SupervisedFineTuning, m, g, n),
+    "preferences": lambda m, g, n: Sized(DirectPreferenceOptimization, m, g, n),
 }
 
 

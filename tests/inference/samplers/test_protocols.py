@@ -17,6 +17,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import (
     SMC,
     Algorithm,
+    DirectPreferenceOptimization,
     Enumeration,
     GFlowNet,
     Importance,
@@ -79,6 +80,7 @@ ALGORITHMS = {
     "PolicyGradient": trained(PolicyGradient),
     "ReweightedWakeSleep": trained(ReweightedWakeSleep),
     "SupervisedFineTuning": trained(SupervisedFineTuning),
+    "DirectPreferenceOptimization": trained(DirectPreferenceOptimization),
     "Sharded": lambda m: Sharded(Importance(m, num_particles=7)),
     "VariationalEM": lambda m: em(m, Importance(m, num_particles=7)),
 }

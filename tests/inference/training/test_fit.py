@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lmppl.inference import (
+    DirectPreferenceOptimization,
     Enumeration,
     GFlowNet,
     PolicyGradient,
@@ -32,12 +33,14 @@ KINDS = {
     "policy gradient": PolicyGradient,
     "wake": ReweightedWakeSleep,
     "supervised": SupervisedFineTuning,
+    "preferences": DirectPreferenceOptimization,
 }
 
 
 def batch_of(kind, task: Task, part: slice = slice(None)) -> tuple:
     args = tuple(x[part] for x in task.args)
-    return (*args, {"z": task.lm.encode(["a", "b"], stop="eos")[part]}) if kind is SupervisedFineTuning else args
+    told = {SupervisedFineTuning: ("ab",), DirectPreferenceOptimization: ("ab", "cd")}.get(kind, ())
+    return *args, *({"z": task.lm.encode([*texts], stop="eos")[part]} for texts in told)
 
 
 def sgd(task: Task, kind, lr: float = 1.0, **kwargs):

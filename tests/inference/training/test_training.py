@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lmppl.distributions import Completion
 from lmppl.inference import (
+    DirectPreferenceOptimization,
     Enumeration,
     GFlowNet,
     PolicyGradient,
@@ -32,7 +33,7 @@ from lmppl.inference.training.loop.verdict import judge, missed
 from lmppl.inference.training.trainer import MOST_SKIPPED
 
 QUIET = {"progress": False}
-KINDS = (GFlowNet, PolicyGradient, ReweightedWakeSleep, SupervisedFineTuning)
+KINDS = (GFlowNet, PolicyGradient, ReweightedWakeSleep, SupervisedFineTuning, DirectPreferenceOptimization)
 
 
 def adam(parameters, lr: float = 1e-2) -> torch.optim.Optimizer:
@@ -40,7 +41,8 @@ def adam(parameters, lr: float = 1e-2) -> torch.optim.Optimizer:
 
 
 def batch_of(kind, task: Task) -> tuple:
-    return (*task.args, {"z": task.lm.encode(["a", "b"], stop="eos")}) if kind is SupervisedFineTuning else task.args
+    told = {SupervisedFineTuning: ("ab",), DirectPreferenceOptimization: ("ab", "cd")}.get(kind, ())
+    return *task.args, *({"z": task.lm.encode([*texts], stop="eos")} for texts in told)
 
 
 # -- the learning rate ---------------------------------------------------------------------------------------------
