@@ -45,7 +45,7 @@ TREES, WEIGHED, SMC_TREES = "trees as they are", "trees, weighed", "trees, SMC"
 BOUNDED = 2  # questions
 IMPORTANCE = "importance sampling"
 GUIDED, SMC_GUIDED = "importance, GFlowNet's guide", "SMC, GFlowNet's guide"
-PARTICLES = 4, 16
+PARTICLES = 16, 64
 
 
 @cache
