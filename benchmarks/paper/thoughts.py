@@ -30,18 +30,19 @@ from lmppl.models.thoughts import Asked as Given
 from .study import Figures, Results, Study, markdown, spread, verdict
 from .targets import programs
 
-SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS = "samplers", "GFlowNet", "answers", "searched", "bounds"
-CELLS = SAMPLERS, GFLOWNET, ANSWERS, SEARCHED, BOUNDS
+SAMPLERS, GFLOWNET, SEARCHED, BOUNDS = "samplers", "GFlowNet", "searched", "bounds"
 BUDGETS = 150, 400  # tokens a question of the small world; to enumerate it takes some 740
 LARGE_BUDGETS = 100, 300, 1000
 CHAIN_BUDGET = 1000  # of Metropolis, which costs most a particle
 SIZES = 2, 8, 32
 CHAIN_SIZES, TREE_SIZES = (1, 4, 16, 64), (1, 3, 10, 30)
-REPETITIONS = 4
+REPETITIONS = 2
 STEPS = 100  # of the GFlowNet
 CHILDREN, NUMBERS = 4, (1, 2, 4, 8, 16, 64)
 PLAIN, CHAINS, SMC_CHAINS = "chains, no judge", "chains, weighed at the end", "chains, SMC"
 TREES, WEIGHED, SMC_TREES = "trees as they are", "trees, weighed", "trees, SMC"
+ASKED = PLAIN, CHAINS, SMC_CHAINS, TREES, WEIGHED, SMC_TREES
+CELLS = SAMPLERS, GFLOWNET, *ASKED, SEARCHED, BOUNDS
 BOUNDED = 2  # questions
 IMPORTANCE = "importance sampling"
 GUIDED, SMC_GUIDED = "importance, GFlowNet's guide", "SMC, GFlowNet's guide"
@@ -303,11 +304,9 @@ def run(cell: str, seed: int, short: bool) -> Figures:
             SMC_GUIDED: measured(SMC(task.model, task.guide), args, sizes, repetitions),
         }
         return after | {"untrained": untrained, "training": trainer.training_tokens}
-    if cell == ANSWERS:
-        return {
-            name: answers(a, questions, (CHAIN_SIZES if "chains" in name else TREE_SIZES)[:few], repetitions)
-            for name, a in askers().items()
-        }
+    if cell in ASKED:
+        sizes = (CHAIN_SIZES if "chains" in cell else TREE_SIZES)[:few]
+        return {"curve": answers(askers()[cell], questions, sizes, repetitions)}
     return searched(questions) if cell == SEARCHED else bounds(1 if short else BOUNDED, short)
 
 
@@ -326,11 +325,11 @@ def at(curve: list[Figures], key: str, tokens: float) -> float:
 def with_errors(results: Results) -> dict[str, list[list[Figures]]]:
     """Of the large world: each way to answer, its curve by seed, with the root mean square error of the mass."""
     exact, found = results[SEARCHED][0]["large"]["None"]["right"], dict[str, list[list[Figures]]]()
-    for name in (n for n in results[ANSWERS][0] if n != "seed"):
+    for name in ASKED:
         found[name] = []
-        for r in results[ANSWERS]:
+        for r in results[name]:
             curve = []
-            for p in r[name]:
+            for p in r["curve"]:
                 each = [s - 2 * e * m + e * e for s, m, e in zip(p["square"], p["mass"], exact, strict=True)]
                 curve.append(p | {"error": math.sqrt(average(each)), "mass": average(p["mass"])})
             found[name].append(curve)

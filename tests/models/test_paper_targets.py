@@ -67,7 +67,7 @@ def test_the_thoughts_are_held_against_exact_figures():
     assert tv == sorted(tv, reverse=True) and tv[-1] < 0.05 and exact["small"]["None"]["tv"] == 0
     (bounds,) = found["bounds"]
     assert bounds["unexplored"] == pytest.approx(0.0, abs=1e-9)
-    for point in found["answers"][0]["trees, weighed"]:
+    for point in found["trees, weighed"][0]["curve"]:
         assert all(0 <= m <= 1 for m in point["mass"]) and 0 <= point["vote"] <= 1
     for point in found["samplers"][0]["importance sampling"]["curve"]:
         assert 0 <= point["tv"] <= 1 and point["error"] >= 0
