@@ -498,4 +498,4 @@ def plot(results: Results, path: Path) -> None:
         figure.savefig(fresh, dpi=110)
 
 
-STUDY = Study("thoughts", "Thoughts: what a tree buys beside a chain", CELLS, run, report, plot)
+STUDY = Study("thoughts", "Thoughts: what a tree buys beside a chain", CELLS, run, report, plot, paired=False)
