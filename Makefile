@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo paper paper-pretrained smollm2 test test-pretrained test-slow uncertainty lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo diffusion paper paper-pretrained smollm2 test test-pretrained test-slow uncertainty lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -53,6 +53,9 @@ algorithms: $(INSTALLED)
 
 paper: $(INSTALLED)
 	$(BIN)/python -m benchmarks.paper
+
+diffusion: $(INSTALLED)
+	$(BIN)/python -m benchmarks.diffusion
 
 uncertainty: $(INSTALLED)
 	$(BIN)/python -m benchmarks.uncertainty

@@ -81,6 +81,16 @@ MODELS = {
         },
         lm="MaskedLanguageModel",
     ),
+    "transfer": Entry(
+        "Texts of many tasks by one guide that reads their descriptions; tested on a combination that it never saw.",
+        "a JSONL file, a task a line: what comes before, what follows, words and a temperature, as far as known",
+        '{"x": "Tom had a dog.", "y": " They ran to the park.", "w": " dog ball", "T": 0.7}',
+        {
+            "families": "to train on: infilling, reverse, lexical, tempered, two endings",
+            "strength": "how much containing one of the words counts, nats",
+        }
+        | MAX_TOKENS,
+    ),
     "random_number": Entry(
         "A random integer between 0 and 100: uniform, whatever the language model prefers.",
         BOUNDS,

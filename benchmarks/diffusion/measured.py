@@ -21,10 +21,7 @@ from lmppl.inference import (
     Linex,
     Query,
     Sandwich,
-    SupervisedFineTuning,
-    Trainer,
     VarGrad,
-    dreams,
     simulate,
     weigh,
 )
@@ -35,10 +32,10 @@ from lmppl.models.diffusion import LEFT_TO_RIGHT, RECIPE, text_log_joint
 
 from ..paper.study import Figures
 
-UNTRAINED, VARIANCE, BOUNDED, ASLEEP, CAUSAL, BOUNDS = (
-    "untrained", "VarGrad", "Linex", "maximum likelihood", "causal guide", "bounds",
+UNTRAINED, VARIANCE, BOUNDED, FEW, CAUSAL, BOUNDS = (
+    "untrained", "VarGrad", "Linex", "eight stories", "causal guide", "bounds",
 )  # fmt: skip
-CELLS = (UNTRAINED, VARIANCE, BOUNDED, ASLEEP, CAUSAL, BOUNDS)
+CELLS = (UNTRAINED, VARIANCE, BOUNDED, FEW, CAUSAL, BOUNDS)
 STORIES, SUMMED = 16, 2  # unseen stories a seed, as many with pairs that were trained on; fewer in random order
 STEPS = 300
 DRAWS, RUNS, TOLD = 64, 4, 100
@@ -48,7 +45,7 @@ class Stories:
     """Stories, their grammatical middles, and the exact posterior of these."""
 
     def __init__(self, e: Experiment, stories: list[Story]):
-        self.task: Any = e.model.__self__  # type: ignore[attr-defined]
+        self.task = programs(e)
         self.x, self.y = self.task.encode(stories)
         self.middles = torch.stack([e.lm.encode(middles(s.x)) for s in stories], 1)  # (K, B, 6)
         log_joint = text_log_joint(self.task, self.x, self.y, self.middles)
@@ -95,9 +92,13 @@ def seen(seed: int, count: int) -> list[Story]:
     return embedded.data("stories", "train")[seed * STORIES :][:count]
 
 
+def programs(e: Experiment) -> Any:
+    """The object whose methods the programs are."""
+    return e.model.__self__  # type: ignore[attr-defined]
+
+
 def tokens(e: Experiment) -> int:
-    task: Any = e.model.__self__  # type: ignore[attr-defined]
-    return int(e.lm.tokens_scored + task.reader.tokens_scored)
+    return int(e.lm.tokens_scored + programs(e).reader.tokens_scored)
 
 
 def made(seed: int, order: str = LEFT_TO_RIGHT, **changes: Any) -> Experiment:
@@ -130,25 +131,17 @@ def judged(e: Experiment, stories: Stories, seed: int, count: int) -> Figures:
     return {"tv": stories.tv(stories.guide()), "seen tv": known.tv(known.guide())} | stories.weights(e, e.guide)
 
 
-def fitted(e: Experiment, seed: int, steps: int, asleep: bool = False) -> int:
-    """Train a guide; the tokens that it took."""
+def trained(cell: str, seed: int, count: int, steps: int) -> Figures:
+    """A guide that unmasks from left to right; of `FEW`, trained and judged on eight of the seed's seen stories."""
+    e = made(seed, objective=VarGrad if cell == VARIANCE else Linex)
+    batches, known = e.batches, count
+    if cell == FEW:
+        known = count // 2
+        batches = e.recipe.batches(*programs(e).encode(seen(seed, known)), seed=seed)
     before = tokens(e)
     pyro.set_rng_seed(seed)
-    if asleep:
-        trainer: Trainer = SupervisedFineTuning(e.model, e.guide, optimizer=e.optimizer(), examples=dreams(e.model))
-    else:
-        trainer = e.gflownet()
-    trainer.fit(e.batches, steps, seed=seed, progress=False)
-    return tokens(e) - before
-
-
-def trained(cell: str, seed: int, count: int, steps: int) -> Figures:
-    """A guide that unmasks from left to right; asleep, a step has as many dreams as it has draws else."""
-    asleep = cell == ASLEEP
-    many = {"observations": RECIPE.observations * RECIPE.particles} if asleep else {}
-    e = made(seed, objective=Linex if cell == BOUNDED else VarGrad, **many)
-    cost = fitted(e, seed, steps, asleep)
-    return {"tokens": cost} | judged(e, Stories(e, unseen(seed, count)), seed, count)
+    e.gflownet().fit(batches, steps, seed=seed, progress=False)
+    return {"tokens": tokens(e) - before} | judged(e, Stories(e, unseen(seed, count)), seed, known)
 
 
 def causal(seed: int, count: int, steps: int) -> Figures:
@@ -158,7 +151,7 @@ def causal(seed: int, count: int, steps: int) -> Figures:
     pyro.set_rng_seed(seed)
     e.gflownet().fit(e.batches, steps, seed=seed, progress=False)
     found: Figures = {"tokens": e.lm.tokens_scored - before}
-    task: Any = e.model.__self__  # type: ignore[attr-defined]
+    task = programs(e)
     assert e.exact is not None
     for name, stories in (("tv", unseen(seed, count)), ("seen tv", seen(seed, count))):
         args = task.encode(stories)
@@ -169,7 +162,7 @@ def causal(seed: int, count: int, steps: int) -> Figures:
 def bounds(seed: int, count: int, most: int) -> Figures:
     """log p(z | x) of middles that the masked language model wrote in random order, between its bounds."""
     e = made(seed, "random")
-    task: Any = e.model.__self__  # type: ignore[attr-defined]
+    task = programs(e)
     x = task.encode(unseen(seed, 1))[0].expand(count, -1)
 
     def write() -> Tensor:

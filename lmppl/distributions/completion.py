@@ -214,14 +214,15 @@ class Completion(TorchDistribution):
 
     # -- sampling ------------------------------------------------------------------------------------------------
 
-    def token_steps(self, shape: torch.Size | None = None, share: TokenSteps | None = None) -> TokenSteps:
+    def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> TokenSteps:
         """Grow texts of shape ``shape`` (default: the batch) token by token; rows are the flattened ``shape``."""
         shape = self.batch_shape if shape is None else shape
         index = self._prompt_index(shape)
         if share is not None:
             prompt = self.prompt.flatten(0, -2)[index] if self.prompt.dim() > 1 else self.prompt.expand(len(index), -1)
-            same = share.lm is self.lm and len(share.prompt) == len(prompt)
-            share = share if same and bool(text.equal(share.prompt, prompt).all()) else None
+            parts = (s for s in getattr(share, "parts", (share,)) if isinstance(s, TokenSteps) and s.lm is self.lm)
+            same = (s for s in parts if len(s.prompt) == len(prompt) and bool(text.equal(s.prompt, prompt).all()))
+            share = next(same, None)
         return self._steps(self.rules(shape), index, share)
 
     def _prompt_index(self, shape: torch.Size) -> Tensor:

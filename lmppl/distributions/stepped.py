@@ -9,10 +9,13 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from .. import randomness
+from .. import randomness, text
+from ..rows import distinct_rows
+from ..shapes import broadcast_shapes
+from ..text import PAD
 from .protocols import Steps
 from .support import Texts
-from .token_steps import DeadEnd
+from .token_steps import DeadEnd, next_log_probs
 
 
 class SteppedText(TorchDistribution):
@@ -54,3 +57,26 @@ class SteppedText(TorchDistribution):
                 raise DeadEnd(f"nothing can follow the text {self.decode(steps.prefix[dead[0]])!r}")
             steps.append(token)
         return steps.prefix.view(*shape, width)
+
+    @torch.no_grad()
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(..., L) -> (...), token by token, without gradient; texts that begin alike are read once.
+
+        -inf for a text that is impossible.
+        """
+        text.validate(value, "value", self.vocab_size)
+        (width,), shape = self.event_shape, broadcast_shapes(value.shape[:-1], self.batch_shape)
+        too_long = (value[..., width:] != PAD).any(-1).expand(shape)
+        rows = text.pad(value[..., :width], width).expand(*shape, width).reshape(-1, width)
+        element = torch.arange(self.batch_shape.numel(), device=value.device).view(self.batch_shape)
+        steps, which = self.token_steps(self.batch_shape), element.expand(shape).reshape(-1)  # a row's beginning
+        total: Tensor | float = 0.0
+        for token in rows.unbind(1):
+            ended = steps.ended[which]
+            own = next_log_probs(steps, self.vocab_size)[which, token.clamp(min=0)].masked_fill(ended, 0.0)
+            total = total + own.masked_fill((token == PAD) != ended, -torch.inf)
+            begun, which = distinct_rows(torch.stack([which, token.masked_fill(ended, PAD)], 1))
+            steps.select(begun[:, 0])
+            steps.append(begun[:, 1])
+        assert isinstance(total, Tensor)
+        return total.view(shape).masked_fill(too_long, -torch.inf)

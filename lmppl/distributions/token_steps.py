@@ -11,6 +11,7 @@ from .. import text
 from ..engine.chunks import drawn_from
 from ..engine.recomputing import decoder
 from ..language_model import LanguageModel
+from .protocols import Steps
 from .rules import Rules
 
 
@@ -71,6 +72,13 @@ class TokenSteps:
         if self.rules.forced(self.prefix.shape[1]):
             return torch.where(self.rules.is_stop(tokens), 0.0, -torch.inf)
         return self._in_parts(_scored, tokens.clamp(min=0))[0]
+
+    def log_probs(self) -> Tensor:
+        """The log-probabilities of every next token, (R, V); unspecified in rows that have ended."""
+        if self.rules.forced(self.prefix.shape[1]):
+            certain = torch.full((self.rules.vocab_size,), -torch.inf, device=self.ended.device)
+            return certain.index_fill(0, self.rules.stop, 0.0).expand(len(self.ended), -1)
+        return self._in_parts(_all_scored)[0]
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every row and its log-probability, both (R,), from one uniform number a row.
@@ -135,6 +143,11 @@ def _scored(rules: Rules, logits: Tensor, prefix: Tensor, tokens: Tensor) -> tup
     return (rules.selected(logits[:, None], tokens[:, None, None], prefix, prefix.shape[1])[:, 0, 0],)
 
 
+def _all_scored(rules: Rules, logits: Tensor, prefix: Tensor) -> tuple[Tensor]:
+    """`TokenSteps.log_probs` of some rows with these logits (r, V)."""
+    return (rules.log_probs(logits[:, None], prefix, prefix.shape[1])[:, 0],)
+
+
 def _drawn(rules: Rules, logits: Tensor, prefix: Tensor, ended: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """`TokenSteps.draw` of some rows with these logits (r, V)."""
     t, tokens = prefix.shape[1], None
@@ -165,3 +178,12 @@ def invert(probs: Tensor, uniform: Tensor) -> Tensor:
     # u < 1 - 2^-23 keeps u * total below total after rounding, so that the index never falls off the end.
     at = uniform.clamp(max=1 - 2**-23).to(cdf.dtype)[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, at, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+
+
+def next_log_probs(steps: Steps, vocab_size: int) -> Tensor:
+    """log p of every next token, (R, V)."""
+    if hasattr(steps, "log_probs"):
+        found: Tensor = steps.log_probs()
+        return found
+    tokens = torch.arange(vocab_size, device=steps.prefix.device)
+    return torch.stack([steps.score(v.expand(len(steps.ended))) for v in tokens], 1)

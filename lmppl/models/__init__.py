@@ -25,6 +25,7 @@ from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
 from .thoughts import ChainOfThoughts, TreeOfThoughts
+from .transfer import Transfer
 
 
 def _maker(name: str) -> Callable[..., Experiment]:
@@ -53,5 +54,6 @@ __all__ = [
     "Reverse",
     "Subjectivity",
     "TreeOfThoughts",
+    "Transfer",
     "plan",
 ]

@@ -147,11 +147,14 @@ def experiment(
             raise ValueError(f"{name}: it goes with the constraint {of!r} and prompts of your own, `data`")
         if value is None and of == constraint and data is not None:
             raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
+    if max_tokens is not None and data is None:
+        raise ValueError("max_tokens: it goes with prompts of your own, `data`; the embedded ones have theirs")
     value = needed[constraint][1]
     if data is None or value is None:
         setup = EMBEDDED[constraint](start.lm, start.guide_lm)
     else:
-        setup = _of_file(start.lm, start.guide_lm, constraint, value, read_prompts(data), max_tokens or LONGEST)
+        longest = LONGEST if max_tokens is None else max_tokens
+        setup = _of_file(start.lm, start.guide_lm, constraint, value, read_prompts(data), longest)
     if setup.exploration is not None:
         objective = partial(start.recipe.objective, exploration=setup.exploration)  # type: ignore[call-arg]
         start = replace(start, recipe=replace(start.recipe, objective=objective))

@@ -65,7 +65,7 @@ def experiment(
     start = Start.of("continuation", "stories", lm, data, Recipe(), needs, **options)
     prompts = embedded_prompts() if data is None else split(read_prompts(data))
     template, write = wording(several, known)
-    longest = max_tokens or (EMBEDDED_LONGEST if known else LONGEST)
+    longest = (EMBEDDED_LONGEST if known else LONGEST) if max_tokens is None else max_tokens
     task = Continuation(start.lm, start.guide_lm, max_tokens=longest, template=template, write=write)
     for part in prompts:
         _refuse_long(task, part, several)

@@ -110,7 +110,8 @@ def experiment(
     start = Start.of("contrastive", "stories", lm, data, RECIPE, needs, **options)
     pairs = DIFFER[differ or "characters"]() if data is None else split(read_pairs(data))
     longest, allowed = (EMBEDDED_LONGEST, sentences(start.lm)) if known else (LONGEST, None)
-    task = Contrastive(start.lm, start.guide_lm, a=a, b=b, max_tokens=max_tokens or longest, allowed=allowed)
+    longest = longest if max_tokens is None else max_tokens
+    task = Contrastive(start.lm, start.guide_lm, a=a, b=b, max_tokens=longest, allowed=allowed)
     return start.experiment(
         task,
         pairs,

@@ -24,6 +24,7 @@ from lmppl.models import (
     preferences,
     random_number,
     thoughts,
+    transfer,
 )
 from lmppl.models.subjectivity import read_sentences
 
@@ -109,6 +110,7 @@ def test_the_examples_are_data(tmp_path):
         "constrained": continuation.read_prompts,
         "contrastive": contrastive.read_pairs,
         "preferences": preferences.read_choices,
+        "transfer": transfer.read_tasks,
         "random_number": random_number.read_bounds,
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,

@@ -16,3 +16,14 @@ def test_an_option_that_is_none_is_refused_by_name(name):
         EXPERIMENTS[name](setting="posteriori")
     with pytest.raises(ValueError, match=f"lm: expected a {MODELS[name].lm}, got 'x'"):
         EXPERIMENTS[name](lm="x")
+
+
+@pytest.mark.parametrize("longest", [1, 0])
+@pytest.mark.parametrize("name", ["continuation", "contrastive", "preferences"])
+def test_max_tokens_is_what_was_asked_for_even_if_nothing_is_left(name, longest):
+    assert EXPERIMENTS[name](max_tokens=longest).model.__self__.max_tokens == longest
+
+
+def test_max_tokens_is_not_ignored_on_embedded_prompts():
+    with pytest.raises(ValueError, match="max_tokens: it goes with prompts of your own"):
+        EXPERIMENTS["constrained"](max_tokens=3)

@@ -406,8 +406,8 @@ def test_a_file_that_holds_no_choices(tmp_path, line):
 
 def test_a_minority_taste_on_a_pretrained_model(smollm2_lm, capsys):
     """Words that are seldom, prompts of two lengths: evidence and weights by hand; the figures are shown."""
-    lm, strength, n = smollm2_lm, 3.0, 128
-    task = Preferences(lm, lm, properties={"dogs": ["dog", "dogs", "puppy"], "birds": ["bird", "birds"]}, max_tokens=20)
+    lm, strength, n = smollm2_lm, 3.0, 48
+    task = Preferences(lm, lm, properties={"dogs": ["dog", "dogs", "puppy"], "birds": ["bird", "birds"]}, max_tokens=16)
     x = lm.encode(["On Sunday Tom and Mia went to the park.", "It rained, so they looked out of the window."])
     x, w = x.repeat_interleave(2, 0), strength * torch.eye(2).repeat(2, 1)
     pyro.set_rng_seed(0)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import programs
 from .plates import Plates, kept_plates
 from .programs import Program, Sketch, Substitute
+from .sites import lms_of
 
 
 def unknown(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +73,8 @@ class Query:
     @property
     def networks(self) -> list[Any]:
         """The networks behind the texts, each once: whose ``tokens_scored`` an algorithm costs."""
-        lms = [lm for sketch in reversed(self.sketches) for lm in programs.language_models(sketch).values()]
+        nodes = [node for sketch in reversed(self.sketches) for node in programs.scored(sketch).values()]
+        lms = [lm for node in nodes for lm in lms_of(node["fn"])]
         return list({id(lm.network): lm.network for lm in lms}.values())
 
     def trace(self, program: Program, *handlers: Messenger, particles: int, prefixes: int | None = None) -> Trace:

@@ -263,6 +263,13 @@ def lm_of(fn: Any) -> Any:
     return getattr(innermost(fn), "lm", None)
 
 
+def lms_of(fn: Any) -> list[Any]:
+    """All language models behind a site's distribution, of its components too."""
+    inner = innermost(fn)
+    found = [lm for c in getattr(inner, "components", ()) for lm in lms_of(c)] or [lm_of(inner)]
+    return [lm for lm in found if lm is not None]
+
+
 def prompt_of(fn: Any) -> Tensor | None:
     """What a site's text or token follows, (*batch, L); None where there is nothing of the kind."""
     return getattr(innermost(fn), "prompt", None)
@@ -281,15 +288,6 @@ def propose(steps: Steps, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A weighted draw, see `Steps`."""
     found: tuple[Tensor, Tensor] = (steps.propose if hasattr(steps, "propose") else steps.draw)(uniform)
     return found
-
-
-def next_log_probs(steps: Steps, vocab_size: int) -> Tensor:
-    """log p of every next token, (R, V)."""
-    if hasattr(steps, "log_probs"):
-        found: Tensor = steps.log_probs()
-        return found
-    tokens = torch.arange(vocab_size, device=steps.prefix.device)
-    return torch.stack([steps.score(v.expand(len(steps.ended))) for v in tokens], 1)
 
 
 def inserting(steps: Steps) -> Tensor:

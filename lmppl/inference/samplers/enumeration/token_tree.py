@@ -17,9 +17,10 @@ from torch import Tensor
 from .... import text
 from ....distributions import Completion
 from ....distributions.arguments import refuse_nan
+from ....distributions.token_steps import next_log_probs
 from ....engine.scoring import score, with_bos
 from ....engine.tuning import TUNING
-from ...core.sites import Site, lm_of, next_log_probs
+from ...core.sites import Site, lm_of
 
 
 class Texts(NamedTuple):

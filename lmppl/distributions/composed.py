@@ -1,0 +1,223 @@
+r"""Distributions over texts put together from others: a mixture of texts, and a product of what comes next.
+
+    mixture    q(z) = sum_k w_k q_k(z)
+    product    q(z) = prod_t 1 / Z(z_<t) prod_k q_k(z_t | z_<t)^(a_k),    Z(z_<t) = sum_v prod_k q_k(v | z_<t)^(a_k)
+
+Token by token a mixture is one too, whose weights are those of the text so far, :math:`w_k q_k(z_{<t})` normalised.
+
+Where :math:`q_1 \propto p \, c_1` and :math:`q_2 \propto p \, c_2` are posteriors of one prior p, the posterior of both
+conditions is :math:`p \, c_1 c_2 \propto q_1 q_2 / p`, the powers 1, 1, -1 of q_1, q_2 and p.  A product of tokens is
+no product of texts: they differ by :math:`\prod_t Z(z_{<t})`, the mass that a token leaves to the others.  Where it
+matters, u corrects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import text
+from ..shapes import broadcast_shapes
+from .protocols import Steps, Stepwise
+from .stepped import SteppedText
+from .token_steps import draw, next_log_probs
+
+
+class Composed(SteppedText):
+    """What a mixture and a product have in common: components over one alphabet, and a number for each of them."""
+
+    def __init__(self, components: Sequence[Any], numbers: Tensor, name: str):
+        components = list(components)
+        if not components or not all(isinstance(c, Stepwise) for c in components):
+            raise ValueError("components: expected texts that are drawn token by token, as Completions, at least one")
+        if not numbers.dim() or numbers.shape[-1] != len(components):
+            raise ValueError(
+                f"{name}: expected the shape (*batch, {len(components)}), a number for each component, got "
+                f"{tuple(numbers.shape)}"
+            )
+        first = components[0]
+        for c in components:
+            if not c.stop.numel() or getattr(c, "stop_strings", None) is not None:
+                raise ValueError("components: expected texts that end by a stop token, and by nothing else")
+            if c.vocab_size != first.vocab_size or c.stop.tolist() != first.stop.tolist():
+                raise ValueError("components: their tokens or stops differ")
+        try:
+            shape = broadcast_shapes(numbers.shape[:-1], *(c.batch_shape for c in components))
+        except RuntimeError as error:
+            raise ValueError(f"components, {name}: their batches do not broadcast") from error
+        self.components, self.numbers, self.stop, self.lm = components, numbers, first.stop, getattr(first, "lm", None)
+        super().__init__(shape, torch.Size([max(c.event_shape[0] for c in components)]), validate_args=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.components[0].vocab_size)
+
+    def decode(self, value: Tensor) -> Any:
+        """Texts (..., L) as strings, nested lists of the leading axes."""
+        return self.components[0].decode(value)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Composed:
+        """The same distribution on a larger batch; nothing is copied."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update(self.__dict__)
+        shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
+        super(Composed, new).__init__(shape, self.event_shape, validate_args=False)
+        return new
+
+    def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> Steps:
+        shape = self.batch_shape if shape is None else torch.Size(shape)
+        numbers = self.numbers.detach().expand(*shape, -1).reshape(-1, len(self.components))
+        return self.steps([c.token_steps(shape, share=share) for c in self.components], numbers, self.vocab_size)
+
+    steps: type[ComposedSteps]
+
+
+class ComposedSteps:
+    """Unfinished texts, a row each, of all components at once: `protocols.Steps`.
+
+    ``parts`` are given the same tokens; ``numbers`` (R, K).
+    """
+
+    def __init__(self, parts: list[Steps], numbers: Tensor, vocab_size: int):
+        self.parts, self.numbers, self.vocab_size = parts, numbers, vocab_size
+        self._moved(None)
+
+    def _moved(self, log_probs: Tensor | None) -> None:
+        self._next, self.prefix, self.ended = log_probs, self.parts[0].prefix, self.parts[0].ended
+
+    def together(self) -> Tensor:
+        """log p of the next tokens, (R, V)."""
+        raise NotImplementedError
+
+    def log_probs(self) -> Tensor:
+        """log p of every next token, (R, V): -inf in a row where nothing can follow."""
+        if self._next is None:
+            self._next = self.together()
+        return self._next
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = self.log_probs()
+        token = draw(log_p, uniform)
+        log_prob = log_p.gather(1, token[:, None])[:, 0]
+        token = token.masked_fill((log_prob == -torch.inf) | self.ended, text.PAD)
+        return token, log_prob.masked_fill(self.ended, 0.0)
+
+    def score(self, tokens: Tensor) -> Tensor:
+        return self.log_probs().gather(1, tokens.clamp(min=0)[:, None])[:, 0]
+
+    def append(self, tokens: Tensor) -> None:
+        for part in self.parts:
+            part.append(tokens)
+        self._moved(None)
+
+    def select(self, index: Tensor) -> None:
+        for part in self.parts:
+            part.select(index)
+        self.numbers = self.numbers[index]
+        self._moved(None if self._next is None else self._next[index])
+
+
+class MixtureSteps(ComposedSteps):
+    """``numbers`` are log w_k q_k(z_<t), of the text so far."""
+
+    def together(self) -> Tensor:
+        weights = _log_softmax(self.numbers)
+        found: Tensor | None = None
+        for part, log_w in zip(self.parts, weights.unbind(1), strict=True):
+            own = next_log_probs(part, self.vocab_size) + log_w[:, None]
+            found = own if found is None else torch.logaddexp(found, own)
+        assert found is not None
+        return found
+
+    def append(self, tokens: Tensor) -> None:
+        gained = torch.stack([part.score(tokens) for part in self.parts], 1)
+        self.numbers = self.numbers + gained.masked_fill(self.ended[:, None], 0.0)
+        super().append(tokens)
+
+
+class ProductSteps(ComposedSteps):
+    """``numbers`` are powers."""
+
+    def together(self) -> Tensor:
+        found: Tensor | None = None
+        barred: Tensor | None = None
+        for part, power in zip(self.parts, self.numbers.unbind(1), strict=True):
+            own = next_log_probs(part, self.vocab_size)
+            never = own == -torch.inf
+            own = own.masked_fill(never, 0.0) * power[:, None]
+            found, barred = (own, never) if found is None or barred is None else (found + own, barred | never)
+        assert found is not None and barred is not None
+        return _log_softmax(found.masked_fill(barred, -torch.inf))
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    """Over the last axis, -inf throughout where all is."""
+    dead = (x == -torch.inf).all(-1, keepdim=True)
+    return x.masked_fill(dead, 0.0).log_softmax(-1).masked_fill(dead, -torch.inf)
+
+
+class TextMixture(Composed):
+    r"""A mixture of distributions over texts: one of them is chosen, and writes the text.
+
+    .. math:: q(z) = \sum_k w_k \, q_k(z), \qquad w = \mathrm{softmax}(logits)
+
+    :param components: K texts with the same tokens and stops, as `Completion`; their batches broadcast.
+    :param logits: (*batch, K), those of the weights; gradients flow to them and to the components through `log_prob`.
+
+    Shapes: ``event_shape`` is that of the longest component.  It is drawn token by token, all components reading along
+    with KV caches of their own.
+
+    :raises ValueError: naming the argument, for texts that are not drawn token by token, have no stop token or stop
+        strings, or other tokens than the first, and for shapes that do not broadcast.
+
+    Example::
+
+        mixture = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))
+        z = pyro.sample("z", mixture)
+    """
+
+    steps = MixtureSteps
+
+    def __init__(self, components: Sequence[Any], logits: Tensor):
+        super().__init__(components, logits.log_softmax(-1) if logits.dim() else logits, "logits")
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """(..., L) -> (...), with gradient; -inf for a text that no component can write."""
+        each = torch.stack(torch.broadcast_tensors(*(c.log_prob(value) for c in self.components)), -1)
+        joint = each + self.numbers
+        never = (joint == -torch.inf).all(-1, keepdim=True)  # logsumexp there, and its gradient, would be NaN
+        found = joint.masked_fill(never, 0.0).logsumexp(-1).masked_fill(never[..., 0], -torch.inf)
+        return found.expand(broadcast_shapes(found.shape, self.batch_shape))
+
+
+class TextProduct(Composed):
+    r"""A product of the next tokens' probabilities, normalised token by token: what all components agree on.
+
+    .. math:: q(z_t \mid z_{<t}) \propto \prod_k q_k(z_t \mid z_{<t})^{a_k}
+
+    With powers 1, 1, -1 of two posteriors and their common prior it proposes from the posterior of both conditions.  It
+    is not the product of texts, :math:`\prod_k q_k(z)^{a_k}` normalised; corrected by u (`Importance`, `SMC`,
+    `MetropolisHastings`) it is.  A token that some component never writes is impossible, whatever the powers.
+
+    :param components: K texts, as of `TextMixture`.
+    :param powers: (*batch, K), any numbers.
+
+    `log_prob` is exact, reads texts that begin alike once, and has no gradient.
+
+    :raises ValueError: as `TextMixture`, and for powers that are not finite.
+
+    Example::
+
+        both = TextProduct([Completion(q, x, max_tokens=5), Completion(lm, x, max_tokens=5)], torch.tensor([2.0, -1.0]))
+        z = pyro.sample("z", both)
+    """
+
+    steps = ProductSteps
+
+    def __init__(self, components: Sequence[Any], powers: Tensor):
+        if not bool(powers.isfinite().all()):
+            raise ValueError(f"powers: expected finite numbers, got {powers.tolist()}")
+        super().__init__(components, powers, "powers")
