@@ -160,8 +160,8 @@ def experiment(
     data: str | Path | None = None,
     *,
     families: str | Sequence[str] = TRAINED,
-    max_tokens: int | None = None,
     strength: float = 8.0,
+    max_tokens: int | None = None,
     **options: Unpack[Options],
 ) -> Experiment:
     """Texts of many tasks by one guide that reads their descriptions; tested on a combination that it never saw.
@@ -182,14 +182,16 @@ def experiment(
     needs = "tasks of its own, a JSONL file with one a line"
     start = Start.of("transfer", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if data is not None:
-        task = Transfer(start.lm, start.guide_lm, strength=strength, max_tokens=max_tokens or 30)
+        task = Transfer(
+            start.lm, start.guide_lm, strength=strength, max_tokens=30 if max_tokens is None else max_tokens
+        )
         return start.experiment(task, split(read_tasks(data)), described, target=TARGET)
     task = Transfer(
         start.lm,
         start.guide_lm,
         prefix=EMBEDDED_PREFIX,
         strength=strength,
-        max_tokens=max_tokens or EMBEDDED_LONGEST,
+        max_tokens=EMBEDDED_LONGEST if max_tokens is None else max_tokens,
         allowed=texts(start.lm),
         template=EMBEDDED_TEMPLATE,
         write=write,

@@ -19,7 +19,7 @@ def test_an_option_that_is_none_is_refused_by_name(name):
 
 
 @pytest.mark.parametrize("longest", [1, 0])
-@pytest.mark.parametrize("name", ["continuation", "contrastive", "preferences"])
+@pytest.mark.parametrize("name", ["continuation", "contrastive", "preferences", "transfer"])
 def test_max_tokens_is_what_was_asked_for_even_if_nothing_is_left(name, longest):
     assert EXPERIMENTS[name](max_tokens=longest).model.__self__.max_tokens == longest
 
