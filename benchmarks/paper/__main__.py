@@ -50,8 +50,8 @@ BEYOND = (  # page, question, what came out: figures of these pages, by name whe
     (
         "thoughts",
         "what does a tree of thoughts buy beside a chain?",
-        "a start: votes right in 0.36 against 0.18 with 100 tokens a question, level with 300; with 1,000 SMC over chains "
-        "is closer to the posterior, error 0.10 against 0.15; unweighted trees are no posterior (three seeds)",
+        "a start: votes right in 0.36 against 0.18 with 100 tokens a question, level with 300; with 1,000 SMC over "
+        "chains is closer to the posterior, error 0.10 against 0.15; unweighted trees are no posterior (three seeds)",
     ),
 )
 
