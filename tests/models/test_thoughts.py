@@ -447,6 +447,7 @@ def test_questions_are_read_from_a_file(tmp_path):
         read_questions(path)
 
 
+@torch.no_grad()
 def test_a_tree_on_a_pretrained_language_model_that_evaluates_itself(smollm2_lm):
     """Its evaluations are those of plain passes; importance sampling and SMC by trees of two children, one problem."""
     lm = smollm2_lm
