@@ -133,4 +133,10 @@ MODELS = {
             "warm_start": "steps of supervised fine-tuning on the rationales",
         },
     ),
+    "thoughts": Entry(
+        "The thoughts between a question and its answer: a plan of some steps, or a tree of which one path counts.",
+        "a text file, a question, a tab and its answer a line",
+        "Tom has 6 eggs and eats 2. How many are left?\t4",
+        {"children": "1: plans; more: trees of up to so many children"},
+    ),
 }

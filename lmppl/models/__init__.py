@@ -24,6 +24,7 @@ from .preferences import Annotators, Preferences
 from .random_number import RandomNumber
 from .reverse import Reverse
 from .subjectivity import Subjectivity
+from .thoughts import ChainOfThoughts, TreeOfThoughts
 from .transfer import Transfer
 
 
@@ -39,6 +40,7 @@ __all__ = [
     "PRETRAINED",
     "Annotators",
     "Arithmetic",
+    "ChainOfThoughts",
     "Constrained",
     "Continuation",
     "Contrastive",
@@ -51,6 +53,7 @@ __all__ = [
     "Recipe",
     "Reverse",
     "Subjectivity",
+    "TreeOfThoughts",
     "Transfer",
     "plan",
 ]

@@ -23,6 +23,7 @@ from lmppl.models import (
     infilling,
     preferences,
     random_number,
+    thoughts,
     transfer,
 )
 from lmppl.models.subjectivity import read_sentences
@@ -114,6 +115,7 @@ def test_the_examples_are_data(tmp_path):
         "random_number_valid": random_number.read_bounds,
         "subjectivity": read_sentences,
         "arithmetic": arithmetic.read_file,
+        "thoughts": thoughts.read_questions,
     }
     assert set(readers) <= {name for name, entry in MODELS.items() if entry.example}
     for name, read in readers.items():

@@ -58,6 +58,23 @@ def test_every_row_of_the_preferences_is_a_distribution_of_all_texts():
     assert told.count("seen**") == 3 and "| GFlowNet for each taste | " in told and "nan" not in told
 
 
+@pytest.mark.slow
+def test_the_thoughts_are_held_against_exact_figures():
+    """A search of more children comes closer to the posterior; figures in their range; a verdict a claim."""
+    found = short("thoughts")
+    (exact,) = found["searched"]
+    tv = [exact["small"][str(k)]["tv"] for k in (1, 2, 4, 8, 16, 64)]
+    assert tv == sorted(tv, reverse=True) and tv[-1] < 0.05 and exact["small"]["None"]["tv"] == 0
+    (bounds,) = found["bounds"]
+    assert bounds["unexplored"] == pytest.approx(0.0, abs=1e-9)
+    for point in found["trees, weighed"][0]["curve"]:
+        assert all(0 <= m <= 1 for m in point["mass"]) and 0 <= point["vote"] <= 1
+    for point in found["samplers"][0]["importance sampling"]["curve"]:
+        assert 0 <= point["tv"] <= 1 and point["error"] >= 0
+    told = STUDY["thoughts"].report(found)
+    assert told.count("seen**") == 6 and "nan" not in told
+
+
 def states(text: str, claims: int) -> None:
     """A verdict a claim, and no figure that is not one."""
     assert text.count("seen**") == claims and "| GFlowNet | " in text and "nan" not in text

@@ -52,9 +52,8 @@ class Plates:
         """Particles ``chosen`` (n, *kept) of a value (N, *plate axes, *event)."""
         index = self.spread(chosen)
         index = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
-        value = value.expand(
-            value.shape[0], *(max(a, b) for a, b in zip(value.shape[1:], index.shape[1:], strict=True))
-        )
+        shape = (a if b == 1 else b for a, b in zip(value.shape[1:], index.shape[1:], strict=True))
+        value = value.expand(value.shape[0], *shape)  # an axis of size 0, that of empty texts, stays one
         return value.gather(0, index.expand(index.shape[0], *value.shape[1:]))
 
 

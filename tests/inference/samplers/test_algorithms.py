@@ -61,7 +61,7 @@ ALGORITHMS: dict[str, Callable] = {
     "SMC, twisted": lambda m, g, n: SMC(m, g, num_particles=n, ess_threshold=1.0, twist=last_token),
     "Metropolis, prior": lambda m, g, n: MetropolisHastings(m, num_chains=1, num_samples=n, warmup=60),
     "Metropolis, guide": lambda m, g, n: MetropolisHastings(
-        m, g, num_chains=1, num_samples=n, warmup=60, moves={"regrowth": 0.7, "independence": 0.3}
+        m, g, num_chains=1, num_samples=n, warmup=60, moves={"regrowth": 0.4, "branch": 0.3, "independence": 0.3}
     ),
 }
 

@@ -70,7 +70,7 @@ def programs(draw) -> tuple[Callable, Callable | None, list[str]]:
 @settings(max_examples=5)
 @given(
     programs(),
-    st.sampled_from(["regrowth", "independence", {"regrowth": 2.0, "independence": 1.0}]),
+    st.sampled_from(["regrowth", "branch", "independence", {"regrowth": 2.0, "independence": 1.0, "branch": 1.0}]),
     st.sampled_from([None, [1.0, 3.0], [1.0, 2.0, math.inf]]),
 )
 def test_chains_end_at_the_enumerated_posterior(programs, moves, temperatures):
@@ -90,7 +90,7 @@ def test_chains_end_at_the_enumerated_posterior(programs, moves, temperatures):
         assert_counts(count, p, 500)
 
 
-@pytest.mark.parametrize("moves", ["regrowth", "independence"])
+@pytest.mark.parametrize("moves", ["regrowth", "branch", "independence"])
 def test_chains_end_at_a_posterior_far_from_the_proposals(moves):
     """Two nats for every A: the last states of 4,000 chains, each text's frequency within 5 standard errors."""
 

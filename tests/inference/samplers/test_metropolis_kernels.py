@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -20,7 +21,7 @@ from torch import Tensor
 from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.inference.core.query import Query
-from lmppl.inference.samplers.metropolis.kernels import accept, independence, regrow
+from lmppl.inference.samplers.metropolis.kernels import accept, independence, regrow, regrowth, select
 from lmppl.text import PAD
 
 LM = flat_lm(vocab=4, dtype=torch.float64)
@@ -230,3 +231,71 @@ def test_a_categorical_before_a_text_that_it_masks(move, guided):
     else:
         found = regrow(query, values, log_p, site=move).values
     assert_moves(states, K, [found["k"][:, None], found["z"]], each)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_branch_is_its_transition_matrix(guided):
+    """A number k of texts, a text z from a cut on, and what follows it: w, of one token or, where k = 0, of none."""
+    probs, guess = torch.tensor([[0.4, 0.6], [0.7, 0.3]], dtype=torch.float64)
+
+    def program(lm, probs, temperature=1.0):
+        k = pyro.sample("k", dist.Categorical(probs))
+        z = pyro.sample("z", Completion(lm, "b", max_tokens=1, temperature=temperature))
+        return z, pyro.sample("w", Completion(lm, LM.join("a", z), max_tokens=k, temperature=temperature))
+
+    def model():
+        z, w = program(LM, probs)
+        pyro.sample("y", likelihood(LM.join(z, w)), obs=torch.tensor(SEEN))
+
+    def guide():
+        program(OTHER, guess, 1.7)
+
+    def inner(z: Tokens) -> Tokens:
+        return tuple(t for t in z if t != EOS)
+
+    p_z = Law(PLAIN, (B,), 1)
+    q_z = Law(PLAIN_OTHER, (B,), 1, temperature=1.7) if guided else p_z
+    q_k = guess if guided else probs
+
+    @cache
+    def of(z: Tokens, k: int, guide: bool) -> Law:
+        plain, temperature = (PLAIN_OTHER, 1.7) if guide and guided else (PLAIN, 1.0)
+        return Law(plain, (A, *inner(z)), k, temperature=temperature)
+
+    target = {
+        ((k,), z, w): math.log(probs[k]) + a + b + log_likelihood(inner(z) + inner(w))
+        for k in range(2)
+        for z, a in p_z.support().items()
+        for w, b in of(z, k, False).support().items()
+    }
+
+    def after(site: str) -> Proposals:
+        def proposals(state: State) -> Iterator[tuple[State, float, float]]:
+            ((k,), z, w) = state
+            back = math.exp(of(z, k, True).log_prob(w))
+            if site == "k":
+                firsts = [
+                    (new, x, float(q_k[new]) * math.exp(log_q), float(q_k[k]) * math.exp(q_z.log_prob(z)))
+                    for new in range(2)
+                    for x, log_q in q_z.support().items()
+                ]
+            else:
+                firsts = [(k, x, there, there * ratio) for x, there, ratio in regrown(q_z)(z)]
+            for new, x, there, first_back in firsts:
+                for v, log_q in of(x, new, True).support().items():
+                    yield ((new,), x, v), there * math.exp(log_q), first_back * back / (there * math.exp(log_q))
+
+        return proposals
+
+    states, each = list(target), 1500
+    values = {"k": torch.tensor([s[0][0] for s in states]), "z": as_values(states, 1, 2), "w": as_values(states, 2, 2)}
+    values = {name: v.repeat_interleave(each, 0) for name, v in values.items()}
+    log_p = torch.tensor(list(target.values()), dtype=torch.float64).repeat_interleave(each)
+    for site, later in {"k": ["z", "w"], "z": ["w"]}.items():
+        K = transition_matrix(states, target, after(site))
+        assert_invariant(states, target, K)
+        new = regrowth(Query(model, guide if guided else None), len(log_p), values, site, later)
+        accepted = accept(log_p, new.density.joint, new.log_ratio)
+        found = select(new.plates, accepted, new.values, values)
+        assert_moves(states, K, [found["k"][:, None], found["z"], found["w"]], each)

@@ -15,6 +15,10 @@ for every chain and element of the kept plates by itself.  From a state of proba
 
   is in detailed balance at each t, hence on average.  Texts of one site in plates that are not kept have a cut each and
   move together: the ratio is a product over them.  A latent site that is no text is redrawn from q whole.
+- *Branch*: regrowth of one site, after which all latent sites that follow it in the program are drawn from q whole.
+  Old and new values share what comes before them, so that the ratio gets the factor q(z later) / q(z' later), each
+  under what it follows from.  Where a site says which others there are (a number of steps or of children), they change
+  together.
 - *Independence*: all latent sites are drawn from the guide, and the ratio is q(z) / q(z').
 
 A text that the model masks does not count in p: it follows q, as it does under importance weights.
@@ -22,7 +26,7 @@ A text that the model masks does not count in p: it follows q, as it does under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -102,17 +106,25 @@ class Redraw(Messenger):
         msg["value"], msg["done"] = new, True
 
 
-def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str) -> Proposal:
+def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str, later: Collection[str] = ()) -> Proposal:
     """Propose new endings for the texts of ``site``, or new values where they are no texts; the other sites held.
 
-    Here and below, ``n`` is how many particles or chains the values have.
+    The sites ``later``, all that follow it or none, are drawn anew.  Here and below, ``n`` is how many particles or
+    chains the values have.
     """
-    redraw = Redraw(site, values[site])
-    held = Substitute({name: v for name, v in values.items() if name != site})
-    pair = query.run(redraw, held, particles=n)
-    plates = pair.plates()
-    density = _density(pair, plates, redraw.known if query.guide is None else {})
-    return Proposal({site: pair.proposal.nodes[site]["value"]}, density, plates.reduce(redraw.log_ratio)[0], plates)
+    fresh, redraw = Draw(), Redraw(site, values[site])
+    held = Substitute({name: v for name, v in values.items() if name != site and name not in later})
+    pair = query.run(fresh, redraw, held, particles=n)
+    plates, log_ratio = pair.plates(), redraw.log_ratio
+    known = redraw.known | fresh.log_probs
+    density = _density(pair, plates, known if query.guide is None else {})
+    log_ratio = plates.reduce(log_ratio)[0]
+    if later:
+        before = only(query.trace(query.proposal, Substitute(values), particles=n), set(later))
+        log_new = _log_q(only(pair.proposal, set(later)), plates, fresh.log_probs)
+        log_ratio = log_ratio + _log_q(before, plates, {}) - log_new
+    new = {name: pair.proposal.nodes[name]["value"] for name in (site, *later)}
+    return Proposal(new, density, log_ratio, plates)
 
 
 def independence(query: Query, n: int, values: Values, log_q: Tensor | None, subsamples: Values) -> Proposal:

@@ -24,7 +24,7 @@ from ...posterior.algorithm import Sampler
 from ...posterior.posterior import Posterior, scorer
 from .kernels import Density, Proposal, Values, accept, draw, independence, regrowth, select
 
-MOVES = ("regrowth", "independence")
+MOVES = ("regrowth", "branch", "independence")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -105,8 +105,8 @@ class MetropolisHastings(Sampler):
     :param guide: what proposes, with the model's latent sites; None: the model's own latent sites.
     :param num_chains: independent chains.
     :param num_samples: draws kept of each chain, one every ``thin`` moves; N = num_chains x num_samples.
-    :param moves: "regrowth" (one latent site a move, each as often), "independence" (all of them), or a dict of their
-        probabilities.
+    :param moves: "regrowth" (one latent site a move, each as often), "branch" (one and all that follow it, for programs
+        in which it says what follows), "independence" (all of them), or a dict of their probabilities.
     :param temperatures: None, or 1 = T_1 < T_2 < ..., parallel tempering: every chain has a copy at each temperature,
 
         .. math:: \pi_k(z) \propto p(z)\, p(observed \mid z)^{1/T_k}
@@ -223,9 +223,11 @@ class _State:
         """One move of every chain, and one attempt to exchange neighbouring temperatures."""
         moves = self.algorithm.moves
         move = list(moves)[int(torch.multinomial(torch.tensor(list(moves.values())), 1))]
-        if move == "regrowth":
-            site = list(self.values)[int(torch.randint(len(self.values), ()))]
-            self._accept(move, regrowth(self.query, self.chains, self.values | self.subsamples, site))
+        if move != "independence":
+            sites = list(self.values)
+            first = int(torch.randint(len(sites), ()))
+            later = sites[first + 1 :] if move == "branch" else []
+            self._accept(move, regrowth(self.query, self.chains, self.values | self.subsamples, sites[first], later))
         else:
             self._accept(move, independence(self.query, self.chains, self.values, self.log_q, self.subsamples))
         if len(self.algorithm.temperatures) > 1:
