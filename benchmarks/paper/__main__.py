@@ -44,8 +44,8 @@ BEYOND = (  # page, question, what came out: figures of these pages, by name whe
     (
         "transfer",
         "can one guide serve many posteriors, and can guides be put together?",
-        "TV 0.007 to 0.10 on four families, 0.93 on words it never met; on a fifth, two observations at once, 0.195 "
-        "by its description, 0.040 as a product of the guide's answers to each over the prior, untrained (two seeds)",
+        "TV 0.006 to 0.10 on four families, 0.93 on words it never met; on a fifth, two observations at once, 0.191 "
+        "by its description, 0.037 as a product of the guide's answers to each over the prior, untrained (three seeds)",
     ),
     (
         "thoughts",
