@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import text
 from ..shapes import broadcast_shapes
+from .arguments import refuse_nan
 from .protocols import Steps, Stepwise
 from .stepped import SteppedText
 from .token_steps import draw, next_log_probs
@@ -96,6 +97,7 @@ class ComposedSteps:
         """log p of every next token, (R, V): -inf in a row where nothing can follow."""
         if self._next is None:
             self._next = self.together()
+            refuse_nan(self._next[~self.ended])
         return self._next
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,19 +125,30 @@ class ComposedSteps:
 class MixtureSteps(ComposedSteps):
     """``numbers`` are log w_k q_k(z_<t), of the text so far."""
 
+    _each: Tensor | None
+
+    def each(self) -> Tensor:
+        """log q_k of the next tokens, (K, R, V): asked once, since parts may share what others append to."""
+        if self._each is None:
+            self._each = torch.stack([next_log_probs(part, self.vocab_size) for part in self.parts])
+        return self._each
+
+    def _moved(self, log_probs: Tensor | None) -> None:
+        super()._moved(log_probs)
+        self._each = None
+
     def together(self) -> Tensor:
-        weights = _log_softmax(self.numbers)
-        found: Tensor | None = None
-        for part, log_w in zip(self.parts, weights.unbind(1), strict=True):
-            own = next_log_probs(part, self.vocab_size) + log_w[:, None]
-            found = own if found is None else torch.logaddexp(found, own)
-        assert found is not None
-        return found
+        return (self.each() + _log_softmax(self.numbers).T[..., None]).logsumexp(0)
 
     def append(self, tokens: Tensor) -> None:
-        gained = torch.stack([part.score(tokens) for part in self.parts], 1)
+        gained = self.each().gather(2, tokens.clamp(min=0).expand(len(self.parts), -1)[..., None])[..., 0].T
         self.numbers = self.numbers + gained.masked_fill(self.ended[:, None], 0.0)
         super().append(tokens)
+
+    def select(self, index: Tensor) -> None:
+        each = None if self._each is None else self._each[:, index]
+        super().select(index)
+        self._each = each
 
 
 class ProductSteps(ComposedSteps):
@@ -182,7 +195,11 @@ class TextMixture(Composed):
     steps = MixtureSteps
 
     def __init__(self, components: Sequence[Any], logits: Tensor):
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise ValueError(f"logits: expected a tensor of floating-point numbers, got {logits!r}")
         super().__init__(components, logits.log_softmax(-1) if logits.dim() else logits, "logits")
+        if bool(logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all(-1).any()):
+            raise ValueError(f"logits: expected finite numbers, or some of them -inf, got {logits.tolist()}")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """(..., L) -> (...), with gradient; -inf for a text that no component can write."""
@@ -218,6 +235,8 @@ class TextProduct(Composed):
     steps = ProductSteps
 
     def __init__(self, components: Sequence[Any], powers: Tensor):
+        if not isinstance(powers, Tensor):
+            raise ValueError(f"powers: expected a tensor, got {powers!r}")
         if not bool(powers.isfinite().all()):
             raise ValueError(f"powers: expected finite numbers, got {powers.tolist()}")
         super().__init__(components, powers, "powers")

@@ -273,3 +273,37 @@ def test_arguments_out_of_range():
         TextProduct([two(LM, stop=None)], torch.ones(1))
     with pytest.raises(ValueError, match="do not broadcast"):
         TextProduct([two(LM)], torch.ones(3, 1))
+    for wrong in ([0.0, 0.0], torch.tensor([0, 0]), torch.tensor([0.0, math.nan]), torch.tensor([-math.inf] * 2)):
+        with pytest.raises(ValueError, match="logits: expected"):
+            TextMixture([two(LM), two(LM)], wrong)
+    with pytest.raises(ValueError, match="powers: expected a tensor"):
+        TextProduct([two(LM)], [1.0])
+
+
+@pytest.mark.parametrize("kind", [TextMixture, TextProduct])
+def test_a_damaged_network_is_no_text(kind):
+    damaged = flat_lm(vocab=5, seed=3)
+    for p in damaged.model.parameters():
+        p.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        kind([two(LM), two(damaged)], torch.ones(2)).sample()
+
+
+@pytest.mark.parametrize("kind", [TextMixture, TextProduct])
+@pytest.mark.parametrize("guided", ["by a component", "by a mixture"])
+def test_smc_of_a_composed_text_under_a_guide_that_shares_its_network(kind, guided):
+    """Nothing is observed, so that the evidence estimates 1 without bias; the guide's steps append first."""
+    other = flat_lm(vocab=5, seed=1)
+
+    def model():
+        with pyro.plate("prompts", 2):
+            pyro.sample("z", kind([two(LM), two(other)], torch.ones(2)))
+
+    def guide():
+        mixed = TextMixture([two(LM), two(other)], torch.tensor([0.0, 1.0]))
+        with pyro.plate("prompts", 2):
+            pyro.sample("z", two(LM) if guided == "by a component" else mixed)
+
+    pyro.set_rng_seed(0)
+    found = torch.stack([SMC(model, guide, num_particles=100).run().log_evidence for _ in range(40)]).exp()
+    assert ((found.mean(0) - 1).abs() < 5 * found.std(0) / 40**0.5).all()

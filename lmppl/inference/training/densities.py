@@ -113,6 +113,14 @@ def _told(query: Query, program: Program, values: Values, name: str) -> Trace:
     for site in latents:
         if site not in values:
             raise SiteMismatch(f"{name}: its latent site {site!r} has no value; there are values of {list(values)}")
+        fn = run.nodes[site]["fn"]
+        given = values[site].shape[: values[site].dim() - len(fn.event_shape)]
+        plates = zip(reversed(fn.batch_shape), reversed((1,) * len(fn.batch_shape) + tuple(given)), strict=False)
+        if any(size > 1 and had == 1 for size, had in plates):  # it would count for all of them
+            raise ValueError(
+                f"{name}: its site {site!r} needs a value for each element of its plates, {tuple(fn.batch_shape)}, got "
+                f"{tuple(given)}"
+            )
     for site in values:
         if site not in run.nodes:
             raise SiteMismatch(f"{name}: it has no site {site!r}, of which there is a value; it has {list(latents)}")

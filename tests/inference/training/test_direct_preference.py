@@ -186,6 +186,8 @@ def test_what_is_no_choice_is_refused():
             trainer.step(*task.args, z, values)
     with pytest.raises(ValueError, match="impossible under the"):
         trainer.step(*task.args, z, {"z": task.lm.encode(["abc", "a"], stop="eos")})
+    with pytest.raises(ValueError, match="guide: its site 'z' needs a value for each element of its plates"):
+        trainer.step(*task.args, {"z": z["z"][:1]}, z)
     for beta in (0.0, -1.0, math.inf, math.nan, True):
         with pytest.raises(ValueError, match="beta"):
             task.trainer(DirectPreferenceOptimization, beta=beta)
