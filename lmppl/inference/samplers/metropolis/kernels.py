@@ -21,8 +21,8 @@ for every chain and element of the kept plates by itself.  From a state of proba
   together.
 - *Independence*: all latent sites are drawn from the guide, and the ratio is q(z) / q(z').
 
-A text that the model masks does not count in p: it follows q.  Under importance weights it does so where the guide masks
-it too, and has the weight 1 / q where it does not.
+A text that the model masks does not count in p: it follows q.  Under importance weights it does so where the guide
+masks it too, and has the weight 1 / q where it does not.
 """
 
 from __future__ import annotations
