@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import pyro
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +18,9 @@ from tiny import flat_lm, tiny_lm
 from benchmarks.paper import STUDIES
 from benchmarks.paper.transfer import Truth, proposed, summed
 from lmppl import LanguageModel, cli
-from lmppl.distributions import TextProduct
+from lmppl.distributions import TextMixture, TextProduct
 from lmppl.embedded.stories import NAMES, OBJECTS, middles
-from lmppl.inference import Enumeration
+from lmppl.inference import Enumeration, Importance
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import EXPERIMENTS, Transfer
 from lmppl.models.programs.transfer import Description
@@ -297,3 +298,46 @@ def test_arguments_out_of_range(stories):
     for families in ("infilling, other", "", []):
         with pytest.raises(ValueError, match="families"):
             EXPERIMENTS["transfer"](families=families)
+
+
+def test_two_endings_are_put_together_on_a_pretrained_model(smollm2_lm, capsys):
+    """A product's density is that of plain forward passes; what each proposal is worth is shown."""
+    lm, n, powers = smollm2_lm, 32, torch.tensor([1.0, 1.0, -1.0])
+    task = Transfer(lm, lm, max_tokens=14, template="Ending:{y}{v}\nThe whole story:{x}")
+    told = [
+        Description(" Tom went to the kitchen.", y=" He ate it.", v=" He washed his hands."),
+        Description(" It rained all day, so Mia and Ann stayed at home.", y=" They laughed.", v=" Then they slept."),
+    ]
+    both = task.encode(told)
+    one, other = (task.encode([Description(t.x, y=y) for t, y in zip(told, ys, strict=True)]) for ys in zip(*(
+        (t.y, t.v) for t in told
+    ), strict=True))  # fmt: skip
+    parts = [task.proposal(*one), task.proposal(*other), task.prior(both[0])]
+    fns = {
+        "language model": parts[2],
+        "told both": task.proposal(*both),
+        "mixture": TextMixture(parts[:2], torch.zeros(2)),
+        "product over the prior": TextProduct(parts, powers),
+    }
+    pyro.set_rng_seed(0)
+    with capsys.disabled():
+        for name, fn in fns.items():
+
+            def guide(*args, fn=fn):
+                with pyro.plate("tasks", len(args[0])):
+                    pyro.sample("z", fn)
+
+            p = Importance(task.model, guide, num_particles=n).run(*both)
+            print(f"\n{name}: ESS / N {(p.ess / n).tolist()}, log Z {p.log_evidence.tolist()}", end="")
+    product = fns["product over the prior"]
+    z = product.sample()
+    found = product.log_prob(z)
+    for i in range(2):
+        text_, prompts, expected = tokens(z[i]), [tokens(part.prompt[i]) for part in parts], 0.0
+        with torch.no_grad():
+            logits = [lm.model(torch.tensor([[*prompt, *text_]])).logits[0].double() for prompt in prompts]
+        for t, token in enumerate(text_[: task.max_tokens]):  # a stop after so many is certain
+            rows = [row[len(prompt) - 1 + t].log_softmax(-1) for row, prompt in zip(logits, prompts, strict=True)]
+            mixed = sum(float(a) * row for a, row in zip(powers, rows, strict=True))
+            expected += float(mixed.log_softmax(-1)[token])
+        assert float(found[i]) == pytest.approx(expected, abs=5e-3)
