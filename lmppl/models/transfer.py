@@ -23,9 +23,7 @@ from .experiment import Experiment, Options, Recipe, Start, split
 from .programs.transfer import Description, Transfer
 
 FAMILIES = "infilling", "reverse", "lexical", "tempered", "two endings"
-TRAINED = FAMILIES[
-    :4
-]  # "two endings" is what training leaves out: two observations, of which it has seen one at a time
+TRAINED = FAMILIES[:4]  # two endings are left out: two observations, of which training has seen one at a time
 EMBEDDED_PREFIX, EMBEDDED_LONGEST = "Beginning:", 5
 EMBEDDED_TEMPLATE = "Ending:{y}{v}\nNote:{w}{T}\nBeginning:{x}"
 STEPS = {2 ** (j / 2): j for j in range(-3, 4)}  # temperatures, and how many steps from 1 they are
