@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from .command_options import Failure
+from .command_output import Output
+from .command_record import FILE
 from .files import claim, save_figure, writing
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
@@ -20,20 +20,21 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
     from .models import Experiment
     from .models.budget import Plan
 
-console = Console(markup=False, emoji=False)  # users' texts, data and file names are shown as they are
 OUTSIDE_DRAWS = 10_000
 MATCHED = 5  # runs, at most, that it takes to find an algorithm's particles
 CURVE = "training.png"
+SAMPLES = "samples.txt", "samples.json"
+SHOWN = 6  # texts of an observation
 
 
-def exact_posterior(experiment: Experiment) -> tuple[Posterior | None, int | None]:
+def exact_posterior(experiment: Experiment, output: Output) -> tuple[Posterior | None, int | None]:
     """The exact posterior of the test observations and its cost in tokens, where it can be had."""
     if experiment.exact is None:
         return None, None
     before, started = experiment.lm.tokens_scored, time.time()
-    with console.status("Enumerating the exact posterior of every test observation"):
+    with output.status("Enumerating the exact posterior of every test observation"):
         exact = experiment.exact.run(*experiment.test)
-    console.print(f"Exact posterior of {exact.log_evidence.numel()} observations: {time.time() - started:.0f} s")
+    output.say(f"Exact posterior of {exact.log_evidence.numel()} observations: {time.time() - started:.0f} s")
     return exact, experiment.lm.tokens_scored - before
 
 
@@ -111,24 +112,31 @@ def train_beside(
     steps: int,
     out: Path,
     seed: int,
+    output: Output,
     looks: dict[str, Any] | None = None,
 ) -> None:
     """Train a guide, by the exact posterior where there is one, with log, curve and adapter in ``out``.
 
     :param looks: what `fit` is told of held-out observations; None: all of them, as often as usual.
     """
-    from .inference.training.loop import checkpoint as checkpoints
     from .inference.training.loop.log import Log
 
-    if checkpoints.exists(out / "training"):
-        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
+    refuse_run(out)
     claim_training(out)
     Log(out / "run.jsonl").cut(0)
     if exact is not None:
-        console.print(f"Total variation of the guide before training: {density_tv(exact, experiment):.3f}")
+        output.say(f"Total variation of the guide before training: {density_tv(exact, experiment):.3f}")
     looks = {"held_out": experiment.held_out} if looks is None else looks
-    trainer.fit(experiment.batches, steps, seed=seed, log=out / "run.jsonl", **looks)
+    trainer.fit(experiment.batches, steps, seed=seed, log=out / "run.jsonl", progress=not output.quiet, **looks)
     save_training(experiment, out)
+
+
+def refuse_run(out: Path) -> None:
+    """Refuse a directory in which `lmppl train` keeps its run."""
+    from .inference.training.loop import checkpoint as checkpoints
+
+    if checkpoints.exists(out / "training"):
+        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
 
 
 def claim_training(out: Path) -> None:
@@ -136,7 +144,7 @@ def claim_training(out: Path) -> None:
     from .inference.training.loop.log import Log
     from .loading import CONFIG, WEIGHTS
 
-    claim(out, [CURVE])
+    claim(out, [CURVE, FILE])
     claim(out / "adapter", [CONFIG, WEIGHTS])
     Log(out / "run.jsonl")
 
@@ -151,9 +159,20 @@ def contents(path: Path | None) -> dict[str, str]:
     return {"data files": digest([file.read_bytes() for file in files])}
 
 
+def history_of(out: Path) -> list[dict[str, Any]]:
+    """The metrics of every step of the log in a directory; of a line that is half written, nothing."""
+    lines = (out / "run.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def verdict_of(out: Path) -> str | None:
+    """The last verdict on held-out observations, where there is one."""
+    return next((step["verdict"] for step in reversed(history_of(out)) if "verdict" in step), None)
+
+
 def save_training(experiment: Experiment, out: Path) -> None:
     """The adapter, and the training curve of the log."""
-    history = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    history = history_of(out)
     with writing(out, "training curve") as fresh:
         plot_training(history, fresh / CURVE)
     experiment.guide_lm.save_pretrained(out / "adapter")
@@ -244,16 +263,37 @@ def annotate(result: Comparison, experiment: Experiment, exact: Posterior | None
     )
 
 
-def sample_text(experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int) -> str:
+def samples(
+    experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int | None = None
+) -> list[dict[str, Any]]:
     """The most probable texts of each observation, with their exact probabilities where those are known."""
+    found = []
+    for i in range(len(experiment.test[0]))[:observations]:
+        truth = dict(exact.table(experiment.site, i)) if exact is not None else None
+        texts = [
+            {"text": text, "probability": p, "exact": None if truth is None else truth.get(text, 0.0)}
+            for text, p in posterior.table(experiment.site, i)[:SHOWN]
+        ]
+        found.append({"observation": experiment.describe(i), "texts": texts})
+    return found
+
+
+def sample_text(found: list[dict[str, Any]]) -> str:
+    """Samples as text."""
     lines = []
-    for i in range(min(observations, len(experiment.test[0]))):
-        truth = dict(exact.table(experiment.site, i)) if exact is not None else {}
-        lines.append(experiment.describe(i))
-        for text, p in posterior.table(experiment.site, i)[:6]:
-            known = f"   exact {truth.get(text, 0.0):.3f}" if truth else ""
-            lines.append(f"    {p:.3f}{known}  {text.strip()}")
+    for one in found:
+        lines.append(one["observation"])
+        for row in one["texts"]:
+            known = "" if row["exact"] is None else f"   exact {row['exact']:.3f}"
+            lines.append(f"    {row['probability']:.3f}{known}  {row['text'].strip()}")
     return "\n".join(lines) + "\n"
+
+
+def save_samples(found: list[dict[str, Any]], out: Path) -> None:
+    """Samples, to be read and to be read by programs."""
+    with writing(out, "samples") as fresh:
+        (fresh / SAMPLES[0]).write_text(sample_text(found))
+        (fresh / SAMPLES[1]).write_text(json.dumps(found, indent=1, allow_nan=False))
 
 
 def plot_training(history: list[dict[str, float]], path: Path) -> None:

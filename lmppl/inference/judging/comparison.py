@@ -139,6 +139,8 @@ class Comparison:
         """Print the tables and notes."""
         console = console or Console()
         for table in self.tables():
+            title, table.title = table.title, None  # as a title it would be broken at the table's width
+            console.print(title, style="bold", highlight=False)
             console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
