@@ -22,6 +22,9 @@ PACKAGES = {"torch": "torch", "transformers": "transformers", "pyro": "pyro-ppl"
 RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
 
 
+SILENT = {"quiet", "json"}  # what is printed is no part of a run
+
+
 def versions() -> dict[str, str]:
     """Of lmppl, Python and the libraries that compute."""
     return {"lmppl": __version__, "python": platform.python_version()} | {k: version(p) for k, p in PACKAGES.items()}
@@ -32,7 +35,7 @@ def settings_of(ctx: typer.Context) -> dict[str, Any]:
     found = {}
     for param in ctx.command.params:
         name = max(param.opts, key=len).lstrip("-").replace("-", "_")
-        if param.name in ctx.params:
+        if param.name in ctx.params and name not in SILENT:
             value = ctx.params[param.name]
             found[name] = str(value) if isinstance(value, Path) else value
     return found

@@ -174,7 +174,7 @@ def save_training(experiment: Experiment, out: Path) -> None:
     """The adapter, and the training curve of the log."""
     history = history_of(out)
     with writing(out, "training curve") as fresh:
-        plot_training(history, fresh / CURVE)
+        save_figure(training_figure(history), fresh / CURVE)
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
@@ -296,20 +296,51 @@ def save_samples(found: list[dict[str, Any]], out: Path) -> None:
         (fresh / SAMPLES[1]).write_text(json.dumps(found, indent=1, allow_nan=False))
 
 
-def plot_training(history: list[dict[str, float]], path: Path) -> None:
-    """sd(u) of training draws and on held-out observations, against steps."""
+PANELS = (
+    ("sd(u), nats; 0 at the posterior", {"sd_u": "training draws", "held_out_sd_u": "held out"}),
+    (
+        "log evidence, held out, nats",
+        {
+            "held_out_log_z": "by the guide's draws",
+            "held_out_log_z_model": "by the model's draws",
+            "held_out_log_z_above": "from above",
+        },
+    ),
+    ("ESS / N, held out; 1 at the posterior", {"held_out_ess": "held out"}),
+    ("loss", {"loss": "training draws"}),
+)
+POINTS = 400  # of a line; of more, means are drawn
+
+
+def training_figure(history: list[dict[str, Any]]) -> Any:
+    """What was measured in training, against steps: a panel for each of `PANELS` of which there is a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for key, style, label in (
-        ("sd_u", {"lw": 0.6, "alpha": 0.6}, "training draws"),
-        ("held_out_sd_u", {"marker": "o", "ms": 3}, "held out, on-policy"),
-    ):
-        measured = [(h["step"], h[key]) for h in history if h.get(key) is not None]  # a GFlowNet alone has the first
-        if measured:
-            axis.plot(*zip(*measured, strict=True), label=label, **style)
-    axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for title, keys in PANELS:
+        found = {label: [(h["step"], h[key]) for h in history if h.get(key) is not None] for key, label in keys.items()}
+        if any(found.values()):
+            lines[title] = {label: _thinned(points) for label, points in found.items() if points}
+    rows = max(1, -(-len(lines) // 2))
+    figure = Figure(figsize=(9.6, 2.9 * rows), layout="constrained")
+    for i, (title, found) in enumerate(lines.items()):
+        axis = figure.add_subplot(rows, min(2, max(1, len(lines))), i + 1)
+        for label, points in found.items():
+            many = len(points) > 60
+            axis.plot(*zip(*points, strict=True), label=label, lw=0.9, marker="" if many else "o", ms=2.5)
+        axis.set(xlabel="step", title=title)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.title.set_fontsize(9)
+        axis.spines[["top", "right"]].set_visible(False)
+        if title.startswith(("sd", "ESS")):
+            axis.set_ylim(0, 1.05 if title.startswith("ESS") else None)
+        if len(found) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of groups of equal size where there are more than `POINTS`."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
