@@ -177,8 +177,8 @@ class Comparison:
     def plot(self, path: str | Path) -> None:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
 
-        Panels stand two a row; each shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
-        that is infinite is written where its bar would begin.
+        Panels stand two a row; each shows the rows that have its figure, algorithms in colour and references below
+        them, hatched; a figure that is infinite is written where its bar would begin.
         """
         from matplotlib.figure import Figure
 
