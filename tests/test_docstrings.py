@@ -68,8 +68,9 @@ BLOCK = re.compile(r"::\n\n((?: {4}.*\n|\n)+)")
 
 
 def blocks(doc: str) -> list[str]:
-    """The indented blocks after a line that ends with "::"."""
-    return [textwrap.dedent(block) for block in BLOCK.findall(doc + "\n")]
+    """The indented blocks after a line that ends with "::", without those of ``>>>``."""
+    found = [textwrap.dedent(block) for block in BLOCK.findall(doc + "\n")]
+    return [block for block in found if not block.lstrip().startswith(">>>")]
 
 
 BLOCKS = {name: doc for name, (doc, _) in DOCUMENTED.items() if blocks(doc)}
