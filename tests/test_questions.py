@@ -1,4 +1,4 @@
-"""docs/questions.md: thirty questions, each answered by a page and a heading that exist, two clicks from the first page."""
+"""docs/questions.md: thirty questions, each with a page and a heading that exist, two clicks from the first page."""
 
 from __future__ import annotations
 
