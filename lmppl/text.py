@@ -20,10 +20,20 @@ PAD = -1
 
 
 class Decoder(Protocol):
-    """The part of a language model that `map` needs."""
+    """The part of a language model that `map` needs.
+
+    >>> class Letters:
+    ...     def decode(self, text):
+    ...         return ["".join(chr(97 + i) for i in row if i >= 0) for row in text.tolist()]
+    >>> map(len, torch.tensor([[0, 1], [2, -1]]), Letters())
+    tensor([2, 1])
+    """
 
     def decode(self, text: Tensor) -> Any:
-        """Returns the string of a text ``[L]``, or nested lists of strings for leading axes."""
+        """Returns the string of a text ``[L]``, or nested lists of strings for leading axes.
+
+        :param text: texts ``[..., L]``.
+        """
 
 
 def _ask(**given: Any) -> None:

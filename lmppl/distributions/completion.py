@@ -77,8 +77,8 @@ class Completion(TorchDistribution):
     >>> d = Completion(lm, "Tom went to the kitchen.", max_tokens=9, stop=".")
     >>> d.batch_shape, d.event_shape
     (torch.Size([]), torch.Size([10]))
-    >>> round(d.log_prob(lm.encode(" He sliced it.")).item(), 1)
-    -4.6
+    >>> round(d.log_prob(lm.encode(" He took the small loaf.")).item(), 1)
+    -7.1
     >>> lm.decode(d.sample((3,)))  # three texts, such as ' He took the small loaf.'
 
     Example::
@@ -174,7 +174,6 @@ class Completion(TorchDistribution):
         """Returns the same distribution with a larger batch; the prompt is not copied, and nothing is computed twice.
 
         :param batch_shape: the new shape, with which the batch broadcasts.
-        :param _instance: for internal use, as in Pyro.
         :returns: a `Completion`.
 
         >>> Completion(lm, "once", max_tokens=5).expand((4, 2)).batch_shape
@@ -389,7 +388,7 @@ class Completion(TorchDistribution):
             whole = whole | (length >= rules.max_tokens)
         at_once = rows_at_once(self.lm, self._prompts(), width + 1)
         unfinished = (~whole).nonzero()[:, 0]
-        unfinished = unfinished[index[unfinished].argsort(stable=True)]  # rows with one prompt in as few chunks as possible
+        unfinished = unfinished[index[unfinished].argsort(stable=True)]  # rows with one prompt go into few chunks
         for chunk in unfinished.split(at_once) if len(unfinished) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             draw = steps.draw if exact else steps.propose

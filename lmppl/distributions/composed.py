@@ -73,7 +73,6 @@ class Composed(SteppedText):
         """Returns the same distribution with a larger batch; nothing is copied.
 
         :param batch_shape: the new shape, with which the batch broadcasts.
-        :param _instance: for internal use, as in Pyro.
         :returns: a distribution of the same class.
 
         >>> d = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))

@@ -58,7 +58,6 @@ class NextToken(TorchDistribution):
         """Returns the same distribution with a larger batch; the network runs once.
 
         :param batch_shape: the new shape, with which the batch broadcasts.
-        :param _instance: for internal use, as in Pyro.
         :returns: a `NextToken`.
 
         >>> NextToken(lm, "once").expand((4,)).sample().shape

@@ -99,8 +99,7 @@ class Repeats:
         self.log_integrand = self.log_rest - self.log_s + torch.zeros(rows, 1, device=device)  # ds = s (1 - s) dlogit
 
     def before(self, rows: Tensor, mass: Tensor) -> None:
-        """Records a draw in these rows, made when tokens of total probability 1 - ``mass`` were known to be rejected.
-        """
+        """Records a draw in these rows, made when tokens of total probability 1 - ``mass`` had been rejected."""
         log_mass = mass.log()[:, None]
         outside = torch.logaddexp(self.log_rest, log_mass + self.log_s)  # 1 - rho s = (1 - s) + (1 - rho) s
         self.log_integrand[rows] += log_mass + self.log_s - outside

@@ -192,9 +192,9 @@ class Rules:
         return self._known(t)[2] if self._constant(t) else None
 
     def _barred(self, T: int, prefix: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
-        """Returns which tokens get -inf, broadcasting to (R, T, V), and where no token is permitted, (R, T, 1); None if nowhere.
+        """Returns which tokens get -inf, (R, T, V), and where no token is permitted, (R, T, 1); None for "nowhere".
 
-        Where no token is permitted, none gets -inf: the softmax there, and its gradient, would be NaN.
+        Both broadcast. Where no token is permitted, none gets -inf: the softmax there, and its gradient, would be NaN.
         """
         forbidden = self._forbidden(T, prefix, first)
         if forbidden is None:

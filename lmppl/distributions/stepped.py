@@ -38,11 +38,20 @@ class SteppedText(TorchDistribution):
         return Texts(self.vocab_size)
 
     def decode(self, value: Tensor) -> Any:
-        """Returns texts (..., L) as strings, or nested lists of strings with the shape of the leading axes."""
+        """Returns texts as strings.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+        """
         raise NotImplementedError
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> Steps:
-        """Returns unfinished texts that grow token by token; see `protocols.Stepwise`."""
+        """Returns unfinished texts that grow token by token; see `protocols.Stepwise`.
+
+        :param shape: the shape of the texts, with which the batch broadcasts; None: the batch.
+        :param share: steps of another distribution that receive the same tokens.
+        :returns: `protocols.Steps`.
+        """
         raise NotImplementedError
 
     @torch.no_grad()

@@ -77,7 +77,6 @@ class Table(TorchDistribution):
         """Returns the same table with a larger batch; nothing is copied.
 
         :param batch_shape: the new shape, with which the batch broadcasts.
-        :param _instance: for internal use, as in Pyro.
         :returns: a distribution of the same class.
 
         >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).expand((4,)).batch_shape

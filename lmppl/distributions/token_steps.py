@@ -113,8 +113,7 @@ class TokenSteps:
         return self.draw(uniform)
 
     def _in_parts(self, compute: Callable[..., tuple[Tensor, ...]], *each: Tensor) -> list[Tensor]:
-        """Returns ``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, some rows at a time to limit memory.
-        """
+        """Returns ``compute(rules, logits (r, V), prefix (r, t), *each (r, ...))``, some rows at a time."""
         logits = self._logits()
         at_once = drawn_from(self.lm)
         if len(logits) <= at_once:

@@ -30,7 +30,9 @@ class UnmaskingSteps:
 
     @torch.no_grad()
     def _law(self) -> tuple[Tensor, Tensor]:
-        """Returns log p of every next symbol after each of K distinct states, (K, n, V), and the state of each row, (R,).
+        """Returns log p of every next symbol after each of K distinct states, (K, n, V).
+
+        Also returns the number of each row's state, (R,).
         """
         if self._next is None:
             live = (~self.ended).nonzero()[:, 0]
@@ -85,8 +87,7 @@ def after(d: Unmasking, state: Tensor, kind: Tensor, symbol: Tensor) -> Tensor:
 
 
 def _inverted(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns inverse-CDF draws (R,) from weights (R, M), and the rest of each uniform number, which is uniform again.
-    """
+    """Returns inverse-CDF draws (R,) from weights (R, M), and the rest of each uniform number, again uniform."""
     cdf = p.cumsum(1)
     at = uniform.clamp(max=1 - 2**-23)[:, None] * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, at, right=True).clamp(max=p.shape[1] - 1)
