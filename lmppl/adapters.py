@@ -265,7 +265,7 @@ def _alone(weight: Tensor) -> Tensor:
 def _refuse(config: peft.PeftConfig) -> None:
     kind = config.peft_type
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a like method")
+        raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a similar method")
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")
     start = getattr(config, "init_lora_weights", True)

@@ -45,7 +45,7 @@ def render(
     found = [p for p in parts if isinstance(p, int)]
     texts = [i for i, m in enumerate(messages) if isinstance(m["content"], Tensor)]
     if found != texts:
-        raise ValueError(f"messages: the chat template writes the texts of messages {found}, where {texts} were given")
+        raise ValueError(f"messages: the chat template writes the texts of messages {found}, expected {texts}")
     return parts
 
 

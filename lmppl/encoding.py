@@ -159,7 +159,9 @@ class Encoding(ABC):
         try:
             pieces = list(strings.Formatter().parse(template))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"template: {template!r} is no template ({error}); write {{{{ for a brace") from error
+            raise ValueError(
+                f"template: {template!r} is not a valid template ({error}); write {{{{ for a brace"
+            ) from error
         for fixed, name, spec, conversion in pieces:
             parts.append(("template", fixed))
             if name is None:

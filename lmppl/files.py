@@ -79,8 +79,8 @@ def _refuse(target: Path, names: Iterable[str]) -> None:
         path = target / name
         if os.path.lexists(path) and not (name in known and _is(path, known[name]) or _is_figure(path)):
             raise ValueError(
-                f"{path} was not written by lmppl, or was changed since: it is not replaced; "
-                "move it, or name another directory"
+                f"{path} was not written by lmppl, or was changed since, so it is not replaced; "
+                "move it, or choose another directory"
             )
 
 
@@ -98,13 +98,13 @@ def read(directory: str | os.PathLike[str], load: Callable[[], T]) -> T:
         else:
             if _state(target) == before:
                 return found
-    raise ValueError(f"{target} is being written all the time")
+    raise ValueError(f"{target}: another process keeps writing here")
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
     target = Path(path).absolute()
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; name a directory")
+        raise NotADirectoryError(f"{target} is a file; a directory is needed")
     return target
 
 
@@ -120,7 +120,9 @@ def settle(directory: Path) -> None:
             with locked(directory / LOCK):
                 _finish(directory)
         except PermissionError as error:
-            raise ValueError(f"{directory}: a save was cut off here; it is finished where it can be written") from error
+            raise ValueError(
+                f"{directory}: a save was interrupted here; finishing it needs permission to write"
+            ) from error
 
 
 def verify(directory: Path, kind: str, ending: str = "") -> None:
@@ -132,7 +134,7 @@ def verify(directory: Path, kind: str, ending: str = "") -> None:
         if entry["kind"] == kind and name.endswith(ending) and not _is(directory / name, entry):
             raise ValueError(
                 f"{directory / name} is missing, damaged or changed since it was saved"
-                f" (where that is meant, remove {MANIFEST})"
+                f" (if that is intended, remove {MANIFEST})"
             )
 
 
@@ -149,7 +151,7 @@ def manifest(directory: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and e.keys() >= {"kind", "size", "sha256"} and Path(n).name == n for n, e in files.items()
     ):
-        raise ValueError(f"{path} is damaged, or no manifest of lmppl ({FORMAT!r}); move it away")
+        raise ValueError(f"{path} is damaged, or is not a manifest of lmppl ({FORMAT!r}); move it away")
     return files
 
 
@@ -256,7 +258,9 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     key = _METADATA.get(path.suffix.lower())
     if path.exists() and not _is_figure(path):
-        raise ValueError(f"path: {path} is there and is no figure of lmppl: it is not replaced; name another file")
+        raise ValueError(
+            f"path: {path} exists and is not a figure of lmppl, so it is not replaced; choose another file"
+        )
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120, **({"metadata": {key: MARK}} if key else {}))
 

@@ -55,7 +55,7 @@ def load(name: str, gguf_file: str | os.PathLike[str], **kwargs: Any) -> tuple[A
     if scaling := _unread_scaling(path, model.config):
         raise CheckpointError(
             f"{path}: its rotary positions are scaled ({scaling}), which transformers does not read from a GGUF file; "
-            "pass rope_parameters=, or take the checkpoint in safetensors"
+            "pass rope_parameters=, or use the checkpoint in safetensors"
         )
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     return model, tokenizer, info
@@ -75,7 +75,7 @@ def _find(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {gguf_file} cannot be read ({first_line(error)})") from error
     if magic != MAGIC:
-        raise CheckpointError(f"{path}: this is no GGUF file (it begins with {magic!r})")
+        raise CheckpointError(f"{path}: this is not a GGUF file (it begins with {magic!r})")
     return path
 
 
@@ -97,7 +97,10 @@ def _what_is_wrong(library: ModuleType, path: Path, error: Exception) -> str:
 
 
 def _unread_scaling(path: Path, config: Any) -> str | None:
-    """Returns what scales rotary positions in the file but not in the configuration made from it; None if nothing does."""
+    """Returns what scales rotary positions in the file but not in the configuration made from it.
+
+    None if nothing does.
+    """
     from transformers.integrations.gguf import read_gguf_metadata  # slow: it imports many tokenizers
 
     rope = getattr(config, "rope_parameters", None) or {}

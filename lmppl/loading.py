@@ -71,7 +71,9 @@ def _refuse_partial(name: str, model: Any, info: dict[str, Any]) -> None:
     if info["missing_keys"]:
         raise CheckpointError(f"{name}: weights are missing: {min(info['missing_keys'])}")
     if beyond := damage.layers_beyond(info["unexpected_keys"], model.state_dict()):
-        raise CheckpointError(f"{name}: config.json is of a smaller network than the weights, which have {beyond[0]}")
+        raise CheckpointError(
+            f"{name}: config.json describes a smaller network than the weights, which have {beyond[0]}"
+        )
 
 
 def adapter(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:

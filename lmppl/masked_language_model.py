@@ -36,7 +36,7 @@ class MaskedLanguageModel(View):
     def __init__(self, model: Any, tokenizer: Any, **private: Any) -> None:
         super().__init__(model, tokenizer, **private)
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError("tokenizer: it has no mask token, so that this is no masked language model")
+            raise ValueError("tokenizer: it has no mask token, which a masked language model needs")
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *, device: Any = None, dtype: Any = None, **hf_kwargs: Any) -> Self:
@@ -53,7 +53,7 @@ class MaskedLanguageModel(View):
         >>> lm = MaskedLanguageModel.from_pretrained("bert-base-cased", device="cuda")
         """
         if "gguf_file" in hf_kwargs:
-            raise ValueError("gguf_file: no masked language model is read from GGUF files; take it in safetensors")
+            raise ValueError("gguf_file: GGUF files hold causal language models only; use safetensors")
         return super().from_pretrained(name_or_path, device=device, dtype=dtype, **hf_kwargs)
 
     @property

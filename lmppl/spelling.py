@@ -18,7 +18,10 @@ _ANCHORS = ("a", "0", ".", "我")  # texts after which a token is tried
 
 
 def spellings(tokenizer: Any, size: int) -> list[bytes]:
-    """Returns the bytes that each id below ``size`` spells; b"" for special tokens and ids that the tokenizer lacks."""
+    """Returns the bytes that each id below ``size`` spells.
+
+    b"" for special tokens and ids that the tokenizer does not have.
+    """
     special = special_ids(tokenizer)
     words = {i: word for word, i in tokenizer.get_vocab().items() if i < size and i not in special}
     added = _only_added(tokenizer)
@@ -32,7 +35,10 @@ def spellings(tokenizer: Any, size: int) -> list[bytes]:
 
 
 def _only_added(tokenizer: Any) -> frozenset[int]:
-    """Returns the tokens that were added to the tokenizer and that its model does not know; they are matched literally."""
+    """Returns the tokens that were added to the tokenizer and that its model does not have.
+
+    They are found literally in strings.
+    """
     added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return frozenset(i for i, word in added.items() if backend is None or backend.model.token_to_id(word) != i)
@@ -114,7 +120,10 @@ def _byte_level(word: str) -> bytes:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Returns the byte for each character of byte-level BPE: itself if it is printable, else one from 256 on in order."""
+    """Returns the byte for each character of byte-level BPE.
+
+    A printable byte stands for itself, the others are numbered from 256 on.
+    """
     prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in prints]
     return {chr(b): b for b in prints} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -124,7 +133,7 @@ _BYTES = _printable_bytes()
 
 
 def _latin_bytes(tokenizer: Any, words: dict[int, str]) -> bool:
-    """Returns whether a tokenizer writes the bytes of UTF-8 as the characters with those numbers, as ByT5's does."""
+    """Returns whether a tokenizer writes the bytes of UTF-8 as characters with those numbers, as ByT5's does."""
     ids = {word: i for i, word in words.items()}
     pair = [ids.get(chr(b)) for b in "é".encode()]
     return None not in pair and _decode(tokenizer, pair) == "é"

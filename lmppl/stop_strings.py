@@ -29,7 +29,7 @@ class StopStrings:
         self.strings = tuple(dict.fromkeys(strings))
         whole = [s.encode() for s in self.strings]
         if not all(whole):
-            raise ValueError("stop='' is an empty string, which ends every text; give one of a character or more")
+            raise ValueError("stop='' is an empty string, which ends every text; give at least one character")
         beginnings = sorted({s[:n] for s in whole for n in range(len(s) + 1)}, key=len)
         self.longest = len(beginnings[-1])  # in bytes
         following = _read(_by_byte(beginnings), [s[-self.longest :] for s in spelled])

@@ -62,7 +62,7 @@ class Calculator:
 
     def __post_init__(self) -> None:
         if not self.trigger:
-            raise ValueError("trigger: expected a string that asks for the value, got an empty one")
+            raise ValueError("trigger: expected a string of one character or more, got ''")
         if self.format is not None and self.format.count("{}") != 1:
             raise ValueError(f"format: expected one {{}} where the value goes, got {self.format!r}")
         if self.max_length < 1:

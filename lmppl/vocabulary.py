@@ -103,7 +103,10 @@ class Vocabulary:
         return spelled.decode(errors="replace")
 
     def ending(self, token: int) -> str:
-        """Returns the last character of any text that ends with this token; "" if the token alone does not decide it."""
+        """Returns the last character of any text that ends with this token.
+
+        "" if the token alone does not decide it.
+        """
         if token not in self._endings:
             last = self.spelled[token].decode(errors="replace")[-1:]
             self._endings[token] = "" if last == "\ufffd" else last  # U+FFFD: the token ends inside a character
@@ -284,7 +287,7 @@ class Vocabulary:
         It is one token, or for a string of several tokens those with which the tokenizer writes it.
         """
         if not isinstance(stop, str | int):
-            raise ValueError(f"stop={stop!r}: a text that is encoded ends with one stop, 'eos', a string or an id")
+            raise ValueError(f"stop={stop!r}: expected one stop: 'eos', a string or an id")
         if not isinstance(stop, str) or stop == "eos" or self.one_token(stop) is not None:
             return (self.token_id(stop),)
         try:

@@ -50,11 +50,11 @@ def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
         tensor([ True, False])
     """
     if not isinstance(pattern, str):
-        raise ValueError(f"pattern: expected a regular expression, a string, got {pattern!r}")
+        raise ValueError(f"pattern: expected a regular expression as a string, got {pattern!r}")
     if not pattern:
-        raise ValueError("pattern: it is empty, and would match the empty text alone")
+        raise ValueError("pattern: it is empty and matches only the empty text")
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
-        raise ValueError(f"pattern: {pattern!r}: it ends within an escape")
+        raise ValueError(f"pattern: {pattern!r}: it ends inside an escape")
     wrapped = llguidance().LLMatcher.grammar_from_regex(pattern)
     slashed = json.loads(wrapped)["grammars"][0]["lark_grammar"].removeprefix("start: ")
     return _of_terminal(lm, slashed, stop, name="pattern", written=repr(pattern))
@@ -102,7 +102,7 @@ def grammar(lm: LanguageModel, lark: str, stop: Stop = "eos") -> Grammar:
     found = Grammar(lm, lark, stop, name="lark")
     if rules := endless(lark):
         raise ValueError(
-            f"lark: the rule {rules[0]!r} never ends: each of its alternatives needs a rule that never ends"
+            f"lark: the rule {rules[0]!r} never ends: each of its alternatives contains a rule that never ends"
         )
     return found
 
@@ -190,7 +190,7 @@ class Grammar(PrefixConstraint):
         self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark", written: str | None = None
     ):
         if not isinstance(lark, str):
-            raise ValueError(f"{name}: expected a grammar, a string, got {lark!r}")
+            raise ValueError(f"{name}: expected a grammar as a string, got {lark!r}")
         self.vocab_size, self.name, self.written = as_lm(lm).vocab_size, name, written
         self.endings = endings(lm, stop)
         self.spelling = self.endings.spelling
@@ -201,12 +201,12 @@ class Grammar(PrefixConstraint):
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
         first = set(np.unpackbits(self._mask(()), count=self.vocab_size).nonzero()[0].tolist())
         if first and first <= set(self.endings.silent):
-            raise ValueError(f"{name}: of {shown(written or repr(lark))} the empty text alone can be written")
+            raise ValueError(f"{name}: {shown(written or repr(lark))} allows only the empty text")
         if not first:
             raise ValueError(
                 f"{name}: no text of {shown(written or repr(lark))} can be written with this vocabulary and "
-                f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
-                "stands nowhere before)"
+                f"then ended by stop={stop!r} (eos is no part of the text; any other stop must be its last token and "
+                "occur nowhere before)"
             )
 
     def __call__(self, prefix: Tensor) -> Tensor:

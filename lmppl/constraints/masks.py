@@ -133,7 +133,7 @@ def checked(allowed: Constraint | Iterable[int] | None, vocab_size: int, device:
         mask = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         mask[given] = True
     if not bool(mask.any()):
-        raise ValueError("allowed: the constraint allows no token at all")
+        raise ValueError("allowed: the constraint allows no token")
     return mask
 
 

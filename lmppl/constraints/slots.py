@@ -33,7 +33,7 @@ class Slots(PrefixConstraint):
 
     def __init__(self, lm: LanguageModel, *forms: Sequence[Iterable[int | str]]):
         if not forms or not all(forms):
-            raise ValueError("forms: expected one or more, each of one slot or more")
+            raise ValueError("forms: expected at least one form, each with at least one slot")
         self.vocab_size = as_lm(lm).vocab_size
         try:
             self.forms = [torch.stack([only(lm, slot) for slot in form]) for form in forms]  # (slots, V) each

@@ -369,7 +369,7 @@ class Completion(TorchDistribution):
         try:
             kept = text.pad(kept, self.event_shape[0])
         except ValueError as error:
-            raise ValueError(f"keep: it keeps more tokens than the {self.event_shape[0]} of this text") from error
+            raise ValueError(f"keep: it exceeds the {self.event_shape[0]} tokens that a text can have") from error
         return self._grow(shape, kept.expand(*shape, -1).reshape(shape.numel(), -1))
 
     def _grow(self, shape: torch.Size, kept: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,9 @@ class Composed(SteppedText):
     def __init__(self, components: Sequence[Any], numbers: Tensor, name: str):
         components = list(components)
         if not components or not all(isinstance(c, Stepwise) for c in components):
-            raise ValueError("components: expected texts that are drawn token by token, as Completions, at least one")
+            raise ValueError(
+                "components: expected at least one text that is drawn token by token, such as a Completion"
+            )
         if not numbers.dim() or numbers.shape[-1] != len(components):
             raise ValueError(
                 f"{name}: expected the shape (*batch, {len(components)}), a number for each component, got "
@@ -42,7 +44,7 @@ class Composed(SteppedText):
         first = components[0]
         for c in components:
             if not c.stop.numel() or getattr(c, "stop_strings", None) is not None:
-                raise ValueError("components: expected texts that end by a stop token, and by nothing else")
+                raise ValueError("components: expected texts that end with a stop token, without stop strings")
             if c.vocab_size != first.vocab_size or c.stop.tolist() != first.stop.tolist():
                 raise ValueError("components: their tokens or stops differ")
         try:
@@ -232,7 +234,7 @@ class TextMixture(Composed):
             raise ValueError(f"logits: expected a tensor of floating-point numbers, got {logits!r}")
         super().__init__(components, logits.log_softmax(-1) if logits.dim() else logits, "logits")
         if bool(logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all(-1).any()):
-            raise ValueError(f"logits: expected finite numbers, or some of them -inf, got {logits.tolist()}")
+            raise ValueError(f"logits: expected finite numbers or -inf, not all -inf, got {logits.tolist()}")
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log q(value), with gradient.

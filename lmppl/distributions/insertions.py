@@ -100,11 +100,11 @@ class Insertions:
         for tool in (t for t in asked if text.endswith(_trigger(t))):
             output = tool(text)
             if not (output is None or isinstance(output, str)):
-                raise ValueError(f"tools: {tool!r} answered {output!r} to {text!r}; expected a string or None")
+                raise ValueError(f"tools: {tool!r} returned {output!r} for {text!r}; expected a string or None")
             tokens = self._written(prefix, text, output) if output else ()
             if self.stops.intersection(tokens):
                 raise ValueError(
-                    f"tools: {tool!r} answered {output!r} to {text!r}, and part of that is a stop of this text"
+                    f"tools: {tool!r} returned {output!r} for {text!r}, which contains a stop of this text"
                 )
             if tokens:
                 return tokens

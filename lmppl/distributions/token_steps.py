@@ -38,8 +38,8 @@ class DeadEnd(ValueError):
         """
         return cls(
             f"allowed: the constraint permits no token after {lm.decode(prefix)!r} (tokens "
-            f"{prefix[prefix != text.PAD].tolist()}); permit a stop there, or a way round it. Importance and SMC go on "
-            "where a draw ends so, and give it weight zero"
+            f"{prefix[prefix != text.PAD].tolist()}); permit a stop there, or forbid what leads there. Importance and "
+            "SMC do not raise: such a draw gets weight zero"
         )
 
 

@@ -135,7 +135,7 @@ class Unmasking(SteppedText):
         self.holes_each = (self.prompt == lm.mask_id).sum(-1)
         holes = int(self.holes_each.max()) if self.holes_each.numel() else 0
         if not holes:
-            raise ValueError("canvas: none of its tokens is the mask; join texts with lm.gap(tokens)")
+            raise ValueError("canvas: it has no mask token; join texts with lm.gap(tokens)")
         self.allowed = self._checked(allowed, holes)
         self.temperature = torch.as_tensor(temperature, device=lm.device)
         if not bool((self.temperature > 0).all()):
@@ -155,7 +155,7 @@ class Unmasking(SteppedText):
             raise ValueError(f"allowed: expected a BoolTensor (V,) or (..., {holes}, V), V = {V}; got {what}")
         allowed = (allowed[None] if allowed.dim() == 1 else allowed).to(words.device) & words
         if not bool(allowed.any(-1).all()):
-            raise ValueError("allowed: some hole may get no word")
+            raise ValueError("allowed: it allows no word for some hole")
         return allowed
 
     def _set(self, event_shape: torch.Size) -> None:
@@ -392,7 +392,7 @@ class Unmasking(SteppedText):
         text.validate(words, "words", self.lm.vocab_size)
         only = self.order == LEFT_TO_RIGHT
         if n > MOST_HOLES and not only:
-            raise ValueError(f"words: {n} holes have 2^{n} subsets; up to {MOST_HOLES} are summed over, else bound it")
+            raise ValueError(f"words: {n} holes, at most {MOST_HOLES} are summed over; use lmppl.inference.Sandwich")
         shape = broadcast_shapes(text_shape, self.batch_shape)
         too_long = (words[..., n:] != PAD).any(-1).expand(shape).flatten()
         words = text.pad(words[..., :n], n).expand(*shape, n).reshape(-1, n)

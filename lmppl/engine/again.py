@@ -29,7 +29,9 @@ def refuse_second_derivative() -> None:
     (torch's ``once_differentiable`` does not raise if the incoming gradient is a constant.)
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("log-probabilities of language models have no second derivative: create_graph=True")
+        raise RuntimeError(
+            "log-probabilities of language models have no second derivative; do not pass create_graph=True"
+        )
 
 
 def kept_tokens(lm: LanguageModel) -> int:
