@@ -29,7 +29,7 @@ def render(
             f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in found]}"
         )
     said = repr([{k: v for k, v in m.items() if not isinstance(v, Tensor)} for m in messages])
-    mark = "TeXt"  # mixed case: a template that changes the case of a content does not return it
+    mark = "TeXt"  # mixed case, so that a template that changes the case of contents is noticed
     while any(mark in s for s in (said, repr(arguments), str(tokenizer.chat_template))):
         mark += "X"
     given = [{**m, "content": _placeholder(mark, i, m["content"])} for i, m in enumerate(messages)]
@@ -37,7 +37,7 @@ def render(
         rendered = tokenizer.apply_chat_template(
             given, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
         )
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # templates compute
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"messages: the chat template refuses them ({reason})") from error
     pieces: list[str] = re.split(f"{mark}([0-9]+){mark}", rendered)

@@ -258,8 +258,8 @@ class Encoding(ABC):
             stop strings, or None).
         :raises ValueError: if a string is empty, or the vocabulary cannot spell it.
 
-        >>> lm.stops(["eos", "\\nQuestion:"]).strings.strings
-        ('\\nQuestion:',)
+        >>> lm.stops(["eos", "\nQuestion:"]).strings.strings
+        ('\nQuestion:',)
         """
         several = _several(stop)
         strings = [s for s in several if isinstance(s, str) and s != "eos" and self.vocabulary.one_token(s) is None]

@@ -46,7 +46,7 @@ class Wide(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
-class Linear(lora.Linear):  # PEFT knows its layers by this name
+class Linear(lora.Linear):  # PEFT recognises its layers by this name
     r"""PEFT's LoRA of a linear layer, in three matrix products.
 
     .. math:: W x + s\, B A x

@@ -35,7 +35,7 @@ class Tool(Protocol):
 
 @dataclass(frozen=True)
 class Calculator:
-    """The tool that inserts the value of an arithmetic expression: `` 2`` after ``6 - 4 =``, and ``2`` after ``6-4=``.
+    """The tool that inserts the value of an arithmetic expression: after ``6-4=`` it inserts ``2``.
 
     The expression is the run of integers, ``+ - * /``, parentheses and spaces before ``trigger``. Division is exact
     inside it: ``7/2*4=`` is 14. Nothing is inserted if the expression has no operator, is malformed, has a value that
@@ -46,7 +46,7 @@ class Calculator:
 
     :param trigger: the string after which the value is inserted.
     :param format: how the value is written, with ``{}`` in its place; None: the value alone, after a space if there is
-        one before the trigger.
+        one before the trigger (``6 - 4 =``).
     :param max_length: the largest number of characters of an expression.
     :raises ValueError: if ``trigger`` is empty, ``format`` has not exactly one ``{}``, or ``max_length`` is below 1.
 
@@ -72,7 +72,7 @@ class Calculator:
         if not text.endswith(self.trigger):
             return None
         before = text[: -len(self.trigger)]
-        window = before[-self.max_length - 1 :]  # one more: what comes before the expression
+        window = before[-self.max_length - 1 :]  # one character more, to see what comes before the expression
         rest, expression = _last_expression(window)
         if len(expression) > self.max_length or _belongs_to_it(rest[-1:], expression):
             return None
@@ -115,7 +115,7 @@ def evaluate(expression: str) -> Fraction | None:
     >>> evaluate("2 * (3 - 5) / 8")
     Fraction(-1, 2)
     """
-    tokens = re.findall(r"[0-9]+|[^0-9\s]", expression)[::-1]  # the next one last
+    tokens = re.findall(r"[0-9]+|[^0-9\s]", expression)[::-1]  # reversed: the next token is the last
     try:
         value = _sum(tokens, MAX_DEPTH)
     except (_Malformed, ZeroDivisionError):

@@ -38,7 +38,7 @@ class Vocabulary:
         ends = self._configured(generation, config, "eos_token_id")
         own = tokenizer.eos_token_id
         self.eos_ids: Ids = ends or (() if own is None else (own,))
-        # If there are several ends, this is the one that the tokenizer writes.
+        # If there are several, the tokenizer's own is written.
         self.eos_id = own if own in self.eos_ids else next(iter(self.eos_ids), None)
         starts = self._configured(generation, config, "bos_token_id")
         self.bos_id = next((i for i in (tokenizer.bos_token_id, *starts, self.eos_id) if i is not None), None)

@@ -1,4 +1,4 @@
-"""`Check`: a constraint too costly to evaluate on the whole vocabulary."""
+"""`Check`: a constraint that is too costly to evaluate for the whole vocabulary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The intersection of constraints."""
+"""`every`: the intersection of constraints."""
 
 from __future__ import annotations
 

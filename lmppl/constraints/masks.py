@@ -105,7 +105,7 @@ def checked(allowed: Constraint | Iterable[int] | None, vocab_size: int, device:
     """Returns a constraint as a mask (V,) or a function; a list of ids becomes a mask.
 
     :param allowed: what the user passed as ``allowed``: a mask, token ids, a function of the prefix, or None.
-    :param vocab_size: V.
+    :param vocab_size: the number V of tokens.
     :param device: the device of the mask.
     :returns: BoolTensor (V,), a function, or None.
     :raises ValueError: if it is anything else, or allows no token.
@@ -142,7 +142,7 @@ def allowed_at(constraint: Constraint, prefix: Tensor, vocab_size: int) -> Tenso
 
     :param constraint: a mask (V,) or a function of the prefix.
     :param prefix: LongTensor (..., t).
-    :param vocab_size: V.
+    :param vocab_size: the number V of tokens.
     :returns: BoolTensor (V,) or (..., V).
     :raises ValueError: if a function returns anything else.
 

@@ -29,7 +29,7 @@ def reaches(constraint: Constraint, tokens: int, stops: Tensor) -> bool:
         return not tokens or bool(constraint.index_fill(0, stops, False).any())
     if not isinstance(constraint, PrefixConstraint) or isinstance(constraint, Check):
         return True
-    left, asked = [stops.new_empty(1, 0)], 0  # prefixes (n, t) to ask about, the longest last
+    left, asked = [stops.new_empty(1, 0)], 0  # prefixes (n, t) to try, the longest last
     while left and asked < _TRIED:
         prefixes = left.pop()
         if prefixes.shape[1] == tokens:

@@ -27,8 +27,8 @@ def llguidance() -> ModuleType:
 class Spelling:
     """A vocabulary by what its tokens spell. Tokens with the same spelling are one token to llguidance."""
 
-    tokenizer: Any  # llguidance's, over the distinct spellings; number 0 is no spelling at all
-    index: np.ndarray  # (V,): which spelling each token has; 0 for special tokens and ids that the tokenizer lacks
+    tokenizer: Any  # llguidance's tokenizer of the distinct spellings; number 0 stands for none
+    index: np.ndarray  # (V,): the number of each token's spelling; 0 for special tokens and ids without a token
 
     def is_silent(self, token: int) -> bool:
         """Returns whether a token is no part of a text: eos and other special tokens."""

@@ -1,4 +1,4 @@
-"""`Completion`: the distribution of the text that follows a prompt under a language model."""
+"""`Completion`: the distribution of the text that follows a prompt, under a language model."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ class Completion(TorchDistribution):
     def _prompts(self) -> Tensor:
         """Returns the prompts, (U, Lp), with at least one column."""
         prompts = self.prompt.reshape(self.prompt.shape[:-1].numel(), self.prompt.shape[-1])
-        return text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
+        return text.pad(prompts, max(1, prompts.shape[-1]))  # distinct_rows needs at least one column
 
     def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
         prompts = self._prompts()

@@ -37,7 +37,7 @@ class Rules:
     temperature: Tensor
     allowed: Constraint | None
     vocab_size: int
-    epsilon: Tensor  # the share of each token's probability that is spread evenly over what is permitted
+    epsilon: Tensor  # the probability with which each token is drawn evenly from the permitted ones
     insertions: Insertions | None = None
     strings: StopStrings | None = None
 
@@ -86,9 +86,9 @@ class Rules:
         return self.stop.numel() == 1 and t >= self._limits[1]
 
     def log_probs(self, logits: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
-        """Returns normalised log-probabilities (R, T, V) of tokens ``first ..
+        """Returns normalised log-probabilities (R, T, V) of the T tokens from ``first`` on.
 
-        first+T-1``; arguments as for `permitted`.
+        Arguments as for `permitted`.
         """
         logits, dead = self.permitted(logits, prefix, first)
         log_probs = logits.log_softmax(-1)
@@ -155,8 +155,9 @@ class Rules:
         return {}
 
     def _known(self, t: int) -> tuple[Tensor | None, Tensor | None, tuple[Rules, Tensor] | None]:
-        """Where the rules are constant, after ``t`` tokens: -inf at what is barred, else 0; `_barred`'s second answer;
-        what is `narrowed`.  Found once.
+        """Returns the barrier after ``t`` tokens, the second result of `_barred`, and the result of `narrowed`.
+
+        Only for constant rules. The barrier is -inf at forbidden tokens and 0 elsewhere. Computed once for each case.
         """
         case = (t < self._limits[0], t >= self._limits[1])
         if case not in self._cases:

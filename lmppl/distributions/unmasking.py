@@ -144,7 +144,10 @@ class Unmasking(SteppedText):
         self._set(torch.Size([holes]))
 
     def _checked(self, allowed: Tensor | None, holes: int) -> Tensor:
-        """Which words each hole may get, BoolTensor (*batch or none, n or 1, V): never the mask."""
+        """Returns which words each hole may get, BoolTensor (*batch or none, n or 1, V).
+
+        The mask is never one of them.
+        """
         V = self.lm.vocab_size
         words = torch.arange(V, device=self.lm.device) != self.lm.mask_id
         if allowed is None:
@@ -163,7 +166,7 @@ class Unmasking(SteppedText):
         shapes = [self.temperature.shape, self._epsilon.shape, self.allowed.shape[:-2]]
         batch = broadcast_shapes(self.prompt.shape[:-1], *shapes)
         rows = self.prompt.expand(*batch, -1).reshape(batch.numel(), -1)
-        self._ruled = any(shape.numel() > 1 for shape in shapes)  # rules are each element's own
+        self._ruled = any(shape.numel() > 1 for shape in shapes)  # whether elements have different rules
         if self._ruled:
             self.canvases, self.kind = rows, torch.arange(len(rows), device=rows.device)
         else:

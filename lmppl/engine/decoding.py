@@ -45,7 +45,7 @@ class Decoder:
         mask = (position >= 0).long() if padded else None
         places = {"attention_mask": mask, "position_ids": position.clamp(min=0)} if padded else {}
         count = int(length.sum())
-        if (past := recalled(lm, contexts, length - 1, exactly=True)) is not None:  # all but each last token
+        if (past := recalled(lm, contexts, length - 1, exactly=True)) is not None:  # all tokens except the last
             ids, count = ids[:, -1:], len(ids)
             places |= {"past_key_values": past.cache, "position_ids": position[:, -1:]}
         out = lm.forward(ids.clamp(min=0), tokens=count, use_cache=True, logits_to_keep=1, **places)

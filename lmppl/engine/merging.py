@@ -23,7 +23,7 @@ from .tuning import TUNING
 
 
 class Weights(dict[Linear, Tensor]):
-    """The merged weight of each layer."""
+    """The merged weights of layers, by layer."""
 
 
 @torch.no_grad()
