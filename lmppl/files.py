@@ -40,7 +40,9 @@ def writing(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     :raises LockedError: if another process keeps writing there.
 
     >>> with writing("out", "adapter") as folder:
-    ...     (folder / "adapter_config.json").write_text(config)
+    ...     size = (folder / "adapter_config.json").write_text("{}")
+    >>> sorted(manifest(Path("out")))
+    ['adapter_config.json']
     """
     target = _directory(directory)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]

@@ -15,7 +15,7 @@ class LanguageModel(View):
 
     .. math:: p(z_1 \dots z_n \mid prompt) = \prod_t p(z_t \mid prompt, z_{<t})
 
-    The base model and each of its adapters are `LanguageModel`s, called *views*, which share one ``.network``:
+    The base model and each of its adapters are language models of this class, *views* that share one ``.network``:
 
     - Call the view and not ``.model``, which all views share.
     - The network stays in ``eval()`` mode, also after ``train()``: a log-probability is a function of its inputs, so
@@ -26,8 +26,8 @@ class LanguageModel(View):
     - Several threads may use views of one network. They take turns, pass by pass.
     - Modules that are replaced in the model later are noticed. After ``resize_token_embeddings``, wrap the model again.
 
-    The probability of a token is the one that the network gives when it reads the text so far alone, also if its
-    positions depend on the length of the text (LongRoPE).
+    The probability of a token is what the network returns when it reads the text before it and nothing else, also if
+    its positions depend on the length of the text (LongRoPE).
 
     ``token_budget`` (an attribute, 16,384 by default) is the largest number of tokens in one pass through the network.
     Larger work is split, so memory stays bounded for any number of particles; a single text is never split. With
@@ -42,10 +42,10 @@ class LanguageModel(View):
     Attributes: ``.model`` and ``.tokenizer`` as given; ``.max_length``, the number of tokens of the model's context, or
     None; ``.token_budget``.
 
-    >>> lm = LanguageModel.from_pretrained("gpt2")
+    >>> lm = LanguageModel.embedded("stories")  # or LanguageModel.from_pretrained("gpt2")
     >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
-    >>> z = Completion(guide, lm.encode("Once upon a time"), max_tokens=20, stop=".").sample()
-    >>> print(lm.decode(z))
+    >>> z = Completion(guide, "Tom went to the kitchen.", max_tokens=9, stop=".").sample()
+    >>> lm.decode(z)  # such as ' He took the small loaf.'
     """
 
     kind = "causal language model"

@@ -36,7 +36,7 @@ def locked(path: Path, wait: float = PATIENCE, what: Path | None = None) -> Iter
     :raises LockedError: if another process still holds it after ``wait`` seconds; the message says which.
 
     >>> with locked(Path("out/.lock")):
-    ...     write("out")
+    ...     size = Path("out/note.txt").write_text("one process at a time")
     """
     path, process = path.absolute(), os.getpid()
     descriptor = _acquire(path, wait, what or path.parent)

@@ -26,8 +26,9 @@ class MaskedLanguageModel(View):
     :param private: for internal use.
     :raises ValueError: if the tokenizer has no mask token.
 
-    >>> lm = MaskedLanguageModel.from_pretrained("answerdotai/ModernBERT-base")
-    >>> lm.join("Tom went to the", lm.gap(1), ".")
+    >>> lm = MaskedLanguageModel.embedded("masked_stories")  # or .from_pretrained("answerdotai/ModernBERT-base")
+    >>> d = Unmasking(lm, lm.join("Tom went to the", lm.gap(1), "."))
+    >>> lm.decode(d.fill(d.sample()))  # such as 'Tom went to the attic.'
     """
 
     kind = "masked language model"

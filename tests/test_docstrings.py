@@ -37,13 +37,9 @@ from lmppl.testing import TextContract
 ROOT = Path(lmppl.__file__).parent
 NOT_RUN = {
     "pretrained.py: smollm2": "it loads a pretrained model",
-    "language_model.py: LanguageModel": "it loads a pretrained model",
     "view.py: View.from_pretrained": "it loads a pretrained model, on an accelerator",
-    "masked_language_model.py: MaskedLanguageModel": "it loads a pretrained model",
     "masked_language_model.py: MaskedLanguageModel.from_pretrained": "it loads a pretrained model, on an accelerator",
-    "files.py: writing": "`config` is the caller's, and so are the files",
     "models/budget.py: plan": "it trains for half a minute; tests/models/test_budget.py does so for no time",
-    "locks.py: locked": "what it guards is the caller's",
 }
 
 

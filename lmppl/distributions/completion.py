@@ -52,7 +52,7 @@ class Completion(TorchDistribution):
         distribution.
     :param tools: functions that insert tokens, see `lmppl.tools`. An inserted token has probability 1. If several tools
         return a string, the first one is used.
-    :param validate_args: whether values are checked; None: as Pyro's global setting says.
+    :param validate_args: whether values are checked; None: as ``pyro.enable_validation`` set it.
     :raises ValueError: naming the argument: for a stop that no tokens spell, shapes that do not broadcast, a constraint
         that allows no text, or a prompt and text longer than the model's context.
 
@@ -62,11 +62,11 @@ class Completion(TorchDistribution):
     Gradients flow through `log_prob` to the language model's trainable parameters and to ``temperature``. Sampling runs
     without gradient.
 
-    A stop string that is one token means that token only, even if other tokens can spell it too. A string of several
-    tokens is a *stop string*: the text ends after the first token at whose end the decoded text ends with the string,
-    whatever tokens spell it. The string is part of the text. A token that begins before the string may complete it; a
-    token that runs over its end does not end the text. A token that would complete the string after fewer than
-    ``min_tokens`` other tokens is impossible. A stop string cannot be made certain at the limit:
+    A stop that is one token means that token only, even if other tokens can spell it too. A string of several tokens is
+    a *stop string*: the text ends after the first token at whose end the decoded text ends with the string, whatever
+    tokens spell it. The string is part of the text. A token that begins before the string may complete it; a token that
+    runs over its end does not end the text. A token that would complete the string after fewer than ``min_tokens``
+    other tokens is impossible. A stop string cannot be made certain at the limit:
 
     - If there is a stop token too: a text that has not ended after ``max_tokens`` tokens gets a stop token. A text that
       a stop string ends has at most ``max_tokens`` tokens, including those of the string, and no stop token.

@@ -25,7 +25,7 @@ class NextToken(TorchDistribution):
     :param lm: the language model.
     :param context: text (*batch, L), or a string or nested list of strings, encoded by `LanguageModel.encode`. An empty
         context starts from bos.
-    :param validate_args: whether values are checked; None: as Pyro's global setting says.
+    :param validate_args: whether values are checked; None: as ``pyro.enable_validation`` set it.
     :raises ValueError: naming the argument, for a malformed text or one longer than the model's context.
 
     Shapes: ``batch_shape = context.shape[:-1]``, ``event_shape = ()``; values are token ids. Gradients flow through

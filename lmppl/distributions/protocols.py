@@ -7,7 +7,7 @@ A text is a LongTensor (..., L) of token ids, padded on the right with PAD (`lmp
 ==============  ==============================================================================================
 `Text`          tables and strings show it decoded
 `Stepwise`      SMC grows it token by token, Metropolis-Hastings regrows it, enumeration searches its tree
-`Terminable`    objectives use its stopped prefixes, and the guide's flow
+`Terminable`    objectives score its stopped prefixes, and its stop probabilities give the guide's flow
 ==============  ==============================================================================================
 
 `lmppl.testing.TextContract` tests them.

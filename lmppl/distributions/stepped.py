@@ -62,8 +62,8 @@ class SteppedText(TorchDistribution):
         :returns: LongTensor (*sample_shape, *batch_shape, L).
         :raises DeadEnd: if no token can follow a prefix that was drawn; the message shows the prefix.
 
-        >>> AutoregressiveText.sample is SteppedText.sample
-        True
+        >>> TextMixture([Completion(lm, x, max_tokens=5)], torch.zeros(1)).sample((3,)).shape
+        torch.Size([3, 2, 6])
         """
         shape = torch.Size(sample_shape) + self.batch_shape
         steps = self.token_steps(shape)

@@ -161,9 +161,11 @@ class Table(TorchDistribution):
 
 
 class TextTable(Table):
-    r"""A distribution over K texts, which it lists; inference can use it wherever it can use a `Completion`'s log_prob.
+    r"""A distribution over K texts, which it lists.
 
     .. math:: p(z_k) = \mathrm{softmax}(logits)_k, \qquad p(z) = 0 \text{ for any other text}
+
+    It scores all prefixes of a text (`prefix_scores`), but is not drawn token by token.
 
     :param lm: the language model whose tokens these are. It decodes texts; it never scores them.
     :param texts: (K, L), distinct, each ended by one of ``stop``.

@@ -1,8 +1,8 @@
 """Networks that read long texts with other factors than short ones (LongRoPE): which view reads which text.
 
-The probability of a token is the one that the network gives when it reads the text so far alone. Up to a certain
-length it uses the factors of short texts; one token later, it reads everything anew with those of long texts. So a text
-that crosses this length is read twice: for the predictions of its first tokens, and for those of the others.
+The probability of a token is what the network returns when it reads the text before it and nothing else. Up to a
+certain length it uses the factors of short texts; one token later, it reads everything anew with those of long texts.
+So a text that crosses this length is read twice: for the predictions of its first tokens, and for those of the others.
 """
 
 from __future__ import annotations
