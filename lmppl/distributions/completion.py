@@ -56,8 +56,8 @@ class Completion(TorchDistribution):
     :raises ValueError: naming the argument: for a stop that no tokens spell, shapes that do not broadcast, a constraint
         that allows no text, or a prompt and text longer than the model's context.
 
-    Shapes: ``batch_shape`` is ``prompt.shape[:-1]``, broadcast with tensor parameters. ``event_shape`` is ``(max_tokens
-    + 1,)``, or ``(max_tokens,)`` if there is no stop token. V is the size of the vocabulary.
+    Shapes: ``batch_shape`` is ``prompt.shape[:-1]``, broadcast with tensor parameters. ``event_shape`` is
+    ``(max_tokens + 1,)``, or ``(max_tokens,)`` if there is no stop token. V is the size of the vocabulary.
 
     Gradients flow through `log_prob` to the language model's trainable parameters and to ``temperature``. Sampling runs
     without gradient.

@@ -64,10 +64,10 @@ class Request(NamedTuple):
 def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head, key: Tensor | None = None) -> Tensor:
     """Applies ``head`` to the logits that predict each token of ``value`` after ``context``.
 
-    ``context`` (*batch, Lc) and ``value`` (*batch, T); leading axes broadcast; the result is (*batch, ...). ``logits[:,
-    t]`` predicts ``value[..., t]``; it is unspecified at padding. ``rows`` are numbers in the flattened batch. Equal
-    rows of tokens are read once. ``key`` (rows, K) are integers for whatever else ``head`` knows of a row: rows with
-    equal tokens and key have the same result.
+    ``context`` (*batch, Lc) and ``value`` (*batch, T); leading axes broadcast; the result is (*batch, ...).
+    ``logits[:, t]`` predicts ``value[..., t]``; it is unspecified at padding. ``rows`` are numbers in the flattened
+    batch. Equal rows of tokens are read once. ``key`` (rows, K) are integers for whatever else ``head`` knows of a row:
+    rows with equal tokens and key have the same result.
     """
     return score_together([Request(lm, context, value, head, key)])[0]
 
