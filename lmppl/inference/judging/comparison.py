@@ -191,8 +191,8 @@ class Comparison:
     def plot(self, path: str | Path) -> None:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
 
-        Panels stand two a row; each shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
-        that is infinite is written where its bar would begin.
+        There are two panels in a row.  Each shows the rows that have its figure: algorithms in colour, references
+        below them, hatched.  An infinite figure is written where its bar would begin.
         """
         from matplotlib.figure import Figure
 
@@ -208,7 +208,7 @@ class Comparison:
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
-                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                style: dict[str, Any] = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
                 axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
                 axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
             algorithms = sum(not row.reference for row in rows)
