@@ -32,6 +32,7 @@ LAYERS = {
     "catalogue": 0,
     "locks": 0,
     "hub": 0,
+    "markup": 0,
     "progress": 0,
     "files": 1,
     "damage": 2,

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ... import markup
 from ...files import claim, save_figure, writing
 
 FILES = "comparison.json", "comparison.png", "budget.png"
@@ -84,7 +85,7 @@ class Point:
     log_evidence_error: float | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """A table of algorithms, and their quality against budget; `print`, `plot` and `save` it."""
 
@@ -93,6 +94,19 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     curves: list[Point] = field(default_factory=list)
     unit: str = "tokens"
+
+    def __repr__(self) -> str:
+        """One line: the algorithms."""
+        return f"Comparison({', '.join(row.name for row in self.rows)})"
+
+    def _repr_html_(self) -> str:
+        parts: list[Any] = []
+        for title, columns in _TABLES:
+            shown, rows = self._filled(columns)
+            if shown:
+                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
+                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        return markup.page("Comparison", *parts, *map(markup.note, self.notes))
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -177,8 +191,8 @@ class Comparison:
     def plot(self, path: str | Path) -> None:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
 
-        Panels stand two a row; each shows the rows that have its figure, algorithms in colour and references below
-        them, hatched; a figure that is infinite is written where its bar would begin.
+        There are two panels in a row.  Each shows the rows that have its figure: algorithms in colour, references
+        below them, hatched.  An infinite figure is written where its bar would begin.
         """
         from matplotlib.figure import Figure
 
@@ -194,7 +208,7 @@ class Comparison:
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
-                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                style: dict[str, Any] = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
                 axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
                 axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
             algorithms = sum(not row.reference for row in rows)

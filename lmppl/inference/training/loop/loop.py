@@ -1,4 +1,4 @@
-"""The loop of a training run: batches, one update, a look, the log, a checkpoint, and whether it ends."""
+"""The loop of a training run: batches, updates, evaluations, log, checkpoints, and the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("lmppl")
 
 @dataclass
 class Loop:
-    """The steps of one `fit`, of which each part knows its own business."""
+    """The steps of one `fit`; each part of a step is an object of its own."""
 
     update: Update  # of a batch and the step: the metrics
     descent: Descent
@@ -52,7 +52,7 @@ class Loop:
     said: str = field(default="", init=False)  # the last verdict
 
     def run(self, start: int, name: str, shown: bool) -> None:
-        """All steps from ``start`` on."""
+        """Makes all steps from ``start`` on."""
         turns = len(self.tasks) // gcd(len(self.tasks), self.accumulate)
         cost = Forecast(start, self.steps, self.spent, self.looks, self.checkpoint_every, turns, self.may_end)
         first = distributed.world().rank == 0
@@ -64,13 +64,13 @@ class Loop:
                 told.update(self._figures())
                 if stopped:
                     break
-                if "skipped" not in self.history[-1]:  # which costs less than others
+                if "skipped" not in self.history[-1]:  # a skipped step costs less
                     self.spent.add(before)
                 _say(cost(step + 1), told)
         self.stops.finish()
 
     def step(self, step: int) -> bool:
-        """One step; whether training ends with it."""
+        """Makes one step; returns whether training ends with it."""
         seeded(self.seed, step)
         self.rates.begin(step)
         metrics: dict[str, Any] = self._tried(step)
@@ -95,22 +95,22 @@ class Loop:
         return stopped
 
     def _tried(self, step: int) -> dict[str, float]:
-        """The metrics of a step, also of one that could update nothing."""
+        """The metrics of a step, or those of a skipped step where nothing could be updated."""
         try:
             return mean([self._one(number, step) for number in self._numbers(step)])
         except FloatingPointError as error:
             before = ["skipped" in metrics for metrics in self.history[1 - MOST_SKIPPED :]]
             if len(before) == MOST_SKIPPED - 1 and all(before):
                 raise FloatingPointError(
-                    f"{MOST_SKIPPED} steps in a row, the last one {step}, could update nothing: {error}; lower the "
-                    "learning rate, load the weights in float32, and look for factors that are NaN or infinite"
+                    f"{MOST_SKIPPED} steps in a row, the last one {step}, updated nothing: {error}; lower the "
+                    "learning rate, load the weights in float32, or look for factors that are NaN or infinite"
                 ) from error
             if not (before and before[-1]):
                 logger.warning("step %d is skipped: %s", step, error)
             return {"loss": math.nan, "skipped": 1.0}
 
     def _numbers(self, step: int) -> range:
-        """Which batches a step takes, in the order of all."""
+        """The numbers of the batches that a step takes."""
         return range(step * self.accumulate, (step + 1) * self.accumulate)
 
     def _one(self, number: int, step: int) -> dict[str, float]:
@@ -118,7 +118,7 @@ class Loop:
         task = self.tasks[number % len(self.tasks)]
         found = self.update(task.query(number // len(self.tasks)), step)
         if self.accumulate > 1 and self.descent.done != (number + 1) % self.accumulate:
-            raise ValueError("accumulate: an update has to call `descend` once, and nothing else that steps")
+            raise ValueError("accumulate: an update has to call `descend` exactly once, and step in no other way")
         return found
 
     def _figures(self) -> str:
