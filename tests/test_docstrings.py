@@ -37,14 +37,9 @@ from lmppl.testing import TextContract
 ROOT = Path(lmppl.__file__).parent
 NOT_RUN = {
     "pretrained.py: smollm2": "it loads a pretrained model",
-    "language_model.py: LanguageModel": "it loads a pretrained model",
     "view.py: View.from_pretrained": "it loads a pretrained model, on an accelerator",
-    "encoding.py: Encoding.chat": "it goes on as the reader likes (...)",
-    "masked_language_model.py: MaskedLanguageModel": "it loads a pretrained model",
     "masked_language_model.py: MaskedLanguageModel.from_pretrained": "it loads a pretrained model, on an accelerator",
-    "files.py: writing": "`config` is the caller's, and so are the files",
     "models/budget.py: plan": "it trains for half a minute; tests/models/test_budget.py does so for no time",
-    "locks.py: locked": "what it guards is the caller's",
 }
 
 
@@ -93,6 +88,12 @@ def spelling_lm() -> LanguageModel:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(pieces), max_length=256, layers=1))
     return LanguageModel(network, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
+
+
+def chat_lm() -> LanguageModel:
+    lm = spelling_lm()
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return lm
 
 
 def names(max_tokens: int = 1) -> dict[str, Any]:
@@ -199,7 +200,12 @@ OF_THEIR_OWN = {
     "distributions/unmasking.py: Unmasking": with_gaps,
     "distributions/unmasking.py: Unmasking.symbols": with_gaps,
     "distributions/unmasking.py: Unmasking.text_log_prob": with_gaps,
+    **{
+        f"distributions/unmasking.py: Unmasking.{name}": with_gaps
+        for name in ("words", "fill", "decode", "placeholder", "broadened", "token_steps", "log_prob")
+    },
     "masked_language_model.py: MaskedLanguageModel.gap": with_gaps,
+    "encoding.py: Encoding.chat": lambda c: {"lm": chat_lm()},
     "inference/training/em.py: VariationalEM": with_labels,
     "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
     "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),

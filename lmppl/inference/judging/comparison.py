@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ... import markup
 from ...files import claim, save_figure, writing
 
 FILES = "comparison.json", "comparison.png", "budget.png"
@@ -84,7 +85,7 @@ class Point:
     log_evidence_error: float | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """The result of `compare`: a row of figures for each algorithm, and curves of quality against cost.
 
@@ -114,6 +115,19 @@ class Comparison:
     curves: list[Point] = field(default_factory=list)
     unit: str = "tokens"
 
+    def __repr__(self) -> str:
+        """One line: the algorithms."""
+        return f"Comparison({', '.join(row.name for row in self.rows)})"
+
+    def _repr_html_(self) -> str:
+        parts: list[Any] = []
+        for title, columns in _TABLES:
+            shown, rows = self._filled(columns)
+            if shown:
+                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
+                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        return markup.page("Comparison", *parts, *map(markup.note, self.notes))
+
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
             if row.name == name:
@@ -138,17 +152,24 @@ class Comparison:
             found.append(table)
         return found
 
+    def cells(self) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
+        """The same tables as strings: of each its title, the titles of its columns, and each row's figures."""
+        filled = [(title, *self._filled(columns)) for title, columns in _TABLES]
+        return [
+            (title, [c.title for c in shown], [(row, [c.show(row) for c in shown]) for row in rows])
+            for title, shown, rows in filled
+            if shown
+        ]
+
     def markdown(self) -> str:
         """The tables in Markdown."""
         lines = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                titles = [c.title.replace("|", "\\|") for c in shown]
-                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
-                lines += ["|---|" + "---:|" * len(shown)]
-                lines += [f"| {row.name} | " + " | ".join(c.show(row) for c in shown) + " |" for row in rows]
-                lines.append("")
+        for title, columns, rows in self.cells():
+            titles = [c.replace("|", "\\|") for c in columns]
+            lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
+            lines += ["|---|" + "---:|" * len(columns)]
+            lines += [f"| {row.name} | " + " | ".join(figures) + " |" for row, figures in rows]
+            lines.append("")
         return "\n".join(lines)
 
     def _filled(self, columns: tuple[_Column, ...]) -> tuple[list[_Column], list[Row]]:
@@ -162,6 +183,8 @@ class Comparison:
         """
         console = console or Console()
         for table in self.tables():
+            title, table.title = table.title, None  # as a title it would be broken at the table's width
+            console.print(title, style="bold", highlight=False)
             console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
@@ -194,8 +217,8 @@ class Comparison:
     def plot(self, path: str | Path) -> None:
         """Writes a PNG with bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
 
-        Each panel shows the rows that have its figure, algorithms in colour, and references hatched below them.  An
-        infinite figure is written without a bar.
+        There are two panels in a row.  Each shows the rows that have its figure, algorithms in colour, and references
+        hatched below them.  An infinite figure is written without a bar.
 
         :param path: the file.
         """
@@ -204,8 +227,10 @@ class Comparison:
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
         height = 0.42 * max(map(len, shown), default=1) + 1.6
-        figure = Figure(figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        wide = min(2, max(1, len(panels)))
+        high = -(-max(1, len(panels)) // wide)
+        figure = Figure(figsize=(5.4 * wide, height * high), layout="constrained")
+        axes = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
         for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
             for i, row in enumerate(rows):
@@ -220,7 +245,7 @@ class Comparison:
             axis.set_title(title, fontsize=9)
             axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
-            axis.invert_yaxis()
+            axis.set_ylim(max(map(len, shown)) - 0.4, -0.6)  # bars of one height in all panels
             axis.spines[["top", "right"]].set_visible(False)
         save_figure(figure, path)
 
