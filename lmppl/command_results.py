@@ -315,6 +315,7 @@ POINTS = 400  # of a line; of more, means are drawn
 def training_figure(history: list[dict[str, Any]]) -> Any:
     """What was measured in training, against steps: a panel for each of `PANELS` of which there is a figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for title, keys in PANELS:
@@ -329,7 +330,7 @@ def training_figure(history: list[dict[str, Any]]) -> Any:
             many = len(points) > 60
             axis.plot(*zip(*points, strict=True), label=label, lw=0.9, marker="" if many else "o", ms=2.5)
         axis.set(xlabel="step", title=title)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.title.set_fontsize(9)
         axis.spines[["top", "right"]].set_visible(False)
         if title.startswith(("sd", "ESS")):

@@ -218,7 +218,7 @@ class Comparison:
         """Writes a PNG with bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
 
         There are two panels in a row.  Each shows the rows that have its figure, algorithms in colour, and references
-        hatched below them.  An infinite figure is written without a bar.
+        hatched below them.  An infinite figure is written where its bar would begin.
 
         :param path: the file.
         """
@@ -236,7 +236,7 @@ class Comparison:
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
-                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                style: dict[str, Any] = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
                 axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
                 axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
             algorithms = sum(not row.reference for row in rows)
