@@ -63,11 +63,14 @@ class Enumerated(Posterior):
         return torch.full_like(self.log_evidence, torch.nan)
 
     def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
-        """Zero: these are no draws.  What the enumeration left out shows in ``log_evidence_bounds``."""
+        """Zero, because the values are not draws; ``log_evidence_bounds`` shows what was left out."""
         return torch.zeros_like(self._deviations(values, index)[0])
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """The evidence of one plate element and, where the enumeration is not complete, its bounds."""
+        """The log evidence of one plate element; for an incomplete enumeration also the unexplored mass and bounds.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found, left = {"log evidence": float(self.log_evidence[element])}, float(self.unexplored[element])
         if left > 0:

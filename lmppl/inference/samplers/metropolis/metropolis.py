@@ -113,8 +113,11 @@ class MarkovChains(Posterior):
 
         .. math:: \mathrm{sd}(f) / \sqrt{\mathrm{ESS}(f)}
 
-        with arviz's effective sample size of the mean of f over all chains; NaN with fewer than four draws a chain, and
-        where f never changes.
+        with arviz's effective sample size of the mean of f over all chains.  It is NaN for fewer than four draws per
+        chain, and if f never changes.
+
+        :param values: one number, or several, for each draw of one element of the kept plates.
+        :param index: the element; None: there is only one.
         """
         element = plate_element(index, self.log_weights.shape[1:])
         deviations = self._deviations(values, element)
@@ -125,7 +128,10 @@ class MarkovChains(Posterior):
         return (variance / ess.to(variance.device)).sqrt()
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """The smallest ESS and the largest R-hat of the `statistics` of one plate element."""
+        """The smallest ESS and the largest R-hat of the `statistics` of one plate element, by name.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found = super().summary(element)
         rhat = torch.cat([x[element].flatten() for x in self.rhat.values()])

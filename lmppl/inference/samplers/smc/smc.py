@@ -98,9 +98,12 @@ class Sequential(Posterior):
 
         .. math:: \sqrt{\sum_e \Big(\sum_{n: e(n) = e} w_n \, (f_n - \bar f)\Big)^2}
 
-        with e(n) the particle before the first resampling from which n descends: what has an ancestor in common is not
-        independent.  It is too small where few ancestors survive, see `survival`; NaN where all particles have one
-        ancestor.
+        with e(n) the particle before the first resampling from which n descends, because particles with a common
+        ancestor are not independent.  It is too small if few ancestors survive (see `survival`), and NaN if all
+        particles have the same ancestor.
+
+        :param values: one number, or several, for each particle of one element of the kept plates.
+        :param index: the element; None: there is only one.
 
         Source: Chan and Lai 2013; Lee and Whiteley 2018.
         """
@@ -113,14 +116,17 @@ class Sequential(Posterior):
         return torch.full_like(error, torch.nan) if len(first.unique()) == 1 else error
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """As `Posterior.summary`, with what was lost on the way."""
+        """The figures of `Posterior.summary`, with `min_ess`, `survival` and `suspect`.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         one = self._of(element)
         way = {"least ESS": float(one.min_ess), "survival": float(one.survival), "suspect": float(one.suspect)}
         return super().summary(element) | way
 
     def _of(self, element: tuple[int, ...]) -> Sequential:
-        """The weights and the ancestry of one plate element; the values stay those of all."""
+        """This posterior with the weights and the ancestry of one plate element; the values are unchanged."""
         at = all_particles(element)
         ancestry = tuple(e._replace(chosen=e.chosen[at], log_scores=e.log_scores[at]) for e in self.ancestry)
         weights, evidence = self.log_weights[at], self.log_evidence[element]
