@@ -32,6 +32,7 @@ LAYERS = {
     "catalogue": 0,
     "locks": 0,
     "hub": 0,
+    "markup": 0,
     "files": 1,
     "damage": 2,
     "parts": 1,

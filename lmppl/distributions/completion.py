@@ -20,6 +20,7 @@ from ..language_model import LanguageModel
 from ..rows import distinct_rows
 from ..shapes import broadcast_shapes
 from ..tools import Tool
+from . import shown
 from .arguments import as_count, as_lm, as_text, no_text, refuse_nan
 from .insertions import Insertions
 from .protocols import PrefixScores
@@ -131,6 +132,15 @@ class Completion(TorchDistribution):
                 )
         event_shape = torch.Size([self._limit + (1 if self.stop.numel() else 0)])
         super().__init__(self._native, event_shape, validate_args=validate_args)
+
+    # -- shown ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        """One line: the first prompts, and what may follow."""
+        return shown.plain(self)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self)
 
     # -- the distribution's shape --------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ... import markup
 from ...files import claim, save_figure, writing
 
 FILES = "comparison.json", "comparison.png", "budget.png"
@@ -84,7 +85,7 @@ class Point:
     log_evidence_error: float | None
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """A table of algorithms, and their quality against budget; `print`, `plot` and `save` it."""
 
@@ -93,6 +94,19 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     curves: list[Point] = field(default_factory=list)
     unit: str = "tokens"
+
+    def __repr__(self) -> str:
+        """One line: the algorithms."""
+        return f"Comparison({', '.join(row.name for row in self.rows)})"
+
+    def _repr_html_(self) -> str:
+        parts: list[Any] = []
+        for title, columns in _TABLES:
+            shown, rows = self._filled(columns)
+            if shown:
+                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
+                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        return markup.page("Comparison", *parts, *map(markup.note, self.notes))
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ... import markup
 from ...files import save_figure
 from ..core.arguments import at_least, is_integer
 from ..core.query import Query
@@ -43,7 +44,7 @@ class Finding:
     checked: bool = True
 
 
-@dataclass
+@dataclass(repr=False)
 class Diagnosis:
     """What `diagnose` found; `print` and `plot` it, or take its `to_json`."""
 
@@ -61,6 +62,26 @@ class Diagnosis:
     def __getitem__(self, name: str) -> Finding:
         return next(f for f in self.findings if f.name == name)
 
+    def __repr__(self) -> str:
+        """One line: what is suspect, and what could not be checked."""
+        return f"Diagnosis({'; '.join(self._verdicts())})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for f in self.findings:
+            verdict = "suspect" if f.suspect else "not checked" if not f.checked else "" if f.suspect is None else "ok"
+            strong = markup.strong(verdict) if verdict in ("suspect", "not checked") else verdict
+            rows.append([f.name, f.figure, strong, f.meaning])
+        table = markup.table(["", "figure", "verdict", "what it means"], rows, left=(0, 2, 3))
+        return markup.page("Diagnosis", table, *map(markup.note, self.notes), *self._verdicts())
+
+    def _verdicts(self) -> list[str]:
+        """What is suspect and what was not checked, in one sentence each."""
+        suspects = "; ".join(f.name for f in self.findings if f.suspect)
+        unchecked = "; ".join(f.name for f in self.findings if not f.checked)
+        found = [f"Suspect: {suspects}" if suspects else "Nothing suspect."]
+        return found + ([f"Not checked: {unchecked}"] if unchecked else [])
+
     def print(self, console: Console | None = None) -> None:
         """Print the verdict as a table."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -76,11 +97,8 @@ class Diagnosis:
         console.print(table)
         for note in self.notes:
             console.print(note, highlight=False, markup=False)
-        suspects = "; ".join(f.name for f in self.findings if f.suspect)
-        unchecked = "; ".join(f.name for f in self.findings if not f.checked)
-        console.print(f"Suspect: {suspects}" if suspects else "Nothing suspect.", markup=False)
-        if unchecked:
-            console.print(f"Not checked: {unchecked}", markup=False)
+        for line in self._verdicts():
+            console.print(line, markup=False)
 
     def to_json(self) -> dict[str, Any]:
         """Findings, notes and the figures behind the plot; numbers that are not finite are None."""

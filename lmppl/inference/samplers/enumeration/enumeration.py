@@ -15,7 +15,7 @@ from torch import Tensor
 from .... import text
 from ....distributions import Completion
 from ...core import programs
-from ...core.arguments import at_least, is_program
+from ...core.arguments import at_least, is_program, plate_element
 from ...core.partial import advance
 from ...core.plates import Plates, kept_plates
 from ...core.programs import Node, Program, Sketch
@@ -24,7 +24,7 @@ from ...core.sites import text_of
 from ...core.validation import check_axes
 from ...core.weights import device_of, log_density, scale, site_log_prob
 from ...posterior.algorithm import Algorithm
-from ...posterior.posterior import Posterior
+from ...posterior.posterior import Index, Posterior
 from .token_tree import Texts, dtype_of, explore, most_probable
 
 
@@ -43,6 +43,19 @@ class Enumerated(Posterior):
     def khat(self) -> Tensor:
         """NaN: these are no draws."""
         return torch.full_like(self.log_evidence, torch.nan)
+
+    def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
+        """Zero: these are no draws.  What the enumeration left out shows in ``log_evidence_bounds``."""
+        return torch.zeros_like(self._deviations(values, index)[0])
+
+    def summary(self, index: Index = None) -> dict[str, float]:
+        """The evidence of one plate element and, where the enumeration is not complete, its bounds."""
+        element = plate_element(index, self.log_weights.shape[1:])
+        found, left = {"log evidence": float(self.log_evidence[element])}, float(self.unexplored[element])
+        if left > 0:
+            low, high = (float(x[element]) for x in self.log_evidence_bounds)
+            found |= {"unexplored": left, "lower bound": low, "upper bound": high}
+        return found
 
     def log_prob(self, values: Mapping[str, Tensor] | Tensor) -> Tensor:
         """The log posterior of given values of every latent site (of the only one, as a tensor).

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .... import text
 from ...core import programs
-from ...core.arguments import at_least, is_program
+from ...core.arguments import all_particles, at_least, is_program, plate_element
 from ...core.plates import Plates
 from ...core.programs import Program, Substitute
 from ...core.query import Query
 from ...core.sites import is_text
 from ...core.validation import check_axes
 from ...posterior.algorithm import Sampler
-from ...posterior.posterior import Posterior, scorer
+from ...posterior.posterior import Index, Posterior, scorer
 from .kernels import Density, Proposal, Values, accept, draw, independence, regrowth, select
 
 MOVES = ("regrowth", "branch", "independence")
@@ -89,6 +89,30 @@ class MarkovChains(Posterior):
     def khat(self) -> Tensor:
         """NaN: the weights are equal."""
         return torch.full_like(self.log_evidence, torch.nan)
+
+    def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
+        r"""The standard error of the mean of ``values`` (N, ...), a function of the draws, (...).
+
+        .. math:: \mathrm{sd}(f) / \sqrt{\mathrm{ESS}(f)}
+
+        with arviz's effective sample size of the mean of f over all chains; NaN with fewer than four draws a chain, and
+        where f never changes.
+        """
+        element = plate_element(index, self.log_weights.shape[1:])
+        deviations = self._deviations(values, element)
+        weights = self.log_weights[all_particles(element)].softmax(0).double().to(values.device)
+        weights = weights.view(-1, *[1] * (values.dim() - 1))
+        variance = torch.where(weights > 0, deviations.square() / weights, 0.0).sum(0)
+        ess = _arviz("ess", values.double().unflatten(0, self.log_joint.shape[:2]), method="mean")
+        return (variance / ess.to(variance.device)).sqrt()
+
+    def summary(self, index: Index = None) -> dict[str, float]:
+        """The smallest ESS and the largest R-hat of the `statistics` of one plate element."""
+        element = plate_element(index, self.log_weights.shape[1:])
+        found = super().summary(element)
+        rhat = torch.cat([x[element].flatten() for x in self.rhat.values()])
+        rhat = rhat[~rhat.isnan()]
+        return found | ({"R-hat": float(rhat.max())} if len(rhat) else {})
 
     def take(self, chosen: Tensor) -> Posterior:
         """Draws ``chosen`` (n, *plates), equally weighted and no longer chains."""
@@ -282,7 +306,7 @@ def _stack(values: list[Tensor], is_text: bool) -> Tensor:
     return torch.stack(values, 1).flatten(0, 1)
 
 
-def _arviz(name: str, statistic: Tensor) -> Tensor:
+def _arviz(name: str, statistic: Tensor, **options: Any) -> Tensor:
     """A diagnostic of (chain, draw, *plates) by arviz, (*plates); NaN for what never changes."""
     chains, draws = statistic.shape[:2]
     if draws < 4 or (chains < 2 and name == "rhat"):
@@ -294,5 +318,5 @@ def _arviz(name: str, statistic: Tensor) -> Tensor:
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", UserWarning)
         dataset = arviz.convert_to_dataset({"x": statistic.double().cpu().numpy()})
-        found = torch.from_numpy(getattr(arviz, name)(dataset)["x"].values.copy())
+        found = torch.from_numpy(getattr(arviz, name)(dataset, **options)["x"].values.copy())
     return found.masked_fill((statistic == statistic[0, 0]).all(0).all(0).cpu(), torch.nan)

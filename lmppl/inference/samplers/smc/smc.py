@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...core.arguments import at_least, is_number, is_program, one_of
+from ...core.arguments import all_particles, at_least, is_number, is_program, one_of, plate_element
 from ...core.programs import Program
 from ...core.resampling import SCHEMES
 from ...posterior.algorithm import Sampler
-from ...posterior.posterior import Posterior
-from .ancestry import Ancestry, ess_of_scores, khat_of_scores, survivors
+from ...posterior.posterior import Index, Posterior
+from .ancestry import Ancestry, ess_of_scores, khat_of_scores, lineages, survivors
 from .state import State
 from .twists import Twist, checked
 
@@ -78,6 +78,39 @@ class Sequential(Posterior):
         if blind:
             found = found | (ess_of_scores(blind) < few).any(0) | (khat_of_scores(blind) >= 1).any(0)
         return found
+
+    def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
+        r"""The standard error of the weighted mean of ``values`` (N, ...), a function of the particles, (...).
+
+        .. math:: \sqrt{\sum_e \Big(\sum_{n: e(n) = e} w_n \, (f_n - \bar f)\Big)^2}
+
+        with e(n) the particle before the first resampling from which n descends: what has an ancestor in common is not
+        independent.  It is too small where few ancestors survive, see `survival`; NaN where all particles have one
+        ancestor.
+
+        Source: Chan and Lai 2013; Lee and Whiteley 2018.
+        """
+        deviations = self._deviations(values, index)
+        one = self._of(plate_element(index, self.log_weights.shape[1:]))
+        if not one.ancestry:
+            return deviations.square().sum(0).sqrt()
+        first = lineages(one.ancestry)[0].to(deviations.device)
+        error = torch.zeros_like(deviations).index_add(0, first, deviations).square().sum(0).sqrt()
+        return torch.full_like(error, torch.nan) if len(first.unique()) == 1 else error
+
+    def summary(self, index: Index = None) -> dict[str, float]:
+        """As `Posterior.summary`, with what was lost on the way."""
+        element = plate_element(index, self.log_weights.shape[1:])
+        one = self._of(element)
+        way = {"least ESS": float(one.min_ess), "survival": float(one.survival), "suspect": float(one.suspect)}
+        return super().summary(element) | way
+
+    def _of(self, element: tuple[int, ...]) -> Sequential:
+        """The weights and the ancestry of one plate element; the values stay those of all."""
+        at = all_particles(element)
+        ancestry = tuple(e._replace(chosen=e.chosen[at], log_scores=e.log_scores[at]) for e in self.ancestry)
+        weights, evidence = self.log_weights[at], self.log_evidence[element]
+        return replace(self, log_weights=weights, log_evidence=evidence, ancestry=ancestry)
 
 
 class SMC(Sampler):
@@ -155,4 +188,5 @@ def run(
     state.check()
     log_weights = state.log_weights - math.log(smc.num_particles)
     found = Posterior.of(state.proposal, state.plates, log_weights, state.query, state.target)
+    found = replace(found, sites=replace(found.sites, dependent=True))
     return Sequential(**{f.name: getattr(found, f.name) for f in fields(found)}, ancestry=tuple(state.ancestry))
