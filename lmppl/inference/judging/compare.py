@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...engine.prompts import prompts
+from ...progress import progress as shown_progress
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
 from ..core.query import Query
@@ -45,7 +46,7 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     budgets: Sequence[float] = (),
     unit: str = "tokens",
-    progress: Callable[[str], None] | None = None,
+    progress: bool | Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Comparison:
     """Run each algorithm on the model, count its tokens, and hold its answer against the exact posterior.
@@ -62,6 +63,8 @@ def compare(
     :param budgets: what a query may cost, in ``unit``: each algorithm is run with as many particles as that buys, which
         gives curves of quality against budget.
     :param unit: of the budgets, "tokens" (through the network) or "seconds".
+    :param progress: True shows how many runs are done, their rate and the time left, on standard error; a function is
+        called with the name of each algorithm before it runs.
 
     :raises ValueError: for no algorithm, repetition or seed at all, a unit that is neither, or a budget that is not
         positive.
@@ -95,26 +98,29 @@ def compare(
         truth, exact_tokens, _ = meter(lambda: exact.run(*args, **kwargs))
     rows: list[Row] = []
     curves: list[Point] = []
-    for name, given in algorithms.items():
-        _tell(progress, name)
-        query = Query(model, (guides or {}).get(name), args, kwargs)
-        of_seeds, points = [], []
-        evidence = []
-        for seed in chosen:
-            if seed is not None:
-                pyro.set_rng_seed(seed)
-            algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
-            if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
-                meter.watch(Query(guide, None, args, kwargs).networks)
-            row, estimates = _measure(name, algorithm, meter, repetitions, truth, query)
-            of_seeds.append(row)
-            evidence += estimates
-            points.append([_point(name, algorithm, meter, b, unit, truth, query) for b in budgets])
-        row = averaged(of_seeds)
-        if len(evidence) > 1:
-            row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
-        rows.append(row)
-        curves += [_averaged_point(list(same)) for same in zip(*points, strict=True)]
+    runs = len(algorithms) * len(chosen) * (repetitions + len(budgets))
+    with shown_progress("Comparing", runs, unit="run", shown=progress is True) as bar:
+        for name, given in algorithms.items():
+            _tell(progress, name)
+            told = partial(bar.update, f"{name}; {_figure(rows[-1])}" if rows else name)
+            query = Query(model, (guides or {}).get(name), args, kwargs)
+            of_seeds, points = [], []
+            evidence = []
+            for seed in chosen:
+                if seed is not None:
+                    pyro.set_rng_seed(seed)
+                algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
+                if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
+                    meter.watch(Query(guide, None, args, kwargs).networks)
+                row, estimates = _measure(name, algorithm, meter, repetitions, truth, query, told)
+                of_seeds.append(row)
+                evidence += estimates
+                points.append([_point(name, algorithm, meter, b, unit, truth, query, told) for b in budgets])
+            row = averaged(of_seeds)
+            if len(evidence) > 1:
+                row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
+            rows.append(row)
+            curves += [_averaged_point(list(same)) for same in zip(*points, strict=True)]
     if truth is not None:
         exact_tokens = None if exact_tokens is None else exact_tokens / truth.log_evidence.numel()
         for n in sorted({row.num_particles for row in rows if row.num_particles}):
@@ -179,11 +185,16 @@ def _measure(
     repetitions: int,
     truth: Posterior | None,
     query: Query,
+    told: Callable[[], None],
 ) -> tuple[Row, list[Tensor]]:
-    """One seed's figures, and its estimates of the log evidence (*plates)."""
-    answers, tokens, seconds = meter(
-        lambda: [posterior_of(algorithm, query.args, query.kwargs) for _ in range(repetitions)]
-    )
+    """One seed's figures, and its estimates of the log evidence (*plates); ``told`` is called after each run."""
+
+    def answer() -> Posterior:
+        found = posterior_of(algorithm, query.args, query.kwargs)
+        told()
+        return found
+
+    answers, tokens, seconds = meter(lambda: [answer() for _ in range(repetitions)])
     queries = repetitions * answers[0].log_evidence.numel()
     row = Row(name, num_particles=answers[0].num_particles)
     row.query_tokens, row.seconds = tokens / queries, seconds / queries
@@ -262,6 +273,7 @@ def _point(
     unit: str,
     truth: Posterior | None,
     query: Query,
+    told: Callable[[], None],
 ) -> Point:
     """The algorithm with as many particles as the budget buys, by what a few runs cost."""
     n = particles_within(algorithm, budget, meter, unit, query.args, dict(query.kwargs), checks=3)
@@ -272,6 +284,7 @@ def _point(
         point.log_evidence_error = _mean((answer.log_evidence - truth.log_evidence).abs())
         if bool((answer.log_weights.amax(0) > -torch.inf).all()):
             point.draws_tv = _mean(draw_quality(truth, answer))
+    told()
     return point
 
 
@@ -285,9 +298,17 @@ def _averaged_point(points: list[Point]) -> Point:
     return Point(first.name, first.budget, n, **means)  # type: ignore[arg-type]
 
 
-def _tell(progress: Callable[[str], None] | None, what: str) -> None:
-    if progress is not None:
+def _tell(progress: bool | Callable[[str], None] | None, what: str) -> None:
+    if callable(progress):
         progress(what)
+
+
+def _figure(row: Row) -> str:
+    """What progress says of an algorithm that is done: the distance of its draws, else its log evidence."""
+    for name, value in (("TV", row.draws_tv), ("log Z", row.log_evidence)):
+        if value is not None:
+            return f"{row.name}: {name} {value:.3f}"
+    return f"{row.name}: done"
 
 
 def _mean(x: Tensor) -> float | None:

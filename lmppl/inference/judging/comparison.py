@@ -132,17 +132,24 @@ class Comparison:
             found.append(table)
         return found
 
+    def cells(self) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
+        """The same tables as strings: of each its title, the titles of its columns, and each row's figures."""
+        filled = [(title, *self._filled(columns)) for title, columns in _TABLES]
+        return [
+            (title, [c.title for c in shown], [(row, [c.show(row) for c in shown]) for row in rows])
+            for title, shown, rows in filled
+            if shown
+        ]
+
     def markdown(self) -> str:
         """The same tables in Markdown."""
         lines = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                titles = [c.title.replace("|", "\\|") for c in shown]
-                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
-                lines += ["|---|" + "---:|" * len(shown)]
-                lines += [f"| {row.name} | " + " | ".join(c.show(row) for c in shown) + " |" for row in rows]
-                lines.append("")
+        for title, columns, rows in self.cells():
+            titles = [c.replace("|", "\\|") for c in columns]
+            lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
+            lines += ["|---|" + "---:|" * len(columns)]
+            lines += [f"| {row.name} | " + " | ".join(figures) + " |" for row, figures in rows]
+            lines.append("")
         return "\n".join(lines)
 
     def _filled(self, columns: tuple[_Column, ...]) -> tuple[list[_Column], list[Row]]:
@@ -153,6 +160,8 @@ class Comparison:
         """Print the tables and notes."""
         console = console or Console()
         for table in self.tables():
+            title, table.title = table.title, None  # as a title it would be broken at the table's width
+            console.print(title, style="bold", highlight=False)
             console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
@@ -182,22 +191,24 @@ class Comparison:
     def plot(self, path: str | Path) -> None:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
 
-        A panel shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
-        that is infinite is written where its bar would begin.
+        There are two panels in a row.  Each shows the rows that have its figure: algorithms in colour, references
+        below them, hatched.  An infinite figure is written where its bar would begin.
         """
         from matplotlib.figure import Figure
 
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
         height = 0.42 * max(map(len, shown), default=1) + 1.6
-        figure = Figure(figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        wide = min(2, max(1, len(panels)))
+        high = -(-max(1, len(panels)) // wide)
+        figure = Figure(figsize=(5.4 * wide, height * high), layout="constrained")
+        axes = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
         for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
-                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                style: dict[str, Any] = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
                 axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
                 axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
             algorithms = sum(not row.reference for row in rows)
@@ -206,7 +217,7 @@ class Comparison:
             axis.set_title(title, fontsize=9)
             axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
-            axis.invert_yaxis()
+            axis.set_ylim(max(map(len, shown)) - 0.4, -0.6)  # bars of one height in all panels
             axis.spines[["top", "right"]].set_visible(False)
         save_figure(figure, path)
 
