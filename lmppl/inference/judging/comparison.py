@@ -267,7 +267,7 @@ class Comparison:
                 if points:
                     x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
                     axis.plot(x, y, "o-", ms=3, lw=1, label=name, color=f"C{i}")
-            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
+            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} per query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, fontsize=7)
         save_figure(figure, path)
@@ -327,7 +327,7 @@ _TABLES = (
         ),
     ),
     (
-        "On the way: what SMC's last weights do not show",
+        "During the run: what SMC's final weights do not show",
         (
             _Column("min_ess", "least ESS/N"),
             _Column("survival", "survival"),
@@ -354,7 +354,7 @@ _TABLES = (
         "Cost: tokens through the network",
         (
             _Column("training_tokens", "training", "{:,.0f}"),
-            _Column("query_tokens", "a query", "{:,.0f}"),
+            _Column("query_tokens", "per query", "{:,.0f}"),
             _Column("break_even", "queries to break even", "{:,.0f}"),
         ),
     ),

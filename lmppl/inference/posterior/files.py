@@ -51,7 +51,7 @@ def save(posterior: Posterior, path: Path) -> None:
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
     try:
         kind, extra = type(posterior).__name__, _flattened(posterior, _others(type(posterior)))
-    except TypeError:  # an ancestry, say
+    except TypeError:  # for instance an ancestry
         kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
     tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
     arguments, given = _packed(sites.query)
@@ -82,7 +82,7 @@ def load(cls: type[P], path: Path, lm: Any = None) -> P:
         rest, tensors = files.read(path, lambda: _read(path))
         return _build(cls, rest, tensors, lm)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"path: {path} is no posterior that can be read: {first_line(error)}") from error
+        raise ValueError(f"path: {path} cannot be read as a posterior: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
