@@ -230,7 +230,7 @@ class Comparison:
         wide = min(2, max(1, len(panels)))
         high = -(-max(1, len(panels)) // wide)
         figure = Figure(figsize=(5.4 * wide, height * high), layout="constrained")
-        axes = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
+        axes: list[Any] = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
         for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
             for i, row in enumerate(rows):
