@@ -389,7 +389,7 @@ def embedded_splits(name: str) -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
-    """Observations for training, validation (the last eighth) and test (the eighth before); up to two serve all three."""
+    """Observations for training, validation (the last eighth) and test (the eighth before); one or two serve all."""
     n = max(1, min(TEST_OBSERVATIONS, len(observations) // 8))
     if len(observations) < 3:
         return observations, observations[-1:], observations[-1:]
