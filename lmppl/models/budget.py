@@ -146,6 +146,8 @@ def plan(
 
     Example::
 
+        from lmppl.models import EXPERIMENTS
+
         experiment = EXPERIMENTS["infilling"]()
         found = plan(experiment, minutes=0.5)
         experiment = found.of(experiment)

@@ -51,6 +51,8 @@ class Recipe:
 
     Example::
 
+        from lmppl.models import EXPERIMENTS
+
         recipe = Recipe(steps=200, particles=8, learning_rate=3e-3, objective=Linex)
         experiment = EXPERIMENTS["infilling"](recipe=recipe)
         experiment.gflownet().fit(experiment.batches, recipe.steps)
@@ -214,6 +216,8 @@ class Experiment:
         there; None: nothing.
 
     Example::
+
+        from lmppl.models import EXPERIMENTS
 
         experiment = EXPERIMENTS["infilling"]()
         trainer = experiment.gflownet()

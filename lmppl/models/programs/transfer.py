@@ -71,7 +71,7 @@ class Transfer:
 
         lm = LanguageModel.embedded("stories")
         q = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
-        task = Transfer(lm, q, max_tokens=7)
+        task = Transfer(lm, q, max_tokens=7, template="Ending:{y}{v}\nNote:{w}\nBeginning:{x}")
         infilling = Description(x="Tom went to the attic.", y=" He oiled it.")
         lexical = Description(x="Mia went to the beach.", w=" ball kite")
         arguments = task.encode([infilling, lexical])
