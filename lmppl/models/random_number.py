@@ -38,7 +38,7 @@ def early_prior(steps: int) -> Mixture:
 
 
 # A thousandth of the language model's mass is on words and stops in the place of digits.  With a frozen output head
-# even maximum likelihood on the exact target leaves it there (docs/random_number.md), so the head gets an adapter of full rank.
+# even maximum likelihood on the exact target leaves it there (docs/random_number.md): it gets an adapter of full rank.
 ADAPTER = {
     "r": 16,
     "lora_alpha": 32,
