@@ -310,7 +310,7 @@ class Start:
     """What an experiment has before its programs: the language models, the recipe and the options."""
 
     name: str
-    lm: Any  # a LanguageModel, or the class that the experiment needs
+    lm: Any  # a LanguageModel, or another kind of language model that the experiment needs
     guide_lm: Any
     recipe: Recipe
     seed: int

@@ -31,7 +31,7 @@ from .forecasts import auroc, hits, selective_accuracy
 from .programs.subjectivity import Subjectivity
 
 STEPS, RATE, BATCH = 40, 3e-3, 10  # of a member's training: docs/subjectivity.md
-SENTENCES = 300  # unseen ones that are answered
+SENTENCES = 300  # unseen ones whose labels are predicted
 PICTURE = "uncertainty.png"
 PARTS = {
     "expected_entropy": "expected entropy: chance",

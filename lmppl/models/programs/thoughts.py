@@ -32,7 +32,7 @@ from ...constraints import Constraint
 from ...distributions import Completion
 from ...language_model import LanguageModel
 
-TEMPLATE = "{y}{x}"  # what the guide reads: the answer before what has been told
+TEMPLATE = "{y}{x}"  # what the guide reads: the answer before the text so far
 MARKS = ",", "."  # after a step that is not the last one, and after the last one
 ASK, LONGEST_ANSWER = " The answer is", 1
 
