@@ -356,8 +356,8 @@ class Trainer(Sampler, ABC):
                 raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
         if accumulate > 1 and not self.accumulates:
             raise ValueError(
-                f"accumulate: {type(self).__name__} with these settings makes several updates from one batch, each with "
-                "a new gradient; use larger batches instead"
+                f"accumulate: {type(self).__name__} with these settings makes several updates from one batch, each "
+                "with a new gradient; use larger batches instead"
             )
         held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         stops = Stops(callback, stop, held, held_out is not None)
