@@ -436,7 +436,7 @@ class Trainer(Sampler, ABC):
         """Compares the guide with the posterior, from N draws of the guide and N/2 draws of the model's latents.
 
         :param args: the arguments of model and guide.
-        :param num_particles: N.
+        :param num_particles: N, the draws of the guide.
         :param exact_sample: exact draws of the posterior of these observations, as in `fit`; None: there are none.
         :param kwargs: keyword arguments of model and guide.
         :returns: means over observations, the names beginning with ``held_out_``:

@@ -43,7 +43,7 @@ class Annotators:
     that K is the largest number of different kinds.
 
     :param tastes: (G, F), the utilities that a kind may have, equally probable a priori.
-    :param kinds: K.
+    :param kinds: K, the most kinds.
     :param parts: the number of parts that the shares divide, at least K.
     :raises ValueError: for tastes that are not a matrix of finite numbers, and fewer parts than kinds; in a run, for d
         and y of other shapes or values.

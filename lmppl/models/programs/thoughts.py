@@ -132,7 +132,7 @@ class Thoughts:
 
         :param told: the texts so far, (..., B, L).
         :param y: answers, (B, Ly); None: they are drawn.
-        :returns: y.
+        :returns: the answers y.
         """
         asked = self.lm.join(told, self.ask)
         return pyro.sample("y", Completion(self.lm, asked, max_tokens=self.max_answer, stop=self.stop_answer), obs=y)
@@ -182,7 +182,7 @@ class ChainOfThoughts(Thoughts):
 
         :param x: questions, (B, Lx).
         :param y: answers, (B, Ly); None: they are drawn.
-        :returns: y.
+        :returns: the answers y.
         """
         with pyro.plate("questions", len(x)):
             told = self.plan(self.lm, x, lambda told: told, evaluated=True)
@@ -288,7 +288,7 @@ class TreeOfThoughts(Thoughts):
 
         :param x: questions, (B, Lx).
         :param y: answers, (B, Ly); None: they are drawn.
-        :returns: y.
+        :returns: the answers y.
         """
         with pyro.plate("questions", len(x)):
             return self.answer(self.path(x), y)
