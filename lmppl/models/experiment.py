@@ -143,7 +143,7 @@ class Recipe:
         return max(1, math.ceil(upper * layers - 1e-9)) if isinstance(upper, float) else upper
 
 
-# For networks with more parameters than LARGE, as measured by `benchmarks/pretrained_recipes.py`.
+#: The recipe for networks with more than 20 million parameters, measured by `benchmarks/pretrained_recipes.py`.
 PRETRAINED = Recipe(observations=2, particles=8, learning_rate=1e-3)
 LARGE = 20_000_000
 

@@ -93,3 +93,8 @@ def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
     ):
         raise ValueError(f"index: expected {len(plates)} numbers within plates of shape {tuple(plates)}, got {index!r}")
     return tuple(int(i) for i in found)
+
+
+def all_particles(element: tuple[int, ...]) -> tuple[Any, ...]:
+    """The index of an element of the kept plates in a tensor (N, *plates, ...)."""
+    return (slice(None), *element)

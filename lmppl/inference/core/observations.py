@@ -1,5 +1,4 @@
-"""What a batch observes, found without the network: a key by which each observation is recognised when it comes again.
-"""
+"""What a batch observes, found without the network: a key that recognises each observation when it comes again."""
 
 from __future__ import annotations
 

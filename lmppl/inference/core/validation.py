@@ -1,5 +1,4 @@
-"""Finds programs that are not written for leading axes: a particle must have the same density alone as among others.
-"""
+"""Finds programs that are not written for leading axes: a particle must have the same density alone as among others."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A posterior as an ``arviz.InferenceData``."""
+"""A posterior as an ``arviz.InferenceData``, and as a ``pandas.DataFrame``."""
 
 from __future__ import annotations
 
 import warnings
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from ... import text
 from ..core.resampling import systematic
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from .posterior import Posterior
 
 OWN = ("chain", "draw")  # names of arviz's dimensions
@@ -71,3 +74,49 @@ def to_arviz(posterior: Posterior) -> Any:
         if texts:
             data.add_groups({"texts": texts}, dims=dims)
     return data
+
+
+def to_pandas(posterior: Posterior) -> DataFrame:
+    """See `Posterior.to_pandas`."""
+    import pandas  # slow to import, and only needed here
+
+    sizes, chains = posterior.log_weights.shape, getattr(posterior, "num_chains", None)
+    number = torch.arange(sizes[0])
+    if chains is None:
+        own = {"particle": number}
+    else:
+        own = {"chain": number // (sizes[0] // chains), "draw": number % (sizes[0] // chains)}
+    taken = {*own, "weight", "log_weight"}
+    plates = posterior.sites.plates.names
+    axes = dict(zip((_free(name or "plate", taken, "plate") for name in plates), range(1, len(sizes)), strict=True))
+    columns = {
+        name: torch.arange(sizes[axis]).view(-1, *[1] * (len(sizes) - 1 - axis)).expand(sizes)
+        for name, axis in axes.items()
+    }
+    columns |= {name: x.view(-1, *[1] * (len(sizes) - 1)).expand(sizes) for name, x in own.items()}
+    found = {name: _flat(x, sizes) for name, x in columns.items()}
+    taken |= set(axes)
+    for site, value in posterior.samples.items():
+        x: Any = np.array(posterior.strings(site), dtype=object) if site in posterior.sites.decoders else _numpy(value)
+        name = _free(site, taken, "site")
+        for entry in product(*map(range, x.shape[len(sizes) :])):
+            label = f"{name}[{', '.join(map(str, entry))}]" if entry else name
+            found[label] = _flat(x[..., *entry], sizes)
+    found["weight"] = _flat(posterior.log_weights.double().softmax(0), sizes)
+    found["log_weight"] = _flat(posterior.log_weights, sizes)
+    frame = pandas.DataFrame(found)
+    log_prior = getattr(posterior, "log_prior", None)  # only of an enumeration; -inf at padding
+    return frame if log_prior is None else frame[_flat(log_prior, sizes) > -np.inf].reset_index(drop=True)
+
+
+def _free(name: str, taken: set[str], kind: str) -> str:
+    return f"{name}_{kind}" if name in taken else name
+
+
+def _numpy(x: Any) -> Any:
+    return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+
+
+def _flat(x: Any, sizes: torch.Size) -> Any:
+    """(N, *plates) as one column, ordered by plate element, then by particle."""
+    return np.moveaxis(_numpy(x).reshape(sizes), 0, -1).reshape(-1)

@@ -1,5 +1,4 @@
-"""Saves a posterior in a directory: tensors as safetensors, the rest as JSON.  It is written completely or not at all.
-"""
+"""Saves a posterior in a directory, completely or not at all: tensors as safetensors, the rest as JSON."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...distributions import Table
 from ..core import programs
-from ..core.arguments import at_least, is_path, one_of, plate_element
+from ..core.arguments import all_particles, at_least, is_path, one_of, plate_element
 from ..core.plates import Plates
 from ..core.programs import Program
 from ..core.query import Query
@@ -25,6 +25,9 @@ from ..core.weights import text_log_probs
 from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
     from .predictive import Prediction, Predictive
 
 __all__ = ["Posterior", "Sites", "ZeroEvidence", "effective_sample_size", "normalised", "pareto_khat"]
@@ -43,6 +46,7 @@ class Sites:
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends the texts; may be empty
     query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
+    dependent: bool = False  # particles may be copies of, or descend from, the same one: weights give no error
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,53 @@ class Posterior:
         khat = torch.tensor([pareto_khat(w) for w in flat.T], device=flat.device)
         return khat.reshape(self.log_weights.shape[1:])
 
+    def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
+        r"""The standard error of the weighted mean of ``values`` (N, ...), a function of the particles, (...).
+
+        .. math:: \sqrt{\sum_n w_n^2 \, (f_n - \bar f)^2}, \qquad \bar f = \sum_n w_n f_n, \qquad \sum_n w_n = 1
+
+        This is the error of self-normalised importance sampling; with equal weights it is that of independent draws.
+        It is NaN after `resample`, because particles are then copies of others.  Subclasses have their own estimates.
+
+        :param values: one number, or several, for each particle of one element of the kept plates.
+        :param index: the element; None: there is only one.
+        :raises ValueError: for values that are not a tensor of N particles.
+        :raises ZeroEvidence: if all weights of this element are zero.
+
+        Source: Owen 2013, Monte Carlo theory, methods and examples, eq. 9.9.
+
+        Example::
+
+            long = (text.length(posterior.samples["z"][:, 0]) > 1).double()
+            posterior.standard_error(long, index=0)  # of the probability that the first text has more than one token
+        """
+        deviations = self._deviations(values, index)
+        error = deviations.square().sum(0).sqrt()
+        return torch.full_like(error, torch.nan) if self.sites.dependent else error
+
+    def _deviations(self, values: Tensor, index: Index) -> Tensor:
+        """w_n (f_n - mean f) of ``values`` (N, ...) in one plate element, zero at particles of weight zero."""
+        if not isinstance(values, Tensor) or not values.dim() or len(values) != self.num_particles:
+            raise ValueError(f"values: expected a tensor of {self.num_particles} particles, got {values!r}")
+        element = plate_element(index, self.log_weights.shape[1:])
+        weights = normalised(self.log_weights[all_particles(element)]).double().to(values.device)
+        weights = weights.view(-1, *[1] * (values.dim() - 1))
+        f = torch.where(weights > 0, values.double(), 0.0)
+        return weights * (f - (weights * f).sum(0))
+
+    def summary(self, index: Index = None) -> dict[str, float]:
+        """Log evidence, ESS and k-hat of one plate element, by name; figures that are not defined are left out.
+
+        :param index: the element; None: there is only one.
+        """
+        element = plate_element(index, self.log_weights.shape[1:])
+        found = {
+            "log evidence": float(self.log_evidence[element]),
+            "ESS": float(self.ess[element]),
+            "k-hat": pareto_khat(self.log_weights[all_particles(element)]),
+        }
+        return {name: x for name, x in found.items() if not math.isnan(x)}
+
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
         """Equally weighted particles, drawn in proportion to the weights; each plate element is resampled separately.
 
@@ -184,7 +235,7 @@ class Posterior:
         taken = score and (lambda: {name: plates.take(x, chosen) for name, x in score().items()})
         scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # if undefined, weights sum to 1
         log_weights = (scale - math.log(n)).expand(n, *self.log_evidence.shape)
-        return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken))
+        return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken, dependent=True))
 
     @property
     def text_log_probs(self) -> dict[str, Tensor]:
@@ -224,11 +275,9 @@ class Posterior:
         if not isinstance(site, str | list | tuple) or not site:
             raise ValueError(f"site: expected a latent site or a list of them, got {site!r}")
         names = [site] if isinstance(site, str) else list(site)
-        element, within = self._element(index, names)
-        at: tuple[Any, ...] = (slice(None), *element)
-        columns = [self._entries(name, self._checked(name)[at], within) for name in names]
+        element, columns = self._columns(names, index)
         total: dict[Any, float] = {}
-        weights = normalised(self.log_weights[at])
+        weights = normalised(self.log_weights[all_particles(element)])
         for key, p in zip(zip(*columns, strict=True), weights.tolist(), strict=True):
             if p > 0:
                 total[key] = total.get(key, 0.0) + p
@@ -274,6 +323,11 @@ class Posterior:
         if not isinstance(site, str) or site not in self.samples:
             raise ValueError(f"site: {site!r} is none of the latent sites {list(self.samples)}")
         return self.samples[site]
+
+    def _columns(self, names: list[str], index: Index) -> tuple[tuple[int, ...], list[list[Any]]]:
+        """The element of the kept plates that ``index`` picks, and each site's N values there."""
+        element, within = self._element(index, names)
+        return element, [self._entries(name, self._checked(name)[all_particles(element)], within) for name in names]
 
     def _element(self, index: Index, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """An element of the kept plates, and one of the sites' other plates if ``index`` is longer."""
@@ -389,6 +443,53 @@ class Posterior:
 
         query = Query(model, None, args, kwargs)
         return predict(self, query, candidates, site, sampler, num_particles, keep)
+
+    # -- shown -------------------------------------------------------------------------------------------------------
+
+    def _repr_html_(self) -> str:
+        from .html import html
+
+        return html(self)
+
+    def plot(self, site: str | None = None, index: Index = None, ax: Axes | None = None) -> Axes:
+        """Plots the posterior of one site, and returns the matplotlib axes.
+
+        Texts and whole numbers are bars, the most probable first, with their `standard_error` if it is known.  Another
+        number is a weighted histogram.  Several numbers, as of a Dirichlet, are means with standard deviations.
+
+        :param site: a latent site; None: the first text, or the first site if there is no text.
+        :param index: an element of the plates, as in `table`.
+        :param ax: the axes to draw into; None: a new figure.
+
+        Example::
+
+            posterior.plot("z", index=0)
+        """
+        from .plot import draw
+
+        return draw(self, site, index, ax)
+
+    def to_pandas(self) -> DataFrame:
+        """A ``pandas.DataFrame`` with a row for each particle of each element of the kept plates.
+
+        The columns are:
+
+        - one for each kept plate, with the number of the element;
+        - ``particle``, or ``chain`` and ``draw`` for Markov chains;
+        - one for each site, with strings for texts; a site with further axes has a column for each entry, such as
+          ``w[0]`` or ``w[1, 2]``;
+        - ``weight``, normalised in each plate element (NaN if all are zero), and ``log_weight``.
+
+        A plate or site with the name of another column gets the ending ``_plate`` or ``_site``.
+
+        Example::
+
+            table = posterior.to_pandas()
+            table.groupby(["stories", "z"]).weight.sum()  # the posterior probability of each text
+        """
+        from .export import to_pandas
+
+        return to_pandas(self)
 
     # -- elsewhere ---------------------------------------------------------------------------------------------------
 

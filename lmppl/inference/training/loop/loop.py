@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
+from ....progress import Progress, progress
 from ...core.query import Query
 from ...processes import distributed
 from .batches import Task
@@ -25,6 +22,7 @@ from .saving import Saving, seeded
 from .stopping import Stops
 from .trackers import Trackers
 
+UNINTERESTING = {"grad_norm", "skipped"}
 MOST_SKIPPED = 10  # steps in a row whose loss or gradient is not finite
 Update = Callable[[Query, int], dict[str, float]]
 
@@ -53,21 +51,22 @@ class Loop:
     may_end: bool  # before its last step
     said: str = field(default="", init=False)  # the last verdict
 
-    def run(self, start: int, name: str, progress: bool) -> None:
+    def run(self, start: int, name: str, shown: bool) -> None:
         """Makes all steps from ``start`` on."""
         turns = len(self.tasks) // gcd(len(self.tasks), self.accumulate)
         cost = Forecast(start, self.steps, self.spent, self.looks, self.checkpoint_every, turns, self.may_end)
-        with _bar(name, progress) as bar, self.rates, self.descent.over(self.accumulate):
-            shown = bar.add_task("", total=self.steps, completed=start)
+        first = distributed.world().rank == 0
+        bar = progress(name, self.steps, done=start, shown=shown and first)
+        with bar as told, self.rates, self.descent.over(self.accumulate):
             for step in range(start, 0 if self.stops.ended else self.steps):
                 before = self.spent.mark()
                 stopped = self.step(step)
-                bar.update(shown, advance=1, description=self._description())
+                told.update(self._figures())
                 if stopped:
                     break
                 if "skipped" not in self.history[-1]:  # a skipped step costs less
                     self.spent.add(before)
-                _say(cost(step + 1), bar)
+                _say(cost(step + 1), told)
         self.stops.finish()
 
     def step(self, step: int) -> bool:
@@ -122,31 +121,27 @@ class Loop:
             raise ValueError("accumulate: an update has to call `descend` exactly once, and step in no other way")
         return found
 
-    def _description(self) -> str:
-        """What the progress bar says: the last verdict, and numbers, not what else a callback has added."""
+    def _figures(self) -> str:
+        """What progress says: the last verdict with log Z, and numbers, not what else a callback has added."""
         metrics = self.history[-1]
         if "verdict" in metrics:
             evidence = f", log Z {metrics['held_out_log_z']:.2f}" if "held_out_log_z" in metrics else ""
-            self.said = f"{metrics['verdict']}{evidence}  "
-        return self.said + shown(metrics)
+            self.said = f"{metrics['verdict']}{evidence}, "
+        return self.said + figures(metrics)
 
 
-def shown(metrics: Mapping[str, Any]) -> str:
-    """The first metrics, in a line."""
-    return "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if isinstance(v, int | float))[:60]
+def figures(metrics: Mapping[str, Any], most: int = 2) -> str:
+    """The first numbers of the metrics: the loss, and what an algorithm names next.
+
+    >>> figures({"loss": 0.5, "grad_norm": 3.0, "sd_u": 0.25, "impossible": 0.0})
+    'loss 0.500, sd_u 0.250'
+    """
+    numbers = [(k, v) for k, v in metrics.items() if isinstance(v, int | float) and k not in UNINTERESTING]
+    return ", ".join(f"{name} {value:.3f}" for name, value in numbers[:most])
 
 
-def _say(line: str, bar: Progress) -> None:
-    """Above the bar, and in the log of the program."""
+def _say(line: str, told: Progress) -> None:
+    """Beside the progress, and in the log of the program."""
     if line and distributed.world().rank == 0:
         logger.info(line)
-        if not bar.disable:
-            bar.console.print(Text(line), soft_wrap=True)
-
-
-@contextmanager
-def _bar(name: str, progress: bool) -> Iterator[Progress]:
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    first = distributed.world().rank == 0
-    with Progress(*columns, TimeRemainingColumn(), disable=not (progress and first)) as bar:
-        yield bar
+        told.say(line)
