@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ... import markup
-from ...files import claim, save_figure, writing
+from ...files import claim, new_figure, save_figure, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FILES = "comparison.json", "comparison.png", "budget.png"
 
@@ -179,18 +182,17 @@ class Comparison:
             if self._drawn(_BUDGET, self.curves):
                 self.plot_budget(fresh / FILES[2])
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | None = None) -> list[Axes]:
         """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
 
         A panel shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
-        that is infinite is written where its bar would begin.
+        that is infinite is written where its bar would begin.  It is written to ``path``; with None a notebook shows
+        it.  Returns the axes of the panels.
         """
-        from matplotlib.figure import Figure
-
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
         height = 0.42 * max(map(len, shown), default=1) + 1.6
-        figure = Figure(figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
+        figure = new_figure(path, figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
         for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
@@ -208,20 +210,22 @@ class Comparison:
             axis.margins(x=0.25)
             axis.invert_yaxis()
             axis.spines[["top", "right"]].set_visible(False)
-        save_figure(figure, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(axes)
 
-    def plot_budget(self, path: str | Path) -> None:
+    def plot_budget(self, path: str | Path | None = None) -> list[Axes]:
         """Lines: the draws' distance and the evidence's error against what a query costs.
 
-        Raises ValueError where there is nothing to draw: without budgets, or without a truth.
+        ``path`` and what it returns as in `plot`.  Raises ValueError where there is nothing to draw: without budgets,
+        or without a truth.
         """
-        from matplotlib.figure import Figure
-
         cost, panels = "seconds" if self.unit == "seconds" else "query_tokens", self._drawn(_BUDGET, self.curves)
         if not panels:
             raise ValueError("budgets: there is no curve; compare with budgets=... and exact=...")
-        figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-        for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        figure = new_figure(path, figsize=(4.5 * len(panels), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (key, title) in zip(axes, panels, strict=True):
             for i, name in enumerate(dict.fromkeys(p.name for p in self.curves)):
                 points = [p for p in self.curves if p.name == name and _is_finite(getattr(p, key))]
                 if points:
@@ -230,7 +234,9 @@ class Comparison:
             axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, fontsize=7)
-        save_figure(figure, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(axes)
 
     @staticmethod
     def _drawn(panels: list[tuple[str, str]], of: list[Row] | list[Point]) -> list[tuple[str, str]]:

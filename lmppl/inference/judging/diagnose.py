@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -26,6 +26,9 @@ from ..training.loop.verdict import MOST_LACKING, MOST_MISSED, judge
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVEL = 0.02  # how often calibration, all statistics together, finds fault with a correct algorithm
 WORST, ON_AVERAGE = 5, 10  # independent draws that the worst run, and the runs on average, should be worth
@@ -110,11 +113,17 @@ class Diagnosis:
             "log_evidence_bounds": [_numbers(self.calibration.lowers), _numbers(self.calibration.uppers)],
         }
 
-    def plot(self, path: str | Path) -> None:
-        """Write a PNG: calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's."""
+    def plot(self, path: str | Path | None = None) -> list[Axes]:
+        """Draw calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's.
+
+        It is written to ``path``, a PNG; with None a notebook shows it.  Returns the axes of the panels.
+        """
         from .plot import draw
 
-        save_figure(draw(self), path)
+        figure = draw(self, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(figure.axes)
 
 
 def diagnose(

@@ -174,11 +174,9 @@ class Posterior:
     def summary(self, index: Index = None) -> dict[str, float]:
         """What says how good the particles of one plate element are, by name; what is not defined is left out."""
         element = plate_element(index, self.log_weights.shape[1:])
-        found = {
-            "log evidence": float(self.log_evidence[element]),
-            "ESS": float(self.ess[element]),
-            "k-hat": pareto_khat(self.log_weights[all_particles(element)]),
-        }
+        found = {"log evidence": float(self.log_evidence[element]), "ESS": float(self.ess[element])}
+        khat = pareto_khat(self.log_weights[all_particles(element)])
+        found |= {"k-hat": khat} if math.isfinite(khat) else {}
         return {name: x for name, x in found.items() if not math.isnan(x)}
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
