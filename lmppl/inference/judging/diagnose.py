@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -26,6 +26,9 @@ from ..training.loop.verdict import MOST_LACKING, MOST_MISSED, judge
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVEL = 0.02  # how often calibration, all statistics together, rejects a correct algorithm
 WORST, ON_AVERAGE = 5, 10  # the least effective sample size of the worst run, and of all runs on average
@@ -141,14 +144,18 @@ class Diagnosis:
             "log_evidence_bounds": [_numbers(self.calibration.lowers), _numbers(self.calibration.uppers)],
         }
 
-    def plot(self, path: str | Path) -> None:
-        """Writes a PNG of calibration, evidence bounds, weights, and the lengths of the guide's and posterior's texts.
+    def plot(self, path: str | Path | None = None) -> list[Axes]:
+        """Draws calibration, evidence bounds, weights, and the lengths of the guide's and posterior's texts.
 
-        :param path: the file.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         """
         from .plot import draw
 
-        save_figure(draw(self), path)
+        figure = draw(self, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(figure.axes)
 
 
 def diagnose(
