@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 DOCS = Path(__file__).parent
 SHOWN = 12
@@ -22,14 +22,15 @@ def main() -> None:
     texts = list(exact)[:SHOWN]
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     axes.barh(texts, [exact[t] for t in texts], color="#c9ced6", label="exact posterior")
-    axes.plot([trained.get(t, 0.0) for t in texts], texts, "o", color="#1f77b4", label="500 particles, trained guide")
-    axes.plot([prior.get(t, 0.0) for t in texts], texts, "x", color="#d62728", label="500 particles, prior proposals")
+    axes.plot([trained.get(t, 0.0) for t in texts], texts, "o", color="#1f77b4", label="500 draws of the trained guide")
+    axes.plot([prior.get(t, 0.0) for t in texts], texts, "x", color="#d62728", label="500 weighted draws of the prior")
     axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MultipleLocator(0.05))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("posterior probability of the middle sentence")
     axes.set_title("Tom went to the kitchen. [ ? ] He sliced it.", loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside lower center", ncols=3)
     figure.savefig(DOCS / "index.png", dpi=120)
 
 
