@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo diffusion docs docs-links screenshots paper paper-pretrained smollm2 test test-pretrained test-slow uncertainty lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo diffusion docs docs-links screenshots paper paper-pretrained smollm2 test test-pretrained test-slow tutorials uncertainty lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -27,6 +27,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'slow and not pretrained'
+
+# The tutorials whose notebooks do not show what their sources say, or these: make tutorials TUTORIALS="first_model trust"
+TUTORIALS ?=
+tutorials: $(INSTALLED)
+	$(BIN)/python docs/execute.py $(TUTORIALS)
 
 # A pretrained language model, fetched and converted once; prints where it is.
 smollm2: $(INSTALLED)
