@@ -75,7 +75,8 @@ def execute(name: str, directory: Path) -> None:
         }
         # Without directories to look in, the one kernel known is that of this interpreter.
         kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        client = NotebookClient(notebook, km=kernel, timeout=CELL_TIMEOUT, record_timing=False)
+        options = {"timeout": CELL_TIMEOUT, "record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
+        client = NotebookClient(notebook, km=kernel, **options)
         client.execute(cwd=str(here), env=environment)
     clean(notebook)
     path = directory / f"{name}.ipynb"
