@@ -1,4 +1,4 @@
-"""Programs that make a Python number or a Python decision of a latent value, which has a particle axis."""
+"""Explains the errors of programs that use a latent value as one Python number, though it has a particle axis."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, 
 
 
 class PythonValueError(ValueError):
-    """A program makes one Python number of a tensor that has a value for each particle."""
+    """Raised where a program uses a tensor with a value for each particle as one Python number."""
 
 
 @contextmanager
 def no_python_values() -> Iterator[None]:
-    """Where a program fails because a latent value is one for each particle, say what to write instead.
+    """Where a program needs one Python value of a latent tensor, raises an error that says what to write instead.
 
-    :raises PythonValueError: for ``int(k)``, ``range(k)``, ``float(k)``, ``k.item()``, ``if k:`` and their kin.
+    :raises PythonValueError: for ``int(k)``, ``range(k)``, ``float(k)``, ``k.item()``, ``if k:`` and the like.
     """
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if _FORMAT in str(error):  # which torch raises
+        if _FORMAT in str(error):  # raised by torch, called by the program
             frames = traceback.StackSummary.from_list(f for f in frames if not f.filename.startswith(_LIBRARIES))
         at = frames[-1]
         looked_up = isinstance(error, KeyError) and any(isinstance(x, torch.Tensor) for x in error.args)
@@ -55,12 +55,12 @@ def no_python_values() -> Iterator[None]:
 
 
 def written(at: traceback.FrameSummary) -> str:
-    """A line of a program, and where it stands."""
+    """A line of a program with its number and file."""
     return f"`{shorten(at.line or '', 100)}` (line {at.lineno} of {Path(at.filename).name})"
 
 
 def of_user(error: BaseException) -> str:
-    """The last line that neither torch, nor Pyro, nor this package wrote."""
+    """The last line of the traceback that is not in torch, Pyro or this package."""
     own = (*_LIBRARIES, str(Path(__file__).parents[1]))
     lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(own)]
     return written(lines[-1]) if lines else "a line that is not known"
