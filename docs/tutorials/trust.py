@@ -216,8 +216,8 @@ verdicts["unweighted"].plot("unweighted.png")
 Image("unweighted.png")
 
 # %% [markdown]
-# One statistic finds it: log p(observed), which says how well a draw explains the observation. Draws of the prior
-# explain it worse than the simulated z does. The ranks of z alone find nothing, because averaged over data sets the
+# It is found by the statistics that look at the observation. Draws of the prior explain it worse than the simulated
+# z does: log p(observed) is too low. The statistics of z alone find nothing, because averaged over data sets the
 # simulated z are draws of the prior.
 #
 # ## How do we know?
