@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo diffusion paper paper-pretrained smollm2 test test-pretrained test-slow tutorials uncertainty lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo diffusion docs docs-links screenshots paper paper-pretrained smollm2 test test-pretrained test-slow tutorials uncertainty lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -96,6 +96,17 @@ bench-pretrained: $(INSTALLED)
 	done; \
 	echo "== missed their goals or broke off:$${missed:- none}"; \
 	test -z "$${missed% peers}"
+
+# The site, into out/docs; every warning fails, a link between pages that leads nowhere too.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs out/docs
+
+# The links that leave the site; needs a network.
+docs-links: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet -b linkcheck docs out/docs-links
+
+screenshots: $(INSTALLED)
+	$(BIN)/python docs/screenshots.py
 
 peers: $(INSTALLED)
 	mkdir -p out

@@ -82,7 +82,7 @@ def main() -> None:
     See `EXIT_CODES`.
     """
     try:
-        code, said = app(standalone_mode=False), None
+        code, said = app(standalone_mode=False, prog_name="lmppl"), None
     except TyperException as error:
         code, said = error.exit_code, usage(error, sys.argv[1:])
     except (Failure, ValueError, OSError, FloatingPointError) as error:

@@ -168,11 +168,12 @@ def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
     for name in sorted(manifest(directory)):
         path = directory / name
         if name.endswith(".png") and name not in OWN and path.is_file():
-            size += path.stat().st_size
-            if size > MOST_PICTURES:
+            content = path.read_bytes()
+            if size + len(content) > MOST_PICTURES:
                 left_out.append(name)
-            else:
-                found.append((name, f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"))
+                continue
+            size += len(content)
+            found.append((name, f"data:image/png;base64,{base64.b64encode(content).decode()}"))
     return found, left_out
 
 

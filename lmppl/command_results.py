@@ -325,7 +325,7 @@ def training_figure(history: list[dict[str, Any]]) -> Any:
     rows = max(1, -(-len(lines) // 2))
     figure = Figure(figsize=(9.6, 2.9 * rows), layout="constrained")
     for i, (title, found) in enumerate(lines.items()):
-        axis = figure.add_subplot(rows, min(2, max(1, len(lines))), i + 1)
+        axis: Any = figure.add_subplot(rows, min(2, max(1, len(lines))), i + 1)
         for label, points in found.items():
             many = len(points) > 60
             axis.plot(*zip(*points, strict=True), label=label, lw=0.9, marker="" if many else "o", ms=2.5)

@@ -123,8 +123,8 @@ class Encoding(ABC):
     def join(self, *parts: Tensor | str) -> Tensor:
         """Joins texts and strings one after another: ``[..., L1], [..., L2], ... -> [..., L]``.
 
-        An eos at the end of a text is dropped, because the joined text goes on. An eos inside
-        a text (the turn ends of a chat) and any other stop (such as ".") are part of the text and stay.
+        An eos at the end of a text is dropped, because the joined text goes on. An eos inside a text (the turn ends of
+        a chat) and any other stop (such as ".") are part of the text and stay.
 
         :param parts: texts whose leading axes broadcast, or strings, which are encoded unchanged; at least one.
         :returns: ``LongTensor[..., L]``.
@@ -147,8 +147,7 @@ class Encoding(ABC):
         :param template: a string with fields as of `str.format`, without format specifications; ``{{`` is a brace.
         :param fields: a text ``[..., L]`` or a string for each field; leading axes broadcast.
         :returns: ``LongTensor[..., L]``.
-        :raises ValueError: if the template is malformed, a field is missing, or a name given is no field of the
-            template.
+        :raises ValueError: if the template is malformed, a field is missing, or a keyword is no field of the template.
 
         >>> lm = LanguageModel.embedded("stories")
         >>> lm.decode(lm.fill("Ending:{y} Beginning:{x} Middle:", x="Tom went to the kitchen.", y=" He sliced it."))

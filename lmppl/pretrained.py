@@ -132,8 +132,7 @@ def _is_there(model: Pretrained, target: Path) -> bool:
             return True
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{target}: this directory holds something other than {model.name}, or only a part of it "
-            f"({first_line(error)}); remove it or choose another"
+            f"{target}: this is not {model.name}, or not all of it ({first_line(error)}); remove it or choose another"
         ) from error
 
 

@@ -20,6 +20,8 @@ from .distributions.protocols import PrefixScores, Stepwise, Terminable, Text
 from .inference.core.sites import text_of
 from .text import PAD
 
+__all__ = ["TextContract", "support"]
+
 MOST = 20_000  # texts that `support` enumerates
 
 

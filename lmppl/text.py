@@ -16,6 +16,7 @@ from lmppl.shapes import broadcast_shapes
 
 from .rows import distinct_rows
 
+#: What fills a row after its text: no token id.
 PAD = -1
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
+__all__ = ["Calculator", "Tool", "evaluate"]
+
 MAX_DEPTH = 20  # of parentheses and signs
 MAX_MAGNITUDE = 10**18  # of the numerator and the denominator of every intermediate value
 

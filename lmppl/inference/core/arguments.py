@@ -96,5 +96,5 @@ def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
 
 
 def all_particles(element: tuple[int, ...]) -> tuple[Any, ...]:
-    """What picks an element of the kept plates from a tensor (N, *plates, ...)."""
+    """The index of an element of the kept plates in a tensor (N, *plates, ...)."""
     return (slice(None), *element)

@@ -1,4 +1,4 @@
-"""What a batch observes, without the network: a key that recognises each observation when it returns."""
+"""What a batch observes, found without the network: a key that recognises each observation when it comes again."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Site:
 
     @torch.no_grad()
     def regrow(self, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts (*shape, L) whose tokens after the first ``keep`` (*shape) are drawn again, and their log p."""
+        """Texts (*shape, L) with the tokens after the first ``keep`` (*shape) drawn again, and log p of these."""
         if hasattr(self.fn, "regrow"):
             found: tuple[Tensor, Tensor] = self.fn.regrow(value, keep)
             return found

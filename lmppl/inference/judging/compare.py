@@ -1,4 +1,4 @@
-"""`compare`: several algorithms on one model, beside the truth."""
+"""`compare`: several algorithms on one model, compared with the truth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PILOTS = 32, 128  # particles
 
 
 class Answers(Protocol):
-    """What `compare` needs of an algorithm."""
+    """What `compare` needs from an algorithm."""
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior: ...
 
@@ -49,25 +49,33 @@ def compare(
     progress: bool | Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Comparison:
-    """Run each algorithm on the model, count its tokens, and hold its answer against the exact posterior.
+    r"""Runs several algorithms on one model, and compares their posteriors with the exact one, and their cost.
 
-    :param algorithms: by name; each answers ``run(*args) -> Posterior``.  Or a function of the seed that makes (and
-        trains) one, called once for every seed.
-    :param exact: the exact `Posterior`, or an `Enumeration` to get it from; None: only what needs no truth is shown.
-    :param exact_tokens: what a given exact posterior cost in tokens.
-    :param guides: programs whose *density* is compared, by the name of their algorithm; by default the algorithm's own
-        ``density``, which importance sampling and trained guides have and SMC has not.
-    :param repetitions: runs of each algorithm, for each seed, to average over.
-    :param seeds: how many (0, 1, ...), or which; figures are then means over seeds with their standard deviation.
-        None: one run of everything under the caller's generator.
-    :param budgets: what a query may cost, in ``unit``: each algorithm is run with as many particles as that buys, which
-        gives curves of quality against budget.
-    :param unit: of the budgets, "tokens" (through the network) or "seconds".
+    For each algorithm the result has the total variation of its draws to the exact posterior,
+    :math:`TV = \frac12 \sum_z |p(z) - \hat p(z)|`, the log evidence and its error in nats, ESS / N and k-hat, the total
+    variation and KL divergences of a guide's density, and tokens through the network per query, where a query is the
+    posterior of one plate element.
+
+    :param model: a Pyro program.
+    :param algorithms: algorithms by name, objects with ``run(*args) -> Posterior``; or functions of the seed that build
+        (and train) one, called once per seed.
+    :param args: the arguments of ``run``, and ``kwargs``.
+    :param kwargs: keyword arguments of ``run``.
+    :param exact: the exact `Posterior`, or an `Enumeration` that computes it; None: figures that need it are left out.
+    :param exact_tokens: the tokens that a given exact posterior cost.
+    :param guides: programs whose *density* is compared, by the name of their algorithm.  By default it is the
+        algorithm's own ``density``, which importance sampling and trained guides have, and SMC does not.
+    :param repetitions: runs of each algorithm per seed, to average over.
+    :param seeds: the number of seeds (0, 1, ...), or a list of seeds; figures are means over seeds with their standard
+        deviation.  None: one run with the caller's random state.
+    :param budgets: costs per query, in ``unit``.  Each algorithm also runs with as many particles as each budget buys,
+        which gives curves of quality against cost.
+    :param unit: the unit of the budgets, "tokens" (through the network) or "seconds".
     :param progress: True shows how many runs are done, their rate and the time left, on standard error; a function is
-        called with the name of each algorithm before it runs.
-
-    :raises ValueError: for no algorithm, repetition or seed at all, a unit that is neither, or a budget that is not
-        positive.
+        called with the name of each algorithm before it runs; None shows nothing.
+    :returns: a `Comparison`.
+    :raises ValueError: for no algorithms, seeds or repetitions, an unknown unit, a budget that is not positive, and an
+        ``exact`` that is no posterior.
 
     Example::
 
@@ -151,7 +159,7 @@ def compare(
 
 
 class Meter:
-    """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included.
+    """Runs a function and returns its result with its cost in tokens and seconds, reading the prompts included.
 
     ``last`` is the cost of the last run.
     """
@@ -162,7 +170,7 @@ class Meter:
         self.watch(networks)
 
     def watch(self, networks: list[Any]) -> None:
-        """Count these networks too."""
+        """Counts the tokens of these networks too."""
         self.networks |= {id(n): n for n in networks}
 
     @property
@@ -187,7 +195,7 @@ def _measure(
     query: Query,
     told: Callable[[], None],
 ) -> tuple[Row, list[Tensor]]:
-    """One seed's figures, and its estimates of the log evidence (*plates); ``told`` is called after each run."""
+    """The figures of one seed, and its estimates of log Z, (*plates) each; ``told`` is called after each run."""
 
     def answer() -> Posterior:
         found = posterior_of(algorithm, query.args, query.kwargs)
@@ -201,7 +209,7 @@ def _measure(
     row.training_tokens = getattr(algorithm, "training_tokens", None) or None
     evidence = [a.log_evidence for a in answers]
     row.log_evidence = _mean(torch.stack(evidence))
-    if row.log_evidence is not None:  # without an evidence the weights are no importance weights
+    if row.log_evidence is not None:  # without evidence, the weights are no importance weights
         row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
         khat = torch.stack([a.khat for a in answers])
         row.khat = _mean(khat[khat.isfinite()])
@@ -234,11 +242,11 @@ def particles_within(
     pilots: tuple[int, int] = PILOTS,
     checks: int = 0,
 ) -> int:
-    """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
+    """The number of particles whose cost per query is about ``budget``.
 
-    ``pilots`` are their particles.  Equal texts are read once, so that the last particles cost less than the first:
-    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more; of
-    all that were run the nearest to the budget is taken.
+    A line through the costs of two small runs, with ``pilots`` particles, gives a first number.  Equal texts are read
+    once, so later particles cost less than the first.  So up to ``checks`` further runs correct a number whose cost is
+    off by 5% or more; the result is the number, of all that were run, whose cost is nearest to the budget.
     """
 
     def cost(n: int) -> float:
@@ -256,7 +264,7 @@ def particles_within(
         below = max((k for k in tried if tried[k] <= budget), default=0)
         above = min((k for k in tried if tried[k] > budget), default=MOST_PARTICLES + 1)
         if not below < n < above and above - below > 1:
-            n = (below + above) // 2  # the line has left what is known to be right
+            n = (below + above) // 2  # the line leads outside the known interval
         if n in tried:
             break
         tried[n] = spent = cost(n)
@@ -275,7 +283,7 @@ def _point(
     query: Query,
     told: Callable[[], None],
 ) -> Point:
-    """The algorithm with as many particles as the budget buys, by what a few runs cost."""
+    """The quality of the algorithm with as many particles as the budget buys."""
     n = particles_within(algorithm, budget, meter, unit, query.args, dict(query.kwargs), checks=3)
     answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *query.args, **query.kwargs))
     queries = answer.log_evidence.numel()
@@ -312,7 +320,7 @@ def _figure(row: Row) -> str:
 
 
 def _mean(x: Tensor) -> float | None:
-    """The mean of what is defined; None where nothing is. (-inf, an evidence of zero, is defined.)"""
+    """The mean of all values that are not NaN; None if there are none.  (-inf, an evidence of zero, counts.)"""
     x = x.double()
     x = x[~x.isnan()]
     return float(x.mean()) if x.numel() else None

@@ -1,4 +1,4 @@
-"""`Comparison`: the table, the plots and the file of figures that `compare` answers with."""
+"""`Comparison`: the tables, plots and files of `compare`."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ FILES = "comparison.json", "comparison.png", "budget.png"
 
 @dataclass
 class Row:
-    """One algorithm's figures, averaged over plates, repetitions and seeds; None where a figure is not defined.
+    """The figures of one algorithm, averaged over plates, repetitions and seeds; None for a figure that is not defined.
 
-    A query is the posterior of one observation (one plate element); ``break_even`` is the number of queries after which
-    training has cost fewer tokens than enumerating each.  ``sd`` holds the standard deviation over seeds of each
-    figure, by field.  A ``reference`` is no algorithm: the exact posterior, and draws of it.
+    A query is the posterior of one observation (one plate element).  ``break_even`` is the number of queries from which
+    on training costs fewer tokens than enumeration.  ``sd`` is the standard deviation over seeds of each figure, by
+    field.  A ``reference`` is no algorithm but the exact posterior, or draws from it.
     """
 
     name: str
     num_particles: int | None = None
     draws_tv: float | None = None
-    draws_modes: float | None = None  # share of the posterior's modes that are among the draws
+    draws_modes: float | None = None  # the share of the posterior's modes that are among the draws
     log_evidence: float | None = None
     log_evidence_error: float | None = None
-    log_evidence_sd: float | None = None  # over repetitions and seeds, of one observation's estimate
+    log_evidence_sd: float | None = None  # of one observation's estimate, over repetitions and seeds
     ess: float | None = None
     khat: float | None = None
-    min_ess: float | None = None  # of SMC: the smallest ESS / N on the way, and the first particles' share of survivors
-    survival: float | None = None
-    suspect: float | None = None  # share of the plate elements and runs of which few particles speak for all
+    min_ess: float | None = None  # of SMC: the smallest ESS / N during the run
+    survival: float | None = None  # of SMC: the share of the first particles with descendants at the end
+    suspect: float | None = None  # of SMC: the share of plate elements and runs that are `Sequential.suspect`
     density_tv: float | None = None
     forward_kl: float | None = None
-    reverse_kl: float | None = None  # KL(q, p): inf where q has mass at p = 0
-    density_outside: float | None = None  # q's mass where p = 0, or where the enumeration has not looked
-    reverse_kl_inside: float | None = None  # KL(q, p) of q within the support of p
-    density_modes: float | None = None  # share of the modes to which q gives at least a tenth of their probability
+    reverse_kl: float | None = None  # KL(q, p): inf if q has mass where p = 0
+    density_outside: float | None = None  # the mass of q where p = 0 or where the enumeration did not look
+    reverse_kl_inside: float | None = None  # KL(q, p) of q restricted to the support of p
+    density_modes: float | None = None  # the share of modes to which q gives at least a tenth of their probability
     training_tokens: int | None = None
     query_tokens: float | None = None
     seconds: float | None = None  # per query
@@ -74,7 +74,7 @@ _WITHOUT_SPREAD = ("khat", "suspect", "num_particles", "training_tokens", "query
 
 @dataclass
 class Point:
-    """The quality of one algorithm's draws at one budget a query: a point of a curve, averaged over seeds."""
+    """A point of a curve: the quality of one algorithm's draws at one budget per query, averaged over seeds."""
 
     name: str
     budget: float
@@ -87,7 +87,27 @@ class Point:
 
 @dataclass(repr=False)
 class Comparison:
-    """A table of algorithms, and their quality against budget; `print`, `plot` and `save` it."""
+    """The result of `compare`: a row of figures for each algorithm, and curves of quality against cost.
+
+    ``comparison["SMC"]`` is the row of that name; its attributes are the figures, None where a figure is not defined:
+    ``draws_tv`` (total variation of the draws to the exact posterior), ``log_evidence`` and ``log_evidence_error``
+    (nats), ``ess`` (ESS / N), ``khat``, ``density_tv``, ``forward_kl`` and ``reverse_kl`` (nats), ``query_tokens`` and
+    ``seconds`` (per query), ``training_tokens``, and ``sd``, a dict with the standard deviation over seeds of each.
+
+    :param rows: one row per algorithm, and reference rows: the exact posterior, and draws from it.
+    :param unexplored: the prior mass that the enumeration left out, on average; None if there was no enumeration.
+    :param notes: remarks below the tables.
+    :param curves: points of quality against budget, if there were budgets.
+    :param unit: the unit of the budgets, "tokens" or "seconds".
+
+    Example::
+
+        samplers = {"prior": Importance(model, num_particles=64), "SMC": SMC(model, num_particles=64)}
+        comparison = compare(model, samplers, x, y, exact=Enumeration(model))
+        comparison.print()
+        comparison["SMC"].draws_tv  # total variation to the exact posterior
+        comparison.save("comparison")  # comparison.json and comparison.png
+    """
 
     rows: list[Row]
     unexplored: float | None = None
@@ -115,7 +135,7 @@ class Comparison:
         raise KeyError(f"{name!r} is none of {[row.name for row in self.rows]}")
 
     def tables(self) -> list[Table]:
-        """The rows as rich tables: draws and evidence, densities, cost; what no row has a figure for is left out."""
+        """The rows as rich tables: draws, evidence, densities, cost.  Columns without figures are left out."""
         found = []
         for title, columns in _TABLES:
             shown, rows = self._filled(columns)
@@ -142,7 +162,7 @@ class Comparison:
         ]
 
     def markdown(self) -> str:
-        """The same tables in Markdown."""
+        """The tables in Markdown."""
         lines = []
         for title, columns, rows in self.cells():
             titles = [c.replace("|", "\\|") for c in columns]
@@ -157,7 +177,10 @@ class Comparison:
         return shown, [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
 
     def print(self, console: Console | None = None) -> None:
-        """Print the tables and notes."""
+        """Prints the tables and notes.
+
+        :param console: a `rich.console.Console`; None: standard output.
+        """
         console = console or Console()
         for table in self.tables():
             title, table.title = table.title, None  # as a title it would be broken at the table's width
@@ -167,7 +190,7 @@ class Comparison:
             console.print(note, highlight=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Rows, curves, unexplored mass and notes; numbers that are not finite are None."""
+        """A dict for JSON: rows, curves, unexplored mass and notes; numbers that are not finite are None."""
         return {
             "rows": [_finite(asdict(row)) for row in self.rows],
             "curves": [_finite(asdict(point)) for point in self.curves],
@@ -177,9 +200,12 @@ class Comparison:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write ``comparison.json``, ``comparison.png`` and, where curves are, ``budget.png``, together or not at all.
+        """Writes ``comparison.json``, ``comparison.png`` and, if there are curves, ``budget.png``, all or none.
 
-        They replace those of an earlier comparison; ValueError where others wrote files of these names.
+        Files of an earlier comparison are replaced.
+
+        :param directory: the directory.
+        :raises ValueError: if something else wrote files of these names there.
         """
         claim(directory, FILES)
         with writing(directory, "comparison") as fresh:
@@ -189,10 +215,12 @@ class Comparison:
                 self.plot_budget(fresh / FILES[2])
 
     def plot(self, path: str | Path) -> None:
-        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
+        """Writes a PNG with bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
 
-        There are two panels in a row.  Each shows the rows that have its figure: algorithms in colour, references
-        below them, hatched.  An infinite figure is written where its bar would begin.
+        There are two panels in a row.  Each shows the rows that have its figure, algorithms in colour, and references
+        hatched below them.  An infinite figure is written where its bar would begin.
+
+        :param path: the file.
         """
         from matplotlib.figure import Figure
 
@@ -202,7 +230,7 @@ class Comparison:
         wide = min(2, max(1, len(panels)))
         high = -(-max(1, len(panels)) // wide)
         figure = Figure(figsize=(5.4 * wide, height * high), layout="constrained")
-        axes = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
+        axes: list[Any] = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
         for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
             for i, row in enumerate(rows):
@@ -222,9 +250,10 @@ class Comparison:
         save_figure(figure, path)
 
     def plot_budget(self, path: str | Path) -> None:
-        """Lines: the draws' distance and the evidence's error against what a query costs.
+        """Writes a PNG with curves: distance of the draws and error of the evidence against the cost per query.
 
-        Raises ValueError where there is nothing to draw: without budgets, or without a truth.
+        :param path: the file.
+        :raises ValueError: if there are no curves, because `compare` had no ``budgets`` or no ``exact``.
         """
         from matplotlib.figure import Figure
 
@@ -245,7 +274,7 @@ class Comparison:
 
     @staticmethod
     def _drawn(panels: list[tuple[str, str]], of: list[Row] | list[Point]) -> list[tuple[str, str]]:
-        """Those panels for which there is a figure."""
+        """The panels that have a figure."""
         return [(key, title) for key, title in panels if any(_is_finite(getattr(x, key)) for x in of)]
 
 
@@ -259,7 +288,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has no number for is None."""
+    """The figures with None in place of numbers that are not finite, which JSON cannot hold."""
     none = {k: None for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)}
     return figures | none | {k: _finite(v) for k, v in figures.items() if isinstance(v, dict)}
 

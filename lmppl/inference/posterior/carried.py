@@ -70,7 +70,7 @@ def carried(
 
 
 class _Carry(Messenger):
-    """Gives kept latent sites the values of the posterior, to show what depends on the others."""
+    """Gives kept latent sites the values of the posterior; so later distributions show what depends on other sites."""
 
     def __init__(self, before: Trace, values: Mapping[str, Tensor], evidence: Evidence):
         super().__init__()

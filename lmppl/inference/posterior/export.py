@@ -105,7 +105,7 @@ def to_pandas(posterior: Posterior) -> DataFrame:
     found["weight"] = _flat(posterior.log_weights.double().softmax(0), sizes)
     found["log_weight"] = _flat(posterior.log_weights, sizes)
     frame = pandas.DataFrame(found)
-    log_prior = getattr(posterior, "log_prior", None)  # of an enumeration: -inf at padding
+    log_prior = getattr(posterior, "log_prior", None)  # only of an enumeration; -inf at padding
     return frame if log_prior is None else frame[_flat(log_prior, sizes) > -np.inf].reset_index(drop=True)
 
 
@@ -118,5 +118,5 @@ def _numpy(x: Any) -> Any:
 
 
 def _flat(x: Any, sizes: torch.Size) -> Any:
-    """(N, *plates) as one column: plate element by plate element, particle by particle."""
+    """(N, *plates) as one column, ordered by plate element, then by particle."""
     return np.moveaxis(_numpy(x).reshape(sizes), 0, -1).reshape(-1)

@@ -1,4 +1,4 @@
-"""Saves a posterior in a directory: tensors as safetensors, the rest as JSON.  All of it is written, or nothing."""
+"""Saves a posterior in a directory, completely or not at all: tensors as safetensors, the rest as JSON."""
 
 from __future__ import annotations
 

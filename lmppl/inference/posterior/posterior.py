@@ -46,7 +46,7 @@ class Sites:
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends the texts; may be empty
     query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
-    dependent: bool = False  # particles descend from, or are copies of, one another: their weights tell no error
+    dependent: bool = False  # particles may be copies of, or descend from, the same one: weights give no error
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,13 @@ class Posterior:
 
         .. math:: \sqrt{\sum_n w_n^2 \, (f_n - \bar f)^2}, \qquad \bar f = \sum_n w_n f_n, \qquad \sum_n w_n = 1
 
-        It is that of self-normalised importance sampling, with equal weights that of independent draws.  NaN where the
-        particles are copies of others, after `resample`.  Subclasses say how they estimate theirs.
+        This is the error of self-normalised importance sampling; with equal weights it is that of independent draws.
+        It is NaN after `resample`, because particles are then copies of others.  Subclasses have their own estimates.
 
-        :param values: one number, or several, of each particle of one element of the kept plates.
-        :param index: which element, needed where there is more than one.
+        :param values: one number, or several, for each particle of one element of the kept plates.
+        :param index: the element; None: there is only one.
+        :raises ValueError: for values that are not a tensor of N particles.
+        :raises ZeroEvidence: if all weights of this element are zero.
 
         Source: Owen 2013, Monte Carlo theory, methods and examples, eq. 9.9.
 
@@ -198,7 +200,10 @@ class Posterior:
         return weights * (f - (weights * f).sum(0))
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """What says how good the particles of one plate element are, by name; what is not defined is left out."""
+        """Log evidence, ESS and k-hat of one plate element, by name; figures that are not defined are left out.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found = {
             "log evidence": float(self.log_evidence[element]),
@@ -447,14 +452,14 @@ class Posterior:
         return html(self)
 
     def plot(self, site: str | None = None, index: Index = None, ax: Axes | None = None) -> Axes:
-        """Draw what is probable of one site, and return the matplotlib axes.
+        """Plots the posterior of one site, and returns the matplotlib axes.
 
-        Texts and whole numbers: bars, the most probable first, with `standard_error` where it is known.  Other numbers:
-        a weighted histogram; several of them, as of a Dirichlet: means, with standard deviations.
+        Texts and whole numbers are bars, the most probable first, with their `standard_error` if it is known.  Another
+        number is a weighted histogram.  Several numbers, as of a Dirichlet, are means with standard deviations.
 
-        :param site: None: the first text, or the first site where there is none.
-        :param index: as in `table`.
-        :param ax: where to draw; None: a new figure.
+        :param site: a latent site; None: the first text, or the first site if there is no text.
+        :param index: an element of the plates, as in `table`.
+        :param ax: the axes to draw into; None: a new figure.
 
         Example::
 
@@ -467,10 +472,15 @@ class Posterior:
     def to_pandas(self) -> DataFrame:
         """A ``pandas.DataFrame`` with a row for each particle of each element of the kept plates.
 
-        Its columns: one for each kept plate, with the number of the element; ``particle`` (of Markov chains ``chain``
-        and ``draw``); one for each site, texts as strings, numbers as numbers, of a site with further axes one for each
-        entry: ``w[0]``, ``w[1, 2]``; ``weight``, normalised in each plate element (NaN where all are zero), and
-        ``log_weight``.  A site or plate of one of these names gets ``_site`` or ``_plate`` behind its own.
+        The columns are:
+
+        - one for each kept plate, with the number of the element;
+        - ``particle``, or ``chain`` and ``draw`` for Markov chains;
+        - one for each site, with strings for texts; a site with further axes has a column for each entry, such as
+          ``w[0]`` or ``w[1, 2]``;
+        - ``weight``, normalised in each plate element (NaN if all are zero), and ``log_weight``.
+
+        A plate or site with the name of another column gets the ending ``_plate`` or ``_site``.
 
         Example::
 

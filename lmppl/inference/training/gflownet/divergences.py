@@ -301,6 +301,7 @@ def mean(x: Tensor, weight: Tensor) -> Tensor:
 
 SQUARED, LINEX = Squared(), AlphaDivergence(1.0)
 
+#: The divergences by the names that an objective's ``divergence=`` takes.
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
     {
         "squared": SQUARED,
