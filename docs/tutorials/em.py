@@ -34,9 +34,9 @@ print("the twelve reasons:", *REASONS)
 # %% [markdown]
 # ## The model
 #
-# A reason $z$, one word, follows "... because of", and the label $y$ follows the reason. The label is said by an
-# adapter `p` of the same language model. A new adapter changes nothing: it starts as the language model itself. EM
-# moves `p` and nothing else.
+# A reason $z$, one word, follows "... because of", and the label $y$ follows the reason. An adapter `p` of the same
+# language model gives the label. A new adapter changes nothing: it starts as the language model itself. EM moves `p`
+# and nothing else.
 
 # %%
 reason = dict(min_tokens=1, max_tokens=1, stop=",", allowed=only(lm, [*REASONS, ","]))
@@ -61,7 +61,7 @@ train, test = (encode(embedded.data("subjectivity", split)[:n]) for split, n in 
 
 # %% [markdown]
 # There are twelve reasons, so that everything can be known exactly: `Enumeration` returns $\log p(y \mid x)$ and the
-# posterior of the reason. A label is predicted rightly where $p(y \mid x) > 1/2$.
+# posterior of the reason. A prediction is right where $p(y \mid x) > 1/2$.
 
 
 # %%
@@ -80,10 +80,10 @@ for z, probability in before.table("z", 0)[:4]:
 # %% [markdown]
 # ## EM, exactly
 #
-# A round has two steps. The *E-step* infers the reasons with the model held fixed. The *M-step* raises $Q = \sum_n
-# w_n \log p(z_n, y)$ over the adapter, with the reasons $z_n$ and their probabilities $w_n$ held fixed. With the
-# exact posterior as its E-step, EM raises $\log p(y \mid x)$ itself. `backtrack=True` halves a step that is too long,
-# so that no round can make it smaller.
+# A round has two steps. The *E-step* infers the reasons with the model held fixed. The *M-step* raises
+# $Q = \sum_n w_n \log p(z_n, y)$ over the adapter, with the reasons $z_n$ and their probabilities $w_n$ held fixed.
+# With the exact posterior as its E-step, EM raises $\log p(y \mid x)$ itself. `backtrack=True` halves a step that is
+# too long, so that no round can make it smaller.
 
 # %%
 p = lm.with_adapter(config)
@@ -94,8 +94,8 @@ history = em.fit([train], steps=12, progress=False)
 after = on_test(p)
 
 # %% [markdown]
-# Which label does the model draw from each reason? Nobody told it which four it had misread. They turn, because the
-# labels of the sentences that have such reasons are explained better that way.
+# Which label does the model draw from each reason? Nobody told it which four it had misread. They change, because
+# this explains the labels of the sentences that have such reasons.
 
 
 # %%
@@ -126,9 +126,9 @@ plt.show()
 # %% [markdown]
 # ## EM with a trained guide
 #
-# Enumeration is a luxury. A second adapter `q` reads the label first and learns to give the reason: a GFlowNet is the
-# E-step now. Each round updates it twice; then its draws, weighed by importance, are what the M-step sees. `exact=`
-# only logs the truth beside it.
+# Most models cannot be enumerated. A second adapter `q` reads the label first and learns to give the reason: a
+# GFlowNet is the E-step now. Each round updates it twice; then its draws, weighed by importance, are what the M-step
+# sees. `exact=` only logs the truth beside it.
 #
 # Guide and likelihood have an adapter each. With one for both the M-step would move the guide too; that is refused.
 

@@ -105,8 +105,8 @@ for meant, drawn in zip(("47", "100"), zip(*Typed(keys).decode(Typed(keys).sampl
 
 # %% [markdown]
 # **How do we know that it is right?** `TextContract` is the package's own test of a distribution over texts: its
-# probabilities add up to one, samples follow them, token by token they are the same, masks and plates leave them be,
-# and so on. A subclass says which distribution. In a project it stands in a test file, and `pytest` finds it.
+# probabilities add up to one, samples follow them, it gives the same token by token, masks and plates work, and so
+# on. A subclass says which distribution. In a project it stands in a test file, and `pytest` finds it.
 
 
 # %%
@@ -126,7 +126,7 @@ for name in tests:
     print("passed:", name.removeprefix("test_").replace("_", " "))
 
 # %% [markdown]
-# A contract that nothing breaks would prove nothing. Here is a distribution that likes the key 0 a little too well:
+# A test that cannot fail proves nothing. Here is a distribution that likes the key 0 a little too well:
 
 
 # %%
@@ -145,8 +145,8 @@ else:
 # %% [markdown]
 # ## The model
 #
-# The language model says a number; `Typed` says what comes of it. Its tokens are not the language model's, so the
-# digits are counted from the token "0" on.
+# The language model writes a number; `Typed` is the distribution of what is typed. It has tokens of its own, so
+# `as_keys` translates the digits.
 
 # %%
 lm = LanguageModel.embedded("numbers")
@@ -179,8 +179,9 @@ print("meant, where", repr(typed[1]), "was typed:", *(f"{s} {p:.2f}, " for s, p 
 # An objective is a *balance*, which u are compared, and a *divergence*, how. Both can be yours.
 #
 # **A divergence** is a convex $g$ of a difference of u. Squares let one strange sample rule a step; $2 \log \cosh$ is
-# as flat as a square near zero and grows linearly. Beside $g$ a divergence says the $f$ it comes from, $g'(\log r) =
-# r f'(r) - f(r) + f(1) - f'(1)$. Solved for $2 \tanh$ that is $f(r) = 2 + 4 r \arctan r - (2 + \pi) r$.
+# as flat as a square near zero and grows linearly. Beside $g$ a divergence says the $f$ it comes from,
+# $g'(\log r) = r f'(r) - f(r) + f(1) - f'(1)$. For $g' = 2 \tanh$ this gives
+# $f(r) = 2 + 4 r \arctan r - (2 + \pi) r$.
 
 
 # %%
@@ -201,7 +202,7 @@ print(f"largest difference of g' from what f says: {(LogCosh().slope(delta) - fr
 
 # %% [markdown]
 # **A balance** is a function of all u of one observation. This one compares each sample of the first half with one of
-# the second. `u` is (prefix, particle, observations); with `uses_prefixes = False` there are whole texts alone.
+# the second. `u` is (prefix, particle, observations); `uses_prefixes = False` asks for whole texts only.
 
 
 # %%
@@ -248,8 +249,8 @@ guides = {
 # ## An algorithm
 #
 # An algorithm is an object with `model`, `guide` and `run(*args) -> Posterior`. Here is one that is told how good the
-# answer has to be, not how many particles to draw. A pilot run tells how many are needed; they are drawn anew, so
-# that the evidence stays unbiased.
+# answer has to be, not how many particles to draw. A pilot run estimates how many are needed. Then these are drawn
+# anew, so that the evidence stays unbiased.
 #
 # A `Query` is what is asked: two programs and their arguments. `weigh` runs them with N particles and returns u, a
 # number for each particle and observation. `Posterior.of` makes the answer.

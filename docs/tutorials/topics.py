@@ -91,8 +91,7 @@ guessed = Importance(model, num_particles=1000).run(y)
 print(f"ESS {guessed.ess:.1f} of {guessed.num_particles}, log evidence {guessed.log_evidence:.1f}")
 
 # %% [markdown]
-# A good guide has two parts. Its texts need a trained language model; its ordinary part is a job for
-# `pyro.infer.SVI`.
+# A good guide has two parts: a trained language model for the texts, and `pyro.infer.SVI` for the ordinary variables.
 #
 # ## The texts: an adapter that reads the answer first
 #
@@ -127,8 +126,8 @@ history = trainer.fit([(topics.repeat(32, 1), any_y)], steps=200, progress=False
 print(f"loss {history[0]['loss']:.2f} -> {history[-1]['loss']:.2f} nats a text")
 
 # %% [markdown]
-# The guide gives the evidence of every pair of a sheet and a sum, with the working integrated out: $\ell_{dk} = \log
-# p(y_d \mid k)$.
+# The guide gives the evidence of every pair of a sheet and a sum, with the working integrated out:
+# $\ell_{dk} = \log p(y_d \mid k)$.
 
 # %%
 rows_x, rows_y = topics.repeat(sheets, 1), y.repeat_interleave(3, 0)  # 16 x 3 pairs
@@ -139,12 +138,12 @@ print(f"ESS of the 48 pairs, of 300: median {texts.ess.median():.0f}, smallest {
 # %% [markdown]
 # ## The ordinary part: SVI
 #
-# The guide of the whole model. Given $\theta$, the topic of a sheet is known but for its normalisation, $q(k_d \mid
-# \theta) \propto \theta_k e^{\ell_{dk}}$, and the working is the adapter's. Three numbers are left to learn, the
-# concentration of $\theta$.
+# Now the guide of the whole model. Given $\theta$, the posterior of a topic is known up to its normalisation,
+# $q(k_d \mid \theta) \propto \theta_k e^{\ell_{dk}}$, and the adapter writes the working. Three numbers are left to
+# learn, the concentration of $\theta$.
 #
 # lmppl's objectives are Pyro losses. `VarGrad` is the variance of $u = \log p - \log q$ over particles. It is zero
-# exactly at the posterior, and needs no reparameterisation, which a text could not have.
+# exactly at the posterior. It needs no reparameterisation: a text has none.
 
 # %%
 
@@ -172,7 +171,7 @@ plt.show()
 # %% [markdown]
 # ## The answer
 #
-# The guide is good, not exact. Its draws are therefore weighed by what they leave to the model.
+# The guide is good, but not exact. `Importance` draws from it and gives each draw the weight $e^u$.
 
 # %%
 posterior = Importance(model, guide, num_particles=1000).run(y)
@@ -274,8 +273,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Triangles above the bars show the sum that each pupil had in fact. A sheet whose answer is far from all three right
-# answers is settled by the sums' popularity.
+# A triangle above a bar shows the sum that the pupil had in fact. Where an answer fits several sums, the popular one
+# is more probable: all sheets together decide about each.
 
 # %%
 exact_theta = (log_p.softmax(0)[:, None] * (counts + 1) / (sheets + 3)).sum(0)
