@@ -90,7 +90,7 @@ p = lm.with_adapter(config)
 model = labels_by(p)
 exact = Enumeration(model)
 em = VariationalEM(model, None, exact, torch.optim.AdamW(p.trainable_parameters(), lr=1e-2), backtrack=True)
-history = em.fit([train], steps=12, progress=False)
+history = em.fit([train], steps=15, progress=False)
 after = on_test(p)
 
 # %% [markdown]
@@ -146,7 +146,7 @@ e_step = GFlowNet(model_trained, guide, optimizer=torch.optim.AdamW(q.trainable_
 m_optimizer = torch.optim.AdamW(p_trained.trainable_parameters(), lr=1e-2)
 trained = VariationalEM(model_trained, guide, e_step, m_optimizer, e_steps=2, exact=Enumeration(model_trained))
 batches = [tuple(t[i : i + 10] for t in train) for i in range(0, 40, 10)]
-rounds = trained.fit(batches, steps=24, progress=False)
+rounds = trained.fit(batches, steps=30, progress=False)
 after_trained = on_test(p_trained)
 
 # %%
