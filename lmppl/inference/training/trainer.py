@@ -309,7 +309,8 @@ class Trainer(Sampler, ABC):
             and on SIGINT or SIGTERM (which then end the program; a second one ends it at once).  Where it holds a
             checkpoint, training resumes from it, with all state of the optimisers.  Other files in it are left alone.
         :param checkpoint_every: steps between two checkpoints.
-        :param progress: show a progress bar.
+        :param progress: show steps, rate, time left and figures on standard error: a bar on a terminal and in a
+            notebook, else a plain line every ten seconds.
         :param callback: a function of the step and its metrics, called before they are logged.  What it adds to them
             (numbers, strings, what JSON can hold) is logged, too.  It ends training by raising `StopTraining` (or
             StopIteration): the step counts, its checkpoint is written, and `fit` returns.  After any other exception
