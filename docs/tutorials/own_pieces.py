@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pyro
 import torch
 from peft import LoraConfig
+from torch.nn.functional import pad, sigmoid, softplus
 
 from lmppl import LanguageModel
 from lmppl.constraints import only
@@ -84,7 +85,7 @@ class Typed(AutoregressiveText):
         for token in prefix.unbind(1):
             struck, _ = strike(place, there)
             as_seen = hit.gather(2, (token - 1)[:, None, None].expand(-1, hit.shape[1], 1))[..., 0]  # (R, L)
-            place = torch.nn.functional.pad(struck * as_seen, (1, 0))
+            place = pad(struck * as_seen, (1, 0))
         struck, end = strike(place, there)
         return torch.cat([end[:, None], (struck[..., None] * hit).sum(1)], 1).log()  # (R, 11)
 
@@ -179,29 +180,27 @@ print("meant, where", repr(typed[1]), "was typed:", *(f"{s} {p:.2f}, " for s, p 
 # An objective is a *balance*, which u are compared, and a *divergence*, how. Both can be yours.
 #
 # **A divergence** is a convex $g$ of a difference of u, and the $f$ it comes from: training descends $E_q f(p/q)$.
-# The squared difference, the default, descends KL(q, p); "forward_kl" descends KL(p, q). Jeffreys' divergence, their
-# sum, is not in the package. It has $f(r) = (r - 1) \log r$, and $g'(\log r) = r f'(r) - f(r) + f(1) - f'(1)$ gives
-# $g(\delta) = e^\delta - 1 - \delta + \delta^2 / 2$. A $g$ must be finite everywhere, so a steep one goes on as a
-# line.
+# The two belong together by $g'(\log r) = r f'(r) - f(r) + f(1) - f'(1)$. Le Cam's divergence,
+# $2 \sum_z (p - q)^2 / (p + q)$, is not in the package. It has $f(r) = 2 (r - 1)^2 / (r + 1)$, and integrating gives
+# $g(\delta) = 8 \log(1 + e^\delta) + 8 / (1 + e^\delta) - 2 \delta - 8 \log 2 - 4$. Its slope stays between -2 and 6,
+# so that a single odd sample cannot rule a step.
 
 
 # %%
-class Jeffreys(Divergence):
+class LeCam(Divergence):
     def f(self, r):
-        return (r - 1) * r.log()
+        return 2 * (r - 1) ** 2 / (r + 1)
 
     def g(self, delta):
-        low = delta.clamp(max=20.0)
-        slope = low.exp() - 1 + low
-        return low.exp() - 1 - low + low**2 / 2 + slope * (delta - low)
+        return 8 * (softplus(delta) + sigmoid(-delta)) - 2 * delta - 8 * math.log(2) - 4
 
 
 delta = torch.linspace(-4, 4, 81, dtype=torch.double)
 r = delta.exp().requires_grad_()
-(slope_of_f,) = torch.autograd.grad(Jeffreys().f(r).sum(), r)
-(slope_at_1,) = torch.autograd.grad(Jeffreys().f(one := torch.ones((), dtype=torch.double, requires_grad=True)), one)
-from_f = r * slope_of_f - Jeffreys().f(r) + Jeffreys().f(one) - slope_at_1
-print(f"largest difference of g' from what f says: {(Jeffreys().slope(delta) - from_f).abs().max():.1e}")
+(slope_of_f,) = torch.autograd.grad(LeCam().f(r).sum(), r)
+(slope_at_1,) = torch.autograd.grad(LeCam().f(one := torch.ones((), dtype=torch.double, requires_grad=True)), one)
+from_f = r * slope_of_f - LeCam().f(r) + LeCam().f(one) - slope_at_1
+print(f"largest difference of g' from what f says: {(LeCam().slope(delta) - from_f).abs().max():.1e}")
 
 # %% [markdown]
 # **A balance** is a function of all u of one observation. This one compares each sample of the first half with one of
@@ -244,8 +243,8 @@ def trained(objective, steps=150):
 
 guides = {
     "VarGrad, squared": trained(VarGrad()),
-    "VarGrad, Jeffreys": trained(VarGrad(divergence=Jeffreys())),
-    "halves, Jeffreys": trained(Halves(divergence=Jeffreys())),
+    "VarGrad, Le Cam": trained(VarGrad(divergence=LeCam())),
+    "halves, Le Cam": trained(Halves(divergence=LeCam())),
 }
 
 # %% [markdown]
@@ -276,7 +275,7 @@ class Enough(Algorithm):
         return self.weighted(query, min(n, self.most))
 
 
-for name, guide in {"the prior": None, "a trained guide": guides["halves, Jeffreys"].guide}.items():
+for name, guide in {"the prior": None, "a trained guide": guides["halves, Le Cam"].guide}.items():
     found = Enough(model, guide).run(y)
     print(f"{name}: {found.num_particles} particles, smallest ESS {found.ess.min():.0f}")
 
@@ -287,7 +286,7 @@ for name, guide in {"the prior": None, "a trained guide": guides["halves, Jeffre
 # digits can be enumerated.
 
 # %%
-best = guides["halves, Jeffreys"]
+best = guides["halves, Le Cam"]
 enough = {"enough, from the prior": Enough(model), "enough, from a guide": Enough(model, best.guide)}
 table = compare(model, enough | guides, y, exact=exact)
 table
@@ -312,7 +311,7 @@ plt.show()
 # runs is within five standard errors of the truth.
 
 # %%
-assert (Jeffreys().slope(delta) - from_f).abs().max() < 1e-9
+assert (LeCam().slope(delta) - from_f).abs().max() < 1e-9
 ratios = torch.stack(
     [(Enough(model, best.guide, ess=100).run(y).log_evidence - exact.log_evidence).exp() for _ in range(20)]
 )
