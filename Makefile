@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 INSTALLED := .venv/.installed
 
-.PHONY: .venv algorithms demo diffusion paper paper-pretrained smollm2 test test-pretrained test-slow uncertainty lint format bench bench-pretrained peers build clean
+.PHONY: .venv algorithms demo diffusion docs docs-links screenshots paper paper-pretrained smollm2 test test-pretrained test-slow tutorials uncertainty lint format bench bench-pretrained peers build clean
 
 .venv: $(INSTALLED)
 
@@ -27,6 +27,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'slow and not pretrained'
+
+# Executes the tutorials whose code has changed, or these: make tutorials TUTORIALS="first_model trust"
+TUTORIALS ?=
+tutorials: $(INSTALLED)
+	$(BIN)/python docs/execute.py $(TUTORIALS)
 
 # A pretrained language model, fetched and converted once; prints where it is.
 smollm2: $(INSTALLED)
@@ -91,6 +96,17 @@ bench-pretrained: $(INSTALLED)
 	done; \
 	echo "== missed their goals or broke off:$${missed:- none}"; \
 	test -z "$${missed% peers}"
+
+# The site, into out/docs; every warning fails, a link between pages that leads nowhere too.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet docs out/docs
+
+# The links that leave the site; needs a network.
+docs-links: $(INSTALLED)
+	$(BIN)/sphinx-build --quiet -b linkcheck docs out/docs-links
+
+screenshots: $(INSTALLED)
+	$(BIN)/python docs/screenshots.py
 
 peers: $(INSTALLED)
 	mkdir -p out

@@ -1,7 +1,6 @@
 """Probabilistic programming with language models.
 
-A name of the package is imported when it is first asked for, so that what needs no language model, such as
-``lmppl --help``, does not wait for one.
+Names of the package are imported when they are first used: ``lmppl --help`` needs no language model and is fast.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The adapters of one network: any number of them, put in, taken out, saved and loaded."""
+"""The adapters of one network: adds, removes, saves and loads any number of them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ __all__ = ["CONFIG", "KIND", "WEIGHTS", "Adapter", "CheckpointError", "Lock", "N
 
 P = ParamSpec("P")
 T = TypeVar("T")
-# These start from an adapter of their own and leave the base weights as they are; "pissa", "olora" and others do not.
+# These do not change the base weights; "pissa", "olora" and others do.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
-# In these, layers whose weights are read past an adapter (most of which PEFT refuses): "all-linear" is all the others.
+# Model types with layers whose weights are used without the adapter around them (PEFT refuses most of these layers).
+# There "all-linear" means all other layers.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 UNADAPTABLE = ["conv1d", "out_proj", "dt_proj"]
 
 
 def _locked(method: Callable[Concatenate[Network, P], T]) -> Callable[Concatenate[Network, P], T]:
-    """The method, which holds the network's lock."""
+    """The method, with the network's lock held."""
 
     @wraps(method)
     def held(self: Network, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -68,7 +69,7 @@ class Network(Passes):
             self._keep(adapter)
 
     def _keep(self, adapter: Adapter) -> None:
-        """Know the adapter, as long as somebody else does."""
+        """Registers the adapter, for as long as something else refers to it."""
         self.adapters[adapter.name] = adapter
         lock, network = self.lock, weakref.ref(self)
 
@@ -84,11 +85,11 @@ class Network(Passes):
 
     @_locked
     def add(self, config: peft.PeftConfig, name: str | None) -> Adapter:
-        """Inject a new adapter; whatever was there keeps its weights, its gradients and its `requires_grad`."""
+        """Adds a new adapter; weights, gradients and ``requires_grad`` of everything else do not change."""
         name = self._name(name)
-        config = copy.deepcopy(config)  # PEFT writes into it
+        config = copy.deepcopy(config)  # PEFT changes it
         config.inference_mode = False
-        if hasattr(self.model, "prepare_inputs_for_generation"):  # of masked language models PEFT has no type
+        if hasattr(self.model, "prepare_inputs_for_generation"):  # PEFT has no task type for masked language models
             config.task_type = config.task_type or peft.TaskType.CAUSAL_LM
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
@@ -99,10 +100,10 @@ class Network(Passes):
         done = False
         try:
             with warnings.catch_warnings():
-                # Set for GPT-2 alone, whose linear layers are transposed: PEFT mends it and says so each time.
+                # GPT-2's linear layers are transposed: PEFT corrects the setting and warns each time.
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-                # Of an output layer that shares the embeddings' weight: what it warns of is merging.
+                # About an output layer that shares the embeddings' weight; it matters only for merging.
                 warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
                 peft.inject_adapter_in_model(config, self.model, adapter_name=name)
             fuse_adapters(self.model)
@@ -112,17 +113,17 @@ class Network(Passes):
             reason = first_line(error)
             raise ValueError(f"peft_config does not fit {type(self.model).__name__}: {reason}") from error
         finally:
-            # With the attribute in place, PEFT would take the next adapter for one more of this tuner's.
+            # If this attribute stayed, PEFT would add the next adapter to this tuner.
             self.model.__dict__.pop("peft_config", None)
             for p, requires_grad in before.items():
                 p.requires_grad = requires_grad
             if not done:
-                self._take_out(name)  # half of it, where PEFT failed midway
+                self._take_out(name)  # what PEFT added before it failed
             own = [p for p in self.model.parameters() if p not in before]
             self.of_adapters.update(own)
             self.look()
             self.model.eval()
-            self._switch(None)  # PEFT leaves new layers on
+            self._switch(None)  # PEFT leaves new adapters switched on
         layers = {m for m in self.layers if name in _names(m)}
         adapter = Adapter(name, config, [p for p in own if p.requires_grad], layers)
         self._keep(adapter)
@@ -130,18 +131,18 @@ class Network(Passes):
 
     @_locked
     def remove(self, adapter: Adapter) -> None:
-        """Take an adapter out of the model; its views can no longer be used."""
+        """Removes an adapter from the model; its views can no longer be used."""
         self.refuse_removed(adapter)
         del self.adapters[adapter.name]
         self._take_out(adapter.name)
 
     def _take_out(self, name: str) -> None:
-        """Leave no module, no weight and no fact of the adapter of this name."""
+        """Removes every module, weight and fact of the adapter with this name."""
         self.kept.pop("activations", None)
         self.kept.pop("merged", None)
         holding = [m for m in self.model.modules() if isinstance(m, WRAPPERS)]
         for layer in holding:
-            layer._active_adapter = []  # else PEFT would choose another, and switch the weights of the rest
+            layer._active_adapter = []  # else PEFT would activate another and change requires_grad of the rest
             if isinstance(layer, AuxiliaryTrainingWrapper):
                 layer.delete_adapter(name, None)
             elif name in _names(layer):
@@ -155,7 +156,10 @@ class Network(Passes):
         self._switch(None)
 
     def _unadaptable(self) -> list[str]:
-        """The layers that "all-linear" leaves out: they are no linear functions, or are read past an adapter."""
+        """Returns the layers that "all-linear" leaves out.
+
+        They are not linear functions, or their weights are used without the adapter around them.
+        """
         if self.model.config.model_type in STATE_SPACE:
             return UNADAPTABLE
         own = [
@@ -170,9 +174,9 @@ class Network(Passes):
 
     @_locked
     def load(self, path: str, name: str | None) -> Adapter:
-        """Inject the adapter saved under `path`; raises CheckpointError if there is none or it does not fit.
+        """Adds the adapter saved under ``path``; raises CheckpointError if there is none or it does not fit.
 
-        After an error the model is as it was.
+        After an error the model is unchanged.
         """
         config, weights = loading.adapter(path, str(self.base_parameters[0].device))
         name = self._name(name)
@@ -197,18 +201,18 @@ class Network(Passes):
 
     @_locked
     def save_base(self, directory: Path) -> None:
-        """Write the base weights as a Hugging Face checkpoint in which no adapter shows."""
+        """Saves the base weights as a Hugging Face checkpoint without any adapter."""
         state = {plain_key(k): w for k, w in self.model.state_dict().items() if plain_key(k) in self.base_keys}
         self.model.save_pretrained(directory, state_dict=state, safe_serialization=True)
 
     @_locked
     def save_adapter(self, adapter: Adapter, directory: Path) -> None:
-        """Write one adapter in the layout of PEFT."""
+        """Saves one adapter in PEFT's layout."""
         self.refuse_removed(adapter)
         with self._peft_config():
             state = peft.get_peft_model_state_dict(self.model, adapter_name=adapter.name, save_embedding_layers=False)
         plain = {plain_key(k): w for k, w in state.items()}
-        if len(plain) == len(state):  # else PEFT itself wrapped one layer several times, as it does for experts
+        if len(plain) == len(state):  # else PEFT wrapped one layer several times, as it does for experts
             state = plain
         save_file(
             {f"base_model.model.{k}": _alone(w) for k, w in state.items()},
@@ -240,7 +244,7 @@ class Network(Passes):
 
 
 def _wrapped(layer: Any) -> Any:
-    """What a layer that holds no adapter any more was put around."""
+    """Returns the layer that a wrapper without adapters was put around."""
     if isinstance(layer, AuxiliaryTrainingWrapper):
         return layer.original_module
     if hasattr(layer, "unload_and_optionally_merge_module") and not isinstance(layer, ParamWrapper):
@@ -255,13 +259,13 @@ def _names(layer: Any) -> set[str]:
 
 
 def _alone(weight: Tensor) -> Tensor:
-    return weight.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
+    return weight.detach().cpu().contiguous().clone()  # safetensors does not save tensors that share memory
 
 
 def _refuse(config: peft.PeftConfig) -> None:
     kind = config.peft_type
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a like method")
+        raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a similar method")
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")
     start = getattr(config, "init_lora_weights", True)

@@ -1,4 +1,4 @@
-"""Chat templates with room for texts: what a tokenizer's template says, and where each text stands in it."""
+"""Chat templates whose contents may be texts: renders the template and finds where each text stands in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Part = str | int
 def render(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]
 ) -> list[Part]:
-    """The conversation as strings and the numbers of the messages whose contents, texts, stand between them.
+    """Returns the conversation as a list of strings and of message numbers; a number marks where a message's text goes.
 
-    The template is given a placeholder for each text. Raises ValueError for a tokenizer without a template, and naming
-    `messages` for what is no conversation, what the template refuses, and a text that it leaves out.
+    The template sees a placeholder for each text. Raises ValueError for a tokenizer without a template; and, naming
+    ``messages``, for anything that is no conversation, that the template refuses, or whose text it leaves out.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template; set lm.tokenizer.chat_template, or use lm.fill")
@@ -29,7 +29,7 @@ def render(
             f"got {[sorted(m) if isinstance(m, Mapping) else type(m).__name__ for m in found]}"
         )
     said = repr([{k: v for k, v in m.items() if not isinstance(v, Tensor)} for m in messages])
-    mark = "TeXt"  # gone in any other case
+    mark = "TeXt"  # mixed case, so that a template that changes the case of contents is noticed
     while any(mark in s for s in (said, repr(arguments), str(tokenizer.chat_template))):
         mark += "X"
     given = [{**m, "content": _placeholder(mark, i, m["content"])} for i, m in enumerate(messages)]
@@ -37,7 +37,7 @@ def render(
         rendered = tokenizer.apply_chat_template(
             given, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
         )
-    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:  # whatever it computes
+    except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"messages: the chat template refuses them ({reason})") from error
     pieces: list[str] = re.split(f"{mark}([0-9]+){mark}", rendered)
@@ -45,7 +45,7 @@ def render(
     found = [p for p in parts if isinstance(p, int)]
     texts = [i for i, m in enumerate(messages) if isinstance(m["content"], Tensor)]
     if found != texts:
-        raise ValueError(f"messages: the chat template writes the texts of messages {found}, where {texts} were given")
+        raise ValueError(f"messages: the chat template writes the texts of messages {found}, expected {texts}")
     return parts
 
 

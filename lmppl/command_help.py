@@ -26,9 +26,15 @@ class ModelCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        asked = ctx.meta.get(_ASKED)
+        asked = model_asked(ctx)
         console = Console(markup=False, emoji=False, highlight=False)
         console.print(_all_data(ctx.command_path) if asked is None else _page(asked, MODELS[asked]))
+
+
+def model_asked(ctx: Any) -> str | None:
+    """The model that a command line names, also one that is not complete."""
+    found: str | None = ctx.meta.get(_ASKED)
+    return found
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

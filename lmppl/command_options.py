@@ -7,14 +7,14 @@ import json
 import math
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .catalogue import MODELS
-from .command_help import nearest
+from .catalogue import MODELS, SETTINGS
+from .command_help import model_asked, nearest
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
     from .models import Experiment
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
 COMMON = {"lm", "data", "recipe", "seed", "checkpoint", "setting", "device", "options"}
 ALGORITHMS = ("importance", "smc", "gflownet")
 FURTHER = ("mcmc", "wake-sleep", "ppo")
+USUAL = ",".join(ALGORITHMS)
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -29,18 +30,72 @@ class Failure(Exception):
     """Something the user can mend; printed in one line."""
 
 
-def _known(model: str) -> str:
-    if model not in MODELS:
+def _known(ctx: typer.Context, model: str) -> str:
+    if model not in MODELS and not ctx.resilient_parsing:  # which is how a shell's completion parses
         raise Failure(f"{model!r} is no model; there are {', '.join(MODELS)}.{nearest(model, MODELS)}")
     return model
 
 
-Model = Annotated[str, typer.Argument(help="Which model; [bold]lmppl list[/bold] names them.", callback=_known)]
+# -- what a shell completes --------------------------------------------------------------------------------------------
+
+
+def _models(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, entry.infers) for name, entry in MODELS.items() if name.startswith(incomplete)]
+
+
+def _model_options(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Of the model that the line names so far; of none, where it names none."""
+    entry = MODELS.get(model_asked(ctx) or "")
+    options = {} if entry is None else entry.options
+    return [(f"{name}=", meaning) for name, meaning in options.items() if name.startswith(incomplete)]
+
+
+def _algorithms(incomplete: str) -> list[str]:
+    """After the last comma, an algorithm that has not been named."""
+    before, comma, last = incomplete.rpartition(",")
+    named = before.split(",")
+    return [before + comma + a for a in (*ALGORITHMS, *FURTHER) if a.startswith(last) and a not in named]
+
+
+def _among(*names: str) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+Model = Annotated[
+    str,
+    typer.Argument(help="Which model; [bold]lmppl list[/bold] names them.", callback=_known, autocompletion=_models),
+]
 Lm = Annotated[str | None, typer.Option("--lm", help="A Hugging Face checkpoint; default: the embedded one.")]
 Data = Annotated[Path | None, typer.Option("--data", help="Observations of your own: see below.")]
-Setting = Annotated[str, typer.Option("--setting", help="The target: posterior, or the paper's released setting.")]
+Setting = Annotated[
+    str,
+    typer.Option(
+        "--setting",
+        help="The target: posterior, or the paper's released setting.",
+        autocompletion=_among(*SETTINGS),
+    ),
+]
 Options = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="An option of the model, e.g. temperature=0.9.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="An option of the model, e.g. temperature=0.9.",
+        autocompletion=_model_options,
+    ),
+]
+Algorithms = Annotated[
+    str,
+    typer.Option(
+        "--algorithms",
+        help=f"A comma-separated choice; further ones are {', '.join(FURTHER)}.",
+        autocompletion=_algorithms,
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Where results go.")]
 Seed = Annotated[int, typer.Option("--seed")]
@@ -50,9 +105,22 @@ Budget = Annotated[
     typer.Option("--budget", metavar="MINUTES", help="Choose observations, particles and steps that take so long."),
 ]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Torch threads.")]
-Device = Annotated[str, typer.Option("--device", help="Where the language model is: cpu, cuda, cuda:1, mps.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the results alone: no progress, no warnings.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where the language model is: cpu, cuda, cuda:1, mps.",
+        autocompletion=_among("cpu", "cuda", "mps"),
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option("--dtype", help=f"Of the weights of --lm: {', '.join(DTYPES)}; default: as saved.")
+    str | None,
+    typer.Option(
+        "--dtype",
+        help=f"Of the weights of --lm: {', '.join(DTYPES)}; default: as saved.",
+        autocompletion=_among(*DTYPES),
+    ),
 ]
 
 

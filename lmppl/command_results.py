@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from .command_options import Failure
+from .command_output import Output
+from .command_record import FILE
 from .files import claim, save_figure, writing
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
@@ -20,20 +20,21 @@ if TYPE_CHECKING:  # what computes is imported by the function that computes: --
     from .models import Experiment
     from .models.budget import Plan
 
-console = Console(markup=False, emoji=False)  # users' texts, data and file names are shown as they are
 OUTSIDE_DRAWS = 10_000
 MATCHED = 5  # runs, at most, that it takes to find an algorithm's particles
 CURVE = "training.png"
+SAMPLES = "samples.txt", "samples.json"
+SHOWN = 6  # texts of an observation
 
 
-def exact_posterior(experiment: Experiment) -> tuple[Posterior | None, int | None]:
+def exact_posterior(experiment: Experiment, output: Output) -> tuple[Posterior | None, int | None]:
     """The exact posterior of the test observations and its cost in tokens, where it can be had."""
     if experiment.exact is None:
         return None, None
     before, started = experiment.lm.tokens_scored, time.time()
-    with console.status("Enumerating the exact posterior of every test observation"):
+    with output.status("Enumerating the exact posterior of every test observation"):
         exact = experiment.exact.run(*experiment.test)
-    console.print(f"Exact posterior of {exact.log_evidence.numel()} observations: {time.time() - started:.0f} s")
+    output.say(f"Exact posterior of {exact.log_evidence.numel()} observations: {time.time() - started:.0f} s")
     return exact, experiment.lm.tokens_scored - before
 
 
@@ -111,24 +112,31 @@ def train_beside(
     steps: int,
     out: Path,
     seed: int,
+    output: Output,
     looks: dict[str, Any] | None = None,
 ) -> None:
     """Train a guide, by the exact posterior where there is one, with log, curve and adapter in ``out``.
 
     :param looks: what `fit` is told of held-out observations; None: all of them, as often as usual.
     """
-    from .inference.training.loop import checkpoint as checkpoints
     from .inference.training.loop.log import Log
 
-    if checkpoints.exists(out / "training"):
-        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
+    refuse_run(out)
     claim_training(out)
     Log(out / "run.jsonl").cut(0)
     if exact is not None:
-        console.print(f"Total variation of the guide before training: {density_tv(exact, experiment):.3f}")
+        output.say(f"Total variation of the guide before training: {density_tv(exact, experiment):.3f}")
     looks = {"held_out": experiment.held_out} if looks is None else looks
-    trainer.fit(experiment.batches, steps, seed=seed, log=out / "run.jsonl", **looks)
+    trainer.fit(experiment.batches, steps, seed=seed, log=out / "run.jsonl", progress=not output.quiet, **looks)
     save_training(experiment, out)
+
+
+def refuse_run(out: Path) -> None:
+    """Refuse a directory in which `lmppl train` keeps its run."""
+    from .inference.training.loop import checkpoint as checkpoints
+
+    if checkpoints.exists(out / "training"):
+        raise Failure(f"--out {out}: `lmppl train` keeps its run there; name another directory")
 
 
 def claim_training(out: Path) -> None:
@@ -136,7 +144,7 @@ def claim_training(out: Path) -> None:
     from .inference.training.loop.log import Log
     from .loading import CONFIG, WEIGHTS
 
-    claim(out, [CURVE])
+    claim(out, [CURVE, FILE])
     claim(out / "adapter", [CONFIG, WEIGHTS])
     Log(out / "run.jsonl")
 
@@ -151,11 +159,22 @@ def contents(path: Path | None) -> dict[str, str]:
     return {"data files": digest([file.read_bytes() for file in files])}
 
 
+def history_of(out: Path) -> list[dict[str, Any]]:
+    """The metrics of every step of the log in a directory; of a line that is half written, nothing."""
+    lines = (out / "run.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def verdict_of(out: Path) -> str | None:
+    """The last verdict on held-out observations, where there is one."""
+    return next((step["verdict"] for step in reversed(history_of(out)) if "verdict" in step), None)
+
+
 def save_training(experiment: Experiment, out: Path) -> None:
     """The adapter, and the training curve of the log."""
-    history = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+    history = history_of(out)
     with writing(out, "training curve") as fresh:
-        plot_training(history, fresh / CURVE)
+        save_figure(training_figure(history), fresh / CURVE)
     experiment.guide_lm.save_pretrained(out / "adapter")
 
 
@@ -244,32 +263,85 @@ def annotate(result: Comparison, experiment: Experiment, exact: Posterior | None
     )
 
 
-def sample_text(experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int) -> str:
+def samples(
+    experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int | None = None
+) -> list[dict[str, Any]]:
     """The most probable texts of each observation, with their exact probabilities where those are known."""
+    found = []
+    for i in range(len(experiment.test[0]))[:observations]:
+        truth = dict(exact.table(experiment.site, i)) if exact is not None else None
+        texts = [
+            {"text": text, "probability": p, "exact": None if truth is None else truth.get(text, 0.0)}
+            for text, p in posterior.table(experiment.site, i)[:SHOWN]
+        ]
+        found.append({"observation": experiment.describe(i), "texts": texts})
+    return found
+
+
+def sample_text(found: list[dict[str, Any]]) -> str:
+    """Samples as text."""
     lines = []
-    for i in range(min(observations, len(experiment.test[0]))):
-        truth = dict(exact.table(experiment.site, i)) if exact is not None else {}
-        lines.append(experiment.describe(i))
-        for text, p in posterior.table(experiment.site, i)[:6]:
-            known = f"   exact {truth.get(text, 0.0):.3f}" if truth else ""
-            lines.append(f"    {p:.3f}{known}  {text.strip()}")
+    for one in found:
+        lines.append(one["observation"])
+        for row in one["texts"]:
+            known = "" if row["exact"] is None else f"   exact {row['exact']:.3f}"
+            lines.append(f"    {row['probability']:.3f}{known}  {row['text'].strip()}")
     return "\n".join(lines) + "\n"
 
 
-def plot_training(history: list[dict[str, float]], path: Path) -> None:
-    """sd(u) of training draws and on held-out observations, against steps."""
-    from matplotlib.figure import Figure
+def save_samples(found: list[dict[str, Any]], out: Path) -> None:
+    """Samples, to be read and to be read by programs."""
+    with writing(out, "samples") as fresh:
+        (fresh / SAMPLES[0]).write_text(sample_text(found))
+        (fresh / SAMPLES[1]).write_text(json.dumps(found, indent=1, allow_nan=False))
 
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    axis = figure.subplots()
-    for key, style, label in (
-        ("sd_u", {"lw": 0.6, "alpha": 0.6}, "training draws"),
-        ("held_out_sd_u", {"marker": "o", "ms": 3}, "held out, on-policy"),
-    ):
-        measured = [(h["step"], h[key]) for h in history if h.get(key) is not None]  # a GFlowNet alone has the first
-        if measured:
-            axis.plot(*zip(*measured, strict=True), label=label, **style)
-    axis.set(xlabel="step", ylabel="sd(u), nats; 0 at the posterior", ylim=(0, None))
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+
+PANELS = (
+    ("sd(u), nats; 0 at the posterior", {"sd_u": "training draws", "held_out_sd_u": "held out"}),
+    (
+        "log evidence, held out, nats",
+        {
+            "held_out_log_z": "by the guide's draws",
+            "held_out_log_z_model": "by the model's draws",
+            "held_out_log_z_above": "from above",
+        },
+    ),
+    ("ESS / N, held out; 1 at the posterior", {"held_out_ess": "held out"}),
+    ("loss", {"loss": "training draws"}),
+)
+POINTS = 400  # of a line; of more, means are drawn
+
+
+def training_figure(history: list[dict[str, Any]]) -> Any:
+    """What was measured in training, against steps: a panel for each of `PANELS` of which there is a figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for title, keys in PANELS:
+        found = {label: [(h["step"], h[key]) for h in history if h.get(key) is not None] for key, label in keys.items()}
+        if any(found.values()):
+            lines[title] = {label: _thinned(points) for label, points in found.items() if points}
+    rows = max(1, -(-len(lines) // 2))
+    figure = Figure(figsize=(9.6, 2.9 * rows), layout="constrained")
+    for i, (title, found) in enumerate(lines.items()):
+        axis: Any = figure.add_subplot(rows, min(2, max(1, len(lines))), i + 1)
+        for label, points in found.items():
+            many = len(points) > 60
+            axis.plot(*zip(*points, strict=True), label=label, lw=0.9, marker="" if many else "o", ms=2.5)
+        axis.set(xlabel="step", title=title)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.title.set_fontsize(9)
+        axis.spines[["top", "right"]].set_visible(False)
+        if title.startswith(("sd", "ESS")):
+            axis.set_ylim(0, 1.05 if title.startswith("ESS") else None)
+        if len(found) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means of groups of equal size where there are more than `POINTS`."""
+    size = -(-len(points) // POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: which file of it is damaged, or of another one than the rest."""
+"""Finds what is wrong with a checkpoint: which of its files is damaged, or belongs to another checkpoint."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from tokenizers import Tokenizer
 
 from . import files
 
-# What transformers reads, or goes on without in silence.
+# transformers reads these, and ignores one that is damaged without saying so.
 CONFIGURATIONS = ("config.json", "generation_config.json")
 
 
 class CheckpointError(OSError, ValueError):
-    """A path or name from which nothing can be loaded."""
+    """The error that nothing can be loaded from a path or name."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line of bounded length; where its first line announces the next, both."""
+    """Returns an error's message on one line of limited length; two lines if the first ends with a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return shorten(" ".join(lines[: 2 if lines[0].endswith(":") else 1]), 200)
 
 
 def refuse_damaged(folder: Path, kind: str) -> None:
-    """ValueError where weights are not those that were saved, or a configuration is no JSON object.
+    """Raises ValueError if weights are not those that were saved, or a configuration is no JSON object.
 
-    A configuration may be edited; weights of a directory without a manifest are only read.
+    A configuration may be edited. In a directory without a manifest, weights are not compared.
     """
     files.verify(folder, kind, ".safetensors")
     for name in CONFIGURATIONS:
@@ -42,17 +42,17 @@ def refuse_damaged(folder: Path, kind: str) -> None:
 
 
 def culprit(folder: Path) -> str:
-    """The first file that cannot be read by itself, for the beginning of a message; else nothing."""
+    """Returns the name of the first file that cannot be read, as the beginning of a message; "" if there is none."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             _read(path)
-        except Exception:  # of any kind, as readers are
+        except Exception:  # readers of damaged files raise anything
             return f"{path.name}: "
     return ""
 
 
 def layers_beyond(unexpected: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Weights of layers that the network would have if there were more of them."""
+    """Returns the weights of layers that the network would have if it had more of them."""
     kinds = {_numberless(key) for key in known}
     return sorted(key for key in unexpected if _numberless(key) in kinds)
 

@@ -1,8 +1,9 @@
-"""Saving into a directory: the files of one save become visible together, and nothing of anybody else's is touched.
+"""Saving into a directory: all files of one save become visible together, and files of other programs are not touched.
 
-A save is written into a hidden folder of the directory, which is renamed when all of it is on the disk: from then on it
-is the one that counts, whatever happens.  Its files are moved to their names afterwards, by whoever comes next if the
-writer was killed.  A manifest names what the package wrote, with sizes and hashes: nothing else is ever replaced.
+A save is written into a hidden folder of the directory. When all of it is on the disk, the folder is renamed; from then
+on this save is the valid one, whatever happens. Its files are moved to their names afterwards; if the writer is killed
+before, the next process does it. A manifest lists what the package wrote, with sizes and hashes; only these files are
+ever replaced.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ from lmppl.locks import locked
 T = TypeVar("T")
 MANIFEST, FORMAT = "lmppl.json", "lmppl files 1"
 LOCK, NEW, READY = ".lmppl.lock", ".lmppl.new", ".lmppl.ready"
-# Without these, readers that know of no manifest find nothing; they are away while others are being replaced.
+# Without these files, other libraries find nothing to read. They are absent while the other files are being replaced.
 MARKERS = ("adapter_config.json", "config.json")
 TRIES = 100
 
 
 @contextmanager
 def writing(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
-    """A folder to write files into; at the end they are, all at once, the files of this kind in ``directory``.
+    """Yields a folder to write into; at the end its files become, all at once, those of this kind in ``directory``.
 
-    Earlier files of the kind are replaced or removed, everything else stays; after an error all is as before.
+    Earlier files of the kind are replaced or removed; all other files stay. After an error, the directory is unchanged.
 
-    :raises ValueError: where a file of these names was not written by the package, or was changed since.
-    :raises LockedError: where another process writes there all the time.
+    :param directory: where to save; it is created if it does not exist.
+    :param kind: what is saved, such as "adapter".
+    :raises ValueError: if a file of one of these names was not written by the package, or was changed since.
+    :raises LockedError: if another process keeps writing there.
 
     >>> with writing("out", "adapter") as folder:
-    ...     (folder / "adapter_config.json").write_text(config)
+    ...     size = (folder / "adapter_config.json").write_text("{}")
+    >>> sorted(manifest(Path("out")))
+    ['adapter_config.json']
     """
     target = _directory(directory)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -45,7 +50,7 @@ def writing(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     try:
         with locked(target / LOCK):
             _finish(target)
-            shutil.rmtree(fresh, ignore_errors=True)  # of a writer that was killed
+            shutil.rmtree(fresh, ignore_errors=True)  # left by a writer that was killed
             fresh.mkdir()
             try:
                 yield fresh
@@ -55,15 +60,15 @@ def writing(directory: str | os.PathLike[str], kind: str) -> Iterator[Path]:
             _finish(target)
     except BaseException:
         for folder in made:
-            with suppress(OSError):  # it is not empty
+            with suppress(OSError):  # not empty
                 folder.rmdir()
         raise
 
 
 def claim(directory: str | os.PathLike[str], names: Iterable[str]) -> None:
-    """See to it that files of these names can be written: ValueError where one is there that somebody else wrote."""
+    """Raises ValueError if a file of one of these names exists and was not written by the package."""
     target = _directory(directory)
-    if any((target / name).exists() for name in (READY, NEW, LOCK)):  # of a writer that was killed, or of one at work
+    if any((target / name).exists() for name in (READY, NEW, LOCK)):  # of a writer that was killed or still works
         with locked(target / LOCK):
             _finish(target)
             shutil.rmtree(target / NEW, ignore_errors=True)
@@ -76,13 +81,13 @@ def _refuse(target: Path, names: Iterable[str]) -> None:
         path = target / name
         if os.path.lexists(path) and not (name in known and _is(path, known[name]) or _is_figure(path)):
             raise ValueError(
-                f"{path} was not written by lmppl, or was changed since: it is not replaced; "
-                "move it, or name another directory"
+                f"{path} was not written by lmppl, or was changed since, so it is not replaced; "
+                "move it, or choose another directory"
             )
 
 
 def read(directory: str | os.PathLike[str], load: Callable[[], T]) -> T:
-    """``load()``, whose files are those of one save: again where another was put in their place meanwhile."""
+    """Returns ``load()``, which reads files of one save; it is called again if another save replaced them meanwhile."""
     target = Path(directory).absolute()
     for attempt in range(TRIES):
         settle(target)
@@ -95,46 +100,48 @@ def read(directory: str | os.PathLike[str], load: Callable[[], T]) -> T:
         else:
             if _state(target) == before:
                 return found
-    raise ValueError(f"{target} is being written all the time")
+    raise ValueError(f"{target}: another process keeps writing here")
 
 
 def _directory(path: str | os.PathLike[str]) -> Path:
     target = Path(path).absolute()
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file; name a directory")
+        raise NotADirectoryError(f"{target} is a file; a directory is needed")
     return target
 
 
 def is_free(directory: Path) -> bool:
-    """Whether there is nothing but what a save that was killed has left."""
+    """Returns whether a directory holds nothing except the remains of a save that was killed."""
     return directory.is_dir() and all(path.name.startswith(".lmppl.") for path in directory.iterdir())
 
 
 def settle(directory: Path) -> None:
-    """Finish a save whose writer was killed when all of it was written."""
+    """Finishes a save whose writer was killed after everything was written."""
     if (directory / READY).is_dir():
         try:
             with locked(directory / LOCK):
                 _finish(directory)
         except PermissionError as error:
-            raise ValueError(f"{directory}: a save was cut off here; it is finished where it can be written") from error
+            raise ValueError(
+                f"{directory}: a save was interrupted here; finishing it needs permission to write"
+            ) from error
 
 
 def verify(directory: Path, kind: str, ending: str = "") -> None:
-    """ValueError where a file of this kind, and with this ending, is not as it was saved.
+    """Raises ValueError if a file of this kind, and with this ending, differs from what was saved.
 
-    A directory without a manifest is not looked at.
+    A directory without a manifest is not checked.
     """
     for name, entry in manifest(directory).items():
         if entry["kind"] == kind and name.endswith(ending) and not _is(directory / name, entry):
             raise ValueError(
                 f"{directory / name} is missing, damaged or changed since it was saved"
-                f" (where that is meant, remove {MANIFEST})"
+                f" (if that is intended, remove {MANIFEST})"
             )
 
 
 def manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Of each file in the directory that the package wrote: its kind, size and SHA-256."""
+    """Returns the kind, size and SHA-256 of each file in the directory that the package wrote, by name."""
     path = directory / MANIFEST
     try:
         found = json.loads(path.read_bytes())
@@ -146,12 +153,12 @@ def manifest(directory: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and e.keys() >= {"kind", "size", "sha256"} and Path(n).name == n for n, e in files.items()
     ):
-        raise ValueError(f"{path} is damaged, or no manifest of lmppl ({FORMAT!r}); move it away")
+        raise ValueError(f"{path} is damaged, or is not a manifest of lmppl ({FORMAT!r}); move it away")
     return files
 
 
 def _commit(directory: Path, kind: str, fresh: Path) -> None:
-    """The moment from which on the files in ``fresh`` are those of this kind."""
+    """Makes the files in ``fresh`` the valid ones of this kind."""
     names = sorted(path.name for path in fresh.iterdir())
     _refuse(directory, names)
     kept = {name: entry for name, entry in manifest(directory).items() if entry["kind"] != kind and name not in names}
@@ -165,7 +172,7 @@ def _commit(directory: Path, kind: str, fresh: Path) -> None:
 
 
 def _finish(directory: Path) -> None:
-    """Move the files of a committed save to their names; whoever is killed on the way leaves the rest to the next."""
+    """Moves the files of a committed save to their names; if it is killed, the next process goes on."""
     ready = directory / READY
     if not ready.is_dir():
         return
@@ -187,7 +194,7 @@ def _finish(directory: Path) -> None:
 
 
 def _state(directory: Path) -> tuple[object, ...]:
-    """What is another after every save, and while one is being put in place."""
+    """Returns a value that changes with every save, and while a save is being put in place."""
     try:
         return (directory / READY).is_dir(), (directory / MANIFEST).read_bytes()
     except OSError:
@@ -200,14 +207,14 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _is(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether the file is the one that the manifest speaks of."""
+    """Returns whether a file is the one in the manifest."""
     if not path.is_file() or path.is_symlink() or path.stat().st_size != entry["size"]:
         return False
     return bool(_facts(path)["sha256"] == entry["sha256"])
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a directory's list of names, is on the disk."""
+    """Waits until a file, or the list of names in a directory, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,7 +230,7 @@ _METADATA = {".png": "Software", ".pdf": "Creator", ".svg": "Creator", ".eps": "
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the place of ``path`` at the end, or of nothing after an error."""
+    """Yields a file to write that replaces ``path`` at the end; after an error, nothing is replaced."""
     path = path.absolute()
     fresh = path.with_name(f".{path.stem}.lmppl-new{path.suffix}")
     with locked(path.with_name(f".{path.name}.lmppl-lock")):
@@ -237,7 +244,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Writes a file, whole or not at all."""
     with replacing(Path(path)) as fresh:
         fresh.write_bytes(content)
 
@@ -254,19 +261,23 @@ def new_figure(path: str | os.PathLike[str] | None, **options: Any) -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a matplotlib figure, a PNG where its name has no ending, whole or not at all.
+    """Saves a matplotlib figure, whole or not at all; as PNG if the name has no ending.
 
-    :raises ValueError: where another file than a figure of lmppl is there.
+    :param figure: the figure.
+    :param path: the file.
+    :raises ValueError: if the file exists and is not a figure of lmppl.
     """
     path = Path(path)
     path = path if path.suffix else path.with_name(f"{path.name}.png")
     key = _METADATA.get(path.suffix.lower())
     if path.exists() and not _is_figure(path):
-        raise ValueError(f"path: {path} is there and is no figure of lmppl: it is not replaced; name another file")
+        raise ValueError(
+            f"path: {path} exists and is not a figure of lmppl, so it is not replaced; choose another file"
+        )
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120, **({"metadata": {key: MARK}} if key else {}))
 
 
 def _is_figure(path: Path) -> bool:
-    """Whether it is a figure that the package wrote."""
+    """Returns whether a file is a figure that the package wrote."""
     return path.suffix.lower() in _METADATA and path.is_file() and MARK.encode() in path.read_bytes()

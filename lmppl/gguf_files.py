@@ -1,4 +1,4 @@
-"""Language models kept in GGUF files: weights, tokenizer and chat template of one file, as an ordinary network."""
+"""Language models in GGUF files: loads weights, tokenizer and chat template of one file as an ordinary network."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lmppl import hub
 from lmppl.damage import CheckpointError, first_line
 
 MAGIC = b"GGUF"
-# What says where a file is; all else says how to load it.
+# Arguments that say where the file is; all others say how to load it.
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder")
 SCALING = (".rope.scaling.type", ".rope.scale_linear")
 
 
 def gguf() -> ModuleType:
-    """The library. Raises ImportError that says how to install it."""
+    """Returns the library; raises ImportError that says how to install it."""
     try:
         import gguf
     except ImportError as error:
@@ -33,10 +33,10 @@ def gguf() -> ModuleType:
 
 
 def load(name: str, gguf_file: str | os.PathLike[str], **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, its tokenizer and transformers' account of the loading, all from one file.
+    """Returns the model, its tokenizer and transformers' loading report, all from one file.
 
-    Its weights are dequantised, and the model is as if it had never been quantised: it can be saved and trained.
-    Whatever else lies beside the file is not read. Raises ImportError without gguf, CheckpointError naming the file.
+    Weights are dequantised; the model can be saved and trained like any other. Other files beside it are not read.
+    Raises ImportError without gguf, and CheckpointError naming the file.
     """
     library = gguf()
     path = _find(name, os.fspath(gguf_file), {k: kwargs.pop(k) for k in WHERE if k in kwargs})
@@ -49,20 +49,20 @@ def load(name: str, gguf_file: str | os.PathLike[str], **kwargs: Any) -> tuple[A
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind: its readers index, reshape and decode what a damaged file says
+    except Exception as error:  # readers of a damaged file raise anything
         raise CheckpointError(f"{path}: {_what_is_wrong(library, path, error)}") from error
     model, info = loaded
     if scaling := _unread_scaling(path, model.config):
         raise CheckpointError(
             f"{path}: its rotary positions are scaled ({scaling}), which transformers does not read from a GGUF file; "
-            "pass rope_parameters=, or take the checkpoint in safetensors"
+            "pass rope_parameters=, or use the checkpoint in safetensors"
         )
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = name
     return model, tokenizer, info
 
 
 def _find(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
-    """The file on disk: below a directory, else from the hub or its cache."""
+    """Returns the path of the file: below a directory, else from the hub or its cache."""
     below = Path(name) / (where.get("subfolder") or "") / gguf_file
     if Path(name).is_dir() and not below.is_file():
         raise CheckpointError(f"{below}: there is no such GGUF file")
@@ -75,13 +75,13 @@ def _find(name: str, gguf_file: str, where: dict[str, Any]) -> Path:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name}: {gguf_file} cannot be read ({first_line(error)})") from error
     if magic != MAGIC:
-        raise CheckpointError(f"{path}: this is no GGUF file (it begins with {magic!r})")
+        raise CheckpointError(f"{path}: this is not a GGUF file (it begins with {magic!r})")
     return path
 
 
 @contextmanager
 def _by_itself(path: Path) -> Iterator[Path]:
-    """The file in a directory of its own: transformers would prefer a tokenizer that lies beside it."""
+    """Yields the file in a directory of its own: transformers would prefer a tokenizer that lies beside it."""
     with tempfile.TemporaryDirectory() as scratch:
         alone = Path(scratch) / path.name
         alone.symlink_to(path.resolve())
@@ -91,14 +91,17 @@ def _by_itself(path: Path) -> Iterator[Path]:
 def _what_is_wrong(library: ModuleType, path: Path, error: Exception) -> str:
     try:
         library.GGUFReader(path)
-    except Exception as damage:  # as above
+    except Exception as damage:  # likewise
         return f"this GGUF file is cut off or damaged ({first_line(damage)})"
     return f"no language model can be loaded ({first_line(error)})"
 
 
 def _unread_scaling(path: Path, config: Any) -> str | None:
-    """What in the file scales rotary positions where the configuration that was made of it does not."""
-    from transformers.integrations.gguf import read_gguf_metadata  # with it come tokenizers of half a dozen families
+    """Returns what scales rotary positions in the file but not in the configuration made from it.
+
+    None if nothing does.
+    """
+    from transformers.integrations.gguf import read_gguf_metadata  # slow: it imports many tokenizers
 
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}

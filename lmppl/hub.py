@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: where it cannot, libraries would go on trying for half a minute."""
+"""Whether the Hugging Face hub can be reached. If not, libraries would try for half a minute."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from urllib.request import getproxies
 
 from huggingface_hub import constants
 
-PATIENCE = 5.0  # seconds in which somebody has to answer
+PATIENCE = 5.0  # seconds to wait for a connection
 
 
 def out_of_reach(name: str) -> bool:
-    """Whether a name can be found only among what was fetched before: it is no path, and the hub does not answer."""
+    """Returns whether a name is no path and the hub is unreachable, so that only files fetched before can be used."""
     if Path(name).exists():
         return False
     return constants.HF_HUB_OFFLINE or not (getproxies() or answers(constants.ENDPOINT))
 
 
 def answers(url: str) -> bool:
-    """Whether somebody listens there."""
+    """Returns whether a server listens at this address."""
     parts = urlsplit(url)
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
@@ -31,5 +31,5 @@ def answers(url: str) -> bool:
 
 
 def unreachable() -> str:
-    """What to say of a name that is not found then."""
+    """Returns the message for a name that is not found when the hub is unreachable."""
     return f"there is no such directory, and {constants.ENDPOINT} cannot be reached"

@@ -1,4 +1,4 @@
-"""`LanguageModel`: a causal language model of Hugging Face; `view` has what it shares with masked ones."""
+"""`LanguageModel`: a causal language model of Hugging Face. `view` has what it shares with masked ones."""
 
 from __future__ import annotations
 
@@ -11,29 +11,41 @@ __all__ = ["TOKEN_BUDGET", "LanguageModel", "Stop", "View"]
 
 
 class LanguageModel(View):
-    """A causal language model and its tokenizer.
+    r"""A causal language model of Hugging Face and its tokenizer, as a distribution over text.
 
-    Adapters of one base model are `LanguageModel`s of their own, *views* that share `.network`. The network is always
-    in `eval()` mode, `train()` included: a log-probability is a function of its inputs, so dropout stays off. Its
-    activation functions `gelu_new` and `gelu_fast` are computed by torch's one operation for them. Call the view, not
-    `.model`, which all views share. Gradient checkpointing (`lm.model.activation_checkpointing_enable()`) holds for all
-    views: each layer is computed again in the backward pass, by the view that ran it.
+    .. math:: p(z_1 \dots z_n \mid prompt) = \prod_t p(z_t \mid prompt, z_{<t})
 
-    The law of a token is what the network says that reads the text so far, alone, also where its positions depend on
-    how long the text is (LongRoPE). Several threads may use views of one network: they take turns, pass by pass. What
-    is replaced in the model later is followed, but for its vocabulary: wrap it again after `resize_token_embeddings`.
+    The base model and each of its adapters are language models of this class, *views* that share one ``.network``:
 
-    `token_budget` (an attribute, 16,384 unless set) is the most tokens that go through the network in one pass; larger
-    work is split, so that memory stays bounded however many particles are asked for. With gradient, activations of as
-    many tokens are kept for the backward pass (of one scoring; a loss may hold several), which reads the rest again; on
-    a processor at most half a gigabyte of them at the default budget, in proportion at another.
-    One text alone is never split.
+    - Call the view and not ``.model``, which all views share.
+    - The network stays in ``eval()`` mode, also after ``train()``: a log-probability is a function of its inputs, so
+      dropout stays off. The activation functions ``gelu_new`` and ``gelu_fast`` are computed by torch's single
+      operation.
+    - Gradient checkpointing (``lm.model.activation_checkpointing_enable()``) applies to all views: the backward pass
+      computes each layer again.
+    - Several threads may use views of one network. They take turns, pass by pass.
+    - Modules that are replaced in the model later are noticed. After ``resize_token_embeddings``, wrap the model again.
 
-    :param model: any causal language model of transformers, without PEFT layers.
+    The probability of a token is what the network returns when it reads the text before it and nothing else, also if
+    its positions depend on the length of the text (LongRoPE).
+
+    ``token_budget`` (an attribute, 16,384 by default) is the largest number of tokens in one pass through the network.
+    Larger work is split, so memory stays bounded for any number of particles; a single text is never split. With
+    gradient, activations of at most that many tokens are kept for each scoring, and the backward pass reads the rest
+    again. On a processor they take at most half a gigabyte at the default budget, and proportionally more or less at
+    another.
+
+    :param model: a causal language model of transformers, without PEFT layers.
     :param tokenizer: its tokenizer.
+    :raises ValueError: if ``model`` or ``tokenizer`` is not one of transformers, or the model already has PEFT layers.
 
-    >>> lm = LanguageModel.from_pretrained("gpt2")
+    Attributes: ``.model`` and ``.tokenizer`` as given; ``.max_length``, the number of tokens of the model's context, or
+    None; ``.token_budget``.
+
+    >>> lm = LanguageModel.embedded("stories")  # or LanguageModel.from_pretrained("gpt2")
     >>> guide = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+    >>> z = Completion(guide, "Tom went to the kitchen.", max_tokens=9, stop=".").sample()
+    >>> lm.decode(z)  # such as ' He took the small loaf.'
     """
 
     kind = "causal language model"

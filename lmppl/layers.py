@@ -1,4 +1,4 @@
-"""Linear layers that do what transformers' and PEFT's do, in fewer operations or faster ones."""
+"""Linear layers that compute the same as those of transformers and PEFT, in fewer or faster operations."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-WIDE = 16_384  # outputs from which on one product of all is slow on a processor
-COLUMNS = 1024  # outputs that are computed at once instead
+WIDE = 16_384  # with so many outputs or more, a single product is slow on a processor
+COLUMNS = 1024  # the number of outputs in a block
 
 
 def widen_output(model: Any) -> None:
-    """Let the output layer of ``model``, where it is a plain one of very many words, be a `Wide`, in place."""
+    """Makes the output layer of ``model`` a `Wide`, in place, if it is a plain one with a very large vocabulary."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and head.out_features >= WIDE:
         head.__class__ = Wide
 
 
 def fuse_adapters(model: nn.Module) -> None:
-    """Let every LoRA of a linear layer in ``model`` be a `Linear` of this module, in place."""
+    """Makes every LoRA of a linear layer in ``model`` a `Linear` of this module, in place."""
     for module in model.modules():
         if type(module) is lora.Linear:
             module.__class__ = Linear
 
 
 class Wide(nn.Linear):
-    """A linear layer of which a processor, where no gradient is asked for, computes some outputs at a time.
+    """A linear layer that a processor computes in blocks of outputs if no gradient is needed.
 
-    One product of a few rows with 50,000 columns reaches a third of the speed of large products, blocks of it two
-    thirds.
+    A single product of a few rows with 50,000 columns reaches a third of the speed of large products; blocks of it
+    reach two thirds.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ class Wide(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
 
-class Linear(lora.Linear):  # PEFT knows its layers by this name
-    r"""PEFT's LoRA of a linear layer, in three matrix products and no further pass over what they give.
+class Linear(lora.Linear):  # PEFT recognises its layers by this name
+    r"""PEFT's LoRA of a linear layer, in three matrix products.
 
     .. math:: W x + s\, B A x
 
-    What is more than that (several adapters at once, variants, biases, hooks, other types) is left to PEFT. Where
-    ``whole`` is set, a weight that `merge` returned, it is one product.
+    Other cases (several adapters at once, variants, biases, hooks, other types) are left to PEFT. If ``whole`` is set
+    to a weight that `merge` returned, one product is enough.
     """
 
     whole: Tensor | None = None
@@ -75,13 +75,13 @@ class Linear(lora.Linear):  # PEFT knows its layers by this name
 
     @property
     def mergeable(self) -> bool:
-        """Whether the layer is W + s B A, and W a plain weight of the same type."""
+        """Whether the layer is W + s B A, where W is a plain weight of the same type."""
         plain = type(self.base_layer) in (nn.Linear, Conv1D) and type(self.base_layer.weight) is nn.Parameter
         off = self._disable_adapters or self.merged_adapters
         return plain and not off and self._factors(self.base_layer.weight) is not None
 
     def merge(self, out: Tensor | None) -> Tensor:
-        """W + s B A, laid out as W is, written to ``out`` where that fits."""
+        """Returns W + s B A in the layout of W, written to ``out`` if that fits."""
         weight = self.base_layer.weight
         down, up, scaling = cast(tuple[Tensor, Tensor, float], self._factors(weight))
         if out is not None and (out.shape, out.dtype, out.device) != (weight.shape, weight.dtype, weight.device):
@@ -90,7 +90,7 @@ class Linear(lora.Linear):  # PEFT knows its layers by this name
         return torch.addmm(weight, left, right, alpha=scaling, out=out)
 
     def _factors(self, x: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and s of the only adapter that is on, where it is nothing but these."""
+        """Returns A, B and s of the only active adapter, if the adapter consists of these only; else None."""
         names = self._active_adapter
         if len(names) != 1 or (name := names[0]) in self.lora_variant or name not in self.lora_A:
             return None

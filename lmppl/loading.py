@@ -1,4 +1,4 @@
-"""Language models and adapters, read from a path or from the Hugging Face hub; an error says what is wrong there."""
+"""Loads language models and adapters from a path or from the Hugging Face hub; errors say what is wrong there."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) -> tuple[Any, Any]:
-    """The model and the tokenizer saved under a path, or under a name on the hub; see `LanguageModel.from_pretrained`.
+    """Returns the model and the tokenizer saved under a path or a hub name; see `LanguageModel.from_pretrained`.
 
-    :param loader: transformers' class that loads such a model.
-
-    Raises CheckpointError if there is no whole language model there.
+    :param name: a directory, or a name on the hub.
+    :param loader: the class of transformers that loads such a model.
+    :raises CheckpointError: if there is no complete language model there.
     """
     trust = hf_kwargs.pop("trust_remote_code", False)
     if away := "local_files_only" not in hf_kwargs and hub.out_of_reach(name):
@@ -54,7 +54,7 @@ def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) 
         raise CheckpointError(f"{name}: no language model can be loaded ({reason}{first_line(error)})") from error
     _refuse_partial(name, model, info)
     if loader is AutoModelForCausalLM and (masked := [a for a in _made_as(model) if a.endswith("ForMaskedLM")]):
-        # transformers would let it read to the right of what it predicts.
+        # As a causal model, transformers would let it read the tokens that it predicts.
         raise CheckpointError(
             f"{name}: it is a masked language model ({masked[0]}); MaskedLanguageModel.from_pretrained loads it"
         )
@@ -62,20 +62,22 @@ def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) 
 
 
 def _made_as(model: Any) -> list[str]:
-    """The classes that a checkpoint was saved from."""
+    """Returns the names of the classes from which a checkpoint was saved."""
     return [str(name) for name in getattr(model.config, "architectures", None) or []]
 
 
 def _refuse_partial(name: str, model: Any, info: dict[str, Any]) -> None:
-    """CheckpointError where a weight is one that the network made up, or a layer was left out."""
+    """Raises CheckpointError if a weight is missing from the checkpoint, or a layer was left out."""
     if info["missing_keys"]:
         raise CheckpointError(f"{name}: weights are missing: {min(info['missing_keys'])}")
     if beyond := damage.layers_beyond(info["unexpected_keys"], model.state_dict()):
-        raise CheckpointError(f"{name}: config.json is of a smaller network than the weights, which have {beyond[0]}")
+        raise CheckpointError(
+            f"{name}: config.json describes a smaller network than the weights, which have {beyond[0]}"
+        )
 
 
 def adapter(path: str, device: str) -> tuple[peft.PeftConfig, dict[str, Tensor]]:
-    """An adapter's configuration and weights, from a directory or from the hub; CheckpointError if there is none."""
+    """Returns an adapter's configuration and weights, from a directory or the hub; CheckpointError if there is none."""
     _settle(path)
     if _is_path(path) and not _is_adapter(Path(path)):
         raise CheckpointError(f"{path}: no saved adapter here (no {CONFIG})")
@@ -118,7 +120,7 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _settle(path: str) -> None:
-    """Finish a save that was cut off."""
+    """Finishes a save that was interrupted."""
     try:
         files.settle(Path(path))
     except (OSError, ValueError) as error:
@@ -126,7 +128,7 @@ def _settle(path: str) -> None:
 
 
 def _hint(path: Path) -> str:
-    """What to do where a path holds something else than a checkpoint."""
+    """Returns what to do if a path holds something other than a checkpoint."""
     if _is_adapter(path):
         return "; it is an adapter: load its base, then .with_adapter(path)"
     if path.suffix == ".gguf":

@@ -1,4 +1,4 @@
-"""Locks that processes share: a file that one of them holds, and that says who does."""
+"""Locks between processes: a file that one process holds, with a note of which one."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # a system without them: whoever asks has the lock
+except ImportError:  # a system without such locks: every process gets the lock
     fcntl = None  # type: ignore[assignment]
 
-PATIENCE = 60.0  # seconds that a short write may take
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # a file system that knows none
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # what a link points to is somebody else's
+PATIENCE = 60.0  # seconds; longer than a short write takes
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # a file system without locks
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # do not write to what a link points to
 _held: set[int] = set()
 
 
 class LockedError(OSError):
-    """Another process holds the lock."""
+    """The error that another process holds the lock."""
 
 
 @contextmanager
 def locked(path: Path, wait: float = PATIENCE, what: Path | None = None) -> Iterator[None]:
-    """Hold the lock ``path``, a file that is there while somebody does; that of a process that ended holds nobody up.
+    """Holds the lock ``path``, a file that exists while it is held; a process that has ended does not block others.
 
-    :param what: that is guarded; default: the directory of the lock.
-    :raises LockedError: where somebody else still has it after ``wait`` seconds; it says who.
+    :param path: the file.
+    :param wait: the largest number of seconds to wait.
+    :param what: what the lock protects, for the message; None: the directory of the lock.
+    :raises LockedError: if another process still holds it after ``wait`` seconds; the message says which.
 
     >>> with locked(Path("out/.lock")):
-    ...     write("out")
+    ...     size = Path("out/note.txt").write_text("one process at a time")
     """
     path, process = path.absolute(), os.getpid()
     descriptor = _acquire(path, wait, what or path.parent)
@@ -45,10 +47,10 @@ def locked(path: Path, wait: float = PATIENCE, what: Path | None = None) -> Iter
         os.write(descriptor, json.dumps({"pid": process, "host": socket.gethostname(), "since": since}).encode())
         yield
     finally:
-        if os.getpid() == process:  # and not a child that was forked inside
+        if os.getpid() == process:  # not in a child that was forked while the lock was held
             _held.discard(descriptor)
             with suppress(OSError):
-                path.unlink()  # before others can have it
+                path.unlink()  # before the lock is released
             os.close(descriptor)
 
 
@@ -63,7 +65,7 @@ def _acquire(path: Path, wait: float, what: Path) -> int:
         try:
             if _has(descriptor) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
-        except FileNotFoundError:  # its last holder has removed it meanwhile
+        except FileNotFoundError:  # its last holder removed it in the meantime
             deadline += 0.005
         os.close(descriptor)
         if time.monotonic() > deadline:
@@ -72,7 +74,7 @@ def _acquire(path: Path, wait: float, what: Path) -> int:
 
 
 def _has(descriptor: int) -> bool:
-    """Whether this process now has the lock on an open file."""
+    """Returns whether this process now holds the lock on an open file."""
     try:
         if fcntl is not None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +96,7 @@ def _holder(path: Path) -> str:
 
 
 def _let_go() -> None:
-    """A forked child holds nothing: its parent's locks end with the parent."""
+    """Releases all locks in a forked child: its parent's locks end with the parent."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A Hugging Face masked language model with its tokenizer, seen from one set of weights."""
+"""`MaskedLanguageModel`: a Hugging Face masked language model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from lmppl.view import View
 
 
 class MaskedLanguageModel(View):
-    r"""A masked language model, a denoiser, and its tokenizer.
+    r"""A masked language model of Hugging Face and its tokenizer: it predicts masked tokens from both sides.
 
     .. math:: p_\theta(x_i = w \mid x), \qquad x \text{ a text some of whose tokens are masks, } i \text{ one of them}
 
-    It reads texts both ways. By itself it is no distribution over texts with several gaps; what makes one of it is
-    `lmppl.distributions.Unmasking`. Adapters, `encode`, `decode`, `join` and `save_pretrained` are those of
-    `LanguageModel`; `token_budget` is the most tokens that go through the network in one pass.
+    With several gaps it does not define a distribution over texts by itself; `lmppl.distributions.Unmasking` makes one
+    of it. Adapters, `encode`, `decode`, `join` and `save_pretrained` work as those of `LanguageModel`. ``token_budget``
+    (an attribute) is the largest number of tokens in one pass through the network.
 
-    :param model: any masked language model of transformers (BERT, RoBERTa, ModernBERT, ...), without PEFT layers.
+    :param model: a masked language model of transformers (BERT, RoBERTa, ModernBERT, ...), without PEFT layers.
     :param tokenizer: its tokenizer.
-    :raises ValueError: for a tokenizer without a mask token.
+    :param private: for internal use.
+    :raises ValueError: if the tokenizer has no mask token.
 
-    >>> lm = MaskedLanguageModel.from_pretrained("answerdotai/ModernBERT-base")
-    >>> lm.join("Tom went to the", lm.gap(1), ".")
+    >>> lm = MaskedLanguageModel.embedded("masked_stories")  # or .from_pretrained("answerdotai/ModernBERT-base")
+    >>> d = Unmasking(lm, lm.join("Tom went to the", lm.gap(1), "."))
+    >>> lm.decode(d.fill(d.sample()))  # such as 'Tom went to the attic.'
     """
 
     kind = "masked language model"
@@ -35,29 +37,46 @@ class MaskedLanguageModel(View):
     def __init__(self, model: Any, tokenizer: Any, **private: Any) -> None:
         super().__init__(model, tokenizer, **private)
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError("tokenizer: it has no mask token, so that this is no masked language model")
+            raise ValueError("tokenizer: it has no mask token, which a masked language model needs")
 
     @classmethod
     def from_pretrained(cls, name_or_path: Any, *, device: Any = None, dtype: Any = None, **hf_kwargs: Any) -> Self:
-        """The masked language model saved under a path, or under a name on the Hugging Face hub.
+        """Loads the masked language model saved under a path, or under a name on the Hugging Face hub.
 
-        See `LanguageModel.from_pretrained`. Raises ValueError for ``gguf_file``: such files hold causal ones.
+        :param name_or_path: a directory, or a name on the hub.
+        :param device: where the model is moved to, e.g. "cuda"; None: where transformers puts it.
+        :param dtype: the type of the weights; None: transformers' default.
+        :param hf_kwargs: further arguments of transformers' ``from_pretrained``.
+        :returns: a `MaskedLanguageModel`.
+        :raises CheckpointError: if there is no complete masked language model there. It is an OSError and a ValueError.
+        :raises ValueError: for ``gguf_file``: GGUF files hold causal language models.
 
         >>> lm = MaskedLanguageModel.from_pretrained("bert-base-cased", device="cuda")
         """
         if "gguf_file" in hf_kwargs:
-            raise ValueError("gguf_file: no masked language model is read from GGUF files; take it in safetensors")
+            raise ValueError("gguf_file: GGUF files hold causal language models only; use safetensors")
         return super().from_pretrained(name_or_path, device=device, dtype=dtype, **hf_kwargs)
 
     @property
     def mask_id(self) -> int:
-        """The token that stands for a gap."""
+        """The id of the mask token, which stands for a gap.
+
+        >>> lm = MaskedLanguageModel.embedded("masked_stories")
+        >>> lm.tokenizer.decode([lm.mask_id])
+        '<mask>'
+        """
         return int(self.tokenizer.mask_token_id)
 
     def gap(self, tokens: int) -> Tensor:
-        """So many masks in a row, a text: ``LongTensor[tokens]``.
+        """Returns a text of mask tokens.
+
+        :param tokens: how many, at least 1.
+        :returns: ``LongTensor[tokens]``.
+        :raises ValueError: if ``tokens`` is not a positive integer.
 
         >>> canvas = lm.join(x, lm.gap(6), y)
+        >>> int((canvas == lm.mask_id).sum())
+        6
         """
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             raise ValueError(f"tokens: expected a positive integer, got {tokens!r}")
@@ -65,7 +84,12 @@ class MaskedLanguageModel(View):
 
     @cached_property
     def frame(self) -> tuple[Tensor, Tensor]:
-        """What the tokenizer puts before and after a text by default ([CLS] and [SEP] of BERT), a text each."""
+        """The texts that the tokenizer puts before and after a text by default ([CLS] and [SEP] of BERT), a pair.
+
+        >>> lm = MaskedLanguageModel.embedded("masked_stories")
+        >>> [len(text) for text in lm.frame]
+        [0, 0]
+        """
         mask = self.tokenizer.mask_token
         framed, bare = (self.tokenizer(mask, add_special_tokens=a)["input_ids"] for a in (True, False))
         at = framed.index(self.mask_id)

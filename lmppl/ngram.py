@@ -11,7 +11,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class NGramConfig(PreTrainedConfig):
-    """``order``: how many tokens back the next one depends on (n - 1)."""
+    """The configuration of an `NGram`.
+
+    :param vocab_size: the number V of tokens.
+    :param order: the number of tokens back on which the next one depends (n - 1).
+    :param kwargs: arguments of transformers' ``PreTrainedConfig``.
+    """
 
     model_type = "lmppl_ngram"
 
@@ -22,12 +27,14 @@ class NGramConfig(PreTrainedConfig):
 
 
 class NGram(PreTrainedModel):
-    r"""The next token depends on the last ``order`` tokens, through one row of a table.
+    r"""A causal language model whose next token depends on the last ``order`` tokens, through one row of a table.
 
     .. math:: \log p(z_t \mid z_{<t}) = \log \mathrm{softmax}(table[z_{t-k}, \ldots, z_{t-1}])_{z_t}, \qquad k = order
 
-    ``table`` ((V + 1)^k, V): rows are counted in base V + 1, the last token varying fastest; the digit V stands for
-    "before the beginning".  See `lmppl.inference.markov` for exact inference.
+    ``table`` is ((V + 1)^k, V). Its rows are counted in base V + 1, with the last token varying fastest; the digit V
+    stands for "before the beginning". `lmppl.inference.markov` has exact inference for it.
+
+    :param config: an `NGramConfig`.
 
     Example::
 
@@ -42,19 +49,19 @@ class NGram(PreTrainedModel):
         self.post_init()
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """The table's row after each prefix of ``tokens`` (..., T) -> (..., T)."""
+        """Returns the number of the table's row after each prefix of ``tokens``, (..., T) -> (..., T)."""
         base, order = self.config.vocab_size + 1, self.config.order
         before = nn.functional.pad(tokens, (max(order - 1, 0), 0), value=base - 1)
         weights = base ** torch.arange(order - 1, -1, -1, device=tokens.device)
         return (before.unfold(-1, order, 1) * weights).sum(-1) if order else torch.zeros_like(tokens)
 
     def forward(self, input_ids: Tensor, logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) after each token; it keeps no cache."""
+        """Returns logits (B, T, V) after each token; there is no cache."""
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return CausalLMOutputWithPast(logits=self.table[self.rows(input_ids)[:, keep]])
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The table starts as it is: every token alike."""
+        """Leaves the table unchanged: all tokens have equal probabilities."""
 
 
 AutoConfig.register(NGramConfig.model_type, NGramConfig)

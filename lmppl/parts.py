@@ -1,4 +1,4 @@
-"""What a model is made of and what its passes depend on, kept up to date while its owner goes on changing it."""
+"""The modules and weights of a model, and what its passes depend on, kept up to date when the model changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch.nn.modules import module as torch_module
 
 from lmppl.positions import Rotary
 
-STATES = 4  # in which facts about a network are remembered
-HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}  # whose hooks change no number
+STATES = 4  # the number of states of a network whose facts are kept
+HARMLESS = {"transformers.utils.output_capturing", "transformers.modeling_utils"}  # their hooks change no number
 WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class Parts:
-    """The modules and weights of a model, base and adapters apart, and the facts that hold for it as it is now.
+    """The modules and weights of a model, with base and adapters separate, and facts that hold for its current state.
 
-    ``base_parameters`` and ``buffers`` are the base network's, ``places`` are where its weights stand, ``layers`` hold
-    adapters; ``of_adapters`` are the weights that adapters brought. ``changes`` counts replacements.
+    ``base_parameters`` and ``buffers`` belong to the base network; ``places`` are where its weights are stored in the
+    modules; ``layers`` hold adapters; ``of_adapters`` are the adapters' weights. ``changes`` counts replacements.
     """
 
     def __init__(self, model: Any) -> None:
@@ -36,7 +36,7 @@ class Parts:
         self.look()
 
     def look(self) -> None:
-        """Take notice of the model's modules and weights."""
+        """Reads the model's modules and weights anew."""
         modules = list(self.model.modules())
         base = [p for p in self.model.parameters() if p not in self.of_adapters]
         if set(base) != set(self.base_parameters):
@@ -55,14 +55,14 @@ class Parts:
         self._holders = [*chain.from_iterable((m._modules, m._parameters, m._buffers) for m in modules)]
         self._classes = list({type(m): None for m in modules})
         self._held = self._holding()
-        # Weights that are spread over processes come and go within each pass.
+        # Weights that are sharded over processes appear and disappear within each pass.
         self.sharded = any(isinstance(p, DTensor) for p in self.base_parameters)
 
     def _holding(self) -> list[object]:
         return [*chain.from_iterable(map(dict.values, self._holders)), *(c.forward for c in self._classes)]
 
     def follow(self) -> None:
-        """Take notice of modules, weights and classes' forward methods that were replaced since."""
+        """Reads the model anew if modules, weights or a class's forward method were replaced since."""
         if self.sharded:
             return
         held = self._holding()
@@ -74,41 +74,44 @@ class Parts:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the network gives a logit."""
+        """The number of token ids for which the network returns a logit."""
         weight = None if self._head is None else getattr(self._head[0].get(self._head[1]), "weight", None)
         return int(self.model.config.get_text_config().vocab_size if weight is None else weight.shape[0])
 
     def strangers(self) -> list[object]:
-        """What changes a pass and is no weight: hooks and patched forward methods."""
+        """Returns what changes a pass and is no weight: hooks and patched forward methods."""
         found: list[object] = [*torch_module._global_forward_hooks.values()]
         found += torch_module._global_forward_pre_hooks.values()
         for own in self._attributes:
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 found += own["_forward_hooks"].values()
                 found += own["_forward_pre_hooks"].values()
-                # accelerate patches a model that it spreads over devices, which changes nothing.
+                # accelerate patches a model that it spreads over devices; that changes no number.
                 found += [own["forward"]] if "forward" in own and "_hf_hook" not in own else []
         return [f for f in found if getattr(f, "__module__", None) not in HARMLESS]
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The type that autocast computes in, where it is on."""
+        """The type in which autocast computes; None if it is off."""
         kind = self.base_parameters[0].device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     @property
     def facts(self) -> dict[str, bool]:
-        """What is known of the network as it is now: under these hooks, this autocast, this attention function."""
+        """The facts that are known of the network in its current state.
+
+        The state includes hooks, autocast and the attention function.
+        """
         self.follow()
         strangers = self.strangers()
         key = (self.autocast, self.model.config._attn_implementation, *map(id, strangers))
         if key not in self._facts:
             while len(self._facts) >= STATES:
                 del self._facts[[*self._facts][1]]
-            self._facts[key] = strangers, {}  # the strangers too, so that no other gets their ids
+            self._facts[key] = strangers, {}  # keeps the strangers alive, so that no other object gets their ids
         return self._facts[key][1]
 
 
 def plain_key(key: str) -> str:
-    """The key as it would be had no adapter wrapped the layer."""
+    """Returns the key that a weight would have if no adapter wrapped its layer."""
     return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))

@@ -1,7 +1,7 @@
-"""Passes through one network under any of its adapters, which never disturb one another.
+"""Passes through one network under any of its adapters, without effects on the other adapters.
 
-PEFT's own switches (`set_adapter`, `disable_adapters`) change `requires_grad` of weights that belong to others. Here a
-view is switched on by setting the state of the tuner layers alone.
+PEFT's own switches (`set_adapter`, `disable_adapters`) change the ``requires_grad`` of other adapters' weights. Here a
+view is switched on by setting the state of the adapter layers only.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ Within = Callable[[], AbstractContextManager[None]]
 
 @dataclass(eq=False)
 class Adapter:
-    """One adapter: its PEFT configuration, its own parameters and the layers that hold them.
+    """One adapter: its PEFT configuration, its own parameters, and the layers that hold them.
 
-    Its views hold it, and what is computed again for them; when nobody does, the network is rid of it.
+    Its views refer to it, and so do the computations that a backward pass repeats for them. When nothing refers to it
+    any more, the network removes it.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Adapter:
 
 
 class Lock:
-    """A lock that one thread may take several times; a copy of it, as of the model that it guards, is a new one."""
+    """A lock that one thread may take several times. A copy, e.g. as part of a copied model, is a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -68,7 +69,7 @@ class Lock:
             self._lock.release()
 
     def between(self, task: Callable[[], None]) -> None:
-        """Do this holding the lock, but not inside of what anybody does with it: now, or when they are done."""
+        """Runs a task with the lock held, but not in the middle of another holder's work: now, or when that is done."""
         self._waiting.append(task)
         if self._lock.acquire(blocking=False):
             try:
@@ -87,10 +88,10 @@ class Lock:
 
 
 class Passes(Parts):
-    """The passes of a Hugging Face model, and how many tokens they have read.
+    """The passes of a Hugging Face model, and the number of tokens they have read.
 
-    ``lock`` is held by whoever runs the model or changes what a run depends on. ``adapters`` are those that the model
-    has, by name, as long as somebody else holds them; ``kept`` is what is remembered of passes.
+    ``lock`` is held by whoever runs the model or changes what a run depends on. ``adapters`` are the model's adapters
+    by name, as long as something else refers to them. ``kept`` stores what is remembered between passes.
     """
 
     def __init__(self, model: Any) -> None:
@@ -98,8 +99,8 @@ class Passes(Parts):
         fuse_activations(model)
         widen_output(model)
         for module in model.modules():
-            # Padding here is on the right of causal attention, where no mask is needed: nothing to warn of, nothing to
-            # look for in the tokens of every pass.
+            # Padding is on the right here, and causal attention needs no mask for it. The warning would be wrong, and
+            # it searches the tokens of every pass.
             if hasattr(module, "warn_if_padding_and_no_attention_mask"):
                 module.__dict__["warn_if_padding_and_no_attention_mask"] = _no_warning
         super().__init__(model)
@@ -110,7 +111,10 @@ class Passes(Parts):
         self.kept: dict[str, object] = {}
 
     def activate(self, adapter: Adapter | None) -> None:
-        """Let the next forward pass use this adapter alone (None: the base weights), `requires_grad` untouched."""
+        """Makes the next forward pass use only this adapter (None: the base weights).
+
+        ``requires_grad`` does not change.
+        """
         if self.active != (None if adapter is None else adapter.name):
             self._switch(adapter)
 
@@ -122,16 +126,17 @@ class Passes(Parts):
         self.active = None if adapter is None else adapter.name
 
     def refuse_removed(self, adapter: Adapter) -> None:
-        """ValueError where the adapter was taken out."""
+        """Raises ValueError if the adapter was removed."""
         if self.adapters.get(adapter.name) is not adapter:
             raise ValueError(f"adapter {adapter.name!r} was removed; add it again with .with_adapter")
 
     @contextmanager
     def base_frozen(self) -> Iterator[None]:
-        """No graph is built for the base weights inside.
+        """Inside, no graph is built for the base weights.
 
-        Passes see others in their place, that share their memory: with `requires_grad` off, a backward pass that is
-        under way in another thread would lose their gradients. (Sharded weights are switched nevertheless.)
+        Passes see other parameters in their place, which share their memory. Switching ``requires_grad`` off instead
+        would lose the gradients of a backward pass that runs in another thread. (Sharded weights are switched
+        nevertheless.)
         """
         places = [] if self.sharded else [(owner, key, owner.get(key)) for owner, key in self.places]
         trained = [(owner, key, p) for owner, key, p in places if type(p) is nn.Parameter and p.requires_grad]
@@ -160,13 +165,11 @@ class Passes(Parts):
         layers_again: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """One forward pass of the base weights with this adapter, gradients reaching its parameters alone.
+        """Runs one forward pass of the base weights with this adapter; gradients reach the adapter's parameters only.
 
-        ``long``: see `Rotary.read`. Raises ValueError where modules of the adapter were replaced.
-
-        Where the model's gradient checkpointing is on, or with ``layers_again`` if that can be, layers are computed
-        again in the backward pass: with the adapter of this pass, whichever has been active since, and inside
-        ``within()``.
+        ``long``: see `Rotary.read`. If the model's gradient checkpointing is on, or with ``layers_again`` where that is
+        possible, the backward pass computes layers again: with the adapter of this pass, whichever has been active
+        since, and inside ``within()``. Raises ValueError if modules of the adapter were replaced.
         """
 
         @contextmanager
@@ -189,11 +192,11 @@ class Passes(Parts):
             if self.model.training:
                 self.model.eval()
             if getattr(self.model, "_require_grads_hooks", None):
-                # Of transformers' checkpointing, for layers that are computed again in another way than here. It makes
-                # leaves of the graph that train nothing.
+                # transformers' checkpointing needs these hooks. Layers are computed again in another way here, and the
+                # hooks would only add leaves to the graph that train nothing.
                 self.model.disable_input_require_grads()
             layers = self._layers_to_repeat(kwargs, layers_again) if torch.is_grad_enabled() else []
-            before = [layer.__dict__.get("forward") for layer in layers]  # where somebody has put one there
+            before = [layer.__dict__.get("forward") for layer in layers]  # the user's own patch, if any
             try:
                 for layer in layers:
                     layer.__dict__["forward"] = partial(_repeated, layer.forward, setting)
@@ -206,14 +209,17 @@ class Passes(Parts):
                         layer.__dict__["forward"] = forward
 
     def _layers_to_repeat(self, kwargs: dict[str, Any], wanted: bool) -> list[Any]:
-        """The layers to compute again in the backward pass; RuntimeError where that was asked of the model in vain."""
+        """Returns the layers that the backward pass computes again.
+
+        Raises RuntimeError if the model's gradient checkpointing is on and cannot be used.
+        """
         marked = [m for m in self.checkpointing if m.gradient_checkpointing]
         layers = [m for m in (marked or self.checkpointing) if isinstance(m, GradientCheckpointingLayer)]
         reason = ""
         if not layers:
             reason = f"{type(self.model).__name__} has no layers that can be computed again"
         elif any(isinstance(m, ParamWrapper) for m in self.layers):
-            # They replace a parameter while a layer runs, which a backward pass under way does not survive.
+            # They replace a parameter while a layer runs; a backward pass under way would fail.
             reason = "layers with adapters on bare parameters (experts) cannot be computed again"
         elif kwargs.get("use_cache", not marked):
             reason = "a pass that fills a cache cannot be computed again"
@@ -228,15 +234,15 @@ class Passes(Parts):
 
 
 def _no_warning(*args: Any) -> None:
-    """In place of a warning about padding without a mask."""
+    """Replaces a warning about padding without a mask."""
 
 
 def _repeated(forward: Callable[..., Any], setting: Within, *args: Any, **kwargs: Any) -> Any:
-    """A layer's output, of which the backward pass keeps the input only."""
+    """Returns a layer's output, for which the backward pass keeps only the input."""
 
     def compute(*args: Any, **kwargs: Any) -> Any:
         with setting():
             return forward(*args, **kwargs)
 
-    # transformers' own recomputation asks for train() mode, and so for dropout.
+    # transformers' own recomputation needs train() mode, which would switch dropout on.
     return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

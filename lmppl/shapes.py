@@ -1,4 +1,4 @@
-"""Shapes that fit one another."""
+"""Broadcasting of shapes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 
 def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
-    """The shape that all of these broadcast to: `torch.broadcast_shapes`, errors too, in a tenth of its 0.1 ms.
+    """Returns the shape to which all of these broadcast.
+
+    It is `torch.broadcast_shapes`, with the same errors, in a tenth of its 0.1 ms.
 
     >>> broadcast_shapes((3, 1), (5,))
     torch.Size([3, 5])
     """
     try:
         return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
-    except ValueError:  # more axes than numpy has, or shapes that do not fit
+    except ValueError:  # more axes than numpy supports, or shapes that do not broadcast
         return torch.broadcast_shapes(*shapes)

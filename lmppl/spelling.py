@@ -1,8 +1,8 @@
-"""What each token of a tokenizer spells where it stands in the middle of a text, as bytes.
+"""The bytes that each token of a tokenizer spells in the middle of a text.
 
-A text is what its tokens spell, one after another, so that pieces of text can be joined, and decoded, in any order.
-Tokenizers decode a text as if it began a document: some drop its first space, some put a space between words, some
-replace bytes that make no character. Here a token spells the same wherever it stands.
+A text is what its tokens spell, one after another, so pieces of text can be joined and decoded in any order. Tokenizers
+decode a text as if it began a document: some drop its first space, some put a space between words, some replace bytes
+that make no character. Here a token spells the same bytes wherever it stands.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_ANCHORS = ("a", "0", ".", "我")  # what stands before a token that is tried
+_ANCHORS = ("a", "0", ".", "我")  # texts after which a token is tried
 
 
 def spellings(tokenizer: Any, size: int) -> list[bytes]:
-    """The bytes that each id below `size` spells; b"" for special tokens and ids that the tokenizer does not know."""
+    """Returns the bytes that each id below ``size`` spells.
+
+    b"" for special tokens and ids that the tokenizer does not have.
+    """
     special = special_ids(tokenizer)
     words = {i: word for word, i in tokenizer.get_vocab().items() if i < size and i not in special}
     added = _only_added(tokenizer)
@@ -32,20 +35,23 @@ def spellings(tokenizer: Any, size: int) -> list[bytes]:
 
 
 def _only_added(tokenizer: Any) -> frozenset[int]:
-    """The tokens added to a tokenizer whose model does not know them, which are found in strings as they are."""
+    """Returns the tokens that were added to the tokenizer and that its model does not have.
+
+    They are found literally in strings.
+    """
     added = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return frozenset(i for i, word in added.items() if backend is None or backend.model.token_to_id(word) != i)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids of the tokens that are no part of what a text says: bos, eos, turn ends and the like."""
+    """Returns the ids of tokens that are no part of the string: bos, eos, turn ends and so on."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return frozenset(tokenizer.all_special_ids) | {i for i, token in added.items() if getattr(token, "special", False)}
 
 
 def _spell(tokenizer: Any, words: dict[int, str]) -> dict[int, bytes]:
-    """What these tokens, by id, spell."""
+    """Returns what these tokens spell, by id."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         spell = _rule(_decoders(backend.decoder))
@@ -57,7 +63,7 @@ def _spell(tokenizer: Any, words: dict[int, str]) -> dict[int, bytes]:
 
 
 def _decoders(decoder: Any) -> list[dict[str, Any]]:
-    """The decoders of a `tokenizers.Tokenizer` in a row, by their settings."""
+    """Returns the settings of the decoders of a `tokenizers.Tokenizer`, in order."""
     if decoder is None:
         return []
     settings = json.loads(decoder.__getstate__())
@@ -65,7 +71,7 @@ def _decoders(decoder: Any) -> list[dict[str, Any]]:
 
 
 def _rule(decoders: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
-    """How these decoders spell a token; None where that is not known of them."""
+    """Returns a function from a token to what these decoders make of it; None if that is not known."""
     kinds = {d["type"] for d in decoders}
     if "ByteLevel" in kinds:
         return _byte_level
@@ -80,7 +86,7 @@ def _rule(decoders: list[dict[str, Any]]) -> Callable[[str], bytes] | None:
             return bytes([int(byte[1], 16)])
         for d in decoders:
             word = _decoded(d, word)
-        return (word if decoders else f" {word}").encode()  # without a decoder, words are put apart
+        return (word if decoders else f" {word}").encode()  # without a decoder, words are separated by spaces
 
     return spell
 
@@ -102,19 +108,22 @@ def _decoded(decoder: dict[str, Any], word: str) -> str:
 
 
 def stands_alone(word: str) -> bool:
-    """Whether a word is a punctuation mark or an ideograph, which no space sets apart from its neighbours."""
+    """Returns whether a word is a punctuation mark or an ideograph, which has no space before it."""
     return len(word) == 1 and (unicodedata.category(word)[0] in "PS" or unicodedata.name(word, "").startswith("CJK"))
 
 
 def _byte_level(word: str) -> bytes:
-    """The bytes of a token of byte-level BPE, which writes each byte as a printable character."""
+    """Returns the bytes of a token of byte-level BPE, which writes each byte as a printable character."""
     if all(c in _BYTES for c in word):
         return bytes(_BYTES[c] for c in word)
     return word.encode()
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Which byte each character of byte-level BPE stands for: itself where it prints, else one from 256 on in order."""
+    """Returns the byte for each character of byte-level BPE.
+
+    A printable byte stands for itself, the others are numbered from 256 on.
+    """
     prints = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in prints]
     return {chr(b): b for b in prints} | {chr(256 + n): b for n, b in enumerate(others)}
@@ -124,19 +133,19 @@ _BYTES = _printable_bytes()
 
 
 def _latin_bytes(tokenizer: Any, words: dict[int, str]) -> bool:
-    """Whether a tokenizer writes the bytes of UTF-8 as the characters with those numbers, as ByT5's does."""
+    """Returns whether a tokenizer writes the bytes of UTF-8 as characters with those numbers, as ByT5's does."""
     ids = {word: i for i, word in words.items()}
     pair = [ids.get(chr(b)) for b in "é".encode()]
     return None not in pair and _decode(tokenizer, pair) == "é"
 
 
 def _tried(tokenizer: Any, words: dict[int, str]) -> dict[int, bytes]:
-    """What tokens add to a text that the tokenizer decodes."""
+    """Returns what each token adds to a text that the tokenizer decodes."""
     start: list[int] = []
     for anchor in _ANCHORS:
         try:
             start = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
-        except Exception:  # a closed vocabulary that lacks it: tokenizers raises plain Exception
+        except Exception:  # tokenizers raises a plain Exception for a word that a closed vocabulary lacks
             continue
         if start and anchor in _decode(tokenizer, start):
             break

@@ -1,9 +1,9 @@
-r"""Stop strings: a text ends at the first token at whose end the bytes spelled so far end with one of several strings.
+"""Stop strings: a text ends at the first token at whose end the bytes spelled so far end with one of several strings.
 
-How the tokens cut the string is no matter: an automaton reads what they spell.  Its state is the longest end of the
-text that is a beginning of one of the strings (Aho and Corasick 1975); a token moves it by all of its bytes at once,
-and the text has ended if it then stands on a whole string.  So a token may begin before the string and end with it,
-but one that runs over the string's end does not end the text.  Special tokens spell nothing.
+It does not matter which tokens spell the string: an automaton reads their bytes. Its state is the longest suffix of the
+text that is a prefix of one of the strings (Aho and Corasick 1975). A token moves it by all of its bytes at once, and
+the text has ended if the new state is a whole string. So a token may begin before the string and end with it, but a
+token that runs over the string's end does not end the text. Special tokens spell nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from torch import Tensor
 
 
 class StopStrings:
-    """The automaton of several stop strings, as it reads the tokens of one vocabulary; PAD leaves it where it is.
+    """The automaton of several stop strings for the tokens of one vocabulary; PAD does not change its state.
 
     :param spelled: the bytes that each token spells.
-    :raises ValueError: naming ``stop``, for an empty string and for one that no tokens spell.
+    :param strings: the stop strings.
+    :param device: the device of its tables.
+    :raises ValueError: naming ``stop``, for an empty string or one that no tokens spell.
     """
 
     def __init__(self, spelled: Sequence[bytes], strings: Iterable[str], device: torch.device | None = None):
         self.strings = tuple(dict.fromkeys(strings))
         whole = [s.encode() for s in self.strings]
         if not all(whole):
-            raise ValueError("stop='' is an empty string, which ends every text; give one of a character or more")
+            raise ValueError("stop='' is an empty string, which ends every text; give at least one character")
         beginnings = sorted({s[:n] for s in whole for n in range(len(s) + 1)}, key=len)
         self.longest = len(beginnings[-1])  # in bytes
         following = _read(_by_byte(beginnings), [s[-self.longest :] for s in spelled])
@@ -43,8 +45,11 @@ class StopStrings:
         self._known: dict[int, list[int]] = {}
 
     def states(self, text: Tensor, first: int = 0) -> Tensor:
-        """The states after the first ``first``, ``first + 1``, .. tokens of texts (..., L): (..., L + 1 - first)."""
-        start = max(0, first - self.longest)  # as many tokens are as many bytes, unless some spell nothing
+        """Returns the states after the first ``first``, ``first + 1``, ..
+
+        tokens of texts (..., L): (..., L + 1 - first).
+        """
+        start = max(0, first - self.longest)  # so many tokens are at least as many bytes, unless some spell nothing
         if start and bool(self._silent[text[..., start:first]].any()):
             start = 0
         found = [torch.zeros(text.shape[:-1], dtype=torch.long, device=text.device)]
@@ -53,42 +58,42 @@ class StopStrings:
         return torch.stack(found[first - start :], -1)
 
     def after(self, state: Tensor, token: Tensor) -> Tensor:
-        """The states after one token more."""
+        """Returns the states after one more token."""
         return self.next[state, token].long()
 
     def ends(self, text: Tensor) -> Tensor:
-        """Whether texts (..., L) end with a stop string after each of their tokens, (..., L)."""
+        """Returns whether texts (..., L) end with a stop string after each of their tokens, (..., L)."""
         return (text >= 0) & self.final[self.states(text)[..., 1:]]
 
     def completing(self, state: Tensor) -> Tensor:
-        """Which tokens complete a stop string, by the state before them: (...) -> (..., V)."""
+        """Returns which tokens complete a stop string, given the states before them: (...) -> (..., V)."""
         return self._completing[state]
 
     def state(self, ids: Sequence[int]) -> int:
-        """The state after these tokens."""
+        """Returns the state after these tokens."""
         read = torch.tensor(ids, dtype=torch.long, device=self.next.device)
         return int(self.states(read, len(ids))[..., -1])
 
     def completing_ids(self, state: int) -> list[int]:
-        """The tokens that complete a stop string after one state, found once."""
+        """Returns the tokens that complete a stop string after one state; they are computed once."""
         if state not in self._known:
             self._known[state] = self._completing[state].nonzero()[:, 0].tolist()
         return self._known[state]
 
 
 class Stops(NamedTuple):
-    """What ends a text: tokens, and strings however they are spelled."""
+    """What ends a text: tokens (``ids``), and strings, whatever tokens spell them (``strings``)."""
 
     ids: Tensor  # (S,)
     strings: StopStrings | None
 
     def ends(self, text: Tensor) -> Tensor:
-        """Whether each token of texts (..., L) ends the text, as if nothing before had ended it: (..., L)."""
+        """Returns whether each token of texts (..., L) ends the text, as if no earlier one had: (..., L)."""
         by_token = torch.isin(text, self.ids)
         return by_token if self.strings is None else by_token | self.strings.ends(text)
 
     def ending(self, text: Tensor) -> Ending:
-        """Where and by what texts (..., L) end first."""
+        """Returns where texts (..., L) first end, and by what."""
         length = (text >= 0).sum(-1)
         if not text.shape[-1]:
             nowhere = torch.zeros_like(length, dtype=torch.bool)
@@ -105,21 +110,21 @@ class Stops(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How texts end; all are (...)."""
+    """How texts end; all fields are (...)."""
 
-    at: Tensor  # the tokens before the stop token; all of them up to there where a string ends the text or nothing does
-    ended: Tensor
-    by_string: Tensor  # by a string, that is, and no stop token
-    stop: Tensor  # the stop token; where there is none, the first that there might be
+    at: Tensor  # the number of tokens before the stop token; if a string or nothing ends the text, of all its tokens
+    ended: Tensor  # whether it ends
+    by_string: Tensor  # whether a string ends it, and no stop token
+    stop: Tensor  # the stop token; if there is none, the first possible one
 
     @property
     def width(self) -> Tensor:
-        """How many tokens the text has, what ends it among them."""
+        """The number of tokens of the text, including the one that ends it."""
         return self.at + (self.ended & ~self.by_string).long()
 
 
 def _by_byte(beginnings: list[bytes]) -> np.ndarray:
-    """(S, 256): the longest end of a beginning and one byte more that is a beginning too."""
+    """Returns a table (S, 256): the longest suffix of a prefix and one more byte that is a prefix too."""
     number = {b: i for i, b in enumerate(beginnings)}
     table = np.zeros((len(beginnings), 256), dtype=np.int64)
     for known in beginnings:
@@ -130,7 +135,7 @@ def _by_byte(beginnings: list[bytes]) -> np.ndarray:
 
 
 def _read(by_byte: np.ndarray, tokens: list[bytes]) -> np.ndarray:
-    """(S, V + 1): the state after each token; the last column is of one that spells nothing."""
+    """Returns the state after each token, (S, V + 1); the last column is for a token that spells nothing."""
     tokens = [*tokens, b""]
     lengths = np.array([len(t) for t in tokens])
     width = lengths.max()
@@ -143,7 +148,7 @@ def _read(by_byte: np.ndarray, tokens: list[bytes]) -> np.ndarray:
 
 
 def _reachable(following: np.ndarray) -> np.ndarray:
-    """(S,): the states to which some tokens lead from the start."""
+    """Returns which states some tokens lead to from the start, (S,)."""
     found, fresh = np.zeros(len(following), dtype=bool), {0}
     while fresh:
         found[list(fresh)] = True

@@ -1,6 +1,6 @@
-"""`TextContract`: what a distribution over texts promises, as tests for a distribution of one's own.
+"""`TextContract`: tests of what a distribution over texts must satisfy, for distributions of your own.
 
-Needs pytest.  The package's own distributions are held to the same.
+It needs pytest. The package's own distributions pass the same tests.
 """
 
 from __future__ import annotations
@@ -20,13 +20,21 @@ from .distributions.protocols import PrefixScores, Stepwise, Terminable, Text
 from .inference.core.sites import text_of
 from .text import PAD
 
-MOST = 20_000  # texts that `support` looks at
+__all__ = ["TextContract", "support"]
+
+MOST = 20_000  # texts that `support` enumerates
 
 
 def support(d: Any) -> Tensor:
-    """Every text that is possible in some element of the batch, (K, L).
+    """Returns every text that is possible in some element of the batch.
 
-    Asked of ``enumerate_support`` where there is one, else found by the steps, token by token.
+    It uses ``enumerate_support`` if there is one; else it searches token by token with ``token_steps``.
+
+    :param d: a distribution over texts with at most 20,000 texts.
+    :returns: LongTensor (K, L), distinct.
+
+    >>> len(support(Completion(lm, x, max_tokens=1, allowed=only(lm, ["a", "b", "eos"]))))
+    3
     """
     if d.has_enumerate_support:
         every = d.enumerate_support()
@@ -51,10 +59,10 @@ def support(d: Any) -> Tensor:
 
 
 class TextContract:
-    """Tests of one distribution over texts; a subclass says which, ``d`` in the tests.
+    """Tests of a distribution over texts; a subclass defines `distribution` and inherits the tests.
 
-    It has a batch of two elements, (2,), and few texts, so that all can be looked at, in double precision.  Which
-    promises it makes is seen from its methods (`lmppl.distributions.protocols`).
+    The distribution must have a batch of two elements, (2,), few texts, so that all can be enumerated, and double
+    precision. Its methods show which capabilities (`lmppl.distributions.protocols`) it has; these are tested.
 
     Example::
 
@@ -64,10 +72,12 @@ class TextContract:
     """
 
     def distribution(self) -> TorchDistribution:
+        """Returns the distribution to test, the ``d`` of the tests."""
         raise NotImplementedError
 
     @pytest.fixture
     def d(self) -> Any:
+        """The distribution, a new one for each test."""
         return self.distribution()
 
     def test_it_is_a_text(self, d: Any) -> None:
@@ -89,7 +99,7 @@ class TextContract:
         text.validate(every, "support")
 
     def test_samples_follow_log_prob(self, d: Any) -> None:
-        """Pearson's chi-square over cells with an expectation of at least 5, within 5 standard deviations."""
+        """Pearson's chi-square over cells with an expected count of at least 5, within 5 standard deviations."""
         pyro.set_rng_seed(1)
         n, every = 3000, support(d)
         drawn, log_p = text.pad(d.sample((n,)), every.shape[-1]), d.log_prob(every[:, None])
@@ -117,8 +127,9 @@ class TextContract:
         assert len(strings) == 3 and all(len(row) == 2 and all(isinstance(s, str) for s in row) for row in strings)
 
     def test_steps_are_the_texts_token_by_token(self, d: Any) -> None:
-        """What was drawn has the log-probability that the draws, the scores and `log_prob` say, also after a choice of
-        rows, which may repeat and leave out.
+        """Draws, scores and `log_prob` give the same log-probability.
+
+        They do so also after rows were reordered, repeated or dropped.
         """
         stepwise = isinstance(d, Stepwise)
         if not stepwise:
@@ -142,7 +153,10 @@ class TextContract:
         assert (drawn - log_prob).abs().max() < 1e-9 and (scored - log_prob).abs().max() < 1e-9
 
     def test_prefix_scores_are_those_of_stopped_prefixes(self, d: Any) -> None:
-        """log p(z_1..z_t stop) by `log_prob`, and over the sum of all texts that begin so, log p(stop | z_1..z_t)."""
+        """log p(z_1..z_t stop) is that of `log_prob`.
+
+        P(stop | z_1..z_t) is its share of all texts that begin like it.
+        """
         terminable = isinstance(d, Terminable)
         if not terminable or not d.stop.numel():
             pytest.skip("no prefix_scores")

@@ -1,6 +1,6 @@
-"""Text is a tensor: ``LongTensor[..., L]`` of token ids, right-padded with ``PAD = -1``.
+"""Text is a tensor: ``LongTensor[..., L]`` of token ids, padded on the right with ``PAD = -1``.
 
--1 is no token id, so nothing is confused where a tokenizer's pad is its eos.
+No token has the id -1. So padding is never confused with a token, even where a tokenizer pads with its eos.
 """
 
 from __future__ import annotations
@@ -16,17 +16,29 @@ from lmppl.shapes import broadcast_shapes
 
 from .rows import distinct_rows
 
+#: What fills a row after its text: no token id.
 PAD = -1
 
 
 class Decoder(Protocol):
-    """What `map` needs of a language model."""
+    """The part of a language model that `map` needs.
 
-    def decode(self, text: Tensor) -> Any: ...
+    >>> class Letters:
+    ...     def decode(self, text):
+    ...         return ["".join(chr(97 + i) for i in row if i >= 0) for row in text.tolist()]
+    >>> map(len, torch.tensor([[0, 1], [2, -1]]), Letters())
+    tensor([2, 1])
+    """
+
+    def decode(self, text: Tensor) -> Any:
+        """Returns the string of a text ``[L]``, or nested lists of strings for leading axes.
+
+        :param text: texts ``[..., L]``.
+        """
 
 
 def _ask(**given: Any) -> None:
-    """ValueError naming the argument that cannot be a text, whatever its ids."""
+    """Raises ValueError, naming the argument, unless it is an integer tensor with at least one axis."""
     for name, t in given.items():
         if not isinstance(t, Tensor) or not t.dim() or t.is_floating_point():
             raise ValueError(f"{name} must be a LongTensor[..., L] of token ids, not {_kind(t)}")
@@ -37,7 +49,11 @@ def _kind(given: Any) -> str:
 
 
 def length(text: Tensor) -> Tensor:
-    """The number of tokens of each text, padding not counted: ``[..., L] -> [...]``.
+    """Returns the number of tokens of each text; padding is not counted.
+
+    :param text: texts ``[..., L]``.
+    :returns: ``LongTensor[...]``.
+    :raises ValueError: if ``text`` is not an integer tensor with at least one axis.
 
     >>> length(torch.tensor([[5, -1], [6, 7]]))
     tensor([1, 2])
@@ -47,9 +63,12 @@ def length(text: Tensor) -> Tensor:
 
 
 def pad(text: Tensor, width: int) -> Tensor:
-    """The same texts, `width` columns wide: padded on the right, or cut where only padding is lost.
+    """Returns the same texts with ``width`` columns: more padding on the right, or less of it.
 
-    Raises ValueError if a token would be lost.
+    :param text: texts ``[..., L]``.
+    :param width: the number of columns of the result.
+    :returns: ``LongTensor[..., width]``.
+    :raises ValueError: if ``width`` is not an integer, or if a token would be cut off.
 
     >>> pad(torch.tensor([5, 6]), 3)
     tensor([ 5,  6, -1])
@@ -66,9 +85,11 @@ def pad(text: Tensor, width: int) -> Tensor:
 
 
 def cat(*texts: Tensor) -> Tensor:
-    """One text after another, ``[..., L1], [..., L2], ... -> [..., L]``: leading axes broadcast, padding is dropped.
+    """Joins texts one after another, without the padding between them.
 
-    L is the length of the longest result. Raises ValueError where leading axes do not broadcast.
+    :param texts: texts ``[..., L1], [..., L2], ...``, at least one; their leading axes broadcast.
+    :returns: ``LongTensor[..., L]``, where L is the length of the longest joined text.
+    :raises ValueError: if no text is given, or if the leading axes do not broadcast.
 
     >>> cat(torch.tensor([[5, -1], [6, 7]]), torch.tensor([8]))
     tensor([[ 5,  8, -1],
@@ -87,20 +108,25 @@ def cat(*texts: Tensor) -> Tensor:
     keep = joined != PAD
     if bool(keep.all()):
         return joined
-    end = keep.cumsum(-1)  # (*batch, sum of L): how many tokens up to here
+    end = keep.cumsum(-1)  # (*batch, sum of L): the number of tokens up to this column
     width = int(end[..., -1].max()) if end.numel() else 0
-    # Column `width` takes the padding and is cut off again.
+    # Column `width` receives the padding and is cut off afterwards.
     out = joined.new_full((*batch, width + 1), PAD)
     out.scatter_(-1, torch.where(keep, end - 1, width), joined)
     return out[..., :width]
 
 
 def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
-    """Every prefix of each text, ended: ``[..., L] -> [W, ..., W]``, row t being ``z_1 .. z_t stop``, then padding.
+    """Returns every prefix of each text, followed by a stop.
 
-    A text's content is z_1 .. z_n, the tokens before its first `stop` (all of them where there is none). `stop` is one
-    id, or a LongTensor that broadcasts against the leading axes: each text's own. ``W = max(L, n.max() + 1)``. Rows
-    t > n repeat the whole text, so that a model can run on them; mask them.
+    Row t of the result is z_1 .. z_t stop, then padding. Here z_1 .. z_n are the tokens before the text's first stop,
+    or all tokens if there is no stop. Rows with t > n repeat the whole text, so that a model can run on all rows; mask
+    them.
+
+    :param text: texts ``[..., L]``.
+    :param stop: the stop token: one id, or a LongTensor that broadcasts with the leading axes, one id for each text.
+    :returns: ``LongTensor[W, ..., W]`` with ``W = max(L, n.max() + 1)``.
+    :raises ValueError: if ``stop`` is neither an id nor a tensor of ids.
 
     >>> prefixes(torch.tensor([5, 6, 0]), stop=0)
     tensor([[ 0, -1, -1],
@@ -113,7 +139,7 @@ def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
     stop = torch.as_tensor(stop, dtype=torch.long, device=text.device)
     batch = broadcast_shapes(text.shape[:-1], stop.shape)
     stop = stop.expand(batch)[..., None]  # (*batch, 1)
-    text = pad(text, text.shape[-1] + 1).expand(*batch, -1)  # one column more: room for a stop after the last token
+    text = pad(text, text.shape[-1] + 1).expand(*batch, -1)  # one more column: room for a stop after the last token
     stopped = text == stop
     n = torch.where(stopped.any(-1), stopped.int().argmax(-1), length(text))  # (*batch)
     width = max(text.shape[-1] - 1, int(n.max()) + 1 if n.numel() else 1)
@@ -124,7 +150,12 @@ def prefixes(text: Tensor, stop: int | Tensor) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> Tensor:
-    """Whether texts are the same, whatever their padding: ``[..., L1], [..., L2] -> BoolTensor[...]``, broadcasting.
+    """Returns whether two texts have the same tokens; the amount of padding does not matter.
+
+    :param a: texts ``[..., L1]``.
+    :param b: texts ``[..., L2]``; the leading axes broadcast.
+    :returns: ``BoolTensor[...]``.
+    :raises ValueError: if ``a`` or ``b`` is not an integer tensor with at least one axis.
 
     >>> equal(torch.tensor([[5, -1], [5, 6]]), torch.tensor([5]))
     tensor([ True, False])
@@ -135,9 +166,16 @@ def equal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
-    """A Python function of the decoded string, called once per distinct string: ``[..., L] -> [...]``.
+    """Applies a Python function to the string of each text, once for each distinct string.
 
-    `f` returns a number, a bool or a tensor; tensors of shape S give ``[..., *S]``.
+    Use it for a condition of your own on a text: a model runs with extra particle and prefix axes on the left, and this
+    function accepts any leading axes.
+
+    :param f: a function of a string; it returns a number, a bool or a tensor.
+    :param text: texts ``[..., L]``.
+    :param lm: the language model that decodes them.
+    :returns: a tensor ``[...]``; if ``f`` returns tensors of shape S, ``[..., *S]``.
+    :raises ValueError: if ``f`` is not callable, or returns anything else.
 
     >>> pyro.factor("rhyme", text.map(lambda s: 0.0 if s.endswith("day") else -5.0, z, lm))
     """
@@ -164,7 +202,15 @@ def map(f: Callable[[str], Any], text: Tensor, lm: Decoder) -> Tensor:
 
 
 def validate(text: Tensor, name: str, vocab_size: int | None = None) -> None:
-    """Raise ValueError naming the argument unless `text` is a well-formed text with ids below `vocab_size`.
+    """Raises ValueError, naming the argument, if a tensor is not a well-formed text.
+
+    A text is a LongTensor with at least one axis, with ids from 0 to ``vocab_size - 1``, and with padding only on the
+    right.
+
+    :param text: the tensor to check.
+    :param name: the name of the argument, for the message.
+    :param vocab_size: the number of ids; None: ids have no upper limit.
+    :raises ValueError: if ``text`` is not well-formed.
 
     >>> validate(torch.tensor([5, -1, 6]), "prompt")
     ValueError: prompt has padding before a token; texts are padded on the right

@@ -1,10 +1,11 @@
-r"""Tools: functions that watch a text being written, and write the next piece of it themselves.
+"""Tools: functions that read a text while it is written and insert the next piece of it.
 
-A tool is a function of the text so far, a string, that answers with what comes next, or None.  It sees what follows the
-prompt, not the prompt, and must answer the same whenever it is asked.  `Completion(..., tools=...)` inserts its answer;
-the mathematics is in `lmppl.distributions.insertions`.
+A tool is a function of the text so far, a string. It returns the string that comes next, or None. It sees what follows
+the prompt, not the prompt, and must always return the same for the same text. `Completion(..., tools=...)` inserts what
+it returns; `lmppl.distributions.insertions` has the mathematics.
 
-    >>> Completion(lm, "Question: 6 - 0 - 4 = ? Answer:", max_tokens=30, stop=".", tools=[Calculator()])
+    >>> question = "Question: 6 - 0 - 4 = ? Answer:"
+    >>> d = Completion(lm, question, max_tokens=30, stop=".", tools=[Calculator()])
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
+__all__ = ["Calculator", "Tool", "evaluate"]
+
 MAX_DEPTH = 20  # of parentheses and signs
 MAX_MAGNITUDE = 10**18  # of the numerator and the denominator of every intermediate value
 
 
 class Tool(Protocol):
-    """What ``tools=`` takes: any function ``text so far -> what to insert``, None (or "") where it has nothing to say.
+    """What ``tools=`` accepts: any function from the text so far to the string to insert, or None for nothing.
 
-    A tool that has an attribute ``trigger``, a string, promises to answer only texts that end with it, and is not asked
-    about others.
+    A tool may have an attribute ``trigger``, a string. Then it is called only for texts that end with the trigger.
 
     >>> def capital(text: str) -> str | None:
     ...     return " Paris" if text.endswith("The capital of France is") else None
+    >>> capital("I know. The capital of France is")
+    ' Paris'
     """
 
     def __call__(self, text: str, /) -> str | None: ...
@@ -33,18 +37,20 @@ class Tool(Protocol):
 
 @dataclass(frozen=True)
 class Calculator:
-    """The tool that writes the value of an arithmetic expression: ``6 - 4 =`` goes on with `` 2``, ``6-4=`` with ``2``.
+    """The tool that inserts the value of an arithmetic expression: after ``6-4=`` it inserts ``2``.
 
-    The expression is the run of integers, ``+ - * /``, parentheses and spaces before ``trigger``.  It is left alone
-    unless it has an operator, is well-formed, and its value is an integer; and where it goes on to the left (``x3+4=``,
-    ``1.5+2=``, ``2^3+4=``).  Division is exact within it: ``7/2*4=`` is 14.
+    The expression is the run of integers, ``+ - * /``, parentheses and spaces before ``trigger``. Division is exact
+    inside it: ``7/2*4=`` is 14. Nothing is inserted if the expression has no operator, is malformed, has a value that
+    is not an integer, or continues to the left (``x3+4=``, ``1.5+2=``, ``2^3+4=``).
 
-    A token that spells more than the end of the trigger (``=7``) passes the calculator by; forbid it by ``allowed``.
+    A token that spells more than the end of the trigger (``=7``) bypasses the calculator; forbid such tokens by
+    ``allowed``.
 
-    :param trigger: what asks for the value.
-    :param format: how it is written, with ``{}`` for the value; None: as it is, after a space where there is one before
-        the trigger.
-    :param max_length: the most characters of an expression.
+    :param trigger: the string after which the value is inserted.
+    :param format: how the value is written, with ``{}`` in its place; None: the value alone, after a space if there is
+        one before the trigger (``6 - 4 =``).
+    :param max_length: the largest number of characters of an expression.
+    :raises ValueError: if ``trigger`` is empty, ``format`` has not exactly one ``{}``, or ``max_length`` is below 1.
 
         >>> Calculator()("6 - 0 =, 6 - 4 =")
         ' 2'
@@ -58,7 +64,7 @@ class Calculator:
 
     def __post_init__(self) -> None:
         if not self.trigger:
-            raise ValueError("trigger: expected a string that asks for the value, got an empty one")
+            raise ValueError("trigger: expected a string of one character or more, got ''")
         if self.format is not None and self.format.count("{}") != 1:
             raise ValueError(f"format: expected one {{}} where the value goes, got {self.format!r}")
         if self.max_length < 1:
@@ -68,7 +74,7 @@ class Calculator:
         if not text.endswith(self.trigger):
             return None
         before = text[: -len(self.trigger)]
-        window = before[-self.max_length - 1 :]  # one more: what comes before the expression
+        window = before[-self.max_length - 1 :]  # one character more, to see what comes before the expression
         rest, expression = _last_expression(window)
         if len(expression) > self.max_length or _belongs_to_it(rest[-1:], expression):
             return None
@@ -83,13 +89,13 @@ _BINARY = re.compile(r"[0-9)] *[-+*/]")  # an operator, not a sign
 
 
 def _last_expression(text: str) -> tuple[str, str]:
-    """A text in two: what comes before, and the run of an expression's characters at its end."""
+    """Splits a text: what comes before, and the run of an expression's characters at its end."""
     rest = text.rstrip("0123456789+-*/() ")
     return rest, text[len(rest) :]
 
 
 def _belongs_to_it(character: str, expression: str) -> bool:
-    """Whether an expression goes on to the left, by a character that the calculator does not know."""
+    """Returns whether an expression continues to the left, with a character that the calculator does not know."""
     if character and character in "^%×÷·√":
         return True
     return not expression.startswith(" ") and (character.isalnum() or (character != "" and character in "_.,!"))
@@ -100,14 +106,18 @@ class _Malformed(Exception):
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """The value of an arithmetic expression; None where it is malformed, divides by zero, or is too deep or too large.
+    """Returns the value of an arithmetic expression, or None.
 
-    Integers, ``+ - * /`` with their usual precedence, signs, parentheses and spaces; nothing is executed.
+    It is None if the expression is malformed, divides by zero, or is too deep or too large. An expression has integers,
+    ``+ - * /`` with their usual precedence, signs, parentheses and spaces. No code is executed.
+
+    :param expression: a string, such as "2 * (3 - 5) / 8".
+    :returns: a Fraction, or None.
 
     >>> evaluate("2 * (3 - 5) / 8")
     Fraction(-1, 2)
     """
-    tokens = re.findall(r"[0-9]+|[^0-9\s]", expression)[::-1]  # the next one last
+    tokens = re.findall(r"[0-9]+|[^0-9\s]", expression)[::-1]  # reversed: the next token is the last
     try:
         value = _sum(tokens, MAX_DEPTH)
     except (_Malformed, ZeroDivisionError):

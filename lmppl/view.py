@@ -1,4 +1,4 @@
-"""`View`: a Hugging Face language model with its tokenizer, seen from one set of weights; causal and masked ones."""
+"""`View`: a Hugging Face language model and its tokenizer under one set of weights; the base of all language models."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TOKEN_BUDGET = 16_384
 class View(Encoding, nn.Module):
     """A network and its tokenizer under one set of weights: what causal and masked language models have in common.
 
-    Adapters of one base model are views of their own that share `.network`. The network is always in `eval()` mode,
-    `train()` included: a log-probability is a function of its inputs, so dropout stays off. Call the view, not
-    `.model`, which all views share.
+    The base model and each of its adapters are views, which share one ``.network``. The network stays in ``eval()``
+    mode, also after ``train()``: a log-probability is a function of its inputs, so dropout stays off. Call the view and
+    not ``.model``, which all views share.
     """
 
-    kind = "language model"  # in words
-    loader: Any = None  # transformers' class that loads one
+    kind = "language model"  # for messages
+    loader: Any = None  # the class of transformers that loads one
 
     def __init__(
         self, model: Any, tokenizer: Any, *, _adapter: Adapter | None = None, _vocabulary: Vocabulary | None = None
@@ -40,7 +40,7 @@ class View(Encoding, nn.Module):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
         network = model.__dict__.get("_lmppl_network")
         if network is None:
-            # Kept on the model, so that wrapping the same model twice does not give two ideas of what is active.
+            # Kept on the model: two wrappers of one model share one record of which adapter is active.
             network = model.__dict__["_lmppl_network"] = Network(model)
         with network.lock:
             network.follow()
@@ -63,12 +63,19 @@ class View(Encoding, nn.Module):
     def from_pretrained(
         cls, name_or_path: str | os.PathLike[str], *, device: Any = None, dtype: Any = None, **hf_kwargs: Any
     ) -> Self:
-        """The language model saved under a path, or under a name on the Hugging Face hub.
+        """Loads the language model saved under a path, or under a name on the Hugging Face hub.
 
-        With ``gguf_file=`` (the extra ``gguf``), weights and tokenizer are those of one GGUF file there, dequantised;
-        `save_pretrained` then writes an ordinary checkpoint. Code that a checkpoint brings along runs only with
-        ``trust_remote_code=True``. Raises CheckpointError (an OSError and a ValueError) if there is no whole language
-        model there.
+        With ``gguf_file=`` (needs the extra ``gguf``), weights and tokenizer come from that one GGUF file and are
+        dequantised; `save_pretrained` then writes an ordinary checkpoint. Code that comes with a checkpoint runs only
+        with ``trust_remote_code=True``.
+
+        :param name_or_path: a directory, or a name on the hub.
+        :param device: where the model is moved to, e.g. "cuda"; None: where transformers puts it.
+        :param dtype: the type of the weights, e.g. ``torch.bfloat16``; None: transformers' default.
+        :param hf_kwargs: further arguments of transformers' ``from_pretrained``, e.g. ``revision``, ``gguf_file``.
+        :returns: a language model of the class on which it is called.
+        :raises CheckpointError: if there is no complete language model there. It is an OSError and a ValueError.
+        :raises ValueError: if ``name_or_path`` is neither a string nor a path.
 
         >>> lm = LanguageModel.from_pretrained("gpt2", device="cuda", dtype=torch.bfloat16)
         >>> lm = LanguageModel.from_pretrained("models", gguf_file="smollm2.gguf")
@@ -82,9 +89,16 @@ class View(Encoding, nn.Module):
 
     @classmethod
     def embedded(cls, name: str, **kwargs: Any) -> Self:
-        """One of the small language models that ship with the package; keywords as in `from_pretrained`.
+        """Loads one of the small language models that ship with the package, for examples and tests.
+
+        :param name: "stories", "numbers", "subjectivity", "arithmetic", or for masked models "masked_stories".
+        :param kwargs: arguments of `from_pretrained`.
+        :returns: a language model of the class on which it is called.
+        :raises ValueError: if there is no such model.
 
         >>> lm = LanguageModel.embedded("stories")
+        >>> lm.vocab_size
+        272
         """
         from lmppl import embedded
 
@@ -94,7 +108,13 @@ class View(Encoding, nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """How many ids the network gives a logit. Raises ValueError where that changed since it was wrapped."""
+        """The number of token ids for which the network returns a logit.
+
+        :raises ValueError: if that number changed since the network was wrapped.
+
+        >>> LanguageModel.embedded("stories").vocab_size
+        272
+        """
         self._refuse_resized()
         return self._vocab_size
 
@@ -107,36 +127,58 @@ class View(Encoding, nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights; texts are created there."""
         return self.network.base_parameters[0].device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the base weights, such as torch.float32."""
         return self.network.base_parameters[0].dtype
 
     @property
     def has_adapter(self) -> bool:
-        """Whether this view has weights of its own on top of the base model's."""
+        """Whether this view has an adapter, with weights in addition to the base model's.
+
+        >>> lm.has_adapter, q.has_adapter
+        (False, True)
+        """
         return self._adapter is not None
 
     @property
     def adapter_name(self) -> str | None:
-        """What the network knows this view's adapter by."""
+        """The name of this view's adapter in the network; None for the base model.
+
+        >>> lm.adapter_name is None
+        True
+        """
         return None if self._adapter is None else self._adapter.name
 
     @property
     def tokens_scored(self) -> int:
-        """How many tokens have gone through the network, all views together.
+        """The number of tokens that have gone through the network, over all views: the cost measure of comparisons.
 
-        What exceeds `token_budget` in a pass with gradient goes through again in the backward pass, and counts again.
+        In a pass with gradient, tokens beyond ``token_budget`` go through again in the backward pass, and count again.
+
+        >>> before = lm.tokens_scored
+        >>> log_p = Completion(lm, x, max_tokens=5).log_prob(z)
+        >>> lm.tokens_scored > before
+        True
         """
         return self.network.tokens_scored
 
     # Running the network ---------------------------------------------------------------------------------------------
 
     def forward(self, input_ids: Tensor, *, tokens: int | None = None, **kwargs: Any) -> Any:
-        """The Hugging Face model's output under this view's weights; gradients reach this view's parameters only.
+        """Runs the Hugging Face model once under this view's weights; gradients reach this view's parameters only.
 
-        :param tokens: what to add to `tokens_scored` (default: every element of `input_ids`).
+        :param input_ids: LongTensor (B, L), without -1.
+        :param tokens: the number to add to `tokens_scored`; None: the number of elements of ``input_ids``.
+        :param kwargs: further arguments of the model's forward method.
+        :returns: the model's output, with ``.logits`` (B, L, V).
+        :raises ValueError: if the vocabulary was resized, or the adapter removed, since the view was made.
+
+        >>> lm(lm.encode(["The end."])).logits.shape
+        torch.Size([1, 8, 109])
         """
         network = self.network
         with network.lock:
@@ -145,9 +187,16 @@ class View(Encoding, nn.Module):
             return network.run(self._adapter, input_ids, long=self._long, **kwargs)
 
     def reading(self, *, long: bool) -> Self:
-        """This view, every pass with the rotary factors of long texts, or all with those of short ones.
+        """Returns this view with a fixed choice of rotary factors: those of long texts, or those of short ones.
 
-        Of short texts: `max_length` is the length up to which they hold. See `lmppl.positions`.
+        It matters for networks whose positions depend on the length of the text (LongRoPE); see `lmppl.positions`.
+
+        :param long: True: every pass uses the factors of long texts. False: those of short texts; ``max_length`` is
+            then the longest text for which they hold.
+        :returns: a view of the same network with the same adapter.
+
+        >>> lm.reading(long=True).long
+        True
         """
         view = copy.copy(self)
         view._long = long
@@ -157,21 +206,36 @@ class View(Encoding, nn.Module):
 
     @property
     def long(self) -> bool | None:
-        """What `reading` was given: None where a pass is read as its own length demands."""
+        """The choice that `reading` made; None: each pass uses the factors for its own length."""
         return self._long
 
     def train(self, mode: bool = True) -> Self:
-        """Sets `.training` of the view only: the network stays in `eval()` mode, with dropout off."""
+        """Sets ``.training`` of this view only; the network stays in ``eval()`` mode, with dropout off.
+
+        :param mode: the value to set.
+        :returns: this view.
+
+        >>> lm.train().model.training
+        False
+        """
         self.training = mode
         return self
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Those of the network; of a view with an adapter, the adapter's alone.
+        """Yields the names and parameters of this view: of the network, or of the adapter alone if the view has one.
 
-        So they are what `parameters`, `requires_grad_` and ``pyro.module(name, view)`` see. A module that contains a
-        view sees everything of the network.
+        ``parameters``, ``requires_grad_`` and ``pyro.module(name, view)`` follow it. A module that contains a view sees
+        all parameters of the network.
+
+        :param prefix: as of `torch.nn.Module.named_parameters`.
+        :param recurse: likewise.
+        :param remove_duplicate: likewise.
+        :returns: an iterator over (name, parameter).
+
+        >>> all("lora" in name for name, _ in q.named_parameters())
+        True
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         own = None if self._adapter is None else set(self._adapter.parameters)
@@ -180,12 +244,18 @@ class View(Encoding, nn.Module):
     # Views and their weights -----------------------------------------------------------------------------------------
 
     def with_adapter(self, peft_config: peft.PeftConfig | str | os.PathLike[str], name: str | None = None) -> Self:
-        """The same base weights with a new adapter, or one loaded from a path; only the adapter trains.
+        """Returns a view of the same base weights with a new adapter, or with a saved one; only the adapter trains.
 
-        Called on a view that has an adapter itself, it gives a sibling: adapters sit on the base, not on one another.
-        When nobody holds the view any more its adapter leaves the network (see `remove_adapter`). Raises ValueError
-        naming `peft_config` or `name`, and CheckpointError where a path holds no fitting adapter; the network is then
-        as it was.
+        Any number of adapters share one base model; using one never changes the weights, gradients or ``requires_grad``
+        of another. An adapter always sits on the base model, also if this view has an adapter itself. An adapter leaves
+        the network when no view holds it any more (see `remove_adapter`). After an error the network is unchanged.
+
+        :param peft_config: a configuration of PEFT (LoRA or another adapter of layers), or the directory or hub name of
+            a saved adapter.
+        :param name: the adapter's name in the network, a word without dots; None: a free one is chosen.
+        :returns: a language model of the same class, with the same tokenizer and token budget.
+        :raises ValueError: if the configuration does not fit the model, or the name is taken.
+        :raises CheckpointError: if a path holds no adapter that fits the model.
 
         >>> guide = lm.with_adapter(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         >>> guide.save_pretrained("out/guide")
@@ -203,9 +273,10 @@ class View(Encoding, nn.Module):
         return view
 
     def remove_adapter(self, adapter: View | str | None = None) -> None:
-        """Take an adapter and its weights out of the network: of this view, of another view, or of this name.
+        """Removes an adapter and its weights from the network; views with this adapter can no longer be used.
 
-        The views that had it can no longer be used. Raises ValueError where there is no such adapter.
+        :param adapter: a view with an adapter of this network, or the adapter's name; None: this view's own.
+        :raises ValueError: if there is no such adapter.
 
         >>> lm.remove_adapter(guide)
         """
@@ -220,7 +291,10 @@ class View(Encoding, nn.Module):
         self.network.remove(found)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser should get: the adapter's parameters, or the base model's where this is the base.
+        """Returns the parameters for an optimiser: the adapter's, or the base model's if the view has no adapter.
+
+        :returns: a list of parameters with ``requires_grad``.
+        :raises ValueError: if the adapter was removed.
 
         >>> optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-3)
         """
@@ -233,15 +307,22 @@ class View(Encoding, nn.Module):
             return [p for p in own if p.requires_grad]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the base model and tokenizer for transformers, or the adapter for peft; whole or not at all.
+        """Saves the base model and its tokenizer, or the adapter alone if the view has one, in safetensors.
 
-        What was saved there before is replaced, nothing else; ``lmppl.json`` says which files those are. Raises
-        ValueError where files of these names were written by others, or changed since.
+        transformers and PEFT read the files without lmppl. All files are written, or none after an error. An earlier
+        save in the same directory is replaced, and nothing else; ``lmppl.json`` lists the files that belong to the
+        save.
+
+        :param directory: where to save; it is created if it does not exist.
+        :raises ValueError: if a file of one of these names was written by another program, or was changed since.
+
+        >>> q.save_pretrained("out/guide")
+        >>> guide = lm.with_adapter("out/guide")
         """
         with files.writing(directory, loading.BASE if self._adapter is None else loading.KIND) as fresh:
             if self._adapter is None:
                 self.network.save_base(fresh)
-                # Of several chat templates each would be a file in a folder of its own.
+                # transformers would write each of several chat templates into a folder of its own.
                 several = isinstance(getattr(self.tokenizer, "chat_template", None), dict)
                 self.tokenizer.save_pretrained(fresh, **({"save_jinja_files": False} if several else {}))
             else:

@@ -1,8 +1,8 @@
-"""Strings to token ids and back, for one tokenizer and the network that it feeds.
+"""Strings to token ids and back, for one tokenizer and its network.
 
-Strings are pieces of text: what is encoded may stand anywhere, and its tokens spell it and nothing else. Tokenizers
-encode a string as if it began a document; SentencePiece and its like then put a space before it. `encode` writes the
-piece without that space, unless it is told that a document starts here.
+Strings are pieces of text that may stand anywhere; their tokens spell exactly the string. Tokenizers encode a string as
+if it began a document; SentencePiece and similar ones then put a space before it. `encode` leaves that space out,
+unless it is told that a document starts here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .stop_strings import StopStrings
 
 CACHED_STRINGS = 4096
 CACHED_AUTOMATA = 16
-_ANCHORS = ("\n", ".", "(", "0", "a", "我")  # what a piece is encoded after, where it must not begin a document
+_ANCHORS = ("\n", ".", "(", "0", "a", "我")  # texts after which a piece is encoded, so that it begins no document
 
 Ids = tuple[int, ...]
 
@@ -26,9 +26,9 @@ class Vocabulary:
     """A tokenizer with its special ids, and a small cache of the strings it has encoded.
 
     :param tokenizer: a Hugging Face tokenizer.
-    :param config: the model's configuration, asked for the ends of a text and for a bos.
-    :param size: how many ids the network knows.
-    :param generation: the model's generation configuration, asked first.
+    :param config: the model's configuration, for eos and bos.
+    :param size: the number of ids that the network has.
+    :param generation: the model's generation configuration, which is used first.
     """
 
     def __init__(self, tokenizer: Any, config: Any, size: int, generation: Any = None) -> None:
@@ -38,7 +38,7 @@ class Vocabulary:
         ends = self._configured(generation, config, "eos_token_id")
         own = tokenizer.eos_token_id
         self.eos_ids: Ids = ends or (() if own is None else (own,))
-        # Of several ends, the one that the tokenizer writes.
+        # If there are several, the tokenizer's own is written.
         self.eos_id = own if own in self.eos_ids else next(iter(self.eos_ids), None)
         starts = self._configured(generation, config, "bos_token_id")
         self.bos_id = next((i for i in (tokenizer.bos_token_id, *starts, self.eos_id) if i is not None), None)
@@ -49,10 +49,10 @@ class Vocabulary:
         self._stop_strings: dict[tuple[Any, ...], StopStrings] = {}
 
     def _configured(self, generation: Any, config: Any, name: str) -> Ids:
-        """The ids that the generation configuration names, else the model's, in the order given.
+        """Returns the ids in the generation configuration, else those in the model's, in their order.
 
-        The model's are often a default. Where none of them is special to a tokenizer that has one of its own, they were
-        made for another vocabulary, and are passed over.
+        The model's ids are often a default. If none of them is special to a tokenizer that has such a token, they were
+        made for another vocabulary and are ignored.
         """
         chosen, default = (self._known_ids(getattr(source, name, None)) for source in (generation, config))
         if chosen and chosen != default:
@@ -67,35 +67,35 @@ class Vocabulary:
 
     @cached_property
     def spelled(self) -> list[bytes]:
-        """The bytes that each id spells, b"" for special tokens and for ids that the tokenizer lacks."""
+        """The bytes that each id spells; b"" for special tokens and for ids that the tokenizer does not have."""
         return spellings(self.tokenizer, self.size)
 
     @cached_property
     def _ids(self) -> dict[str, int]:
-        """The id of each token as the tokenizer writes it."""
+        """The id of each token, by the tokenizer's name for it."""
         return self.tokenizer.get_vocab()
 
     @cached_property
     def _by_spelling(self) -> dict[bytes, int]:
-        """The first id that spells each string of bytes, one that is not named as a byte if there is such."""
+        """The first id that spells each string of bytes, preferably one that is not named as a byte."""
         as_bytes = {i for word, i in self._ids.items() if BYTE.fullmatch(word)}
         ids = sorted(range(self.size), key=lambda i: (i not in as_bytes, -i))
         return {self.spelled[i]: i for i in ids if self.spelled[i]}
 
     @cached_property
     def marks_start(self) -> bool:
-        """Whether the tokenizer puts a space before what begins a document."""
+        """Whether the tokenizer puts a space at the start of a document."""
         written = (ids for s in _ANCHORS if self._can_write(s) for ids in self._plain([s]))
         return any(self.spell(i for i in ids if i < self.size).startswith(b" ") for ids in written)
 
     def spell(self, ids: Iterable[int]) -> bytes:
-        """What these tokens spell."""
+        """Returns the bytes that these tokens spell."""
         return b"".join([self.spelled[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The string of these ids, special tokens dropped; bytes that make no character become U+FFFD.
+        """Returns the string of these ids, without special tokens; bytes that make no character become U+FFFD.
 
-        After a bos, the space with which the tokenizer marks the start of a document is dropped too.
+        After a bos, the space that marks the start of a document is left out too.
         """
         spelled = self.spell(ids)
         if len(ids) and ids[0] == self.tokenizer.bos_token_id and self.marks_start:
@@ -103,20 +103,24 @@ class Vocabulary:
         return spelled.decode(errors="replace")
 
     def ending(self, token: int) -> str:
-        """The last character of any text that ends with this token; "" where the token alone does not say."""
+        """Returns the last character of any text that ends with this token.
+
+        "" if the token alone does not decide it.
+        """
         if token not in self._endings:
             last = self.spelled[token].decode(errors="replace")[-1:]
-            self._endings[token] = "" if last == "\ufffd" else last  # a part of a character
+            self._endings[token] = "" if last == "\ufffd" else last  # U+FFFD: the token ends inside a character
         return self._endings[token]
 
     # How strings are written -----------------------------------------------------------------------------------------
 
     def encode(self, strings: list[str], start: bool = False) -> list[Ids]:
-        """The ids of each string, no special tokens added: as a piece of text or, with `start`, as a document's start.
+        """Returns the ids of each string, without special tokens.
 
-        Raises ValueError naming the text, and the word of it, that the tokenizer cannot write.
+        A string is encoded as a piece of text or, with ``start``, as the start of a document. Raises ValueError if the
+        tokenizer cannot write a text; the message names the text and the word of it.
         """
-        known = {s: self._cache.get((s, start)) for s in strings}  # another thread may clear the cache meanwhile
+        known = {s: self._cache.get((s, start)) for s in strings}  # read first: another thread may clear the cache
         fresh = [s for s, ids in known.items() if ids is None]
         if fresh:
             plain = self._plain(fresh)
@@ -133,19 +137,23 @@ class Vocabulary:
         return [known[s] or () for s in strings]
 
     def _plain(self, strings: list[str]) -> list[Ids]:
-        """What the tokenizer makes of each string, no special tokens added."""
+        """Returns the tokenizer's ids for each string, without special tokens."""
         try:
             return [tuple(ids) for ids in self.tokenizer(strings, add_special_tokens=False)["input_ids"]]
-        except Exception as error:  # tokenizers raises plain Exception for a word that a closed vocabulary lacks
+        except Exception as error:  # tokenizers raises a plain Exception for a word that a closed vocabulary lacks
             text = next((s for s in strings if not self._can_write(s)), strings[0])
             raise self._refused(text, str(error)) from error
 
     def _refused(self, text: str, reason: str) -> ValueError:
-        """The error for a text that cannot be written, naming its first word that cannot, and the character of it."""
+        """Returns the error for a text that cannot be written.
+
+        It names the first word that cannot be written and, if known, the character.
+        """
         words = re.findall(r"\s*\w+|\s*[^\w\s]+|\s+", text)
         word = next((w for w in words if not self._can_write(w)), text)
         lost = [c for c in dict.fromkeys(word) if not self._can_write(c)]
-        character = lost[0] if 0 < len(lost) < len(set(word)) else word  # where words are whole, no character is known
+        # A tokenizer of whole words cannot write any character alone; then only the word is named.
+        character = lost[0] if 0 < len(lost) < len(set(word)) else word
         within = [repr(part) for part in dict.fromkeys((character, word)) if part != text]
         return ValueError(f"text {text!r} cannot be encoded{' at ' * bool(within)}{' in '.join(within)}: {reason}")
 
@@ -157,35 +165,35 @@ class Vocabulary:
         return max(ids, default=0) >= self.size or self._is_whole(string, ids)
 
     def _is_whole(self, string: str, ids: Sequence[int]) -> bool:
-        """Whether these tokens say all of a string, but for what the tokenizer's normaliser makes of it.
+        """Returns whether these tokens write the whole string, apart from changes by the tokenizer's normaliser.
 
-        Tokenizers may drop a character that they do not know, or write an unknown token for it.
+        Tokenizers may drop an unknown character, or write an unknown token for it.
         """
         written = b"".join([self._names.get(i) or self.spelled[i] for i in ids]).decode(errors="replace")
         if written in (string, f" {string}"):
             return True
         if self._stand_in in ids:
             return True
-        if getattr(self.tokenizer, "backend_tokenizer", None) is None:  # its normaliser is not known
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:  # its normaliser is unknown
             return self.tokenizer.unk_token_id not in ids or self.tokenizer.unk_token in string
         return self._said(written) == self._said(string)
 
     @cached_property
     def _stand_in(self) -> int | None:
-        """The ordinary token, if it is one, that the tokenizer was told to write for what it does not know."""
+        """The token that the tokenizer writes for unknown words, if it is an ordinary token; else None."""
         model = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None)
         found = self._ids.get(getattr(model, "unk_token", None) or "")
         return None if found in self.special else found
 
     @cached_property
     def _names(self) -> dict[int, bytes]:
-        """The special tokens as they stand in a string."""
+        """The special tokens as they appear in a string."""
         return {i: word.encode() for word, i in self._ids.items() if i in self.special}
 
     def _said(self, string: str) -> list[str]:
-        """What stands between the added tokens of a string, once it is normalised.
+        """Returns the normalised parts of a string between added tokens.
 
-        The spaces that the tokenizer drops, puts before it or takes for a part of an added token are left out.
+        Spaces that the tokenizer drops, adds at the front or takes as part of an added token are left out.
         """
         backend = self.tokenizer.backend_tokenizer
         said = re.split(self._added, string) if self._added else [string]
@@ -197,21 +205,21 @@ class Vocabulary:
 
     @cached_property
     def _added(self) -> str:
-        """A regular expression of the added tokens, with the spaces that they take in."""
+        """A regular expression of the added tokens, with the spaces that belong to them."""
         tokens = sorted(self.tokenizer.added_tokens_decoder.values(), key=lambda t: -len(t.content))
         return "|".join(r"\s*" * t.lstrip + re.escape(t.content) + r"\s*" * t.rstrip for t in tokens)
 
     @cached_property
     def _drops_spaces(self) -> bool:
-        """Whether the tokenizer reads words and forgets what separates them."""
+        """Whether the tokenizer reads words and ignores what separates them."""
         text, pre_tokenizer = "a  b \n", self.tokenizer.backend_tokenizer.pre_tokenizer
         found = pre_tokenizer.pre_tokenize_str(text) if pre_tokenizer else [(text, (0, len(text)))]
         return sum(end - begin for _, (begin, end) in found) < len(text)
 
     def _pieces(self, strings: list[str], plain: list[Ids]) -> list[Ids]:
-        """Without the space that the tokenizer put before a string as before a document."""
+        """Returns the ids without the space that the tokenizer puts before a string as before a document."""
         found = dict(zip(strings, plain, strict=True))
-        marked = {}  # what each string that has such a space should spell
+        marked = {}  # the strings with such a space, and the bytes they should spell
         for s, ids in found.items():
             if ids and self.spelled[ids[0]][:1] == b" ":
                 whole = self.spell(ids)
@@ -232,7 +240,7 @@ class Vocabulary:
         return [found[s] for s in strings]
 
     def _spelling_of(self, text: bytes) -> list[int]:
-        """Tokens that spell these bytes, each as long as can be; none where there are none."""
+        """Returns tokens that spell these bytes, each as long as possible; [] if there are none."""
         found = []
         while text:
             longest = next((n for n in range(len(text), 0, -1) if text[:n] in self._by_spelling), 0)
@@ -245,7 +253,10 @@ class Vocabulary:
     # Stops -----------------------------------------------------------------------------------------------------------
 
     def token_id(self, stop: str | int) -> int:
-        """The id of one stop: "eos", a string that is one token, or an id. Raises ValueError naming `stop`."""
+        """Returns the id of one stop: "eos", a string that is one token, or an id.
+
+        Raises ValueError naming ``stop``.
+        """
         if stop == "eos":
             if self.eos_id is None:
                 raise ValueError("stop='eos', but the tokenizer has no eos token")
@@ -259,7 +270,10 @@ class Vocabulary:
         return stop
 
     def stop_strings(self, strings: tuple[str, ...], device: Any) -> StopStrings:
-        """The automaton of these stop strings. Raises ValueError for one that is empty or that no tokens spell."""
+        """Returns the automaton of these stop strings.
+
+        Raises ValueError for one that is empty or that no tokens spell.
+        """
         key = (strings, device)
         if key not in self._stop_strings:
             if len(self._stop_strings) >= CACHED_AUTOMATA:
@@ -268,9 +282,12 @@ class Vocabulary:
         return self._stop_strings[key]
 
     def ending_ids(self, stop: str | int) -> Ids:
-        """The tokens that end a text by a stop: one, or those that the tokenizer writes a string of several with."""
+        """Returns the tokens that end a text by a stop.
+
+        It is one token, or for a string of several tokens those with which the tokenizer writes it.
+        """
         if not isinstance(stop, str | int):
-            raise ValueError(f"stop={stop!r}: a text that is encoded ends with one stop, 'eos', a string or an id")
+            raise ValueError(f"stop={stop!r}: expected one stop: 'eos', a string or an id")
         if not isinstance(stop, str) or stop == "eos" or self.one_token(stop) is not None:
             return (self.token_id(stop),)
         try:
@@ -282,7 +299,10 @@ class Vocabulary:
         return ids
 
     def one_token(self, string: str) -> int | None:
-        """The id of the token that spells a string, or is the special token so written; None where there is none."""
+        """Returns the id of the token that spells a string, or is the special token of this name.
+
+        None if there is none.
+        """
         found = self._ids.get(string)
         if (
             found is not None
@@ -299,7 +319,7 @@ class Vocabulary:
         return self._by_spelling.get(string.encode())
 
     def _written(self, string: str) -> str:
-        """How the tokenizer writes a string, in words."""
+        """Returns a description of how the tokenizer writes a string."""
         try:
             (ids,) = self.encode([string])
         except ValueError:
@@ -314,7 +334,10 @@ def _spaces(text: bytes) -> int:
 
 
 def flatten(nested: Any) -> tuple[tuple[int, ...], list[str]]:
-    """The shape of an evenly nested list of strings, and its strings in a row. Raises ValueError naming `text`."""
+    """Returns the shape of an evenly nested list of strings, and its strings as a flat list.
+
+    Raises ValueError naming ``text``.
+    """
     if isinstance(nested, str):
         return (), [nested]
     if not isinstance(nested, list | tuple):
@@ -334,7 +357,7 @@ def nest(flat: list[str], shape: Sequence[int]) -> Any:
 
 
 def first_int(*candidates: Any) -> int | None:
-    """The first candidate that is there; of several ids, the first."""
+    """Returns the first candidate that is an integer; of a list of ids, the first one."""
     for candidate in candidates:
         one = candidate[0] if isinstance(candidate, list | tuple) and candidate else candidate
         if isinstance(one, int):

@@ -1,7 +1,7 @@
-"""Every example of a docstring runs: blocks after "::", and ``>>>`` with what they answer.
+"""Every example of a docstring runs: blocks after "::", and ``>>>`` with the values that they show.
 
-They find the names that a reader would expect in `names`: a language model, an adapter, model and guide of texts z
-between x and y.  Trainings and chains are cut short.
+The names that examples use are in `names`: a language model, an adapter, a model and a guide of texts z between x and
+y.  Trainings and chains are cut short.  `test_documented.py` checks what a docstring must contain.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import re
 import string
 import textwrap
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -36,24 +37,25 @@ from lmppl.testing import TextContract
 ROOT = Path(lmppl.__file__).parent
 NOT_RUN = {
     "pretrained.py: smollm2": "it loads a pretrained model",
-    "language_model.py: LanguageModel": "it loads a pretrained model",
-    "view.py: from_pretrained": "it loads a pretrained model, on an accelerator",
-    "encoding.py: chat": "it goes on as the reader likes (...)",
-    "masked_language_model.py: MaskedLanguageModel": "it loads a pretrained model",
-    "masked_language_model.py: from_pretrained": "it loads a pretrained model, on an accelerator",
-    "files.py: writing": "`config` is the caller's, and so are the files",
+    "view.py: View.from_pretrained": "it loads a pretrained model, on an accelerator",
+    "masked_language_model.py: MaskedLanguageModel.from_pretrained": "it loads a pretrained model, on an accelerator",
     "models/budget.py: plan": "it trains for half a minute; tests/models/test_budget.py does so for no time",
-    "locks.py: locked": "what it guards is the caller's",
 }
 
 
 def documented(path: Path) -> dict[str, tuple[str, str]]:
     """The docstrings of a module, its classes and functions by "file: name", each with its module's name."""
     tree, module = ast.parse(path.read_text()), ".".join(["lmppl", *path.relative_to(ROOT).with_suffix("").parts])
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
-    found = [(getattr(node, "name", "module"), ast.get_docstring(node)) for node in nodes]
+    found = [("module", ast.get_docstring(tree)), *within(tree)]
     return {f"{path.relative_to(ROOT)}: {name}": (doc, module.removesuffix(".__init__")) for name, doc in found if doc}
+
+
+def within(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    """The docstrings below a node by qualified name, as in "SMC.run"."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield f"{prefix}{child.name}", ast.get_docstring(child)
+            yield from within(child, f"{prefix}{child.name}.")
 
 
 DOCUMENTED = {k: v for path in sorted(ROOT.rglob("*.py")) for k, v in documented(path).items()}
@@ -61,8 +63,9 @@ BLOCK = re.compile(r"::\n\n((?: {4}.*\n|\n)+)")
 
 
 def blocks(doc: str) -> list[str]:
-    """The indented blocks after a line that ends with "::"."""
-    return [textwrap.dedent(block) for block in BLOCK.findall(doc + "\n")]
+    """The indented blocks after a line that ends with "::", without those of ``>>>``."""
+    found = [textwrap.dedent(block) for block in BLOCK.findall(doc + "\n")]
+    return [block for block in found if not block.lstrip().startswith(">>>")]
 
 
 BLOCKS = {name: doc for name, (doc, _) in DOCUMENTED.items() if blocks(doc)}
@@ -85,6 +88,12 @@ def spelling_lm() -> LanguageModel:
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(tiny_config("gpt2", len(pieces), max_length=256, layers=1))
     return LanguageModel(network, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"))
+
+
+def chat_lm() -> LanguageModel:
+    lm = spelling_lm()
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    return lm
 
 
 def names(max_tokens: int = 1) -> dict[str, Any]:
@@ -120,7 +129,8 @@ def names(max_tokens: int = 1) -> dict[str, Any]:
     context |= {"chosen": context["z"], "rejected": lm.encode(["b", "a"], stop="eos")}
     context |= {"model": model, "guide": guide, "masked": masked, "author": author, "batches": [(x, y)]}
     context |= {"questions": x, "answers": y, "other_questions": lm.encode(["who", "when"]), "context": x}
-    context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x}
+    context["posterior"] = inference.Importance(model, guide, num_particles=20).run(x, y)
+    context |= {"gflownet": inference.GFlowNet(model, guide, optimizer=optimizer), "prompt": x, "prefix": x}
     context |= {"template": "Ending:{y} Beginning:{x} Middle:", "logits": torch.zeros(2), "Subjectivity": Subjectivity}
     return context
 
@@ -189,23 +199,30 @@ def with_gaps(context: dict[str, Any]) -> dict[str, Any]:
 
 OF_THEIR_OWN = {
     "distributions/unmasking.py: Unmasking": with_gaps,
-    "distributions/unmasking.py: symbols": with_gaps,
-    "distributions/unmasking.py: text_log_prob": with_gaps,
-    "masked_language_model.py: gap": with_gaps,
+    "distributions/unmasking.py: Unmasking.symbols": with_gaps,
+    "distributions/unmasking.py: Unmasking.text_log_prob": with_gaps,
+    **{
+        f"distributions/unmasking.py: Unmasking.{name}": with_gaps
+        for name in ("words", "fill", "decode", "placeholder", "broadened", "token_steps", "log_prob")
+    },
+    "masked_language_model.py: MaskedLanguageModel.gap": with_gaps,
+    "encoding.py: Encoding.chat": lambda c: {"lm": chat_lm()},
     "inference/training/em.py: VariationalEM": with_labels,
     "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
     "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
     "inference/samplers/markov.py: Markov": lambda c: {"lm": ngram_lm()},
     "inference/posterior/ensemble.py: Ensemble": with_adapters,
-    "inference/posterior/posterior.py: table": with_topics,
+    "inference/posterior/posterior.py: Posterior.table": with_topics,
     "models/programs/subjectivity.py: Subjectivity": with_labels,
     "ngram.py: NGram": lambda c: vars(ngram) | {"tokenizer": tiny_tokenizer(6)},
     "testing.py: TextContract": lambda c: {"Mine": Mine},
     "inference/judging/diagnose.py: diagnose": without_texts,
-    "view.py: remove_adapter": guide_lm,
-    "view.py: trainable_parameters": guide_lm,
+    "view.py: View.remove_adapter": guide_lm,
+    "view.py: View.trainable_parameters": guide_lm,
     "constraints/check.py: Check": lambda c: {"spelling_is_fine": lambda prefix, token: token != 5},
-    "constraints/masks.py: log_indicator": lambda c: {"constraint": c["Slots"](c["lm"], [["a", "b"], ["c"]])},
+    "constraints/masks.py: PrefixConstraint.log_indicator": lambda c: {
+        "constraint": c["Slots"](c["lm"], [["a", "b"], ["c"]])
+    },
     "models/classifier.py: TokenClassifier": lambda c: {"texts": ["a tree", "a car"], "labels": [True, False]},
 }
 

@@ -127,7 +127,7 @@ def test_a_figure_replaces_a_figure_only(tmp_path):
         content = path.read_bytes()
         assert content.startswith({"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[suffix])
         path.write_bytes(b"mine")
-        with pytest.raises(ValueError, match=f"{path} is there and is no figure"):
+        with pytest.raises(ValueError, match=f"{path} exists and is not a figure"):
             files.save_figure(Figure(), path)
         assert path.read_bytes() == b"mine"
         path.unlink()

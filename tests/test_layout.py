@@ -33,6 +33,7 @@ LAYERS = {
     "locks": 0,
     "hub": 0,
     "markup": 0,
+    "progress": 0,
     "files": 1,
     "damage": 2,
     "parts": 1,
@@ -57,6 +58,9 @@ LAYERS = {
     "command_help": 7,
     "command_options": 8,
     "command_results": 8,
+    "command_output": 7,
+    "command_record": 7,
+    "command_report": 8,
     "cli": 8,
 }
 # The same inside `inference`, one after the other.

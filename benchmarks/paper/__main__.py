@@ -15,13 +15,15 @@ from .study import Told, markdown
 
 PREAMBLE = """# Results
 
-The paper's experiments (Hu et al. 2024) on the embedded language models, where the exact optimum is known. Written by
-`make paper`; figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer where a
-section says that it is not complete: intervals are then wide, and a claim that rests on one may read "not seen" for
-want of seeds. All of it took {hours:.1f} core-hours. On a pretrained language model and the paper's data:
-[results-pretrained.md](results-pretrained.md).
+The paper's experiments (Hu et al. 2024) on the embedded language models, where the exact optimum is known.
 
+{claims}
 @BEYOND@
+Written by `make paper`. Figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer
+if a section says that it is not complete; intervals are then wide, and a claim that rests on one may read "not seen"
+because there are too few seeds. All of it took {hours:.1f} core-hours. Results on a pretrained language model and the
+paper's data: [results-pretrained.md](results-pretrained.md).
+
 """
 BEYOND = (  # page, question, what came out: figures of these pages, by name where the page's study tells them
     (
@@ -61,7 +63,7 @@ def beyond() -> str:
     results = runner.section(diffusion.STUDY, runner.kept_of(diffusion.STUDY, 3, diffusion.RECORDS), 3)[1]
     told = Told(diffusion.told(results))
     rows = [(f"[{name}.md]({name}.md)", asked, found.format_map(told)) for name, asked, found in BEYOND]
-    return markdown(("beyond the paper", "what is asked", "what came out"), rows)
+    return markdown(("beyond the paper", "question", "result"), rows)
 
 
 def main() -> None:

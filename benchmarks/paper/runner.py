@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 import traceback
 from collections.abc import Sequence
@@ -91,9 +92,21 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
                 study.plot(results, picture)
                 text += f"\n![{study.title}]({picture.name})\n"
         sections.append(text + costs(kept))
-    given = {"seeds": seeds, "hours": seconds / 3600, "headline": first_table(headlines)}
+    given = {"seeds": seeds, "hours": seconds / 3600, "headline": first_table(headlines), "claims": claims(sections)}
     text = preamble.format_map(Told(told | given))
     files.write(out, (text + "\n".join(sections)).encode())
+
+
+def claims(sections: Sequence[str]) -> str:
+    """Which claims were seen, as one table: a row for each section that has a `study.verdict`."""
+    rows = []
+    for text in sections:
+        title = text.partition("\n")[0].removeprefix("## ")
+        found = re.findall(r"^- \*(.+?)\*: \*\*(.+?)\*\*", text, re.MULTILINE)
+        if found:
+            missed = [f"{claim} ({word})" if word != "not seen" else claim for claim, word in found if word != "seen"]
+            rows.append((title, f"{len(found) - len(missed)} of {len(found)}", "; ".join(missed)))
+    return markdown(("experiment", "claims seen", "claims not seen"), rows)
 
 
 def first_table(headlines: Sequence[tuple[Study, Headline]]) -> str:

@@ -18,15 +18,23 @@ from . import Place
 RECORDS = Path(__file__).with_name("records")
 PREAMBLE = """# Results on a pretrained language model
 
-The paper's experiments (Hu et al. 2024) on SmolLM2-135M-Instruct and the paper's own data. Written by `make
-paper-pretrained`; figures are means over at most {seeds} seeds. One number in brackets is the standard deviation over
-seeds; ± and ranges are 95% intervals over test sentences, prompts or questions of these very runs, and do not know
-that another training would come out otherwise. Each section says what it rests on. The paper's models are others, and
-larger. Prompts and recipes were chosen on training data and on seeds from 100 on, before a test sentence was read or
-a seed of these run. All of it took {hours:.1f} core-hours. Where the exact optimum is known, on small language
-models: [results.md](results.md).
+The paper's experiments (Hu et al. 2024) on SmolLM2-135M-Instruct and the paper's own data.
 
 {headline}
+{claims}
+How far they can be trusted:
+
+- Figures are means over at most {seeds} seeds; each section says what it rests on. One number in brackets is the
+  standard deviation over seeds. ± and ranges are 95% intervals over test sentences, prompts or questions of these very
+  runs. They do not include how much another training would differ.
+- The paper's models are others, and larger.
+- Prompts and recipes were chosen on training data and on seeds from 100 on, before a test sentence was read and before
+  the seeds of this page ran. One cell is an exception, and its section says so: longer EM was planned after the others
+  had been read.
+
+Written by `make paper-pretrained`. All of it took {hours:.1f} core-hours. Results where the exact optimum is known, on
+small language models: [results.md](results.md).
+
 """
 
 

@@ -1,9 +1,11 @@
-"""Constraints on which token may come next, masked *inside* a distribution (a proposal, renormalised token by token).
+"""Constraints on which token may come next: masks *inside* a distribution, which is renormalised token by token.
 
-A constraint is a function ``prefix (..., t) -> BoolTensor (..., V)`` of the tokens drawn so far, or simply a
-``BoolTensor (V,)`` for one that ignores them.  A condition on the whole text is something else, a `pyro.factor` in the
-model: masking gives each token's mass to its allowed siblings, conditioning gives it to all allowed texts.
-`docs/constraints.md` shows both.
+A constraint is a function ``prefix (..., t) -> BoolTensor (..., V)`` of the tokens drawn so far. One that ignores them
+is just a ``BoolTensor (V,)``. Pass it as ``Completion(..., allowed=constraint)``.
+
+A condition on the whole text is a `pyro.factor` in the model, and a different distribution: a mask gives the mass of a
+forbidden token to the allowed tokens at the same place, a condition gives it to all allowed texts. A mask is a good
+proposal for a condition. `docs/constraints.md` shows both.
 """
 
 from .check import Check

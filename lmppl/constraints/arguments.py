@@ -1,4 +1,4 @@
-"""What constraints, and distributions over texts, ask of their arguments."""
+"""Checks of the arguments of constraints and of distributions over texts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ V = TypeVar("V", bound=View)
 
 
 def as_lm(given: Any) -> LanguageModel:
-    """A causal language model of this package; ValueError for a name, or a network without its tokenizer."""
+    """Returns a causal language model of this package.
+
+    Raises ValueError for a name, or a network without its tokenizer.
+    """
     return as_view(given, LanguageModel)
 
 
 def as_view(given: Any, kind: type[V]) -> V:
-    """A language model of a kind; errors as of `as_lm`."""
+    """Returns a language model of the class ``kind``; raises ValueError as `as_lm` does."""
     if isinstance(given, kind):
         return given
     name = kind.__name__
@@ -29,7 +32,7 @@ def as_view(given: Any, kind: type[V]) -> V:
 
 
 def as_list(given: Any, name: str, expected: str) -> list[Any]:
-    """What is given one after another; ValueError naming the argument for one thing alone, a text among them."""
+    """Returns an iterable as a list; raises ValueError, naming the argument, for a single thing such as a string."""
     alone = isinstance(given, str | bytes) or (isinstance(given, Tensor) and not given.dim())
     if alone or not isinstance(given, Iterable):
         raise ValueError(f"{name}: expected {expected}, got {given!r}")

@@ -1,4 +1,4 @@
-"""`Check`: a constraint too costly to evaluate on the whole vocabulary."""
+"""`Check`: a constraint that is too costly to evaluate for the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,29 @@ _AT_ONCE = 2**16  # candidates in one call of the predicate
 
 
 class Check(PrefixConstraint):
-    r"""The constraint that allows a token where a function says so, asked about as few candidates as may be.
+    r"""A constraint that asks a function about single tokens: for checks that are too costly for the whole vocabulary.
 
-    SMC proposes from it by rejection without replacement (`lmppl.distributions.rejection`): log q of the token is
-    :math:`\log p(token) - \log \hat W`, where :math:`E[\hat W] = \sum_v p(v) c(v)` is the mass kept, so that weights
-    and evidence stay unbiased.  `Completion.sample` draws by rejection too, from exactly the masked distribution.  What
-    needs the probability itself (`log_prob`, importance sampling, enumeration) asks about the whole vocabulary.
+    `SMC` proposes from it by rejection without replacement (`lmppl.distributions.rejection`). It uses :math:`\log q =
+    \log p(token) - \log \hat W`, where :math:`E[\hat W] = \sum_v p(v) c(v)` is the accepted mass, so weights and
+    evidence stay unbiased. `Completion.sample` also draws by rejection, from exactly the masked distribution. What
+    needs the probability itself (`log_prob`, importance sampling, enumeration) checks the whole vocabulary.
 
     :param lm: the language model whose tokens are checked.
-    :param predicate: ``prefix (R, t), token (R,) -> BoolTensor (R,)``; a stop is a token too.  Candidates that occur
-        several times are asked about once.
-    :param within: a cheap constraint that holds as well; only tokens that it allows are candidates.
-    :param accepts: how many accepted draws an estimate of the mass waits for, at least 2; more, and it varies less.
-    :param patience: after so many rejections in a row, all of its other candidates are asked about at once.
+    :param predicate: a function ``prefix (R, t), token (R,) -> BoolTensor (R,)``: whether each token may follow its
+        prefix. Stop tokens are checked too. Equal candidates are checked once.
+    :param within: a cheap constraint that must also hold; only tokens that it allows are checked.
+    :param accepts: the number of accepted draws on which an estimate of the mass is based, at least 2. More of them
+        give less variance.
+    :param patience: after so many rejections in a row, all other candidates are checked at once.
+    :raises ValueError: if ``predicate`` is not callable or returns anything else, or a number is too small.
 
-    ``evaluations`` counts the candidates asked about.
+    The attribute ``evaluations`` counts the candidates that were checked.
 
         >>> short = Check(lm, lambda prefix, token: spelling_is_fine(prefix, token))
-        >>> Completion(lm, prompt, max_tokens=5, allowed=short)
+        >>> d = Completion(lm, prompt, max_tokens=5, allowed=short)
+
+    Source: Lipkin et al. 2025, "Fast controlled generation from language models with adaptive weighted rejection
+    sampling".
     """
 
     def __init__(
@@ -56,7 +61,16 @@ class Check(PrefixConstraint):
         self.evaluations = 0
 
     def ask(self, prefix: Tensor, token: Tensor) -> Tensor:
-        """Whether each ``token`` (R,) may follow its ``prefix`` (R, t), BoolTensor (R,); `within` is not asked."""
+        """Returns whether each token may follow its prefix; ``within`` is not checked.
+
+        :param prefix: LongTensor (R, t).
+        :param token: LongTensor (R,).
+        :returns: BoolTensor (R,).
+
+        >>> letters = Check(lm, lambda prefix, token: token > 50)
+        >>> letters.ask(lm.encode(["ab", "cd"]), torch.tensor([7, 77]))
+        tensor([False,  True])
+        """
         if not len(token):
             return torch.zeros_like(token, dtype=torch.bool)
         candidates, index = distinct_rows(torch.cat([prefix, token[:, None]], 1))
@@ -73,7 +87,19 @@ class Check(PrefixConstraint):
         return mask[index].view(*prefix.shape[:-1], self.vocab_size)
 
     def joined(self, others: Sequence[Check], within: Constraint | None) -> Check:
-        """The check that passes what this and the others pass, each asked only about what passed before."""
+        """Returns the check that accepts what this check and the others accept.
+
+        Each check sees only tokens that passed the ones before it.
+
+        :param others: further checks.
+        :param within: the cheap constraint of the result.
+        :returns: a `Check`.
+
+        >>> letters = Check(lm, lambda prefix, token: token > 50)
+        >>> few = letters.joined([Check(lm, lambda prefix, token: token < 60)], within=None)
+        >>> few.ask(lm.encode(["ab", "cd"]), torch.tensor([55, 77]))
+        tensor([ True, False])
+        """
         if not others and within is self.within:
             return self
         checks = [self, *others]

@@ -1,4 +1,4 @@
-"""The intersection of constraints."""
+"""`every`: the intersection of constraints."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from .masks import Constraint, PrefixConstraint, allowed_at, keeps
 
 
 def every(*constraints: Constraint) -> Constraint:
-    r"""The constraint that allows what each of these allows, :math:`c(v \mid prefix) = \prod_i c_i(v \mid prefix)`.
+    r"""Returns the constraint that allows a token if all of these allow it.
 
-    Each part looks one token ahead by itself: a token may pass them all and yet lead to where no token passes, a
-    `DeadEnd`.  A `Check` among the parts is asked only about tokens that the others allow.
+    .. math:: c(v \mid prefix) = \prod_i c_i(v \mid prefix)
 
-    :raises ValueError: for no constraints, masks of different sizes or that have no token in common, or parts that do
-        not say how many tokens there are.
+    Each constraint looks one token ahead on its own. So a token may pass all of them and yet lead to a prefix after
+    which no token passes, a `DeadEnd`. A `Check` among them is called only for tokens that the others allow.
 
-        >>> every(regex(lm, r"( [a-z]+)+\."), ban(lm, " apple"))
+    :param constraints: masks (V,) or functions of the prefix, at least one of them a mask or from `lmppl.constraints`.
+    :returns: a constraint.
+    :raises ValueError: if no constraint is given, masks have different sizes or no token in common, or the size of the
+        vocabulary is unknown.
+
+        >>> both = every(regex(lm, r"( [a-z]+)+\.", stop="."), ban(lm, " apple"))
+        >>> d = Completion(lm, x, max_tokens=9, stop=".", allowed=both)
     """
     masks = [c for c in constraints if isinstance(c, Tensor)]
     functions = [c for c in constraints if not isinstance(c, Tensor)]
@@ -42,7 +47,7 @@ def every(*constraints: Constraint) -> Constraint:
 
 
 class Every(PrefixConstraint):
-    """What `every` makes of constraints that depend on the prefix; whole texts must satisfy each of them."""
+    """The result of `every` for constraints that depend on the prefix. A whole text must satisfy each of them."""
 
     def __init__(self, parts: list[Constraint], vocab_size: int):
         self.parts, self.vocab_size = parts, vocab_size

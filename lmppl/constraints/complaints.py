@@ -1,4 +1,4 @@
-"""What llguidance says of a grammar, in one line: without its listing of it, which has lines that nobody wrote."""
+"""Shortens llguidance's error messages to one line, without its listing of the grammar."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ _PREFIXES = re.compile(r'(invalid regex ".*" \(in regex\): |failed to compile JS
 
 
 def shown(written: str) -> str:
-    """A constraint as it was written, or where that is long its beginning."""
+    """Returns a constraint as it was written, or the beginning of a long one."""
     return written if len(written) <= 120 else f"{written[:100]}... ({len(written):,} characters)"
 
 
 def one_line(error: str, above: int | None = None) -> str:
-    r"""The reason that an error gives.
+    r"""Returns the reason that an error message gives, on one line.
 
-    :param above: how many lines stand above what the user wrote, to say at which of their own; None: they wrote no
-        lines.
+    :param error: the message of llguidance.
+    :param above: the number of lines that the package put above the user's own grammar; the message then names the
+        user's line. None: the user wrote no grammar.
 
         >>> one_line('at 3(7): invalid regex "(" (in regex): regex parse error:\n    (\n    ^\nerror: unclosed group')
         'unclosed group'

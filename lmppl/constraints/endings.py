@@ -1,7 +1,8 @@
-"""How a text under a grammar may end, and what a vocabulary can write: so that no token leads where nothing follows.
+"""How a text under a grammar may end, and what a vocabulary can write: so that no token leads to a dead end.
 
-A grammar is about bytes, a text is written in tokens, and its last token must be a stop.  Two things go wrong between
-them: the vocabulary may not spell what must come, and a token such as "%." may say what only the stop "." may say.
+A grammar describes bytes, a text is written in tokens, and its last token must be a stop. So two things can go wrong:
+the vocabulary may be unable to spell what must come next, and a token such as "%." may spell what only the stop "."
+may.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from ..stop_strings import StopStrings
 from .arguments import as_lm
 from .spelling import Spelling, spelling
 
-_SPELT_OUT = 1024  # a vocabulary of so many spellings is written out in a regular expression
+_SPELT_OUT = 1024  # up to so many spellings are listed in a regular expression
 _CHARACTERS = {9, 10, 13, *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)}  # the bytes of ordinary text
 
 
 class Endings:
-    """The stops of a text, silent (eos, no part of it) and spoken ("."), and its stop strings, under a vocabulary."""
+    """The stops of a text under one vocabulary.
+
+    ``silent`` stops are no part of the text (eos); ``spoken`` ones are ("."); ``strings`` are stop strings.
+    """
 
     def __init__(self, spelling: Spelling, stops: list[int], strings: StopStrings | None = None):
         self.spelling, self.stops, self.strings = spelling, stops, strings
@@ -34,13 +38,13 @@ class Endings:
 
     @cached_property
     def spelled(self) -> list[bytes]:
-        """What each token spells, b"" where it is silent."""
+        """The bytes that each token spells; b"" for silent ones."""
         decode = self.spelling.tokenizer.decode_bytes
         return [decode([int(i)]) if i else b"" for i in self.spelling.index]
 
     @cached_property
     def certain(self) -> bool:
-        """Whether every byte that is viable is part of a text that can be written and ended, so that all lasts."""
+        """Whether any text that the grammar allows can be written and then ended, so that nothing must be checked."""
         return not self.spoken and self.strings is None and self.complete
 
     @cached_property
@@ -50,7 +54,7 @@ class Endings:
 
     @cached_property
     def begins_stop(self) -> np.ndarray:
-        """(V,) whether a token could say the beginning of a spoken stop, which no other token may then finish."""
+        """(V,) whether a token may spell the beginning of a spoken stop, which no other token may then complete."""
         found = np.zeros(len(self.spelled), dtype=bool)
         for stop in {self.spelled[s] for s in self.spoken}:
             for v, s in enumerate(self.spelled):
@@ -59,7 +63,7 @@ class Endings:
         return found
 
     def pattern(self) -> str | None:
-        """A regular expression of what can be written and then ended, as far as one can say it; None: anything."""
+        """Returns a regular expression of what can be written and then ended, as far as one exists; None: anything."""
         if self.certain:
             return None
         stops = {self.spelled[s] for s in self.spoken}
@@ -70,27 +74,27 @@ class Endings:
         return f"(?s:{self._written(content, stops)}{ending})"
 
     def completing(self, state: int) -> list[int]:
-        """The tokens that complete a stop string, by the state of what was read."""
+        """Returns the tokens that complete a stop string, given the state of its automaton."""
         return [] if self.strings is None else self.strings.completing_ids(state)
 
     def after(self, state: int, token: int) -> int:
-        """The state after one token more."""
+        """Returns the state after one more token."""
         return 0 if self.strings is None else int(self.strings.next[state, token])
 
     def is_final(self, state: int) -> bool:
-        """Whether a stop string has ended the text."""
+        """Returns whether a stop string has ended the text."""
         return self.strings is not None and bool(self.strings.final[state])
 
     def _written(self, content: set[bytes], stops: set[bytes]) -> str:
-        """What tokens that are no stops can spell."""
-        # A character that is spelled by the stop alone ("." itself) can be written as a part of others ("..") only.
+        """Returns a regular expression of what tokens other than stops can spell."""
+        # A character that only the stop spells alone (".") can be written only as a part of other tokens ("..").
         lacking = {s for s in stops - content if len(s) == 1}
         if self.complete and not lacking:
             return ".*"
         units = {s for s in content if any(c in s for c in lacking)} if self.complete else content
         try:
             each = _escaped(units) + ([f"[^{''.join(_escaped(lacking))}]"] if self.complete else [])
-        except UnicodeDecodeError:  # a token that is no text by itself
+        except UnicodeDecodeError:  # a token that is only a part of a character
             return ".*"
         return f"(?:{'|'.join(each)})*" if len(units) <= _SPELT_OUT else ".*"
 
@@ -99,7 +103,7 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, Endings]] = WeakKeyDictionary()
 
 
 def endings(lm: LanguageModel, stop: Stop) -> Endings:
-    """The endings of a language model's texts under a stop, found once."""
+    """Returns the endings of a language model's texts under a stop; they are computed once."""
     ids, strings = as_lm(lm).stops(stop)
     stops = ids.tolist()
     known, key = _KNOWN.setdefault(lm.vocabulary, {}), (*stops, strings and strings.strings)
@@ -109,7 +113,7 @@ def endings(lm: LanguageModel, stop: Stop) -> Endings:
 
 
 def escaped(string: str) -> str:
-    """The regular expression that matches this string."""
+    """Returns the regular expression that matches exactly this string."""
     return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", string).replace("\n", r"\n")
 
 

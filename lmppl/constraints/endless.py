@@ -1,11 +1,11 @@
-"""Rules of a Lark grammar that never end: each of their alternatives needs a rule that never ends."""
+"""Finds the rules of a Lark grammar that never end: each of their alternatives contains a rule that never ends."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-Ends = Callable[[set[str]], bool]  # whether an expression has a text, where the rules of this set have one
+Ends = Callable[[set[str]], bool]  # whether an expression matches some text, if the rules in this set do
 
 _TOKEN = re.compile(
     r"""
@@ -23,9 +23,9 @@ _TOKEN = re.compile(
 
 
 def endless(lark: str) -> list[str]:
-    """The rules that no text has; none where the grammar has what is not looked into.
+    r"""Returns the rules that match no text; [] if the grammar has a construct that is not analysed.
 
-    >>> endless('start: "a" start | loop | "b"\\nloop: "(" loop ")"')
+    >>> endless('start: "a" start | loop | "b"\nloop: "(" loop ")"')
     ['loop']
     """
     rules: dict[str, Ends] = {}
@@ -38,7 +38,7 @@ def endless(lark: str) -> list[str]:
 
 
 def _definitions(lark: str) -> dict[str, list[tuple[str, str]]]:
-    """The tokens of each rule's body; no rules where something cannot be read."""
+    """Returns the tokens of each rule's body; no rules if something cannot be read."""
     found: dict[str, list[tuple[str, str]]] = {}
     body: list[tuple[str, str]] = []
     at = 0
@@ -52,7 +52,7 @@ def _definitions(lark: str) -> dict[str, list[tuple[str, str]]]:
         elif kind == "defined":
             name = re.split(r"[.\s\[:]", token[0].lstrip("?!"), maxsplit=1)[0]
             body = []
-            if name.lower() == name:  # terminals cannot need themselves
+            if name.lower() == name:  # a terminal cannot contain itself
                 body = found.setdefault(name, [])
         elif kind != "space":
             body.append((kind, token[0]))
@@ -60,7 +60,7 @@ def _definitions(lark: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def _alternatives(tokens: list[tuple[str, str]], rules: dict[str, Ends]) -> Ends:
-    """The expression up to a closing bracket or the end, whose tokens are taken from the end of the list."""
+    """Reads the expression up to a closing bracket or the end; its tokens are taken from the end of the list."""
     sequences: list[list[Ends]] = [[]]
     while tokens:
         kind, said = tokens.pop()

@@ -1,7 +1,7 @@
-r"""Constraints on the detokenised text: regular expressions, JSON schemas and context-free grammars, by llguidance.
+"""Constraints on the text itself: regular expressions, JSON schemas and context-free grammars, by llguidance.
 
-The text is what its tokens spell, however it is cut into tokens: every way to write an accepted text is allowed, so
-that the mask, as a proposal, reaches all that the condition on the whole text reaches.
+The text is what its tokens spell. Every way to spell an accepted text is allowed, so the mask, as a proposal, reaches
+every text that the condition on the whole text allows.
 """
 
 from __future__ import annotations
@@ -26,42 +26,55 @@ from .endless import endless
 from .masks import PrefixConstraint, distinct
 from .spelling import llguidance
 
-_FEW = 1024  # permitted tokens, all of which are looked behind
-_WIDE = 8  # with more ways to go on, one is taken to lead somewhere
-_AHEAD, _TRIED = 16, 1024  # tokens looked ahead, and texts tried in all
-_HEADER = '%llguidance {"no_forcing": true}\n'  # else only one way to cut a forced text into tokens is allowed
+_FEW = 1024  # up to so many allowed tokens, all of them are tried
+_WIDE = 8  # a prefix with more allowed tokens is assumed to lead to an end
+_AHEAD, _TRIED = 16, 1024  # the number of tokens tried ahead, and of texts tried in all
+_HEADER = '%llguidance {"no_forcing": true}\n'  # without it, only one way to spell a forced text is allowed
 
 
 def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
-    r"""The texts that match a regular expression from beginning to end.
+    r"""Returns the constraint that the whole text matches a regular expression.
 
-    :param pattern: in the syntax of Rust's regex crate (no look-around, no back-references); "." is any character but
-        a newline.  A completion's first word has its leading space.
-    :param stop: as of the `Completion`, see `Grammar`.
-    :raises ValueError: for a pattern that cannot be read, or matches no text that can be written and ended, or the
-        empty one alone.
+    :param lm: the language model whose tokens are constrained.
+    :param pattern: in the syntax of Rust's regex crate, without look-around and back-references; "." is any character
+        except a newline. A completion's first word begins with a space.
+    :param stop: the same as that of the `Completion`, see `Grammar`.
+    :returns: a `Grammar`.
+    :raises ValueError: if the pattern is malformed, or matches no text that can be written and ended, or the empty text
+        only.
+    :raises ImportError: without the extra ``grammar``.
 
-        >>> Completion(lm, x, max_tokens=9, stop=".", allowed=regex(lm, r" He [a-z ]+\.", stop="."))
+        >>> he = regex(lm, r" He [a-z ]+\.", stop=".")
+        >>> d = Completion(lm, x, max_tokens=9, stop=".", allowed=he)
+        >>> he.accepts(lm.encode([" He ran.", " She ran."]))
+        tensor([ True, False])
     """
     if not isinstance(pattern, str):
-        raise ValueError(f"pattern: expected a regular expression, a string, got {pattern!r}")
+        raise ValueError(f"pattern: expected a regular expression as a string, got {pattern!r}")
     if not pattern:
-        raise ValueError("pattern: it is empty, and would match the empty text alone")
+        raise ValueError("pattern: it is empty and matches only the empty text")
     if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
-        raise ValueError(f"pattern: {pattern!r}: it ends within an escape")
+        raise ValueError(f"pattern: {pattern!r}: it ends inside an escape")
     wrapped = llguidance().LLMatcher.grammar_from_regex(pattern)
     slashed = json.loads(wrapped)["grammars"][0]["lark_grammar"].removeprefix("start: ")
     return _of_terminal(lm, slashed, stop, name="pattern", written=repr(pattern))
 
 
 def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop = "eos") -> Grammar:
-    """The texts that are JSON under a JSON schema (a mapping, or JSON itself).
+    """Returns the constraint that the whole text is JSON under a JSON schema.
 
-    Whitespace between the parts is free, and properties come in the schema's order.
+    Whitespace between the parts is free. Properties come in the schema's order.
 
-    :raises ValueError: for a schema that is no JSON, has what llguidance does not know, or allows no text.
+    :param lm: the language model whose tokens are constrained.
+    :param schema: a mapping, or JSON as a string.
+    :param stop: the same as that of the `Completion`, see `Grammar`.
+    :returns: a `Grammar`.
+    :raises ValueError: if the schema is not JSON, has a keyword that llguidance does not support, or allows no text.
+    :raises ImportError: without the extra ``grammar``.
 
-        >>> json_schema(lm, {"type": "array", "items": {"type": "boolean"}})
+        >>> booleans = json_schema(lm, {"type": "array", "items": {"type": "boolean"}})
+        >>> booleans.accepts(lm.encode(["[true, false]", "[1]"]))
+        tensor([ True, False])
     """
     if not isinstance(schema, str | Mapping):
         raise ValueError(f"schema: expected a mapping, or JSON as a string, got {schema!r}")
@@ -73,26 +86,41 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
 
 
 def grammar(lm: LanguageModel, lark: str, stop: Stop = "eos") -> Grammar:
-    r"""The texts of a context-free grammar in the Lark dialect of llguidance, from its rule ``start``.
+    """Returns the constraint that the whole text belongs to a context-free grammar.
 
-    :raises ValueError: for a grammar that cannot be read, allows no text, or has a rule that never ends.
+    :param lm: the language model whose tokens are constrained.
+    :param lark: the grammar in the Lark dialect of llguidance; its first rule is ``start``.
+    :param stop: the same as that of the `Completion`, see `Grammar`.
+    :returns: a `Grammar`.
+    :raises ValueError: if the grammar is malformed, allows no text, or has a rule that never ends.
+    :raises ImportError: without the extra ``grammar``.
 
-        >>> grammar(lm, 'start: "(" start ")" start | ""')
+        >>> nested = grammar(lm, 'start: "(" start ")" start | ""')
+        >>> nested.accepts(lm.encode(["(())()", "(()"]))
+        tensor([ True, False])
     """
     found = Grammar(lm, lark, stop, name="lark")
     if rules := endless(lark):
         raise ValueError(
-            f"lark: the rule {rules[0]!r} never ends: each of its alternatives needs a rule that never ends"
+            f"lark: the rule {rules[0]!r} never ends: each of its alternatives contains a rule that never ends"
         )
     return found
 
 
 def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Grammar:
-    """The texts that are a sequence of these strings, any number of them, each as it is written: with its space.
+    """Returns the constraint that the whole text is a sequence of these strings, in any order and number.
 
-    A stop other than eos is part of the text: name it too.
+    :param lm: the language model whose tokens are constrained.
+    :param words: strings, each with its leading space if it has one. A stop other than eos is part of the text: list it
+        too.
+    :param stop: the same as that of the `Completion`, see `Grammar`.
+    :returns: a `Grammar`.
+    :raises ValueError: if ``words`` is a string, or has an empty string.
+    :raises ImportError: without the extra ``grammar``.
 
-        >>> words(lm, [" red", " green", " apple", "."], stop=".")
+        >>> fruit = words(lm, [" red", " green", " apple", "."], stop=".")
+        >>> fruit.accepts(lm.encode([" red apple.", " red car."]))
+        tensor([ True, False])
     """
     if isinstance(words, str | bytes):
         raise ValueError(f"words: expected a list of strings, got {words!r}; write [{words!r}]")
@@ -101,9 +129,18 @@ def words(lm: LanguageModel, words: Iterable[str], stop: Stop = "eos") -> Gramma
 
 
 def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Grammar:
-    """The texts that contain none of these strings, however they are cut into tokens.
+    """Returns the constraint that the text contains none of these strings, whatever tokens spell them.
 
-    >>> without(lm, ["knife", "stone"], stop=".")
+    :param lm: the language model whose tokens are constrained.
+    :param strings: the forbidden strings.
+    :param stop: the same as that of the `Completion`, see `Grammar`.
+    :returns: a `Grammar`.
+    :raises ValueError: if there is no string, or an empty one.
+    :raises ImportError: without the extra ``grammar``.
+
+    >>> peaceful = without(lm, ["knife", "stone"], stop=".")
+    >>> peaceful.accepts(lm.encode([" the apple.", " the knife."]))
+    tensor([ True, False])
     """
     some, slashed = _any_of(strings, "strings")
     terminal = f"/(?s:.*)/ & ~/(?s:.*)(?:{slashed})(?s:.*)/"
@@ -111,42 +148,49 @@ def without(lm: LanguageModel, strings: Iterable[str], stop: Stop = "eos") -> Gr
 
 
 def _of_terminal(lm: LanguageModel, terminal: str, stop: Stop, **kwargs: Any) -> Grammar:
-    """The texts of one terminal of the Lark dialect, which can be restricted to what can be written and ended."""
+    """Returns the constraint for one terminal of the Lark dialect, restricted to what can be written and ended."""
     ends = endings(lm, stop).pattern()
     also = "" if ends is None else " & /{}/".format(ends.replace("/", r"\/"))
     return Grammar(lm, f"start: TEXT\nTEXT: {terminal}{also}", stop, **kwargs)
 
 
 class Grammar(PrefixConstraint):
-    """A constraint on the text that tokens spell, from a grammar in the Lark dialect of llguidance.
+    """A constraint on the text that the tokens spell, from a grammar in the Lark dialect of llguidance.
 
-    An eos (any special token) that stops a text is no part of it; any other stop, such as ".", is, and so is a string
-    of several tokens.  A stop is allowed only where the text so ended is complete.  Special tokens are allowed nowhere
-    else.
+    Usually made by `regex`, `json_schema`, `grammar`, `words` or `without`.
 
-    What is allowed can be completed.  A token is not allowed after which nothing is: one that says what only the stop
-    may say ("%." before the stop "."), or that is followed by what the vocabulary cannot spell, or by such tokens only.
-    To find them, all allowed tokens are looked behind, up to 16 tokens ahead, where they are 1024 or fewer; where they
-    are more, those that begin to spell a stop.  Of more than 8 ways to go on, one is taken to lead to an end.  So a
-    dead end can remain in vocabularies that lack characters, behind so many ways.  Without a stop, a complete text has
-    ended.
+    An eos (any special token) that stops a text is no part of it. Any other stop, such as ".", is part of it, and so is
+    a stop string. A stop is allowed only if the text that it ends is complete. Special tokens are allowed nowhere else.
+    If there is no stop, a complete text has ended.
 
-    Matchers have state: those of the last few thousand prefixes are kept, so that a text that grows costs one token a
-    step, particles may be reordered, and prefixes that occur several times are asked about once.
+    A token is not allowed if nothing can follow it: if it spells what only the stop may spell ("%." before the stop
+    "."), or what comes next cannot be spelled by the vocabulary, or only by such tokens. To find out, up to 16 tokens
+    are tried ahead after every allowed token, if 1024 or fewer are allowed; if more, only after those that begin to
+    spell a stop. A prefix with more than 8 allowed tokens is assumed to lead to an end. So in vocabularies that lack
+    characters, a dead end may remain.
+
+    The states of the last few thousand prefixes are kept: a growing text costs one token for each step, particles may
+    be reordered, and equal prefixes are computed once.
 
     :param lm: the language model whose tokens are constrained.
     :param lark: the grammar.
-    :param stop: as of the `Completion`: "eos", a string, a token, several, or None.
+    :param stop: the same as that of the `Completion`: "eos", a string, a token id, several, or None.
+    :param name: the name of the argument, for messages.
+    :param written: what the user wrote, for messages; None: the grammar itself.
     :raises ImportError: without the extra ``grammar``.
-    :raises ValueError: for a grammar that cannot be read, becomes too complex or allows no text that can be written and
-        ended, or the empty one alone, or a tokenizer whose texts are not spelled by their tokens one after another.
+    :raises ValueError: if the grammar is malformed, too complex, or allows no text that can be written and ended, or
+        the empty text only; or if the tokenizer's texts are not spelled by their tokens one after another.
+
+        >>> digits = Grammar(lm, 'start: /[0-9]+/')
+        >>> lm.decode(digits(lm.encode("1")).nonzero())[:3]  # what may follow "1"
+        ['', '0', '1']
     """
 
     def __init__(
         self, lm: LanguageModel, lark: str, stop: Stop = "eos", *, name: str = "lark", written: str | None = None
     ):
         if not isinstance(lark, str):
-            raise ValueError(f"{name}: expected a grammar, a string, got {lark!r}")
+            raise ValueError(f"{name}: expected a grammar as a string, got {lark!r}")
         self.vocab_size, self.name, self.written = as_lm(lm).vocab_size, name, written
         self.endings = endings(lm, stop)
         self.spelling = self.endings.spelling
@@ -157,12 +201,12 @@ class Grammar(PrefixConstraint):
         self._masks: OrderedDict[tuple[int, ...], np.ndarray] = OrderedDict()  # bits, 8 tokens a byte
         first = set(np.unpackbits(self._mask(()), count=self.vocab_size).nonzero()[0].tolist())
         if first and first <= set(self.endings.silent):
-            raise ValueError(f"{name}: of {shown(written or repr(lark))} the empty text alone can be written")
+            raise ValueError(f"{name}: {shown(written or repr(lark))} allows only the empty text")
         if not first:
             raise ValueError(
                 f"{name}: no text of {shown(written or repr(lark))} can be written with this vocabulary and "
-                f"then ended by the stop {stop!r} (eos is no part of the text; any other stop is its last token, and "
-                "stands nowhere before)"
+                f"then ended by stop={stop!r} (eos is no part of the text; any other stop must be its last token and "
+                "occur nowhere before)"
             )
 
     def __call__(self, prefix: Tensor) -> Tensor:
@@ -175,7 +219,14 @@ class Grammar(PrefixConstraint):
         return mask[index].view(*prefix.shape[:-1], self.vocab_size)
 
     def accepts(self, text: Tensor) -> Tensor:
-        """Whether whole texts (..., L), with or without an eos, are complete, BoolTensor (...)."""
+        """Returns whether texts, with or without an eos, are complete texts of the grammar.
+
+        :param text: texts (..., L).
+        :returns: BoolTensor (...).
+
+        >>> Grammar(lm, 'start: /[0-9]+/').accepts(lm.encode(["12", "1a"]))
+        tensor([ True, False])
+        """
         rows, index = distinct(text)
         found = []
         for row in rows.tolist():
@@ -187,7 +238,7 @@ class Grammar(PrefixConstraint):
         return torch.tensor(found, dtype=torch.bool, device=text.device)[index].view(text.shape[:-1])
 
     def _mask(self, prefix: tuple[int, ...]) -> np.ndarray:
-        """The packed mask of what may follow."""
+        """Returns the packed mask of the tokens that may follow."""
         mask = _recall(self._masks, prefix)
         if mask is None:
             mask = _remember(self._masks, prefix, np.packbits(self._fresh_mask(self._matcher(prefix), prefix)))
@@ -208,7 +259,7 @@ class Grammar(PrefixConstraint):
         return mask
 
     def _next(self, matcher: Any, state: int) -> np.ndarray:
-        """The mask of what may follow, as far as the next token says."""
+        """Returns the mask of the tokens that may follow, as far as the next token alone decides it."""
         if matcher is None:
             return np.zeros(self.vocab_size, dtype=bool)
         bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
@@ -222,7 +273,10 @@ class Grammar(PrefixConstraint):
     def _lasts(
         self, matcher: Any, state: int, token: int, said: bytes, tried: dict[bytes, bool], ahead: int = _AHEAD
     ) -> bool:
-        """Whether the text can be ended some time after ``token``; ``said``: since the text that is asked about."""
+        """Returns whether the text can be ended some time after ``token``.
+
+        ``said`` are the bytes since the text whose mask is computed.
+        """
         said += self.endings.spelled[token]
         if said not in tried:
             after, state = self._read(matcher, token), self.endings.after(state, token)
@@ -230,7 +284,7 @@ class Grammar(PrefixConstraint):
         return tried[said]
 
     def _goes_on(self, matcher: Any, state: int, said: bytes, tried: dict[bytes, bool], ahead: int) -> bool:
-        """Whether a text that no stop string has ended has, or leads to, an end."""
+        """Returns whether a text that no stop string has ended is complete, or leads to a complete one."""
         mask = self._next(matcher, state)
         if any(mask[stop] for stop in self.endings.stops):
             return True
@@ -238,11 +292,11 @@ class Grammar(PrefixConstraint):
             return True
         (options,) = mask.nonzero()
         if len(options) > _WIDE or not ahead or len(tried) >= _TRIED:
-            return True  # for all that is known
+            return True  # assumed
         return any(self._lasts(matcher, state, v, said, tried, ahead - 1) for v in options.tolist())
 
     def _matcher(self, prefix: tuple[int, ...]) -> Any:
-        """The matcher that has read ``prefix``, None where it cannot be read; to be copied, not fed."""
+        """Returns the matcher that has read ``prefix``, or None if it cannot be read. Copy it before reading more."""
         at = len(prefix)
         while at and prefix[:at] not in self._matchers:
             at -= 1
@@ -262,7 +316,7 @@ class Grammar(PrefixConstraint):
         return after if read == 1 else None
 
     def _checked(self, matcher: Any) -> None:
-        # Where no token of the vocabulary can follow, the matcher counts as in error too: there the mask is empty.
+        # The matcher also reports an error if no token of the vocabulary can follow: then the mask is empty.
         error = matcher.get_error()
         if error and not error.startswith("NoExtension"):
             own = None if self.written is not None else _HEADER.count("\n")
@@ -271,7 +325,7 @@ class Grammar(PrefixConstraint):
 
 
 def _any_of(strings: Iterable[str], name: str) -> tuple[list[str], str]:
-    """The strings, and a regular expression between slashes of any of them."""
+    """Returns the strings, and a regular expression between slashes that matches any of them."""
     given = [strings] if isinstance(strings, str) else as_list(strings, name, "a list of strings")
     if not given or not all(isinstance(s, str) and s for s in given):
         raise ValueError(f"{name}: expected strings of one character or more, got {given!r}")

@@ -1,4 +1,4 @@
-"""Whether a constraint lets a text become as long as it must."""
+"""Whether a constraint allows a text of a required length."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from torch import Tensor
 from .check import Check
 from .masks import Constraint, PrefixConstraint
 
-_AT_ONCE, _TRIED = 8, 512  # prefixes asked about; beyond these, one is taken to go on
+_AT_ONCE, _TRIED = 8, 512  # prefixes tried at once, and in all
 
 
 def reaches(constraint: Constraint, tokens: int, stops: Tensor) -> bool:
-    """Whether a text of so many tokens, none of them a stop, can be written, as far as a few hundred prefixes say.
+    """Returns whether the constraint allows a text of so many tokens, none of them a stop.
 
-    A function of the user's own and a `Check` are asked nothing: they may.
+    Up to a few hundred prefixes are tried; beyond them the answer is True. A function of the user's own and a `Check`
+    are not called: the answer is True.
+
+    :param constraint: a mask (V,) or a function of the prefix.
+    :param tokens: the number of tokens.
+    :param stops: LongTensor (S,) of stop tokens.
+    :returns: a bool.
+
+    >>> reaches(Slots(lm, [["a"], ["c"]]), 3, lm.stop_ids("eos"))
+    False
     """
     if isinstance(constraint, Tensor):
         return not tokens or bool(constraint.index_fill(0, stops, False).any())
     if not isinstance(constraint, PrefixConstraint) or isinstance(constraint, Check):
         return True
-    left, asked = [stops.new_empty(1, 0)], 0  # prefixes (n, t) to ask about, the longest last
+    left, asked = [stops.new_empty(1, 0)], 0  # prefixes (n, t) to try, the longest last
     while left and asked < _TRIED:
         prefixes = left.pop()
         if prefixes.shape[1] == tokens:

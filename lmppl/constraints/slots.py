@@ -1,4 +1,4 @@
-"""`Slots`: texts of known form, one token out of each set in turn."""
+"""`Slots`: texts of a fixed form, with one token from each set in turn."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from .masks import PrefixConstraint, only
 
 
 class Slots(PrefixConstraint):
-    r"""The texts whose tokens fill the slots of one of several forms: finitely many, :math:`\sum_f \prod_t |S_{ft}|`.
+    r"""The constraint that a text fills the slots of one of several forms: finitely many texts.
 
-    After a prefix, a form allows its next slot if the prefix fills the slots before it, and nothing otherwise.
+    .. math:: \#\text{texts} = \sum_f \prod_t |S_{ft}|
+
+    where :math:`S_{ft}` is slot t of form f. After a prefix, a form allows its next slot if the prefix fills the slots
+    before it, and nothing otherwise.
 
     :param lm: the language model whose tokens fill the slots.
-    :param forms: each a sequence of slots, a slot several tokens (ids, or strings of one token); a stop is a token too.
-    :raises ValueError: naming ``forms``, for none, an empty one, or a string that is not one token.
+    :param forms: each is a sequence of slots; a slot is a list of token ids or of strings that are one token each. A
+        stop is a token too: give it a slot.
+    :raises ValueError: naming ``forms``, if there is none, one is empty, or a string is not one token.
 
-        >>> Slots(lm, [[" He", " She"], [" sharpened", " swung"], [" it"], ["."]])
+        >>> he_did = Slots(lm, [[" He", " She"], [" sharpened", " swung"], [" it"], ["."]])
+        >>> len(he_did.texts())
+        4
     """
 
     def __init__(self, lm: LanguageModel, *forms: Sequence[Iterable[int | str]]):
         if not forms or not all(forms):
-            raise ValueError("forms: expected one or more, each of one slot or more")
+            raise ValueError("forms: expected at least one form, each with at least one slot")
         self.vocab_size = as_lm(lm).vocab_size
         try:
             self.forms = [torch.stack([only(lm, slot) for slot in form]) for form in forms]  # (slots, V) each
@@ -43,7 +49,14 @@ class Slots(PrefixConstraint):
         return mask
 
     def accepts(self, value: Tensor) -> Tensor:
-        """Whether whole texts (..., L), padded, fill a form from its first slot to its last, BoolTensor (...)."""
+        """Returns whether whole texts fill a form from its first slot to its last.
+
+        :param value: texts (..., L).
+        :returns: BoolTensor (...).
+
+        >>> Slots(lm, [["a", "b"], ["c"]]).accepts(lm.encode(["ac", "a"]))
+        tensor([ True, False])
+        """
         length = text.length(value)
         found = torch.zeros_like(length, dtype=torch.bool)
         for form in self.forms:
@@ -52,7 +65,11 @@ class Slots(PrefixConstraint):
         return found
 
     def texts(self) -> Tensor:
-        """All of the texts, (K, L); distinct where no text fills two forms."""
+        """Returns all texts, LongTensor (K, L); a text that fills two forms appears twice.
+
+        >>> lm.decode(Slots(lm, [["a", "b"], ["c"]]).texts())
+        ['ac', 'bc']
+        """
         filled = [
             torch.cartesian_prod(*(slot.nonzero()[:, 0] for slot in form)).view(-1, len(form)) for form in self.forms
         ]
@@ -60,6 +77,6 @@ class Slots(PrefixConstraint):
 
     @staticmethod
     def _fills(form: Tensor, prefix: Tensor) -> Tensor:
-        """Whether tokens (..., t) fill the first t slots, (...)."""
+        """Returns whether tokens (..., t) fill the first t slots, (...)."""
         t = torch.arange(prefix.shape[-1], device=prefix.device)
         return (form[t, prefix.clamp(min=0)] & (prefix >= 0)).all(-1)

@@ -1,4 +1,4 @@
-"""What each token of a vocabulary spells, as llguidance needs to know it."""
+"""What each token of a vocabulary spells, in the form that llguidance needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..language_model import LanguageModel
 
 
 def llguidance() -> ModuleType:
-    """The library. Raises ImportError that says how to install it."""
+    """Returns the library; raises ImportError that says how to install it."""
     try:
         import llguidance
     except ImportError as error:
@@ -25,13 +25,13 @@ def llguidance() -> ModuleType:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A vocabulary by what its tokens spell; tokens that spell the same are one to llguidance."""
+    """A vocabulary by what its tokens spell. Tokens with the same spelling are one token to llguidance."""
 
-    tokenizer: Any  # llguidance's, over the distinct spellings; number 0 is no spelling at all
-    index: np.ndarray  # (V,): which spelling each token has; 0 for special tokens and ids that the tokenizer lacks
+    tokenizer: Any  # llguidance's tokenizer of the distinct spellings; number 0 stands for none
+    index: np.ndarray  # (V,): the number of each token's spelling; 0 for special tokens and ids without a token
 
     def is_silent(self, token: int) -> bool:
-        """Whether a token is no part of a text: eos and other special tokens."""
+        """Returns whether a token is no part of a text: eos and other special tokens."""
         return self.index[token] == 0
 
 
@@ -39,7 +39,7 @@ _KNOWN: WeakKeyDictionary[Any, Spelling] = WeakKeyDictionary()
 
 
 def spelling(lm: LanguageModel) -> Spelling:
-    """The spelling of a language model's vocabulary, found once per vocabulary."""
+    """Returns the spelling of a language model's vocabulary; it is computed once for each vocabulary."""
     vocabulary = lm.vocabulary
     if vocabulary not in _KNOWN:
         number: dict[bytes, int] = {b"": 0}
@@ -49,7 +49,7 @@ def spelling(lm: LanguageModel) -> Spelling:
 
 
 class _Wrapped:
-    """The interface by which llguidance takes a list of spellings for a tokenizer."""
+    """The interface through which llguidance accepts a list of spellings as a tokenizer."""
 
     is_tokenizer_wrapper = True
 
@@ -59,4 +59,4 @@ class _Wrapped:
         self.special_token_ids = [len(tokens) - 1]
 
     def __call__(self, text: str) -> list[int]:
-        return []  # asked only where llguidance forces tokens, which it does not here
+        return []  # only called where llguidance forces tokens, which is switched off

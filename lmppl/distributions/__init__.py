@@ -1,4 +1,7 @@
-"""Pyro distributions over text."""
+"""Pyro distributions over text: samples and values are texts, LongTensors of token ids padded on the right with -1.
+
+`Completion` is the one that most programs need. `docs/extending.md` shows how to write your own.
+"""
 
 from .autoregressive import AutoregressiveText
 from .completion import Completion

@@ -1,4 +1,4 @@
-"""What distributions over texts ask of their arguments."""
+"""Checks of the arguments of distributions over texts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["as_count", "as_lm", "as_text", "as_view", "no_text", "refuse_nan"]
 
 
 def no_text(fn: Any, value: Any) -> str:
-    """What is wrong with a value that should be a text of a distribution, and how it is written."""
+    """Returns what is wrong with a value that should be a text of a distribution, and how to write it."""
     strings = isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(s, str) for s in value))
     if not strings:
         return f"expected a text, a LongTensor of token ids, got {type(value).__name__}"
@@ -26,7 +26,10 @@ def no_text(fn: Any, value: Any) -> str:
 
 
 def as_text(lm: View, given: Tensor | str | list[Any], name: str) -> Tensor:
-    """A text, or the documents that strings begin; ValueError naming the argument for anything else."""
+    """Returns a text; strings are encoded as starts of documents.
+
+    Raises ValueError, naming the argument, for anything else.
+    """
     if not isinstance(given, Tensor):
         try:
             given = lm.encode(given, start=True)
@@ -37,7 +40,7 @@ def as_text(lm: View, given: Tensor | str | list[Any], name: str) -> Tensor:
 
 
 def as_count(value: int | Tensor, name: str, device: torch.device) -> Tensor:
-    """A LongTensor of numbers of tokens; ValueError naming the argument for anything else."""
+    """Returns a LongTensor of numbers of tokens; raises ValueError, naming the argument, for anything else."""
     try:
         count = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError):
@@ -48,6 +51,6 @@ def as_count(value: int | Tensor, name: str, device: torch.device) -> Tensor:
 
 
 def refuse_nan(log_probs: Tensor) -> None:
-    """ValueError where a network's log-probabilities are NaN."""
+    """Raises ValueError if a network's log-probabilities are NaN."""
     if bool(log_probs.isnan().any()):
         raise ValueError("lm: the network's logits are NaN; its weights are damaged or its dtype overflows")

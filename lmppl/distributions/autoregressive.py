@@ -1,4 +1,4 @@
-"""`AutoregressiveText`: a distribution over texts of one's own, from one function."""
+"""`AutoregressiveText`: a distribution over texts that one function of your own defines."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from .token_steps import draw
 
 
 class AutoregressiveText(SteppedText):
-    r"""Texts of which a function says what token comes next; a subclass defines `next_logits`.
+    r"""A distribution over texts defined by one function, `next_logits`, which a subclass writes.
 
     .. math:: p(z) = \prod_t \mathrm{softmax}(\text{next\_logits}(z_1 \dots z_{t-1}))_{z_t}
 
-    It keeps all promises of `protocols`, each column by one call of the function on the tokens before it.  A
-    distribution that carries something from token to token writes `token_steps` itself.
+    It has all capabilities in `lmppl.distributions.protocols`: inference treats it as it treats `Completion`. The
+    function is called once for each column of a value. If your distribution carries a state from token to token,
+    override `token_steps` instead.
 
-    :param vocabulary: the string of each of the V tokens, with "" for those that `decode` does not show.
-    :param batch_shape: of the distribution; its elements are numbered, the last axis fastest.
-    :param max_tokens: the most tokens before a stop; there a stop is certain.
-    :param stop: the token, or several, that end a text; None: all texts have ``max_tokens`` tokens and no stop.
+    :param vocabulary: the string of each of the V tokens; "" for tokens that `decode` leaves out.
+    :param batch_shape: the shape of the batch. Elements are numbered with the last axis varying fastest.
+    :param max_tokens: the largest number of tokens before a stop. After that many tokens a stop is certain.
+    :param stop: the token id, or several, that end a text; None: every text has ``max_tokens`` tokens and no stop.
+    :param device: the device of samples.
+    :raises ValueError: if ``stop`` is no id of the vocabulary, or ``max_tokens`` is too small.
 
-    ``event_shape`` is (max_tokens + 1,), without a stop (max_tokens,).
+    Shapes: ``event_shape`` is ``(max_tokens + 1,)``, or ``(max_tokens,)`` without a stop.
 
     Example::
 
-        class Letters(AutoregressiveText):  # "a" twice as often as "b", and an end as often as a letter
+        class Letters(AutoregressiveText):  # "a" twice as often as "b"; a stop with probability 1/2
             def next_logits(self, prefix, element):
-                return torch.tensor([0.5, 1 / 3, 1 / 6]).log().expand(len(prefix), 3)
+                return torch.tensor([1 / 2, 1 / 3, 1 / 6]).log().expand(len(prefix), 3)
 
         letters = Letters(["", "a", "b"], max_tokens=5, stop=0)
         letters.decode(letters.sample((10,)))
@@ -55,42 +58,79 @@ class AutoregressiveText(SteppedText):
             raise ValueError(f"stop: expected token ids in 0..{len(vocabulary) - 1}, or None; got {stop!r}")
         if max_tokens < (0 if ids else 1):
             raise ValueError(f"max_tokens: must be at least {0 if ids else 1}, got {max_tokens}")
-        self.vocabulary, self.longest = list(vocabulary), max_tokens  # before a stop
+        self.vocabulary, self.longest = list(vocabulary), max_tokens
         self.stop = torch.tensor(ids, dtype=torch.long, device=device)
         super().__init__(torch.Size(batch_shape), torch.Size([max_tokens + bool(ids)]), validate_args=False)
 
     def next_logits(self, prefix: Tensor, element: Tensor) -> Tensor:
-        """Logits of the next token of unfinished texts, (R, V), -inf for what cannot come.
+        """Returns the logits of the next token of unfinished texts, (R, V), -inf for tokens that cannot come.
 
-        :param prefix: (R, t), the tokens so far, without padding.
-        :param element: (R,), which of the batch's elements each is of.
+        :param prefix: LongTensor (R, t), the tokens so far, without padding.
+        :param element: LongTensor (R,), the number of the batch element of each text.
+        :returns: (R, V); they need not be normalised.
+
+        Example::
+
+            class Coins(AutoregressiveText):
+                def next_logits(self, prefix, element):
+                    return torch.zeros(len(prefix), 2)
+
+            Coins(["head", "tail"], max_tokens=3, stop=None).sample()
         """
         raise NotImplementedError(f"{type(self).__name__} has to define next_logits(prefix, element)")
 
     @property
     def vocab_size(self) -> int:
+        """The number V of tokens."""
         return len(self.vocabulary)
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts as strings: the strings of their tokens, joined.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+
+        >>> AutoregressiveText(["", "a", "b"], max_tokens=5, stop=0).decode(torch.tensor([1, 2, 0]))
+        'ab'
+        """
         if value.dim() > 1:
             return [self.decode(v) for v in value]
         return "".join(self.vocabulary[t] for t in value.tolist() if t != PAD)
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> AutoregressiveSteps:
+        """Returns unfinished texts that grow token by token; see `protocols.Steps`.
+
+        :param shape: the shape of the texts, with which the batch broadcasts; None: the batch.
+        :param share: ignored.
+        :returns: `AutoregressiveSteps`.
+        """
         shape = self.batch_shape if shape is None else torch.Size(shape)
         element = torch.arange(self.batch_shape.numel(), device=self.stop.device).view(self.batch_shape)
         return AutoregressiveSteps(self, element.expand(shape).reshape(-1))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """(..., L) -> (...); -inf for a text that is impossible."""
+        """Returns log p(value), with gradient to whatever `next_logits` depends on.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a text that is impossible.
+        :raises ValueError: for a malformed text.
+        """
         return self._scores(value)[0]
 
     def prefix_scores(self, value: Tensor) -> PrefixScores:
+        """Returns the log-probability of every prefix of a value with a stop after it, and of stopping there.
+
+        See `Completion.prefix_scores`.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: a named tuple of ``log_probs``, log p(z_1..z_t stop), and ``stop_log_probs``, log p(stop | z_1..z_t);
+            both (..., *batch_shape, W), column t for prefixes of t tokens.
+        :raises ValueError: for a malformed text.
+        """
         return PrefixScores(*self._scores(value)[1:])
 
     def _scores(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """log p of texts (..., L), and their prefix scores (..., W), W the event's width."""
+        """Returns log p of texts (..., L), and their prefix scores (..., W), where W is the event's width."""
         text.validate(value, "value", self.vocab_size)
         width, shape = self.event_shape[0], broadcast_shapes(value.shape[:-1], self.batch_shape)
         too_long = (value[..., width:] != PAD).any(-1).expand(shape)
@@ -112,7 +152,7 @@ class AutoregressiveText(SteppedText):
 
 
 class AutoregressiveSteps:
-    """Unfinished texts, a row each: `protocols.Steps`, by `AutoregressiveText.next_logits`."""
+    """Unfinished texts of an `AutoregressiveText`, one in each row: `protocols.Steps`."""
 
     def __init__(self, fn: AutoregressiveText, element: Tensor):
         self.fn, self.element = fn, element
@@ -121,7 +161,7 @@ class AutoregressiveSteps:
         self._next: Tensor | None = None
 
     def log_probs(self) -> Tensor:
-        """Log-probabilities of the next token, (R, V): -inf everywhere where nothing can follow, 0 in ended rows."""
+        """Returns the log-probabilities of the next token, (R, V): all -inf if no token can follow, 0 in ended rows."""
         if self._next is None:
             rows, V = len(self.ended), self.fn.vocab_size
             live = (~self.ended).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""`Completion`: the distribution of the text that follows a prompt under a language model."""
+"""`Completion`: the distribution of the text that follows a prompt, under a language model."""
 
 from __future__ import annotations
 
@@ -31,48 +31,63 @@ from .token_steps import DeadEnd, TokenSteps
 
 
 class Completion(TorchDistribution):
-    r"""The text that follows ``prompt``: at most ``max_tokens`` tokens, then a stop token, then PAD.
+    r"""The text that follows ``prompt``: at most ``max_tokens`` tokens, then a stop token, then PAD (-1).
 
     .. math:: \log p(z) = \sum_{t=1}^{n} \log p(z_t \mid prompt, z_{<t}) + \log p(stop \mid prompt, z_{1..n})
 
-    It normalises: a stop is impossible before ``min_tokens`` and certain after ``max_tokens``, by masking and
-    renormalising.  ``temperature`` divides the logits of every token; to temper the *sequence*, scale the site
-    (``poutine.scale(scale=1 / T)``): a different distribution.
+    The distribution is normalised. A stop is impossible before ``min_tokens`` and certain after ``max_tokens``; what is
+    forbidden is masked, and the rest is renormalised.
 
     :param lm: the language model.
-    :param prompt: text (*batch, Lp), or strings as `LanguageModel.encode` takes them; an empty prompt starts from bos.
-    :param max_tokens: the most tokens before the stop, an int or LongTensor broadcasting to the batch.
-    :param min_tokens: the fewest, likewise.
-    :param stop: "eos", a string, a token id, or several of these (any of them ends the text); None: exactly
-        ``max_tokens`` tokens and no stop, so that the value says "the text begins with these tokens".
-    :param allowed: a constraint on the next token, see `lmppl.constraints`.
-    :param temperature: per token; a number, or a tensor broadcasting to the batch.
-    :param tools: what inserts tokens, see `lmppl.tools`; an inserted token has probability 1.  The first tool that
-        answers is heard.
+    :param prompt: text (*batch, Lp), or a string or nested list of strings, encoded by `LanguageModel.encode`. An empty
+        prompt starts from bos.
+    :param max_tokens: the largest number of tokens before the stop: an int, or a LongTensor that broadcasts to the
+        batch.
+    :param min_tokens: the smallest number of tokens before the stop, likewise.
+    :param stop: what ends the text: "eos", a string, a token id, or several of these, any of which ends the text. None:
+        the text has exactly ``max_tokens`` tokens and no stop; then p(z) is the probability that a text begins with z.
+    :param allowed: which token may come next: a BoolTensor (V,), a list of token ids, or a function of the prefix; see
+        `lmppl.constraints`. None: every token.
+    :param temperature: divides the logits of every token; a positive number, or a tensor that broadcasts to the batch.
+        To temper the whole text instead, scale the site (``poutine.scale(scale=1 / T)``): that is a different
+        distribution.
+    :param tools: functions that insert tokens, see `lmppl.tools`. An inserted token has probability 1. If several tools
+        return a string, the first one is used.
+    :param validate_args: whether values are checked; None: as ``pyro.enable_validation`` set it.
+    :raises ValueError: naming the argument: for a stop that no tokens spell, shapes that do not broadcast, a constraint
+        that allows no text, or a prompt and text longer than the model's context.
 
-    A stop that is one token is that token, however else its string may be spelled.  A string of several tokens, a *stop
-    string*, ends the text right after the first token at whose end the completion, decoded, ends with it: spelled in
-    any way, by tokens that begin before it too, but not by one that runs over its end.  It is part of the text.  A
-    token that would complete it after fewer than ``min_tokens`` others is impossible.  It can not be made certain at
-    the limit:
+    Shapes: ``batch_shape`` is ``prompt.shape[:-1]``, broadcast with tensor parameters. ``event_shape`` is
+    ``(max_tokens + 1,)``, or ``(max_tokens,)`` if there is no stop token. V is the size of the vocabulary.
 
-    - beside a stop token, such a text has at most ``max_tokens`` tokens, the stop string's among them, and no stop
-      token; a text that has not ended after ``max_tokens`` tokens gets one, as ever.
-    - with stop strings alone, a text that has not ended after ``max_tokens`` tokens is cut off there.  No prefix is
-      terminable then, as without a stop.
+    Gradients flow through `log_prob` to the language model's trainable parameters and to ``temperature``. Sampling runs
+    without gradient.
 
-    Shapes: ``batch_shape = prompt.shape[:-1]`` (broadcast with tensor parameters); ``event_shape = (max_tokens + 1,)``,
-    ``(max_tokens,)`` without a stop token.
+    A stop that is one token means that token only, even if other tokens can spell it too. A string of several tokens is
+    a *stop string*: the text ends after the first token at whose end the decoded text ends with the string, whatever
+    tokens spell it. The string is part of the text. A token that begins before the string may complete it; a token that
+    runs over its end does not end the text. A token that would complete the string after fewer than ``min_tokens``
+    other tokens is impossible. A stop string cannot be made certain at the limit:
 
-    Gradients flow to the language model's trainable parameters through `log_prob`; sampling runs without gradient.
+    - If there is a stop token too: a text that has not ended after ``max_tokens`` tokens gets a stop token. A text that
+      a stop string ends has at most ``max_tokens`` tokens, including those of the string, and no stop token.
+    - If there are stop strings only: a text that has not ended after ``max_tokens`` tokens is cut off. Then no prefix
+      is terminable, as without a stop.
 
-    :raises ValueError: naming the argument, for a stop that no tokens spell, shapes that do not broadcast, or a text
-        longer than the model's context.
+    >>> lm = LanguageModel.embedded("stories")
+    >>> d = Completion(lm, "Tom went to the kitchen.", max_tokens=9, stop=".")
+    >>> d.batch_shape, d.event_shape
+    (torch.Size([]), torch.Size([10]))
+    >>> round(d.log_prob(lm.encode(" He took the small loaf.")).item(), 1)
+    -7.1
+    >>> lm.decode(d.sample((3,)))  # three texts, such as ' He took the small loaf.'
 
     Example::
 
-        lm = LanguageModel.embedded("stories")
-        z = pyro.sample("z", Completion(lm, lm.encode("Tom went to the kitchen."), max_tokens=9, stop="."))
+        def model(x, y):  # a latent text z between x and the observed y
+            with pyro.plate("stories", len(x)):
+                z = pyro.sample("z", Completion(lm, x, max_tokens=7, stop="."))
+                pyro.sample("y", Completion(lm, lm.join(x, z), max_tokens=y.shape[-1], stop=None), obs=y)
     """
 
     arg_constraints: dict[str, torch_constraints.Constraint] = {}
@@ -146,18 +161,34 @@ class Completion(TorchDistribution):
 
     @property
     def support(self) -> Texts:
+        """The constraint on values: ids of the vocabulary, padded on the right."""
         return Texts(self.lm.vocab_size)
 
     @property
     def vocab_size(self) -> int:
+        """The number V of token ids."""
         return self.lm.vocab_size
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts as strings, without special tokens.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+
+        >>> Completion(lm, x, max_tokens=5).decode(lm.encode(["abc", "d"], stop="eos"))
+        ['abc', 'd']
+        """
         return self.lm.decode(value)
 
     def expand(self, batch_shape: torch.Size, _instance: Completion | None = None) -> Completion:
-        """The same distribution on a larger batch; the prompt is not copied, so nothing is computed twice."""
+        """Returns the same distribution with a larger batch; the prompt is not copied, and nothing is computed twice.
+
+        :param batch_shape: the new shape, with which the batch broadcasts.
+        :returns: a `Completion`.
+
+        >>> Completion(lm, "once", max_tokens=5).expand((4, 2)).batch_shape
+        torch.Size([4, 2])
+        """
         new = self._get_checked_instance(Completion, _instance)
         new.__dict__.update(self.__dict__)
         shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
@@ -166,8 +197,17 @@ class Completion(TorchDistribution):
         return new
 
     def broadened(self, temperature: float | Tensor = 1.0, epsilon: float | Tensor = 0.0) -> Completion:
-        """The same distribution with every token's temperature multiplied by ``temperature`` and then, with
-        probability ``epsilon``, each token drawn evenly from those allowed; both broadcast.
+        r"""Returns a flatter distribution, for exploration: a higher temperature, mixed with an even draw.
+
+        .. math:: p'(v) = (1 - \epsilon) \, \mathrm{softmax}(logits / (T' T))_v + \epsilon / \#\text{allowed}
+
+        for every allowed token v, with T this distribution's temperature.
+
+        :param temperature: T', a number or a tensor that broadcasts to the batch.
+        :param epsilon: the probability with which each token is drawn evenly from those allowed, likewise.
+        :returns: a `Completion`.
+
+        >>> z = Completion(lm, x, max_tokens=5).broadened(temperature=1.5, epsilon=0.01).sample()
         """
         new = Completion.__new__(Completion)
         new.__dict__.update(self.__dict__)
@@ -179,7 +219,15 @@ class Completion(TorchDistribution):
         return new
 
     def after(self, prompt: Tensor, lm: LanguageModel | None = None) -> Completion:
-        """The same distribution after another prompt (*batch, Lp), written by ``lm`` where given."""
+        """Returns the same distribution with another prompt, and with another language model if one is given.
+
+        :param prompt: text (*batch, Lp).
+        :param lm: the language model; None: the same one.
+        :returns: a `Completion` with the same limits, stops, constraint, temperature and tools.
+
+        >>> Completion(lm, x, max_tokens=5).after(lm.join(x, z), lm=q).lm is q
+        True
+        """
         new = Completion(
             self.lm if lm is None else lm,
             prompt,
@@ -194,7 +242,14 @@ class Completion(TorchDistribution):
         return new.broadened(epsilon=self._epsilon)
 
     def rows(self, rows: Tensor) -> Completion:
-        """Elements ``rows`` (R,) of the flattened batch, as a distribution of batch (R,)."""
+        """Returns some elements of the flattened batch as a distribution.
+
+        :param rows: LongTensor (R,), numbers of elements; they may repeat.
+        :returns: a `Completion` with ``batch_shape`` (R,).
+
+        >>> Completion(lm, x, max_tokens=5).rows(torch.tensor([1, 1, 0])).batch_shape
+        torch.Size([3])
+        """
         new = self.expand(self.batch_shape)
         new.prompt = self.prompt.expand(*self.batch_shape, -1).flatten(0, -2)[rows]
         for name in ("max_tokens", "min_tokens", "temperature", "_epsilon"):
@@ -205,7 +260,16 @@ class Completion(TorchDistribution):
         return new
 
     def rules(self, shape: torch.Size) -> Rules:
-        """What the arguments say of each text of the flattened ``shape``, with which the batch broadcasts."""
+        """Returns the rules for each text of a flattened shape: its stops, limits, constraint and tools.
+
+        :param shape: a shape with which the batch broadcasts.
+        :returns: `lmppl.distributions.rules.Rules`, which turns logits into log-probabilities.
+
+        >>> d = Completion(lm, x, max_tokens=5)
+        >>> rules = d.rules(d.batch_shape)
+        >>> rules.max_tokens
+        tensor(5)
+        """
 
         def per_row(x: Tensor) -> Tensor:
             return x.expand(shape).flatten() if x.dim() else x
@@ -225,7 +289,20 @@ class Completion(TorchDistribution):
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> TokenSteps:
-        """Grow texts of shape ``shape`` (default: the batch) token by token; rows are the flattened ``shape``."""
+        """Returns unfinished texts that grow token by token, as SMC and sampling use them; see `protocols.Steps`.
+
+        :param shape: the shape of the texts, with which the batch broadcasts; None: the batch. Rows of the result are
+            the flattened shape.
+        :param share: steps of another distribution that receive the same tokens; if they have the same language model
+            and the same prompts, logits are computed once for both.
+        :returns: `lmppl.distributions.token_steps.TokenSteps`.
+
+        >>> steps = Completion(lm, x, max_tokens=5).token_steps()
+        >>> token, log_p = steps.draw(torch.rand(2))  # the first token of both texts
+        >>> steps.append(token)
+        >>> steps.prefix.shape
+        torch.Size([2, 1])
+        """
         shape = self.batch_shape if shape is None else shape
         index = self._prompt_index(shape)
         if share is not None:
@@ -236,14 +313,14 @@ class Completion(TorchDistribution):
         return self._steps(self.rules(shape), index, share)
 
     def _prompt_index(self, shape: torch.Size) -> Tensor:
-        """Which prompt each row of the flattened ``shape`` continues."""
+        """Returns which prompt each row of the flattened ``shape`` continues."""
         batch = self.prompt.shape[:-1]
         return torch.arange(batch.numel(), device=self.prompt.device).view(batch).expand(shape).flatten()
 
     def _prompts(self) -> Tensor:
-        """(U, Lp)."""
+        """Returns the prompts, (U, Lp), with at least one column."""
         prompts = self.prompt.reshape(self.prompt.shape[:-1].numel(), self.prompt.shape[-1])
-        return text.pad(prompts, max(1, prompts.shape[-1]))  # an empty prompt has a row too
+        return text.pad(prompts, max(1, prompts.shape[-1]))  # distinct_rows needs at least one column
 
     def _steps(self, rules: Rules, index: Tensor, share: TokenSteps | None = None) -> TokenSteps:
         prompts = self._prompts()
@@ -254,9 +331,17 @@ class Completion(TorchDistribution):
 
     @torch.no_grad()
     def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """A sample and its log-probability, both from the same KV-cached pass.
+        """Returns a sample and its log-probability, both from the same KV-cached pass, without gradient.
 
-        Where a constraint permits nothing, the text ends without a stop, and its log-probability is -inf.
+        If a constraint allows no token after some prefix, the text ends there without a stop, and its log-probability
+        is -inf.
+
+        :param sample_shape: leading axes of the sample.
+        :returns: texts (*sample_shape, *batch_shape, *event_shape), and log p (*sample_shape, *batch_shape).
+
+        >>> z, log_p = Completion(lm, x, max_tokens=5).sample_and_log_prob((3,))
+        >>> z.shape, log_p.shape
+        (torch.Size([3, 2, 6]), torch.Size([3, 2]))
         """
         return self._draw(sample_shape, exact=True)
 
@@ -267,17 +352,22 @@ class Completion(TorchDistribution):
 
     @torch.no_grad()
     def regrow(self, value: Tensor, keep: Tensor | int) -> tuple[Tensor, Tensor]:
-        r"""The texts with all but their first ``keep`` tokens drawn anew, and the log-probability of what was drawn.
+        r"""Draws texts anew after their first ``keep`` tokens; returns them with the log-probability of what was drawn.
 
         .. math:: z'_{1..k} = z_{1..k}, \qquad z'_{>k} \sim p(\cdot \mid prompt, z_{1..k})
 
-        ``value`` (..., L), ``keep`` (...), leading axes broadcasting with the batch -> (..., *event), (...).  No token
-        more goes through the network than in drawing the result afresh; ``keep = 0`` is a fresh draw, and a text whose
-        stop is kept comes back as it was, with 0.  A text that a constraint lets go no further ends there without a
-        stop, with -inf.  The log-probability of the old ending is ``token_log_probs(value)``,
-        summed over the tokens from ``keep`` on.
+        ``keep = 0`` is a fresh draw. A text whose stop is kept is returned unchanged, with log-probability 0. If a
+        constraint allows no token after some prefix, the text ends there without a stop, with -inf. The log-probability
+        of the old ending is ``token_log_probs(value)``, summed over the tokens from ``keep`` on. No more tokens go
+        through the network than in drawing the result afresh.
 
-        :raises ValueError: for a negative ``keep``, and for one that keeps more tokens than a text can have.
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :param keep: the number of tokens to keep, an int or LongTensor (...).
+        :returns: texts (..., *event_shape), and log p of the new tokens (...).
+        :raises ValueError: if ``keep`` is negative, or keeps more tokens than a text can have.
+
+        >>> d = Completion(lm, x, max_tokens=5)
+        >>> new, log_p = d.regrow(d.sample(), keep=2)  # the first two tokens stay
         """
         keep, value = torch.as_tensor(keep, device=self.prompt.device), value.to(self.prompt.device)
         if keep.is_floating_point() or keep.dtype == torch.bool or bool((keep < 0).any()):
@@ -289,15 +379,16 @@ class Completion(TorchDistribution):
         try:
             kept = text.pad(kept, self.event_shape[0])
         except ValueError as error:
-            raise ValueError(f"keep: it keeps more tokens than the {self.event_shape[0]} of this text") from error
+            raise ValueError(f"keep: it exceeds the {self.event_shape[0]} tokens that a text can have") from error
         return self._grow(shape, kept.expand(*shape, -1).reshape(shape.numel(), -1))
 
     def _grow(self, shape: torch.Size, kept: Tensor, exact: bool = True) -> tuple[Tensor, Tensor]:
-        """Texts (*shape, *event) that begin with ``kept`` (rows, event), and log p of the rest, (*shape); unless it
-        need not be ``exact``, where a `Check` estimates it.
+        """Returns texts (*shape, *event) that begin with ``kept`` (rows, event), and log p of the rest, (*shape).
+
+        With ``exact=False`` that log-probability may be an estimate: a `Check` estimates it.
         """
         rows, width = kept.shape
-        # Drawn up front, so that the same seed gives the same texts however the rows are chunked.
+        # Drawn first, so that a seed gives the same texts however the rows are split into chunks.
         uniform = randomness.uniform((*shape, width), right=1, device=kept.device).reshape(rows, width)
         index, rules = self._prompt_index(shape), self.rules(shape)
         value, length = kept.clone(), text.length(kept)
@@ -307,17 +398,17 @@ class Completion(TorchDistribution):
             whole = whole | (length >= rules.max_tokens)
         at_once = rows_at_once(self.lm, self._prompts(), width + 1)
         unfinished = (~whole).nonzero()[:, 0]
-        unfinished = unfinished[index[unfinished].argsort(stable=True)]  # a prompt's rows in as few chunks as can be
+        unfinished = unfinished[index[unfinished].argsort(stable=True)]  # rows with one prompt go into few chunks
         for chunk in unfinished.split(at_once) if len(unfinished) else ():
             steps = self._steps(rules.select(chunk), index[chunk])
             draw = steps.draw if exact else steps.propose
             first, last = int(length[chunk].min()), int(length[chunk].max())
-            if first:  # what all rows keep, in one pass
+            if first:  # the tokens that all rows keep, in one pass
                 steps.append(kept[chunk, :first])
             gained = log_prob[chunk]
             for t in range(first, width):
                 token, gain = draw(uniform[chunk, t])
-                if t < last:  # some rows keep a token more
+                if t < last:  # some rows still keep their own token
                     keeps = t < length[chunk]
                     token, gain = torch.where(keeps, kept[chunk, t], token), gain.masked_fill(keeps, 0.0)
                 steps.append(token)
@@ -334,9 +425,14 @@ class Completion(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
-        """Texts (*sample_shape, *batch_shape, *event_shape), by KV-cached decoding without gradient.
+        """Returns texts, drawn by KV-cached decoding without gradient.
 
-        :raises DeadEnd: where a constraint permits nothing after a text that was drawn, which it names.
+        :param sample_shape: leading axes of the sample.
+        :returns: LongTensor (*sample_shape, *batch_shape, *event_shape).
+        :raises DeadEnd: if a constraint allows no token after a prefix that was drawn; the message shows the prefix.
+
+        >>> Completion(lm, x, max_tokens=5).sample((3,)).shape
+        torch.Size([3, 2, 6])
         """
         value, log_prob = self._draw(sample_shape, exact=False)
         dead = value[log_prob == -torch.inf]
@@ -345,7 +441,13 @@ class Completion(TorchDistribution):
         return value
 
     def placeholder(self) -> Tensor:
-        """Some text of the right shape (*batch, *event), got without asking the network."""
+        """Returns some text of the right shape without running the network.
+
+        :returns: LongTensor (*batch_shape, *event_shape).
+
+        >>> Completion(lm, x, max_tokens=5).placeholder().shape
+        torch.Size([2, 6])
+        """
         filler = self._filler()
         column = torch.arange(self.event_shape[0], device=self.prompt.device)
         if not self.stop.numel():
@@ -356,7 +458,7 @@ class Completion(TorchDistribution):
         )
 
     def _filler(self) -> int:
-        """A token that ends no text, nor do several of it where there is such a one."""
+        """Returns a token that does not end a text, and repeats of which do not either if there is one."""
         ids = torch.arange(self.lm.vocab_size, device=self.stop.device)
         content = ~torch.isin(ids, self.stop)
         if self.stop_strings is not None:
@@ -369,12 +471,36 @@ class Completion(TorchDistribution):
 
     @asks
     def log_prob(self, value: Tensor) -> Asking[Tensor]:
-        """log p(value), (*batch); -inf for a text that cannot be drawn; ValueError for a malformed one."""
+        """Returns log p(value), with gradient.
+
+        A value narrower than the event is padded, so ``lm.encode(...)`` works as a value. Extra columns must be
+        padding.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a text that cannot be drawn.
+        :raises ValueError: for a malformed text: an id outside the vocabulary, or padding before a token.
+
+        >>> lm = LanguageModel.embedded("stories")
+        >>> d = Completion(lm, "Tom went to the kitchen.", max_tokens=9, stop=".")
+        >>> d.log_prob(lm.encode([" He sliced it.", " He sliced"])).tolist()[1]  # a text without its stop
+        -inf
+        """
         scores = yield from asking(self._scores, value)
         return self._expanded(scores.token.sum(-1).masked_fill(~scores.possible, -torch.inf))
 
     def token_log_probs(self, value: Tensor) -> Tensor:
-        """log p(z_t | prompt, z_<t) at every token of ``value``, 0 at padding; (*batch, L)."""
+        r"""Returns the log-probability of every token of a value.
+
+        .. math:: \log p(z_t \mid prompt, z_{<t}), \quad t = 1, \dots, L
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: (..., *batch_shape, L), 0 at padding; -inf for tokens that cannot come there.
+        :raises ValueError: for a malformed text.
+
+        >>> d = Completion(lm, x, max_tokens=5)
+        >>> torch.allclose(d.token_log_probs(z).sum(-1), d.log_prob(z))
+        True
+        """
         scores = self._scores(value)
         width = value.shape[-1]
         token = torch.nn.functional.pad(scores.token, (0, max(0, width - scores.token.shape[-1])))[..., :width]
@@ -382,17 +508,37 @@ class Completion(TorchDistribution):
         return self._expanded(token.masked_fill(beyond[..., None], -torch.inf), 1)
 
     def prefix_log_probs(self, value: Tensor) -> Tensor:
-        """log p(z_1..z_t stop) for t = 0..max_tokens, (*batch, max_tokens + 1), from one pass over the value.
+        r"""Returns the log-probability of every prefix of a value, followed by a stop, from one pass.
 
-        -inf where the text cannot stop and past the value's end; the stop is the value's own.  Of a text that a stop
-        string ends after n tokens, column n is log p(z), and the prefixes before are stopped by the first stop token.
-        Where there are no stop tokens, all is -inf.
+        .. math:: \log p(z_1 \dots z_t \, stop), \quad t = 0, \dots, max\_tokens
+
+        The stop is the value's own stop token. If a stop string ends the text after n tokens, column n is log p(z), and
+        the prefixes before it end with the first stop token.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: (..., *batch_shape, max_tokens + 1); -inf where the text cannot stop, and past the value's end.
+            Without stop tokens every entry is -inf.
+        :raises ValueError: for a malformed text.
+
+        >>> d = Completion(lm, x, max_tokens=5)
+        >>> d.prefix_log_probs(z).shape
+        torch.Size([2, 6])
         """
         return self.prefix_scores(value).log_probs
 
     @asks
     def prefix_scores(self, value: Tensor) -> Asking[PrefixScores]:
-        """`prefix_log_probs` together with the log-probability of stopping at each prefix, from the same pass."""
+        """Returns `prefix_log_probs` and the log-probabilities of stopping after each prefix, from one pass.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: a named tuple of ``log_probs``, log p(z_1..z_t stop), and ``stop_log_probs``, log p(stop | z_1..z_t);
+            both (..., *batch_shape, max_tokens + 1).
+        :raises ValueError: for a malformed text.
+
+        >>> scores = Completion(lm, x, max_tokens=5).prefix_scores(z)
+        >>> scores.stop_log_probs.shape
+        torch.Size([2, 6])
+        """
         scores = yield from asking(self._scores, value)
         before = torch.nn.functional.pad(scores.token, (1, 0)).cumsum(-1)  # (..., E + 1): log p(z_1..z_t)
         if not self.stop.numel():
@@ -430,7 +576,7 @@ class Completion(TorchDistribution):
         if not self.stop.numel():
             complete = complete & (length <= self.max_tokens) | (length == self.max_tokens)
         possible = complete & (length == ending.width) & ~too_long
-        # A token that ends the text predicts nothing, nor does the last one where there is no stop token.
+        # The token that ends the text predicts nothing; neither does the last token if there is no stop token.
         read = end - (ending.by_string.long() if self.stop.numel() else 1)
         # The network reads no further than the longest value.
         reach = min(max(1, int(read.max()) + 1) if value.numel() else 0, width, self._uncertain)
@@ -442,7 +588,7 @@ class Completion(TorchDistribution):
             needed = value.masked_fill(at >= read[..., None], text.PAD)
             own = rules.columns()
             key = None if own is None else torch.cat([flat, flat_own[:, None], own.expand(len(flat), -1)], 1)
-            needed = needed.expand(*batch, width)[..., :reach]  # rules may differ where neither prompt nor value does
+            needed = needed.expand(*batch, width)[..., :reach]  # rules may differ between equal prompts and values
             both = yield Request(self.lm, self.prompt, needed, Selection(rules, asked, flat), key)
             token, stop = torch.nn.functional.pad(both, (0, 0, 0, width - reach)).unbind(-1)
         else:
@@ -457,7 +603,7 @@ class Completion(TorchDistribution):
 
     @property
     def _uncertain(self) -> int:
-        """How many tokens of a text are not certain: the only stop is, at the limit."""
+        """The number of tokens of a text that are not certain: a single stop is certain at the limit."""
         shared = self.stop.numel() == 1 and not self.max_tokens.dim()
         return int(self.max_tokens) if shared else int(self.event_shape[0])
 
@@ -468,9 +614,16 @@ class Completion(TorchDistribution):
     # -- enumeration ---------------------------------------------------------------------------------------------
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Every text that can be drawn, (K, *batch, *event) (``expand=False``: batch axes of size 1).
+        """Returns every text that can be drawn.
 
-        :raises ValueError: where there are more than a million.
+        :param expand: whether the batch axes have the batch's sizes; False: size 1.
+        :returns: LongTensor (K, *batch_shape, *event_shape), or with batch axes of size 1.
+        :raises ValueError: if there are more than a million texts. `lmppl.inference.Enumeration` searches larger
+            spaces.
+
+        >>> d = Completion(lm, x, max_tokens=1, allowed=only(lm, ["a", "b", "eos"]))
+        >>> d.decode(d.enumerate_support(expand=False)[:, 0])
+        ['', 'a', 'b']
         """
         support = every_text(self.rules(self._native))
         support = support.view(len(support), *[1] * len(self.batch_shape), self.event_shape[0])

@@ -1,14 +1,14 @@
-r"""Distributions over texts put together from others: a mixture of texts, and a product of what comes next.
+r"""Distributions over texts made of other ones: a mixture of texts, and a product of next-token distributions.
 
     mixture    q(z) = sum_k w_k q_k(z)
     product    q(z) = prod_t 1 / Z(z_<t) prod_k q_k(z_t | z_<t)^(a_k),    Z(z_<t) = sum_v prod_k q_k(v | z_<t)^(a_k)
 
-Token by token a mixture is one too, whose weights are those of the text so far, :math:`w_k q_k(z_{<t})` normalised.
+A mixture can be drawn token by token: the weights at each token are :math:`w_k q_k(z_{<t})`, normalised.
 
-Where :math:`q_1 \propto p \, c_1` and :math:`q_2 \propto p \, c_2` are posteriors of one prior p, the posterior of both
-conditions is :math:`p \, c_1 c_2 \propto q_1 q_2 / p`, the powers 1, 1, -1 of q_1, q_2 and p.  A product of tokens is
-no product of texts: they differ by :math:`\prod_t Z(z_{<t})`, the mass that a token leaves to the others.  Where it
-matters, u corrects it.
+A product combines conditions. If :math:`q_1 \propto p \, c_1` and :math:`q_2 \propto p \, c_2` are posteriors with the
+same prior p, the posterior under both conditions is :math:`p \, c_1 c_2 \propto q_1 q_2 / p`: powers 1, 1, -1 of q_1,
+q_2 and p. The product of next-token distributions is not the normalised product of texts: they differ by the factor
+:math:`\prod_t Z(z_{<t})`. Importance weights correct for it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from .token_steps import draw, next_log_probs
 
 
 class Composed(SteppedText):
-    """What a mixture and a product have in common: components over one alphabet, and a number for each of them."""
+    """The base of mixture and product: components with the same tokens and stops, and a number for each component."""
 
     def __init__(self, components: Sequence[Any], numbers: Tensor, name: str):
         components = list(components)
         if not components or not all(isinstance(c, Stepwise) for c in components):
-            raise ValueError("components: expected texts that are drawn token by token, as Completions, at least one")
+            raise ValueError(
+                "components: expected at least one text that is drawn token by token, such as a Completion"
+            )
         if not numbers.dim() or numbers.shape[-1] != len(components):
             raise ValueError(
                 f"{name}: expected the shape (*batch, {len(components)}), a number for each component, got "
@@ -42,7 +44,7 @@ class Composed(SteppedText):
         first = components[0]
         for c in components:
             if not c.stop.numel() or getattr(c, "stop_strings", None) is not None:
-                raise ValueError("components: expected texts that end by a stop token, and by nothing else")
+                raise ValueError("components: expected texts that end with a stop token, without stop strings")
             if c.vocab_size != first.vocab_size or c.stop.tolist() != first.stop.tolist():
                 raise ValueError("components: their tokens or stops differ")
         try:
@@ -54,14 +56,31 @@ class Composed(SteppedText):
 
     @property
     def vocab_size(self) -> int:
+        """The number V of tokens."""
         return int(self.components[0].vocab_size)
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts as strings, by the first component's `decode`.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+
+        >>> d = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))
+        >>> d.decode(lm.encode("abc", stop="eos"))
+        'abc'
+        """
         return self.components[0].decode(value)
 
     def expand(self, batch_shape: torch.Size, _instance: Any = None) -> Composed:
-        """The same distribution on a larger batch; nothing is copied."""
+        """Returns the same distribution with a larger batch; nothing is copied.
+
+        :param batch_shape: the new shape, with which the batch broadcasts.
+        :returns: a distribution of the same class.
+
+        >>> d = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))
+        >>> d.expand((4, 2)).batch_shape
+        torch.Size([4, 2])
+        """
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
@@ -69,6 +88,16 @@ class Composed(SteppedText):
         return new
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> Steps:
+        """Returns unfinished texts that grow token by token; see `protocols.Steps`.
+
+        :param shape: the shape of the texts, with which the batch broadcasts; None: the batch.
+        :param share: steps of another distribution that receive the same tokens; passed on to the components.
+        :returns: steps that advance all components together.
+
+        >>> d = TextMixture([Completion(lm, x, max_tokens=5), Completion(q, x, max_tokens=5)], torch.zeros(2))
+        >>> d.token_steps().log_probs().shape == (2, lm.vocab_size)
+        True
+        """
         shape = self.batch_shape if shape is None else torch.Size(shape)
         numbers = self.numbers.detach().expand(*shape, -1).reshape(-1, len(self.components))
         return self.steps([c.token_steps(shape, share=share) for c in self.components], numbers, self.vocab_size)
@@ -77,9 +106,10 @@ class Composed(SteppedText):
 
 
 class ComposedSteps:
-    """Unfinished texts, a row each, of all components at once: `protocols.Steps`.
+    """Unfinished texts of all components together, one text in each row: `protocols.Steps`.
 
-    ``parts`` are given the same tokens; ``numbers`` (R, K).
+    ``parts`` are the components' steps, which receive the same tokens; ``numbers`` (R, K) are one number for each row
+    and component.
     """
 
     def __init__(self, parts: list[Steps], numbers: Tensor, vocab_size: int):
@@ -90,11 +120,11 @@ class ComposedSteps:
         self._next, self.prefix, self.ended = log_probs, self.parts[0].prefix, self.parts[0].ended
 
     def together(self) -> Tensor:
-        """log p of the next tokens, (R, V)."""
+        """Returns log p of every next token, (R, V)."""
         raise NotImplementedError
 
     def log_probs(self) -> Tensor:
-        """log p of every next token, (R, V): -inf in a row where nothing can follow."""
+        """Returns log p of every next token, (R, V); -inf throughout a row that nothing can follow."""
         if self._next is None:
             self._next = self.together()
             refuse_nan(self._next[~self.ended])
@@ -123,12 +153,15 @@ class ComposedSteps:
 
 
 class MixtureSteps(ComposedSteps):
-    """``numbers`` are log w_k q_k(z_<t), of the text so far."""
+    """Steps of a mixture; ``numbers`` are log w_k q_k(z_<t) for the text so far."""
 
     _each: Tensor | None
 
     def each(self) -> Tensor:
-        """log q_k of the next tokens, (K, R, V): asked once, since parts may share what others append to."""
+        """Returns log q_k of every next token, (K, R, V).
+
+        It is computed once for each token, because components may share steps that the next `append` advances.
+        """
         if self._each is None:
             self._each = torch.stack([next_log_probs(part, self.vocab_size) for part in self.parts])
         return self._each
@@ -152,7 +185,7 @@ class MixtureSteps(ComposedSteps):
 
 
 class ProductSteps(ComposedSteps):
-    """``numbers`` are powers."""
+    """Steps of a product; ``numbers`` are the powers."""
 
     def together(self) -> Tensor:
         found: Tensor | None = None
@@ -167,24 +200,26 @@ class ProductSteps(ComposedSteps):
 
 
 def _log_softmax(x: Tensor) -> Tensor:
-    """Over the last axis, -inf throughout where all is."""
+    """Returns the log-softmax over the last axis, -inf throughout if every entry is -inf."""
     dead = (x == -torch.inf).all(-1, keepdim=True)
     return x.masked_fill(dead, 0.0).log_softmax(-1).masked_fill(dead, -torch.inf)
 
 
 class TextMixture(Composed):
-    r"""A mixture of distributions over texts: one of them is chosen, and writes the text.
+    r"""A mixture of distributions over texts: one component is chosen and writes the whole text.
 
     .. math:: q(z) = \sum_k w_k \, q_k(z), \qquad w = \mathrm{softmax}(logits)
 
-    :param components: K texts with the same tokens and stops, as `Completion`; their batches broadcast.
-    :param logits: (*batch, K), those of the weights; gradients flow to them and to the components through `log_prob`.
+    It is drawn token by token; every component reads along with its own KV cache.
 
-    Shapes: ``event_shape`` is that of the longest component.  It is drawn token by token, all components reading along
-    with KV caches of their own.
+    :param components: K distributions over texts with the same tokens and stop tokens, such as `Completion`; their
+        batches broadcast.
+    :param logits: (*batch, K), unnormalised log-weights; -inf excludes a component.
+    :raises ValueError: naming the argument, if a component is not drawn token by token, has no stop token, has stop
+        strings, or has other tokens than the first; or if shapes do not broadcast.
 
-    :raises ValueError: naming the argument, for texts that are not drawn token by token, have no stop token or stop
-        strings, or other tokens than the first, and for shapes that do not broadcast.
+    Shapes: ``batch_shape`` is the common batch; ``event_shape`` is that of the longest component. Gradients flow
+    through `log_prob` to ``logits`` and to the components.
 
     Example::
 
@@ -199,10 +234,18 @@ class TextMixture(Composed):
             raise ValueError(f"logits: expected a tensor of floating-point numbers, got {logits!r}")
         super().__init__(components, logits.log_softmax(-1) if logits.dim() else logits, "logits")
         if bool(logits.isnan().any() | (logits == torch.inf).any() | (logits == -torch.inf).all(-1).any()):
-            raise ValueError(f"logits: expected finite numbers, or some of them -inf, got {logits.tolist()}")
+            raise ValueError(f"logits: expected finite numbers or -inf, not all -inf, got {logits.tolist()}")
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """(..., L) -> (...), with gradient; -inf for a text that no component can write."""
+        """Returns log q(value), with gradient.
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a text that no component can write.
+
+        >>> one = Completion(lm, x, max_tokens=5)
+        >>> torch.allclose(TextMixture([one, one], torch.zeros(2)).log_prob(z), one.log_prob(z))
+        True
+        """
         each = torch.stack(torch.broadcast_tensors(*(c.log_prob(value) for c in self.components)), -1)
         joint = each + self.numbers
         never = (joint == -torch.inf).all(-1, keepdim=True)  # logsumexp there, and its gradient, would be NaN
@@ -211,20 +254,20 @@ class TextMixture(Composed):
 
 
 class TextProduct(Composed):
-    r"""A product of the next tokens' probabilities, normalised token by token: what all components agree on.
+    r"""A product of next-token distributions, normalised at every token.
 
     .. math:: q(z_t \mid z_{<t}) \propto \prod_k q_k(z_t \mid z_{<t})^{a_k}
 
-    With powers 1, 1, -1 of two posteriors and their common prior it proposes from the posterior of both conditions.  It
-    is not the product of texts, :math:`\prod_k q_k(z)^{a_k}` normalised; corrected by u (`Importance`, `SMC`,
-    `MetropolisHastings`) it is.  A token that some component never writes is impossible, whatever the powers.
+    It prefers texts that all components with positive powers find probable. With powers 1, 1, -1 of two posteriors and
+    their common prior, it is a proposal for the posterior under both conditions. It is not the normalised product of
+    texts, :math:`\prod_k q_k(z)^{a_k}`; as a guide of `Importance`, `SMC` or `MetropolisHastings` it is corrected for
+    that. A token that some component never writes is impossible, whatever the powers.
 
-    :param components: K texts, as of `TextMixture`.
-    :param powers: (*batch, K), any numbers.
+    :param components: K distributions over texts, as of `TextMixture`.
+    :param powers: (*batch, K), finite numbers a.
+    :raises ValueError: as of `TextMixture`, and if a power is not finite.
 
-    `log_prob` is exact, reads texts that begin alike once, and has no gradient.
-
-    :raises ValueError: as `TextMixture`, and for powers that are not finite.
+    Shapes: as of `TextMixture`. `log_prob` is exact and has no gradient.
 
     Example::
 

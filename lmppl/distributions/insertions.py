@@ -1,30 +1,29 @@
-r"""Insertions: the tokens that tools put into a text, and where.
+r"""Insertions: the tokens that tools insert into a text, and where.
 
-Let :math:`f(z_{<t})` be the tokens that the first tool to answer inserts after :math:`z_{<t}` (none, if no tool does).
-What is *pending* after a prefix follows by recursion, o being the empty sequence:
+Let :math:`f(z_{<t})` be the tokens that the first tool with an answer inserts after :math:`z_{<t}`; the empty sequence
+o if no tool has one. The tokens that are *pending* after a prefix follow by recursion:
 
 .. math:: w(z_{\le t}) = \begin{cases}
         w_2 w_3 \dots & \text{if } w(z_{<t}) = w_1 w_2 \dots \text{ has two tokens or more, and } z_t = w_1 \\
         f(z_{\le t}) & \text{otherwise}
     \end{cases}, \qquad w(o) = f(o)
 
-so that tools are asked wherever no insertion is under way.  Then, with :math:`w_1` the first pending token,
+So tools are called wherever no insertion is under way. With :math:`w_1` the first pending token,
 
 .. math:: p(z_t \mid z_{<t}) = \begin{cases}
         1[z_t = w_1] & \text{if } w(z_{<t}) \neq o \text{ and } t \le max\_tokens \\
         p_{LM}(z_t \mid z_{<t}) & \text{otherwise}
     \end{cases}
 
-It normalises, as any law of the next token does.  It follows that
+This is normalised, as any distribution of the next token is. It follows that
 
-- an insertion adds exactly 0 to log p, no gradient, and a text that disagrees with it has log p = -inf, in the model
-  and in the guide alike, on-policy and replayed: w is a function of the text only;
-- a prefix within an insertion cannot stop: ``stop_log_probs`` is -inf there;
-- inserted tokens count towards ``max_tokens``, where the stop is certain: what is still pending there is cut off.
-  An insertion may complete a stop string, which ends the text there.
-  ``min_tokens``, ``temperature``, exploration and constraints do not touch an insertion; a constraint is asked about
-  the whole text again after it;
-- drawing costs nothing beyond reading the inserted tokens, as any other.
+- an insertion adds exactly 0 to log p and no gradient. A text that disagrees with it has log p = -inf. Both hold in the
+  model and in the guide, on-policy and replayed, because w depends on the text only;
+- a prefix that ends inside an insertion cannot stop: ``stop_log_probs`` is -inf there;
+- inserted tokens count towards ``max_tokens``. A stop is certain there, and what is still pending is cut off. An
+  insertion may complete a stop string, which ends the text. ``min_tokens``, ``temperature``, exploration and
+  constraints do not affect an insertion; after it, a constraint sees the whole text again;
+- drawing costs no more than reading the inserted tokens, as for any other tokens.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ Tokens = tuple[int, ...]
 
 
 class _Prefix(NamedTuple):
-    """A prefix that has been met: what is pending after it, and its continuations that have been met."""
+    """A prefix that has occurred: the tokens pending after it, and its continuations that have occurred."""
 
     pending: Tokens
     next: dict[int, _Prefix]
 
 
 class Insertions:
-    """What tools insert, remembered in a tree of prefixes: they are asked once about each.
+    """The tokens that tools insert, stored in a tree of prefixes, so that tools are called once for each prefix.
 
-    :raises ValueError: for tools that are no functions.
+    :raises ValueError: if a tool is not callable.
     """
 
     def __init__(self, lm: LanguageModel, tools: Iterable[Tool], stop: Tensor, strings: StopStrings | None = None):
@@ -64,11 +63,11 @@ class Insertions:
         self._root: _Prefix | None = None
 
     def __call__(self, prefix: Tensor) -> Tensor:
-        """The token that must come after each prefix of texts (R, L): (R, L + 1), PAD where it is free.
+        """Returns the token that must come after each prefix of texts (R, L): (R, L + 1), PAD where any token may come.
 
-        Column t is about the first t tokens; PAD too where the text has stopped by then.
+        Column t is for the first t tokens; it is PAD if the text has stopped by then.
         """
-        if self.strings is not None:  # what follows the end of a text is not asked about
+        if self.strings is not None:  # leave out what follows the end of a text
             over = self.strings.ends(prefix).cumsum(-1) > 0
             prefix = prefix.masked_fill(over, PAD)
         rows, index = distinct(prefix)
@@ -93,19 +92,19 @@ class Insertions:
         return forced
 
     def _asked(self, prefix: list[int]) -> Tokens:
-        """f(prefix): what the first tool that answers inserts."""
+        """Returns f(prefix): the tokens that the first tool with an answer inserts."""
         asked = [tool for tool in self.tools if not prefix or self._may_answer(tool, prefix[-1])]
-        if not asked:  # which spares most prefixes the decoding
+        if not asked:  # most prefixes return here and need not be decoded
             return ()
         text = self.lm.vocabulary.decode(prefix)
         for tool in (t for t in asked if text.endswith(_trigger(t))):
             output = tool(text)
             if not (output is None or isinstance(output, str)):
-                raise ValueError(f"tools: {tool!r} answered {output!r} to {text!r}; expected a string or None")
+                raise ValueError(f"tools: {tool!r} returned {output!r} for {text!r}; expected a string or None")
             tokens = self._written(prefix, text, output) if output else ()
             if self.stops.intersection(tokens):
                 raise ValueError(
-                    f"tools: {tool!r} answered {output!r} to {text!r}, and part of that is a stop of this text"
+                    f"tools: {tool!r} returned {output!r} for {text!r}, which contains a stop of this text"
                 )
             if tokens:
                 return tokens
@@ -116,21 +115,21 @@ class Insertions:
         return not trigger or not ending or trigger.endswith(ending)
 
     def _written(self, prefix: list[int], text: str, output: str) -> Tokens:
-        """``output`` as tokens that spell it after ``prefix``; none where the tokenizer cannot write it.
+        """Returns the tokens that spell ``output`` after ``prefix``; () if the tokenizer cannot write it.
 
-        A tokenizer that puts words apart spells it but for the spaces.
+        For tokenizers that separate words, spaces are ignored in the comparison.
         """
         vocabulary = self.lm.vocabulary
         try:
             (tokens,) = vocabulary.encode([output])
-        except ValueError:  # a closed vocabulary that lacks a word of it
+        except ValueError:  # the vocabulary has no token for a word of it
             return ()
         spelled = vocabulary.decode([*prefix, *tokens])
         return tokens if spelled == text + output or _dense(spelled) == _dense(text + output) else ()
 
 
 def _trigger(tool: Tool) -> str:
-    """What a text must end with for the tool to be asked; "" where it is asked about all."""
+    """Returns the string with which a text must end for the tool to be called; "" if it is called for every text."""
     trigger = getattr(tool, "trigger", None)
     return trigger if isinstance(trigger, str) else ""
 

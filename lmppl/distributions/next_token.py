@@ -18,13 +18,18 @@ from .token_steps import draw
 
 
 class NextToken(TorchDistribution):
-    r"""The next token after ``context``, for programs that write token by token.
+    r"""The token that follows ``context``, for programs that write token by token.
 
     .. math:: p(v \mid context) = \mathrm{softmax}(logits)_v
 
-    :param context: text (*batch, L), or strings as `LanguageModel.encode` takes them; an empty one starts from bos.
+    :param lm: the language model.
+    :param context: text (*batch, L), or a string or nested list of strings, encoded by `LanguageModel.encode`. An empty
+        context starts from bos.
+    :param validate_args: whether values are checked; None: as ``pyro.enable_validation`` set it.
+    :raises ValueError: naming the argument, for a malformed text or one longer than the model's context.
 
-    Shapes: ``batch_shape = context.shape[:-1]``, ``event_shape = ()``; values are token ids.
+    Shapes: ``batch_shape = context.shape[:-1]``, ``event_shape = ()``; values are token ids. Gradients flow through
+    `log_prob` to the language model's trainable parameters.
 
     Example::
 
@@ -46,9 +51,18 @@ class NextToken(TorchDistribution):
 
     @property
     def support(self) -> torch_constraints.Constraint:
+        """The constraint on values: integers from 0 to V - 1."""
         return torch_constraints.integer_interval(0, self.lm.vocab_size - 1)
 
     def expand(self, batch_shape: torch.Size, _instance: NextToken | None = None) -> NextToken:
+        """Returns the same distribution with a larger batch; the network runs once.
+
+        :param batch_shape: the new shape, with which the batch broadcasts.
+        :returns: a `NextToken`.
+
+        >>> NextToken(lm, "once").expand((4,)).sample().shape
+        torch.Size([4])
+        """
         new = self._get_checked_instance(NextToken, _instance)
         new.__dict__.update(self.__dict__)
         super(NextToken, new).__init__(
@@ -59,7 +73,13 @@ class NextToken(TorchDistribution):
 
     @property
     def logits(self) -> Tensor:
-        """Normalised log-probabilities, (*context batch, V); computed once with gradient, once without."""
+        """Normalised log-probabilities of all tokens, (*context batch, V).
+
+        They are computed once with gradient and once without.
+
+        >>> NextToken(lm, x).logits.exp().sum(-1).shape
+        torch.Size([2])
+        """
         cache = self.__dict__.setdefault("_logits", {})
         if torch.is_grad_enabled() not in cache:
             cache[torch.is_grad_enabled()] = self._compute()
@@ -76,13 +96,31 @@ class NextToken(TorchDistribution):
         return log_probs
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Returns token ids, drawn without gradient.
+
+        :param sample_shape: leading axes of the sample.
+        :returns: LongTensor (*sample_shape, *batch_shape).
+
+        >>> NextToken(lm, x).sample((3,)).shape
+        torch.Size([3, 2])
+        """
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             log_probs = self.logits.expand(*shape, -1).reshape(-1, self.lm.vocab_size)
             return draw(log_probs, randomness.uniform(shape, device=log_probs.device).flatten()).view(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), (*batch); ValueError for an id outside the vocabulary."""
+        """Returns log p(value), with gradient.
+
+        :param value: LongTensor (...) of token ids; it broadcasts with the batch.
+        :returns: log-probabilities (..., *batch_shape).
+        :raises ValueError: for an id outside the vocabulary, or a shape that does not broadcast.
+
+        >>> lm = LanguageModel.embedded("stories")
+        >>> d = NextToken(lm, "Tom went to the")
+        >>> round(d.log_prob(lm.encode(" kitchen")[0]).exp().item(), 2)
+        0.12
+        """
         value = value.to(self.prompt.device)
         if self._validate_args:
             if value.dtype != torch.long:
@@ -99,6 +137,14 @@ class NextToken(TorchDistribution):
         return logits.gather(-1, value.expand(logits.shape[:-1])[..., None])[..., 0].expand(shape)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Returns every token id.
+
+        :param expand: whether the batch axes have the batch's sizes; False: size 1.
+        :returns: LongTensor (V, *batch_shape), or with batch axes of size 1.
+
+        >>> len(NextToken(lm, x).enumerate_support()) == lm.vocab_size
+        True
+        """
         values = torch.arange(self.lm.vocab_size, device=self.prompt.device)
         values = values.view(-1, *[1] * len(self.batch_shape))
         return values.expand(-1, *self.batch_shape) if expand else values

@@ -1,13 +1,13 @@
-"""What a distribution over texts may promise; inference asks for these promises and never for a class.
+"""The capabilities that a distribution over texts may have. Inference asks for these and never for a class.
 
-A text is a LongTensor (..., L) of token ids, padded on the right with PAD (`lmppl.text`).  A distribution of one's own,
-a `pyro.distributions.TorchDistribution`, keeps one promise or several and is then treated as `Completion` is, under any
-`.mask`, `.to_event`, `.expand` and plate:
+A text is a LongTensor (..., L) of token ids, padded on the right with PAD (`lmppl.text`). Your own distribution is a
+`pyro.distributions.TorchDistribution` with one or more of these capabilities. Inference then treats it as it treats
+`Completion`, under any ``.mask``, ``.to_event``, ``.expand`` and plate:
 
 ==============  ==============================================================================================
-`Text`          is decoded in tables and strings
-`Stepwise`      grows in SMC token by token, is regrown by Metropolis, is enumerated by the search of its tree
-`Terminable`    gives the objectives its stopped prefixes, and the guide's flow
+`Text`          tables and strings show it decoded
+`Stepwise`      SMC grows it token by token, Metropolis-Hastings regrows it, enumeration searches its tree
+`Terminable`    objectives score its stopped prefixes, and its stop probabilities give the guide's flow
 ==============  ==============================================================================================
 
 `lmppl.testing.TextContract` tests them.
@@ -22,43 +22,48 @@ from torch import Tensor
 
 
 class PrefixScores(NamedTuple):
-    """What one pass over a value says of all its prefixes; both (..., W), a column for each length from 0 on."""
+    """The scores of all prefixes of a value, from one pass; both are (..., W), column t for prefixes of t tokens."""
 
-    log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where it cannot stop
+    log_probs: Tensor  # column t: log p(z_1..z_t stop), with the value's own stop; -inf where the text cannot stop
     stop_log_probs: Tensor  # column t: log p(that stop | z_1..z_t); 0 where a stop string has ended the text
 
 
 @runtime_checkable
 class Text(Protocol):
-    """A distribution over texts: ``event_shape`` is (L,), with room for the stop.
+    """A distribution over texts; ``event_shape`` is (L,), with room for the stop.
 
-    A ``stop_strings`` that is not None (`lmppl.stop_strings.StopStrings`) ends texts as well, where there is one; so do
-    the bounds ``min_tokens`` of the tokens before a stop.  ``lm``, where there is one, encodes strings.
+    Optional attributes: ``stop_strings`` (`lmppl.stop_strings.StopStrings` or None), strings that also end texts;
+    ``min_tokens``, the smallest number of tokens before a stop; ``lm``, which encodes strings.
     """
 
     @property
-    def batch_shape(self) -> torch.Size: ...
+    def batch_shape(self) -> torch.Size:
+        """As in torch: the shape of independent elements."""
 
     @property
-    def event_shape(self) -> torch.Size: ...
+    def event_shape(self) -> torch.Size:
+        """As in torch: the shape of one value, (L,)."""
 
     @property
     def stop(self) -> Tensor:
-        """LongTensor (S,): the tokens of which any ends a text; empty where texts have no stop."""
+        """LongTensor (S,): the tokens each of which ends a text; empty if texts have no stop."""
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts (..., L) as strings, or nested lists of strings with the shape of the leading axes."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """(..., L) -> (...), broadcast with the batch; -inf for a text that is impossible."""
+        """Returns log p of texts (..., L), broadcast with the batch, (...); -inf for a text that is impossible."""
 
 
 @runtime_checkable
 class Terminable(Text, Protocol):
-    """A text all of whose stopped prefixes are scored in one pass."""
+    """A text whose stopped prefixes are all scored in one pass."""
 
     def prefix_scores(self, value: Tensor) -> PrefixScores:
-        """Of texts (..., L), with gradient: (..., W), W at least one more than the tokens before a stop."""
+        """Returns the scores of texts (..., L), with gradient: (..., W).
+
+        W is larger than the number of tokens before the stop by at least one.
+        """
 
 
 @runtime_checkable
@@ -66,46 +71,49 @@ class Stepwise(Text, Protocol):
     """A text that is drawn token by token."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The number V of tokens."""
 
     def token_steps(self, shape: torch.Size, share: Any = None) -> Steps:
-        """Unfinished texts, one a row of the flattened ``shape``, with which the batch broadcasts.
+        """Returns unfinished texts, one for each row of the flattened ``shape``, with which the batch broadcasts.
 
-        ``share``: steps of another distribution that are given the same tokens and orders of rows as these, before or
-        after them, between one draw or score and the next; what both compute may be computed once, and need not be.
+        ``share`` are steps of another distribution that receive the same tokens and the same reordering of rows as
+        these, before or after them, between one draw or score and the next. What both compute may be computed once.
         """
 
 
 class Steps(Protocol):
     r"""Unfinished texts, R rows.
 
-    Where the log-probabilities of all tokens are at hand, ``log_probs()`` returns them, (R, V), unspecified in rows
-    that have ended: `score` for each of many tokens would take as many calls.
+    Optional members:
 
-    Where tokens may be inserted by a tool, ``inserting``, a BoolTensor (R,), says in which rows the next one is.  Where
-    weighted draws are cheaper than log-probabilities, ``propose(uniform)`` draws from the same distribution as `draw`,
-    and returns in place of log p(v) a log q whose inverse has the right mean,
+    - ``log_probs()`` returns the log-probabilities of all tokens, (R, V), unspecified in rows that have ended. It saves
+      a call of `score` for each token.
+    - ``inserting``, BoolTensor (R,), says in which rows a tool inserts the next token.
+    - ``propose(uniform)`` draws from the same distribution as `draw`, and is cheaper where log-probabilities are
+      expensive. In place of log p(v) it returns a random log q with
 
-    .. math:: E[1 / q \mid v] = 1 / p(v), \qquad E[r(v) / q] = \sum_{v : p(v) > 0} r(v) \text{ for every } r
+      .. math:: E[1 / q \mid v] = 1 / p(v), \qquad E[r(v) / q] = \sum_{v : p(v) > 0} r(v) \text{ for every } r
 
-    so that log r(v) - log q is the log increment of a proper weight, whatever is weighed.  `draw` is the case without
-    noise.  Nothing else may be made of q: neither a power of it nor its logarithm has the right mean.
+      So log r(v) - log q is the log increment of a proper weight, for any r. Use q for nothing else: neither its powers
+      nor its logarithm have the right mean. `draw` is the case without noise.
     """
 
-    prefix: Tensor  # (R, t) the tokens so far, PAD behind an end
+    prefix: Tensor  # (R, t) the tokens so far, PAD after an end
     ended: Tensor  # BoolTensor (R,)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's next token v and log p(v), which is what `score` says of it, both (R,), from one uniform number.
+        """Returns the next token v of each row and log p(v), both (R,), from one uniform number for each row.
 
-        PAD and 0 in rows that have ended; PAD and -inf where nothing can follow, not even a stop.
+        log p(v) is what `score` returns for v. PAD and 0 in rows that have ended; PAD and -inf in rows where nothing
+        can follow, not even a stop.
         """
 
     def score(self, tokens: Tensor) -> Tensor:
-        """The log-probability that ``tokens`` (R,) come next, (R,); unspecified in rows that have ended."""
+        """Returns the log-probability that ``tokens`` (R,) come next, (R,); unspecified in rows that have ended."""
 
     def append(self, tokens: Tensor) -> None:
-        """Append tokens (R,), PAD in rows that have ended or end here without a stop."""
+        """Appends tokens (R,), PAD in rows that have ended or that end here without a stop."""
 
     def select(self, index: Tensor) -> None:
-        """Row r becomes row ``index[r]``; there may be more or fewer of them than before."""
+        """Replaces row r by row ``index[r]``; the number of rows may change."""

@@ -1,21 +1,22 @@
-r"""Adaptive weighted rejection sampling: a token from p restricted to what a check passes, and the mass that passes.
+r"""Adaptive weighted rejection sampling: a token from p restricted to what a check accepts, and the accepted mass.
 
-Tokens are drawn from p, those that the check rejected left out, until ``r`` draws have been accepted; the first
-accepted one is the token x.  Suppose that rejected tokens had been left in: then r accepted draws would have taken N
-draws in all, x would be independent of N, and (r - 1) / (N - 1) would be unbiased for the mass
-:math:`W = \sum_v p(v) c(v)`.  The draws that repeat a rejected token need no check, only their number is unknown:
-before draw k it is geometric, with the mass :math:`\rho_k` of the tokens rejected until then.  Its expectation is taken
-instead of drawing it:
+Tokens are drawn from p, without those that the check rejected, until ``r`` draws have been accepted. The first accepted
+draw is the token x.
+
+The accepted mass is estimated as follows. If rejected tokens had been put back, r accepted draws would have taken N
+draws in all, x would be independent of N, and (r - 1) / (N - 1) would be unbiased for :math:`W = \sum_v p(v) c(v)`.
+Draws that repeat a rejected token need no check; only their number is unknown. Before draw k it is geometric, with the
+mass :math:`\rho_k` of the tokens rejected until then. The expectation over these numbers is taken exactly:
 
 .. math:: \hat W = E\Big[\frac{r - 1}{N - 1}\Big]
     = (r - 1) \int_0^1 s^{-2} \prod_{k=1}^{M} \frac{(1 - \rho_k) s}{1 - \rho_k s} \, ds,
     \qquad E[\hat W f(x)] = \sum_v p(v) c(v) f(v) \text{ for every } f
 
-over the M draws made.  More tokens may be found out and left out at any time (`patience`): that too only changes which
-repeats are averaged over.  So log q = log p(x) - log W-hat is a proper weight for x.
+over the M draws made. More tokens may be checked and left out at any time (``patience``): that only changes which
+repeats are averaged over. So log q = log p(x) - log W-hat is a proper weight for x.
 
-Source: Lipkin et al. 2025, "Fast controlled generation from language models with adaptive weighted rejection sampling";
-there the repeats are dealt with otherwise.
+Source: Lipkin et al. 2025, "Fast controlled generation from language models with adaptive weighted rejection sampling",
+which treats the repeats differently.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ from ..constraints import Check
 from .token_steps import TokenSteps, invert
 
 Ask = Callable[[Tensor, Tensor], Tensor]  # rows (r,), tokens (r,) -> BoolTensor (r,)
-Choose = Callable[[Tensor, Tensor, int], Tensor]  # what is left of p (r, V), rows (r,), k -> tokens (r,)
+Choose = Callable[[Tensor, Tensor, int], Tensor]  # the rest of p (r, V), rows (r,), k -> tokens (r,)
 
 
 class Accepted(NamedTuple):
-    """What `reject` returns, for every row."""
+    """The result of `reject` for every row."""
 
     token: Tensor  # (R,), PAD where nothing passes
     log_mass: Tensor  # (R,) log W-hat, -inf where nothing passes
 
 
 def reject(probs: Tensor, ask: Ask, choose: Choose, accepts: int = 2, patience: int = 64) -> Accepted:
-    """Tokens from ``probs`` (R, V), in double precision, restricted to what ``ask`` passes; all rows at once.
+    """Draws tokens from ``probs`` (R, V), restricted to what ``ask`` accepts, all rows at once; in double precision.
 
-    ``choose`` draws in proportion to what is left of ``probs``; k counts the rounds.  ``accepts`` is r.
+    ``choose`` draws in proportion to the rest of ``probs``, where k is the number of the round. ``accepts`` is r.
     """
     R = len(probs)
     left = probs / probs.sum(1, keepdim=True)
@@ -83,10 +84,11 @@ def reject(probs: Tensor, ask: Ask, choose: Choose, accepts: int = 2, patience: 
 
 
 class Repeats:
-    r"""log E[(r - 1) / (N - 1)], N the number of draws with the repeats of rejected tokens, for R rows.
+    r"""log E[(r - 1) / (N - 1)] for R rows, where N is the number of draws including repeats of rejected tokens.
 
-    The integral over s is a sum at equal steps h of logit s.  Its integrand has no pole nearer to the real line than
-    pi, whatever rho, and is bounded by 1 halfway there: the error is about :math:`e^{-\pi^2 / h}`, below 1e-16.
+    The integral over s is a sum with equal steps h of logit s. Its integrand has no pole nearer to the real line than
+    pi, for any rho, and is bounded by 1 up to half that distance. So the error is about :math:`e^{-\pi^2 / h}`, below
+    1e-16.
     """
 
     STEP, REACH = 0.25, 40.0
@@ -97,28 +99,30 @@ class Repeats:
         self.log_integrand = self.log_rest - self.log_s + torch.zeros(rows, 1, device=device)  # ds = s (1 - s) dlogit
 
     def before(self, rows: Tensor, mass: Tensor) -> None:
-        """A draw was made in these rows, while tokens of total probability 1 - ``mass`` were known to be rejected."""
+        """Records a draw in these rows, made when tokens of total probability 1 - ``mass`` had been rejected."""
         log_mass = mass.log()[:, None]
         outside = torch.logaddexp(self.log_rest, log_mass + self.log_s)  # 1 - rho s = (1 - s) + (1 - rho) s
         self.log_integrand[rows] += log_mass + self.log_s - outside
 
     def log_expectation(self, accepts: int) -> Tensor:
-        """(R,)"""
+        """Returns the log-expectation for each row, (R,)."""
         steps = torch.tensor(self.STEP * (accepts - 1), dtype=torch.double, device=self.log_integrand.device)
         return self.log_integrand.logsumexp(1) + steps.log()
 
 
 class RejectionSteps(TokenSteps):
-    """Token steps under a `Check`: `propose` asks about candidates only, `draw` and `score` about all tokens."""
+    """Token steps under a `Check`: `propose` checks candidates only, `draw` and `score` check all tokens."""
 
     def propose(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        r"""The next token of every row and log q = log p(token) - log W-hat, both (R,), from one uniform number a row.
+        """Returns the next token of every row and log q = log p(token) - log W-hat, both (R,).
 
-        PAD and 0 in rows that have ended; PAD and -inf where the check passes no token.
+        It takes one uniform number for each row.
+
+        PAD and 0 in rows that have ended; PAD and -inf in rows where the check accepts no token.
         """
         check, t = self.rules.allowed, self.prefix.shape[1]
         assert isinstance(check, Check)
-        if self.rules.forced(t) or self.rules.broad:  # what is spread evenly depends on what passes
+        if self.rules.forced(t) or self.rules.broad:  # an even draw needs to know every accepted token
             return self.draw(uniform)
         rules = self.rules.within(check.within)
         logits, dead = rules.permitted(self._logits()[:, None], self.prefix, t)
@@ -139,7 +143,7 @@ class RejectionSteps(TokenSteps):
 
         token, log_mass = reject(probs, ask, choose, check.num_accepts, check.patience)
         nothing = log_mass == -torch.inf
-        # Of several stops at the limit the check may forbid some, but never all.
+        # At the limit the check may forbid some of several stops, but never all.
         token = torch.where(nothing & late, invert(probs, uniform[rows]), token)
         log_q = probs.gather(1, token.clamp(min=0)[:, None])[:, 0].log() - log_mass.masked_fill(nothing, 0.0)
         log_q = log_q.masked_fill(nothing & ~late, -torch.inf)
@@ -150,9 +154,10 @@ class RejectionSteps(TokenSteps):
 
 
 def scramble(uniform: Tensor, k: int) -> Tensor:
-    """The k-th of a stream of uniform numbers that starts from one, by the mixing of splitmix64; in double precision.
+    """Returns the k-th number of a stream of uniform numbers that starts from one, in double precision.
 
-    Each row has a stream of its own, so that its draws do not depend on how rows are put together.
+    It uses the mixing function of splitmix64. Each row has its own stream, so its draws do not depend on how rows are
+    grouped.
     """
     state = (uniform.double() * 2**53).long() + _signed(k * 0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -161,10 +166,10 @@ def scramble(uniform: Tensor, k: int) -> Tensor:
 
 
 def _signed(x: int) -> int:
-    """The number modulo 2^64 as torch.long holds it."""
+    """Returns the number modulo 2^64, as torch.long represents it."""
     return (x + 2**63) % 2**64 - 2**63
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """A logical shift to the right."""
+    """Returns a logical shift to the right."""
     return (x >> by) & ((1 << (64 - by)) - 1)

@@ -3,9 +3,9 @@
     log p(v | prefix) = log softmax over permitted v of logits[v] / temperature
     (with epsilon > 0, log of (1 - epsilon) times that softmax + epsilon / number of permitted tokens)
 
-A stop token is forbidden before ``min_tokens``, and so is a token that completes a stop string; after ``max_tokens``
-stop tokens are all that is permitted and keep their relative probabilities.  Forbidden tokens get -inf exactly.  Up to
-``max_tokens``, what a tool inserts is certain.
+Before ``min_tokens``, a stop token is forbidden, and so is a token that completes a stop string. After ``max_tokens``,
+only stop tokens are permitted; they keep their relative probabilities. Forbidden tokens get exactly -inf. Up to
+``max_tokens``, a token that a tool inserts is certain.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .insertions import Insertions
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules for R rows; every per-row tensor is 0-d (shared by all rows) or (R,)."""
+    """The rules of R rows; every tensor with one number for each row is 0-d (shared by all rows) or (R,)."""
 
     stop: Tensor  # (k,) stop token ids; empty: the text has exactly max_tokens tokens, if no stop string ends it
     max_tokens: Tensor
@@ -37,12 +37,12 @@ class Rules:
     temperature: Tensor
     allowed: Constraint | None
     vocab_size: int
-    epsilon: Tensor  # the share of each token's probability that is spread evenly over what is permitted
+    epsilon: Tensor  # the probability with which each token is drawn evenly from the permitted ones
     insertions: Insertions | None = None
     strings: StopStrings | None = None
 
     def select(self, rows: Tensor) -> Rules:
-        """The rules of these rows."""
+        """Returns the rules of these rows."""
         if self._shared:
             return self
 
@@ -58,9 +58,9 @@ class Rules:
         )
 
     def columns(self) -> Tensor | None:
-        """What may differ between rows, as integers (R, K), or (1, 0); None where rows are not to be compared.
+        """Returns what may differ between rows as integers (R, K), or (1, 0) if nothing does.
 
-        Equal temperatures that have gradients are still each row's own.
+        None if rows cannot be compared: equal temperatures with gradients still belong to different rows.
         """
         per_row = [x for x in (self.max_tokens, self.min_tokens, self.temperature, self.epsilon) if x.dim()]
         if any(x.requires_grad for x in per_row):
@@ -69,29 +69,33 @@ class Rules:
         return torch.stack(bits, 1) if bits else self.stop.new_empty(1, 0)
 
     def within(self, allowed: Constraint | None) -> Rules:
-        """The same rules under another constraint."""
+        """Returns the same rules with another constraint."""
         return replace(self, allowed=allowed)
 
     @property
     def stops(self) -> Stops:
-        """All that ends a text."""
+        """Everything that ends a text."""
         return Stops(self.stop, self.strings)
 
     def is_stop(self, tokens: Tensor) -> Tensor:
+        """Returns whether each token is a stop token."""
         return torch.isin(tokens, self.stop)
 
     def forced(self, t: int) -> bool:
-        """Whether the token after ``t`` others is certain in every row, so that no logits are needed."""
+        """Returns whether the token after ``t`` others is certain in every row, so that no logits are needed."""
         return self.stop.numel() == 1 and t >= self._limits[1]
 
     def log_probs(self, logits: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
-        """Normalised log-probabilities (R, T, V) of tokens ``first .. first+T-1``; arguments as for `permitted`."""
+        """Returns normalised log-probabilities (R, T, V) of the T tokens from ``first`` on.
+
+        Arguments as for `permitted`.
+        """
         logits, dead = self.permitted(logits, prefix, first)
         log_probs = logits.log_softmax(-1)
         return log_probs if dead is None else log_probs.masked_fill(dead, -torch.inf)
 
     def selected(self, logits: Tensor, tokens: Tensor, prefix: Tensor, first: int = 0) -> Tensor:
-        """`log_probs` of ``tokens`` (R, T, k) alone, without the other tokens' ever being there; (R, T, k)."""
+        """Returns `log_probs` of ``tokens`` (R, T, k) alone, without forming those of the other tokens, (R, T, k)."""
         runs = self.runs(first, logits.shape[1])
         if runs is not None and not self.tempered and not self.broad:
             found = [selected_log_softmax(logits[:, a:b], tokens[:, a:b], barrier) for a, b, barrier in runs]
@@ -101,17 +105,19 @@ class Rules:
         return log_probs if dead is None else log_probs.masked_fill(dead, -torch.inf)
 
     def permitted(self, logits: Tensor, prefix: Tensor, first: int = 0) -> tuple[Tensor, Tensor | None]:
-        """The logits at this temperature, -inf at forbidden tokens; and where nothing is permitted, (R, T, 1) or None.
+        """Returns the logits at this temperature, -inf at forbidden tokens.
 
-        ``logits`` (R, T, V); ``prefix`` (R, >= first+T-1) holds the tokens drawn so far, read by constraints and tools
-        only.  An inserted token has logit 0, all others -inf.
+        Also returns where no token is permitted, BoolTensor (R, T, 1), or None if that is nowhere.
+
+        ``logits`` (R, T, V). ``prefix`` (R, >= first+T-1) holds the tokens drawn so far; only constraints and tools
+        read it. An inserted token has logit 0, all others -inf.
         """
         T = logits.shape[1]
         if self.tempered:
             logits = logits / (self.temperature[:, None, None] if self.temperature.dim() else self.temperature)
         if T == 1 and self._constant(first):
             barrier, dead, _ = self._known(first)
-            logits = logits if barrier is None else logits + barrier  # several times faster than where
+            logits = logits if barrier is None else logits + barrier  # several times faster than torch.where
         else:
             barred, dead = self._barred(T, prefix, first)
             logits = logits if barred is None else torch.where(barred, -torch.inf, logits)
@@ -130,15 +136,16 @@ class Rules:
 
     @cached_property
     def tempered(self) -> bool:
+        """Whether some temperature is not 1, or has a gradient."""
         return self.temperature.requires_grad or not bool((self.temperature == 1).all())
 
     @cached_property
     def broad(self) -> bool:
-        """Whether anything is spread evenly."""
+        """Whether some epsilon is positive."""
         return bool(self.epsilon.any())
 
     def _constant(self, t: int) -> bool:
-        """Whether nothing but the limits matters to what may follow ``t`` tokens."""
+        """Returns whether the limits alone decide what may follow ``t`` tokens, in every row alike."""
         if not self._shared or (self.strings is not None and t < self._limits[0]):
             return False
         return self.allowed is None or isinstance(self.allowed, Tensor)
@@ -148,8 +155,9 @@ class Rules:
         return {}
 
     def _known(self, t: int) -> tuple[Tensor | None, Tensor | None, tuple[Rules, Tensor] | None]:
-        """Where the rules are constant, after ``t`` tokens: -inf at what is barred, else 0; `_barred`'s second answer;
-        what is `narrowed`.  Found once.
+        """Returns the barrier after ``t`` tokens, the second result of `_barred`, and the result of `narrowed`.
+
+        Only for constant rules. The barrier is -inf at forbidden tokens and 0 elsewhere. Computed once for each case.
         """
         case = (t < self._limits[0], t >= self._limits[1])
         if case not in self._cases:
@@ -164,10 +172,10 @@ class Rules:
         return self._cases[case]
 
     def runs(self, first: int, T: int) -> list[tuple[int, int, Tensor | None]] | None:
-        """Of the T columns from ``first`` on those from a to b, where what is barred is always the same: (a, b, barrier
-        (V,) or None), the barrier being -inf at what is barred, else 0.
+        """Splits T columns from ``first`` on into runs a..b in which the same tokens are forbidden: (a, b, barrier).
 
-        None where rows differ, a tool may write, or nothing is permitted somewhere.
+        The barrier (V,) is -inf at forbidden tokens and 0 elsewhere; None if no token is forbidden. Returns None if
+        rows differ, a tool may write, or some column permits no token.
         """
         if self.insertions is not None or not T or not self._constant(first):
             return None
@@ -178,16 +186,16 @@ class Rules:
         return [(a, b, None if barrier is None else barrier.flatten()) for a, b, barrier, _ in found]
 
     def narrowed(self, t: int) -> tuple[Rules, Tensor] | None:
-        """The rules after ``t`` tokens among those (k,) alone that are permitted then, and these.
+        """Returns the rules after ``t`` tokens restricted to the permitted tokens (k,), and these tokens.
 
-        None where rows differ, a tool may write or most of the vocabulary is permitted.
+        None if rows differ, a tool may write, or most of the vocabulary is permitted.
         """
         return self._known(t)[2] if self._constant(t) else None
 
     def _barred(self, T: int, prefix: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
-        """What gets -inf, broadcasting to (R, T, V), and where nothing is permitted (R, T, 1); None where that is none.
+        """Returns which tokens get -inf, (R, T, V), and where no token is permitted, (R, T, 1); None for "nowhere".
 
-        A softmax where nothing is permitted, and its gradient, would be NaN: nothing gets -inf there.
+        Both broadcast. Where no token is permitted, none gets -inf: the softmax there, and its gradient, would be NaN.
         """
         forbidden = self._forbidden(T, prefix, first)
         if forbidden is None:
@@ -207,7 +215,7 @@ class Rules:
         return logits, dead & ~at[..., None] if dead is not None else None
 
     def inserted(self, prefix: Tensor, first: int, T: int) -> Tensor:
-        """The tokens that tools put at ``first .. first+T-1`` (R, T), PAD where there is none."""
+        """Returns the tokens that tools insert at ``first .. first+T-1``, (R, T), PAD where there is none."""
         if self.insertions is None:
             return prefix.new_full((len(prefix), T), text.PAD)
         inserted = self.insertions(prefix[:, : first + T - 1])[:, first:]
@@ -218,7 +226,7 @@ class Rules:
         return inserted.masked_fill(t >= limit, text.PAD)
 
     def _mixed(self, logits: Tensor) -> Tensor:
-        """log of (1 - epsilon) softmax + epsilon uniform, over the permitted tokens."""
+        """Returns log of (1 - epsilon) softmax + epsilon uniform, over the permitted tokens."""
         epsilon = self.epsilon[:, None, None] if self.epsilon.dim() else self.epsilon
         permitted = logits > -torch.inf
         even = (epsilon / permitted.sum(-1, keepdim=True)).log()
@@ -227,7 +235,7 @@ class Rules:
         return torch.where(permitted, mixed, -torch.inf)
 
     def _forbidden(self, T: int, prefix: Tensor, first: int) -> Tensor | None:
-        """BoolTensor broadcasting to (R, T, V), or None where every token is permitted."""
+        """Returns which tokens are forbidden, broadcasting to (R, T, V); None if every token is permitted."""
         forbidden = None
         if isinstance(self.allowed, Tensor):
             forbidden = ~self.allowed
@@ -251,14 +259,17 @@ class Rules:
         if bool(too_late.any()):
             if forbidden is None:
                 return ~stops & too_late[..., None]
-            # Of several stops the constraint may forbid some, but never all: a stop is certain here.
+            # A stop is certain here: the constraint may forbid some of several stops, but never all.
             barred = ~stops | forbidden
             barred = torch.where(barred.all(-1, keepdim=True), ~stops, barred)
             forbidden = torch.where(too_late[..., None], barred, forbidden)
         return forbidden
 
     def _allowed_after(self, prefix: Tensor, over: Tensor) -> Tensor:
-        """The constraint's mask (R, V) after ``prefix`` (R, t); it is asked about texts only that are not ``over``."""
+        """Returns the constraint's mask (R, V) after ``prefix`` (R, t).
+
+        The constraint is called only for texts that have not ended, i.e. that are not ``over``.
+        """
         t = prefix.shape[1]
         asked = ~(over.any(-1) | (prefix == text.PAD).any(-1))
         if self.stop.numel() < 2:  # at the limit, the only stop is certain
@@ -281,30 +292,31 @@ class Rules:
 class Selection:
     """A head of `score`: the log-probabilities, under rules, of some tokens at every position.
 
-    ``tokens`` (R, T, k); ``value`` (R, T) is what constraints and tools read.
+    ``tokens`` (R, T, k); ``value`` (R, T) is the text that constraints and tools read.
     """
 
     def __init__(self, rules: Rules, tokens: Tensor, value: Tensor):
         self.rules, self.tokens, self.value = rules, tokens, value
 
     def __call__(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """(r, T, k) from the logits (r, T, V) of these rows (r,)."""
+        """Returns log-probabilities (r, T, k) from the logits (r, T, V) of these rows (r,)."""
         return self.rules.select(rows).selected(logits, self.tokens[rows], self.value[rows])
 
     @cached_property
     def runs(self) -> list[tuple[int, int, Tensor | None]] | None:
-        """`Rules.runs`, where a token's log-probability is a plain softmax's over what is not barred; else None."""
+        """`Rules.runs` if log-probabilities are those of a plain softmax over the permitted tokens; else None."""
         if self.rules.tempered or self.rules.broad:
             return None
         return self.rules.runs(0, self.tokens.shape[1])
 
 
 def selected_log_softmax(logits: Tensor, index: Tensor, barrier: Tensor | None = None) -> Tensor:
-    """``(logits + barrier).log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k).
+    """Returns ``(logits + barrier).log_softmax(-1).gather(-1, index)``, (..., V) and (..., k) -> (..., k).
 
-    For the gradient one tensor (..., V) is kept, else none.  ``barrier`` (V,): -inf at what is barred, else 0.
+    With gradient, one tensor (..., V) is kept for the backward pass; else none. ``barrier`` (V,) is -inf at forbidden
+    tokens and 0 elsewhere.
     """
-    if has_torch_function((logits, index)):  # as of Pyro's tensors that know which sample sites they came from
+    if has_torch_function((logits, index)):  # e.g. Pyro's tensors that record the sample sites they come from
         return handle_torch_function(selected_log_softmax, (logits, index), logits, index, barrier)
     if not (logits.requires_grad and torch.is_grad_enabled()):
         parts = logits.flatten(0, -2).split(max(1, TUNING.looked_at // logits.shape[-1]))

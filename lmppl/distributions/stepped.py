@@ -1,4 +1,4 @@
-"""`SteppedText`: what a text distribution has that is drawn by its token steps."""
+"""`SteppedText`: base class of the text distributions that are sampled and scored by their token steps."""
 
 from __future__ import annotations
 
@@ -19,32 +19,51 @@ from .token_steps import DeadEnd, next_log_probs
 
 
 class SteppedText(TorchDistribution):
-    """Texts that are drawn token by token; a subclass has ``stop``, `vocab_size`, `decode` and `token_steps`."""
+    """A distribution over texts that are drawn token by token.
+
+    A subclass defines ``stop``, `vocab_size`, `decode` and `token_steps`.
+    """
 
     arg_constraints: dict[str, Any] = {}
     stop: Tensor
 
     @property
     def vocab_size(self) -> int:
+        """The number V of tokens."""
         raise NotImplementedError
 
     @property
     def support(self) -> Texts:
+        """The constraint on values: ids of the vocabulary, padded on the right."""
         return Texts(self.vocab_size)
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts as strings.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+        """
         raise NotImplementedError
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> Steps:
-        """See `protocols.Stepwise`."""
+        """Returns unfinished texts that grow token by token; see `protocols.Stepwise`.
+
+        :param shape: the shape of the texts, with which the batch broadcasts; None: the batch.
+        :param share: steps of another distribution that receive the same tokens.
+        :returns: `protocols.Steps`.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Texts (*sample_shape, *batch_shape, L).
+        """Returns texts, drawn token by token without gradient.
 
-        :raises DeadEnd: where nothing can follow a text that was drawn.
+        :param sample_shape: leading axes of the sample.
+        :returns: LongTensor (*sample_shape, *batch_shape, L).
+        :raises DeadEnd: if no token can follow a prefix that was drawn; the message shows the prefix.
+
+        >>> TextMixture([Completion(lm, x, max_tokens=5)], torch.zeros(1)).sample((3,)).shape
+        torch.Size([3, 2, 6])
         """
         shape = torch.Size(sample_shape) + self.batch_shape
         steps = self.token_steps(shape)
@@ -60,16 +79,19 @@ class SteppedText(TorchDistribution):
 
     @torch.no_grad()
     def log_prob(self, value: Tensor) -> Tensor:
-        """(..., L) -> (...), token by token, without gradient; texts that begin alike are read once.
+        """Returns log p(value), token by token, without gradient; equal prefixes are read once.
 
-        -inf for a text that is impossible.
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a text that is impossible.
+        :raises ValueError: for a malformed text.
         """
         text.validate(value, "value", self.vocab_size)
         (width,), shape = self.event_shape, broadcast_shapes(value.shape[:-1], self.batch_shape)
         too_long = (value[..., width:] != PAD).any(-1).expand(shape)
         rows = text.pad(value[..., :width], width).expand(*shape, width).reshape(-1, width)
         element = torch.arange(self.batch_shape.numel(), device=value.device).view(self.batch_shape)
-        steps, which = self.token_steps(self.batch_shape), element.expand(shape).reshape(-1)  # a row's beginning
+        # ``which``: the prefix, among the distinct ones, of each row
+        steps, which = self.token_steps(self.batch_shape), element.expand(shape).reshape(-1)
         total: Tensor | float = 0.0
         for token in rows.unbind(1):
             ended = steps.ended[which]

@@ -1,7 +1,7 @@
-r"""The probability of a text that an `Unmasking` writes, whatever path writes it: a sum over subsets of its holes.
+r"""The probability of a text that an `Unmasking` writes, summed over all paths: a sum over subsets of its holes.
 
-The canvas as far as it is filled, :math:`x_S`, depends on *which* holes S are filled and not on their order.  So the
-sum over n! orders is one over the :math:`2^n` subsets of holes, with :math:`\pi` the order,
+The partly filled canvas :math:`x_S` depends on *which* holes S are filled and not on their order. So the sum over n!
+orders becomes a recursion over the :math:`2^n` subsets of holes, with :math:`\pi` the order:
 
 .. math:: f(\emptyset) = 1, \qquad
           f(S) = \sum_{i \in S} f(S') \, \pi(i \mid x_{S'}) \, p_\theta(w_i \mid x_{S'}, i), \; S' = S \setminus i,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def summed(d: Unmasking, words: Tensor, kind: Tensor) -> Tensor:
-    """log p of texts with these words (R, n) in their holes, of canvases ``kind`` (R,): (R,), with gradient."""
+    """Returns log p of texts with ``words`` (R, n) in the holes of canvases ``kind`` (R,): (R,), with gradient."""
     rows, n = words.shape
     hole = torch.arange(n, device=words.device)
     subset = torch.arange(2**n, device=words.device)
@@ -34,7 +34,7 @@ def summed(d: Unmasking, words: Tensor, kind: Tensor) -> Tensor:
         word = torch.where(filled[:, j] & (j < count[:, None]), words[:, j, None], d.lm.mask_id)
         own = torch.where((j < count[:, None]), word, state.gather(2, at)[..., 0])
         state = state.scatter(2, at, own[..., None])
-    inside = subset < (1 << count[:, None]) - 1  # (R, S): not all are filled, and none that is not there
+    inside = subset < (1 << count[:, None]) - 1  # (R, S): subsets of the canvas's own holes, except all of them
     r, s = inside.nonzero().unbind(1)
     safe = words.clamp(min=0)
 

@@ -1,4 +1,4 @@
-"""The support of a distribution over texts: as a constraint on values, and as the list of every text."""
+"""The support of a distribution over texts: as a constraint on values, and as the list of all texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ENUMERABLE = 1_000_000
 
 
 class Texts(torch_constraints.Constraint):
-    """The support of a distribution over texts: ids of a vocabulary, right-padded with PAD."""
+    """The support of a distribution over texts: ids of a vocabulary, padded on the right."""
 
     is_discrete = True
     event_dim = 1
@@ -22,15 +22,16 @@ class Texts(torch_constraints.Constraint):
         self.vocab_size = vocab_size
 
     def check(self, value: Tensor) -> Tensor:
+        """Returns whether values (..., L) are well-formed texts, BoolTensor (...)."""
         inside = (value == text.PAD) | ((value >= 0) & (value < self.vocab_size))
         gap = (value[..., :-1] == text.PAD) & (value[..., 1:] != text.PAD)
         return inside.all(-1) & ~gap.any(-1)
 
 
 def every_text(rules: Rules) -> Tensor:
-    """Every text that some row's rules may draw, (K, E).
+    """Returns every text that the rules of some row may draw, (K, E).
 
-    :raises ValueError: where there are more than a million.
+    :raises ValueError: if there are more than a million.
     """
     ids = torch.arange(rules.vocab_size, device=rules.stop.device)
     if isinstance(rules.allowed, Tensor) and rules.insertions is None:
@@ -38,7 +39,7 @@ def every_text(rules: Rules) -> Tensor:
     content, stops = ids[~rules.is_stop(ids)], rules.stop.numel()
     shortest, longest = int((rules.min_tokens if stops else rules.max_tokens).min()), int(rules.max_tokens.max())
     strings = rules.strings
-    # The fewest tokens of a text that a stop string ends; min_tokens do not touch what a tool inserts.
+    # The fewest tokens of a text that a stop string ends; ``min_tokens`` does not apply to what a tool inserts.
     earliest = 1 if rules.insertions is not None else int(rules.min_tokens.min()) + 1
     fewest = shortest if strings is None else min(shortest, earliest)
     count = sum(len(content) ** n * max(1, stops) for n in range(fewest, longest + 1))
@@ -64,7 +65,10 @@ def every_text(rules: Rules) -> Tensor:
 
 
 def _agrees(rules: Rules, value: Tensor) -> Tensor:
-    """Whether whole texts (K, L) have what tools insert, cut off by the limit alone, and else what is allowed."""
+    """Returns whether texts (K, L) contain what tools insert, and are otherwise allowed, BoolTensor (K,).
+
+    An insertion may be cut off by the limit, and by nothing else.
+    """
     assert rules.insertions is not None
     inserted = rules.insertions(value)[:, :-1]
     stops = rules.is_stop(value)

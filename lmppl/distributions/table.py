@@ -1,4 +1,4 @@
-"""`Table` and `TextTable`: distributions over finitely many values, each written down with its log-probability."""
+"""`Table` and `TextTable`: distributions over finitely many values, each listed with its log-probability."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class Listed(torch_constraints.Constraint):
 
 
 class Table(TorchDistribution):
-    r"""A distribution over K distinct values.
+    r"""A distribution over K distinct values, which it lists.
 
-    .. math:: p(v_k) = \mathrm{softmax}(logits)_k, \qquad p(v) = 0 \text{ elsewhere}
+    .. math:: p(v_k) = \mathrm{softmax}(logits)_k, \qquad p(v) = 0 \text{ for any other value}
 
     :param values: (K, *event), distinct.
-    :param logits: (*batch, K), -inf for a value that is impossible in that element of the batch; gradients flow to it.
+    :param logits: (*batch, K), unnormalised log-probabilities; -inf for a value that is impossible in that element.
+    :raises ValueError: if shapes do not fit, a value occurs twice, or no value is possible.
 
-    Shapes: ``batch_shape = logits.shape[:-1]``, ``event_shape = values.shape[1:]``.
+    Shapes: ``batch_shape = logits.shape[:-1]``, ``event_shape = values.shape[1:]``. Gradients flow through `log_prob`
+    to ``logits``.
 
-    :raises ValueError: for shapes that do not fit, values that occur twice, and logits that leave no value possible.
-
-    Example::
-
-        k = pyro.sample("k", Table(torch.tensor([1.0, 2.5]), torch.tensor([0.3, 0.7]).log()))
+    >>> d = Table(torch.tensor([1.0, 2.5]), torch.tensor([0.25, 0.75]).log())
+    >>> d.log_prob(torch.tensor([2.5, 3.0])).exp()
+    tensor([0.7500, 0.0000])
     """
 
     arg_constraints: dict[str, torch_constraints.Constraint] = {}
@@ -70,10 +70,18 @@ class Table(TorchDistribution):
 
     @property
     def support(self) -> torch_constraints.Constraint:
+        """The constraint on values: the values listed."""
         return Listed(self)
 
     def expand(self, batch_shape: torch.Size, _instance: Table | None = None) -> Table:
-        """The same table on a larger batch; nothing is copied."""
+        """Returns the same table with a larger batch; nothing is copied.
+
+        :param batch_shape: the new shape, with which the batch broadcasts.
+        :returns: a distribution of the same class.
+
+        >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).expand((4,)).batch_shape
+        torch.Size([4])
+        """
         new = self._get_checked_instance(type(self), _instance)
         new.__dict__.update(self.__dict__)
         shape = broadcast_shapes(self.batch_shape, torch.Size(batch_shape))
@@ -81,7 +89,14 @@ class Table(TorchDistribution):
         return new
 
     def row(self, value: Tensor) -> Tensor:
-        """Which of the values each is, (...); K where it is none."""
+        """Returns which of the listed values each value is.
+
+        :param value: (..., *event).
+        :returns: LongTensor (...), numbers from 0 to K - 1; K for a value that is not listed.
+
+        >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).row(torch.tensor([2.5, 3.0]))
+        tensor([1, 2])
+        """
         batch = value.shape[: value.dim() - len(self.event_shape)]
         known, asked = self.values.reshape(len(self.values), -1), value.reshape(batch.numel(), -1)
         _, kind = distinct_rows(torch.cat([known, asked.to(known.dtype)]))
@@ -90,18 +105,31 @@ class Table(TorchDistribution):
         return rows[kind[len(known) :]].view(batch)
 
     def _at(self, row: Tensor) -> Tensor:
-        """log p of the values in ``row`` (...), broadcast with the batch; -inf for none."""
+        """Returns log p of the values with these numbers (...), broadcast with the batch; -inf for the number K."""
         batch = broadcast_shapes(self.batch_shape, row.shape)
         padded = pad(self.logits, (0, 1), value=-torch.inf)  # (*batch, K + 1)
         return padded.expand(*batch, -1).gather(-1, row.expand(batch)[..., None])[..., 0]
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(value), (*batch); -inf for a value that is not listed."""
+        """Returns log p(value), with gradient.
+
+        :param value: (..., *event); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a value that is not listed.
+
+        >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).log_prob(torch.tensor(1.0)).exp()
+        tensor(0.5000)
+        """
         return self._at(self.row(value))
 
     @torch.no_grad()
     def sample_and_log_prob(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """A sample and its log-probability."""
+        """Returns a sample and its log-probability, without gradient.
+
+        :param sample_shape: leading axes of the sample.
+        :returns: values (*sample_shape, *batch_shape, *event_shape), and log p (*sample_shape, *batch_shape).
+
+        >>> value, log_p = Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).sample_and_log_prob((3,))
+        """
         shape = torch.Size(sample_shape) + self.batch_shape
         probabilities = self.logits.exp().expand(*shape, -1)
         with randomness.apart():
@@ -109,26 +137,49 @@ class Table(TorchDistribution):
         return self.values[row], self._at(row)
 
     def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Returns a sample.
+
+        :param sample_shape: leading axes of the sample.
+        :returns: values (*sample_shape, *batch_shape, *event_shape).
+
+        >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).sample((3,)).shape
+        torch.Size([3])
+        """
         return self.sample_and_log_prob(sample_shape)[0]
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All values, (K, *batch, *event), of size 1 along the batch unless ``expand``."""
+        """Returns every value that is listed.
+
+        :param expand: whether the batch axes have the batch's sizes; False: size 1.
+        :returns: (K, *batch_shape, *event_shape), or with batch axes of size 1.
+
+        >>> Table(torch.tensor([1.0, 2.5]), torch.zeros(2)).enumerate_support()
+        tensor([1.0000, 2.5000])
+        """
         values = self.values.view(-1, *[1] * len(self.batch_shape), *self.event_shape)
         return values.expand(-1, *self.batch_shape, *self.event_shape) if expand else values
 
 
 class TextTable(Table):
-    r"""A table of texts, with what inference asks of a distribution over texts: the scores of all prefixes.
+    r"""A distribution over K texts, which it lists.
 
-    :param lm: the language model whose tokens these are; it decodes them, and is never asked to score.
+    .. math:: p(z_k) = \mathrm{softmax}(logits)_k, \qquad p(z) = 0 \text{ for any other text}
+
+    It scores all prefixes of a text (`prefix_scores`), but is not drawn token by token.
+
+    :param lm: the language model whose tokens these are. It decodes texts; it never scores them.
     :param texts: (K, L), distinct, each ended by one of ``stop``.
-    :param logits: (*batch, K).
-    :param stop: token ids (S,), or what `Completion` takes; empty: texts without a stop, none of whose prefixes is
+    :param logits: (*batch, K), unnormalised log-probabilities.
+    :param stop: as of `Completion`, or a LongTensor (S,) of token ids. If empty, texts have no stop, and no prefix is
         terminable.
+    :raises ValueError: as of `Table`, and if a text is malformed.
 
-    Example::
+    Shapes: ``batch_shape = logits.shape[:-1]``; ``event_shape`` has room for the longest text.
 
-        z = pyro.sample("z", TextTable(lm, lm.encode(["yes", "no"], stop="eos"), logits, lm.stop_ids("eos")))
+    >>> answers = lm.encode(["yes", "no"], stop="eos")
+    >>> d = TextTable(lm, answers, torch.tensor([0.25, 0.75]).log(), stop="eos")
+    >>> d.log_prob(lm.encode("no", stop="eos")).exp()
+    tensor(0.7500)
     """
 
     def __init__(self, lm: Any, texts: Tensor, logits: Tensor, stop: Stop):
@@ -138,33 +189,79 @@ class TextTable(Table):
         self.stop, self.stop_strings = stops
         at = stops.ending(texts).at
         self.min_tokens = at.min()
-        room = int(at.max()) + int(self.stop.numel() > 0)  # a column for every prefix
+        room = int(at.max()) + int(self.stop.numel() > 0)  # one column for every prefix
         super().__init__(text.pad(texts, max(texts.shape[-1], room)), logits)
 
     @property
     def support(self) -> Texts:
+        """The constraint on values: ids of the vocabulary, padded on the right."""
         return Texts(self.lm.vocab_size)
 
     def row(self, value: Tensor) -> Tensor:
+        """Returns which of the listed texts each text is.
+
+        :param value: texts (..., L); padding does not matter.
+        :returns: LongTensor (...), numbers from 0 to K - 1; K for a text that is not listed.
+
+        >>> d = TextTable(lm, lm.encode(["yes", "no"], stop="eos"), torch.zeros(2), stop="eos")
+        >>> d.row(lm.encode(["no", "maybe"], stop="eos"))
+        tensor([1, 2])
+        """
         width = self.event_shape[0]
         beyond = (value[..., width:] != text.PAD).any(-1)
         row = super().row(pad(value[..., :width], (0, max(0, width - value.shape[-1])), value=text.PAD))
         return row.masked_fill(beyond, len(self.values))
 
     def decode(self, value: Tensor) -> Any:
-        """Texts (..., L) as strings, nested lists of the leading axes."""
+        """Returns texts as strings, without special tokens.
+
+        :param value: texts (..., L).
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+
+        >>> d = TextTable(lm, lm.encode(["yes", "no"], stop="eos"), torch.zeros(2), stop="eos")
+        >>> d.decode(d.enumerate_support())
+        ['yes', 'no']
+        """
         return self.lm.decode(value)
 
     def placeholder(self) -> Tensor:
-        """Some text of the right shape (*batch, *event)."""
+        """Returns some text of the right shape.
+
+        :returns: LongTensor (*batch_shape, *event_shape).
+
+        >>> d = TextTable(lm, lm.encode(["yes", "no"], stop="eos"), torch.zeros(2), stop="eos")
+        >>> d.decode(d.placeholder())
+        'yes'
+        """
         return self.values[0].expand(self.shape())
 
     def prefix_log_probs(self, value: Tensor) -> Tensor:
-        """log p(z_1..z_t stop) for t = 0..L - 1, (*batch, L); -inf where the text cannot stop and past its end."""
+        r"""Returns the log-probability of every prefix of a value, followed by its stop.
+
+        .. math:: \log p(z_1 \dots z_t \, stop), \quad t = 0, \dots, L - 1
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: (..., *batch_shape, L); -inf where no listed text ends so, and past the value's end.
+
+        >>> d = TextTable(lm, lm.encode(["a", "ab"], stop="eos"), torch.zeros(2), stop="eos")
+        >>> d.prefix_log_probs(lm.encode("ab", stop="eos")).exp()
+        tensor([0.0000, 0.5000, 0.5000])
+        """
         return self.prefix_scores(value).log_probs
 
     def prefix_scores(self, value: Tensor) -> PrefixScores:
-        r"""`prefix_log_probs` with log p(stop | z_1..z_t) = log p(z_1..z_t stop) - log p(texts that begin z_1..z_t)."""
+        r"""Returns `prefix_log_probs` and the log-probabilities of stopping after each prefix.
+
+        .. math:: \log p(stop \mid z_1 \dots z_t) = \log p(z_1 \dots z_t \, stop)
+                  - \log p(\text{texts that begin with } z_1 \dots z_t)
+
+        :param value: texts (..., L); leading axes broadcast with the batch.
+        :returns: a named tuple of ``log_probs`` and ``stop_log_probs``, both (..., *batch_shape, L).
+
+        >>> d = TextTable(lm, lm.encode(["a", "ab"], stop="eos"), torch.zeros(2), stop="eos")
+        >>> d.prefix_scores(lm.encode("ab", stop="eos")).stop_log_probs.exp()
+        tensor([0.0000, 0.5000, 1.0000])
+        """
         width = self.event_shape[0]
         value = text.pad(value, width)
         ending = Stops(self.stop, self.stop_strings).ending(value)

@@ -1,27 +1,27 @@
 r"""`Unmasking`: a masked language model as a distribution over paths, which fill the gaps of a text one by one.
 
-A *canvas* is a text of L tokens, n of which are masks, its *holes* 0..n-1 from left to right.  A *path* fills them in
-some order: step t chooses a hole :math:`i_t` that is still open and a word :math:`w_t` for it.
+A *canvas* is a text of L tokens, n of which are masks: its *holes* 0..n-1, from left to right. A *path* fills them in
+some order: step t chooses an open hole :math:`i_t` and a word :math:`w_t` for it.
 
 .. math:: p(i_1 w_1 \dots i_n w_n)
           = \prod_{t=1}^{n} \pi(i_t \mid x_t) \, p_\theta(w_t \mid x_t, i_t), \qquad x_{t+1} = x_t[i_t \leftarrow w_t]
 
-:math:`x_t` is the canvas as far as it is filled, :math:`p_\theta` the network's softmax over all tokens but the mask,
-:math:`\pi` the *order*.  So the probability of a path is a product of n conditionals, exact and differentiable.  That
-of the text that it writes is a sum over n! paths,
+Here :math:`x_t` is the partly filled canvas, :math:`p_\theta` the network's softmax over all tokens except the mask,
+and :math:`\pi` the *order*. The probability of a path is a product of n conditionals, exact and differentiable. The
+probability of the text that it writes is a sum over n! paths,
 
 .. math:: p(w) = \sum_\sigma \prod_t \pi(\sigma_t \mid x_t) \, p_\theta(w_{\sigma_t} \mid x_t, \sigma_t)
 
-since neural denoisers write a text with another probability in another order.  A program whose latent is the path
-needs no such sum: u = log p - log q of a path is exact, with q another `Unmasking` of the same holes.
+because neural denoisers give a text different probabilities in different orders. A program whose latent is the path
+needs no such sum: u = log p - log q of a path is exact, where q is another `Unmasking` of the same holes.
 
-A path is written as a text of n *symbols*, :math:`i_t V + w_t`, an alphabet of n V of them: hole and word in one token.
-Symbols are numbered by hole and not by position, so that a guide may fill the same holes on another canvas.  What the
-package does with texts token by token, it does with paths step by step: resampling between denoising steps (`SMC`), the
-tree of all paths (`Enumeration`), regrown ends (`MetropolisHastings`).
+A path is written as a text of n *symbols* :math:`i_t V + w_t`, each of which is a hole and a word. There are n V of
+them. Holes are numbered among the holes and not by position, so a guide may fill the same holes of another canvas.
+Whatever inference does with texts token by token, it does with paths step by step: `SMC` resamples between denoising
+steps, `Enumeration` searches the tree of all paths, `MetropolisHastings` regrows the ends of paths.
 
-The text's own probability is `subsets`' sum where holes are few; with more it is bounded from both sides, see
-`docs/diffusion.md`.
+The probability of the text itself is the sum of `subsets` if there are few holes; with more it is bounded from both
+sides, see `docs/diffusion.md`.
 
 Sources: Austin et al. 2021, "Structured denoising diffusion models in discrete state-spaces"; Hoogeboom et al. 2022,
 "Autoregressive diffusion models" (random orders); Sahoo et al. 2024, "Simple and effective masked diffusion language
@@ -48,12 +48,12 @@ from .subsets import summed
 from .unmasking_steps import UnmaskingSteps, after
 
 Order = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score of each hole; those that are open get the
-softmax.  ``stay``: the log odds that the network gives to the mask itself, which no word depends on.
+"""``order(log_words (k, n, V), stay (k, n), open (k, n)) -> (k, n)``: a score for each hole; pi is the softmax over the
+open ones. ``stay``: the log-odds that the network gives to the mask itself; words do not depend on it.
 """
 LEFT_TO_RIGHT = "left-to-right"
-MOST_HOLES = 16  # of which all subsets are summed over
-SUMMED = 2**20  # states that are summed over at once
+MOST_HOLES = 16  # with more, the sum over all subsets is refused
+SUMMED = 2**20  # states of that sum that are computed at once
 
 
 def _random(log_words: Tensor, stay: Tensor, open: Tensor) -> Tensor:
@@ -82,25 +82,32 @@ ORDERS: dict[str, Order] = {
 
 
 class Unmasking(SteppedText):
-    r"""The paths by which a masked language model fills the holes of a text; see the module for the mathematics.
+    r"""The paths by which a masked language model fills the masked positions, the *holes*, of a text.
+
+    .. math:: p(i_1 w_1 \dots i_n w_n) = \prod_{t=1}^{n} \pi(i_t \mid x_t) \, p_\theta(w_t \mid x_t, i_t)
+
+    Step t chooses an open hole :math:`i_t` of the n holes and then its word :math:`w_t`; :math:`x_t` is the canvas
+    filled so far. A value is a path: a text of n symbols :math:`i_t V + w_t`. `fill` returns the text that a path
+    writes, `words` the words in the holes, `decode` these as a string; all accept unfinished paths.
 
     :param lm: the masked language model.
-    :param canvas: texts (*batch, L), or strings, whose masks are the holes; all else is given and stays.
-    :param order: how the next hole is chosen among the open ones: "random", evenly; "left-to-right"; "confidence", in
-        proportion to the probability of its likeliest word; "learned", in proportion to the odds that the network gives
-        to a word against the mask, which costs nothing and which an adapter learns as it learns words; or a function,
-        see `Order`.
-    :param allowed: BoolTensor (V,), (n, V) or (*batch, n, V): which words each hole may get; the others' probability is
-        shared among these.
-    :param temperature: of the words, a number or (*batch).
+    :param canvas: texts (*batch, L), or strings, whose masks are the holes; all other tokens stay.
+    :param order: :math:`\pi`, how the next hole is chosen among the open ones. "random": with equal probabilities.
+        "left-to-right": the first. "confidence": in proportion to the probability of its most probable word. "learned":
+        in proportion to the odds that the network gives to a word against the mask; this costs nothing, and an adapter
+        learns it as it learns words. Or a function, see `Order`.
+    :param allowed: BoolTensor (V,), (n, V) or (*batch, n, V): the words that each hole may get; their probabilities are
+        renormalised. None: every word.
+    :param temperature: divides the logits of words; a positive number, or a tensor (*batch).
+    :raises ValueError: naming the argument, e.g. for a canvas without a mask, or a hole for which no word is allowed.
 
-    Shapes: ``event_shape = (n,)`` for the most holes that any canvas has; those of fewer have shorter paths, padded.
-    ``max_tokens`` (*batch) says how many.  `fill` writes a path's text, `words` what stands in the holes, `decode` that
-    as a string; unfinished paths too.
+    Shapes: ``batch_shape`` is ``canvas.shape[:-1]``, broadcast with tensor parameters; ``event_shape = (n,)``, where n
+    is the largest number of holes of any canvas. Canvases with fewer holes have shorter paths, padded; ``max_tokens``
+    (*batch) is the number of holes of each.
 
-    `log_prob` of R paths reads R n texts, equal ones once; its gradient reaches ``lm``'s trainable parameters.
+    `log_prob` of R paths reads R n texts, equal ones once. Its gradient reaches ``lm``'s trainable parameters.
 
-    :raises ValueError: naming the argument: a canvas without a mask, a hole for which no word is allowed.
+    Sources: Austin et al. 2021 (arXiv 2107.03006); Hoogeboom et al. 2022 (random orders); Sahoo et al. 2024.
 
     Example::
 
@@ -128,7 +135,7 @@ class Unmasking(SteppedText):
         self.holes_each = (self.prompt == lm.mask_id).sum(-1)
         holes = int(self.holes_each.max()) if self.holes_each.numel() else 0
         if not holes:
-            raise ValueError("canvas: none of its tokens is the mask; join texts with lm.gap(tokens)")
+            raise ValueError("canvas: it has no mask token; join texts with lm.gap(tokens)")
         self.allowed = self._checked(allowed, holes)
         self.temperature = torch.as_tensor(temperature, device=lm.device)
         if not bool((self.temperature > 0).all()):
@@ -137,7 +144,10 @@ class Unmasking(SteppedText):
         self._set(torch.Size([holes]))
 
     def _checked(self, allowed: Tensor | None, holes: int) -> Tensor:
-        """Which words each hole may get, BoolTensor (*batch or none, n or 1, V): never the mask."""
+        """Returns which words each hole may get, BoolTensor (*batch or none, n or 1, V).
+
+        The mask is never one of them.
+        """
         V = self.lm.vocab_size
         words = torch.arange(V, device=self.lm.device) != self.lm.mask_id
         if allowed is None:
@@ -148,15 +158,15 @@ class Unmasking(SteppedText):
             raise ValueError(f"allowed: expected a BoolTensor (V,) or (..., {holes}, V), V = {V}; got {what}")
         allowed = (allowed[None] if allowed.dim() == 1 else allowed).to(words.device) & words
         if not bool(allowed.any(-1).all()):
-            raise ValueError("allowed: some hole may get no word")
+            raise ValueError("allowed: it allows no word for some hole")
         return allowed
 
     def _set(self, event_shape: torch.Size) -> None:
-        """Number the elements of the batch by what makes them differ: ``kind`` (element,), of K kinds."""
+        """Numbers the elements of the batch by what makes them differ: ``kind`` (element,), K kinds in all."""
         shapes = [self.temperature.shape, self._epsilon.shape, self.allowed.shape[:-2]]
         batch = broadcast_shapes(self.prompt.shape[:-1], *shapes)
         rows = self.prompt.expand(*batch, -1).reshape(batch.numel(), -1)
-        self._ruled = any(shape.numel() > 1 for shape in shapes)  # rules are each element's own
+        self._ruled = any(shape.numel() > 1 for shape in shapes)  # whether elements have different rules
         if self._ruled:
             self.canvases, self.kind = rows, torch.arange(len(rows), device=rows.device)
         else:
@@ -171,26 +181,46 @@ class Unmasking(SteppedText):
 
     @property
     def vocab_size(self) -> int:
-        """How many symbols there are."""
+        """The number n V of symbols."""
         return self.event_shape[0] * self.lm.vocab_size
 
     def symbols(self, holes: Tensor, words: Tensor) -> Tensor:
-        """Paths (..., n) of holes in the order in which they are filled and their words, PAD in both at the end.
+        """Returns paths as symbols, from the holes in the order in which they are filled, and their words.
+
+        :param holes: LongTensor (..., n), numbers from 0 to n - 1; PAD at the end of an unfinished path.
+        :param words: LongTensor (..., n), token ids; PAD likewise.
+        :returns: LongTensor (..., n).
 
         >>> path = d.symbols(torch.arange(6), words)  # from left to right
+        >>> bool((d.words(path) == words).all())
+        True
         """
         holes, words = torch.broadcast_tensors(holes, words)
         return torch.where((holes == PAD) | (words == PAD), PAD, holes * self.lm.vocab_size + words)
 
     def words(self, path: Tensor) -> Tensor:
-        """What stands in each hole, (..., n); PAD where it is open."""
+        """Returns the word in each hole, in the order of the holes.
+
+        :param path: paths (..., n), which may be unfinished.
+        :returns: LongTensor (..., n); PAD in an open hole.
+
+        >>> d.words(path).shape
+        torch.Size([6])
+        """
         n, V = self.event_shape[0], self.lm.vocab_size
         out = path.new_full((*path.shape[:-1], n + 1), PAD)
         at = torch.where(path == PAD, n, path.clamp(min=0) // V)
         return out.scatter(-1, at, torch.where(path == PAD, PAD, path.clamp(min=0) % V))[..., :n]
 
     def fill(self, path: Tensor) -> Tensor:
-        """The canvas as a path has filled it, (..., L); masks where it is open."""
+        """Returns the canvas, filled as far as the path goes.
+
+        :param path: paths (..., n), which may be unfinished.
+        :returns: texts (..., *batch_shape, L); masks in open holes.
+
+        >>> d.lm.decode(d.fill(path)).startswith("Tom went to the attic.")
+        True
+        """
         words = self.words(path)
         batch = broadcast_shapes(words.shape[:-1], self.batch_shape)
         canvas = self.prompt.expand(*batch, -1)
@@ -199,18 +229,42 @@ class Unmasking(SteppedText):
         return torch.where((canvas == self.lm.mask_id) & (own != PAD), own, canvas)
 
     def decode(self, value: Tensor) -> Any:
-        """What paths (..., n) write into the holes, one after another: strings, nested lists of the leading axes."""
+        """Returns the words that paths write into the holes as strings, from the first hole to the last.
+
+        :param value: paths (..., n), which may be unfinished.
+        :returns: a string, or nested lists of strings with the shape of the leading axes.
+
+        >>> isinstance(d.decode(path), str)
+        True
+        """
         return self.lm.decode(text.cat(self.words(value)))
 
     def placeholder(self) -> Tensor:
-        """Some path of the right shape (*batch, n): from left to right, the first word that is allowed."""
+        """Returns some path of the right shape without running the network.
+
+        It fills the holes from left to right with the first allowed words.
+
+        :returns: LongTensor (*batch_shape, n).
+
+        >>> d.placeholder().shape
+        torch.Size([6])
+        """
         first = self.allowed.int().argmax(-1).expand(*self.batch_shape, self.event_shape[0])
         hole = torch.arange(self.event_shape[0], device=first.device)
         return self.symbols(torch.where(hole < self.max_tokens[..., None], hole, PAD), first)
 
     def broadened(self, temperature: float | Tensor = 1.0, epsilon: float | Tensor = 0.0) -> Unmasking:
-        """The same distribution with every word's temperature multiplied by ``temperature`` and then, with probability
-        ``epsilon``, each word drawn evenly from those allowed; both broadcast.
+        r"""Returns a flatter distribution of words, for exploration: a higher temperature, mixed with an even draw.
+
+        .. math:: p'(w) = (1 - \epsilon) \, \mathrm{softmax}(logits / (T' T))_w + \epsilon / \#\text{allowed}
+
+        for every allowed word w, with T this distribution's temperature.
+
+        :param temperature: T', a number or a tensor that broadcasts to the batch.
+        :param epsilon: the probability with which each word is drawn evenly from those allowed, likewise.
+        :returns: an `Unmasking`.
+
+        >>> path = d.broadened(temperature=1.5, epsilon=0.01).sample()
         """
         new = self._get_checked_instance(Unmasking)
         new.__dict__.update(self.__dict__)
@@ -222,9 +276,16 @@ class Unmasking(SteppedText):
     # -- its law -----------------------------------------------------------------------------------------------------
 
     def law(self, states: Tensor, kind: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """log pi(i | x) (k, n), -inf for a hole that is filled, and log p(w | x, i) (k, n, V), of k states (k, L).
+        r"""Returns the distributions of the next hole and of its word, for k states of canvases.
 
-        ``kind`` (k,), ``logits`` (k, L, V).  Of a state without an open hole the former is unspecified.
+        .. math:: \log \pi(i \mid x), \qquad \log p_\theta(w \mid x, i)
+
+        :param states: LongTensor (k, L), canvases filled so far.
+        :param kind: LongTensor (k,), the kind of each canvas, in the numbering of this distribution.
+        :param logits: (k, L, V), the network's logits for the states.
+        :returns: log pi (k, n), -inf for a filled hole and unspecified in a state without an open hole; log p of words
+            (k, n, V).
+        :raises ValueError: if logits are NaN, or ``order`` gives no open hole a finite score.
         """
         at = self.holes[kind]  # (k, n)
         own = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))  # (k, n, V)
@@ -247,7 +308,7 @@ class Unmasking(SteppedText):
         return scores.masked_fill(stuck, 0.0).log_softmax(1), log_words
 
     def _rules(self, kind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """allowed (k or 1, n or 1, V), temperature and epsilon (k or 1, 1, 1) of each kind."""
+        """Returns allowed (k or 1, n or 1, V), temperature and epsilon (k or 1, 1, 1) of each kind."""
         if not self._ruled:
             return self.allowed.reshape(1, *self.allowed.shape[-2:]), self.temperature.view(1), self._epsilon.view(1)
         allowed = self.allowed.expand(*self.batch_shape, *self.allowed.shape[-2:]).flatten(0, -3)[kind]
@@ -256,14 +317,31 @@ class Unmasking(SteppedText):
         return allowed, temperature, epsilon
 
     def _kinds(self, shape: torch.Size) -> Tensor:
-        """The kind of each row of the flattened ``shape``, with which the batch broadcasts."""
+        """Returns the kind of each row of the flattened ``shape``, with which the batch broadcasts."""
         return self.kind.view(self.batch_shape).expand(shape).reshape(-1)
 
     def token_steps(self, shape: torch.Size | None = None, share: Any = None) -> UnmaskingSteps:
+        """Returns unfinished paths that grow step by step; see `protocols.Steps`.
+
+        :param shape: the shape of the paths, with which the batch broadcasts; None: the batch.
+        :param share: ignored.
+        :returns: `lmppl.distributions.unmasking_steps.UnmaskingSteps`.
+
+        >>> steps = d.token_steps()
+        >>> symbol, log_p = steps.draw(torch.rand(1))  # the first hole and its word
+        """
         return UnmaskingSteps(self, self._kinds(self.batch_shape if shape is None else torch.Size(shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p of paths, (..., n) -> (...): -inf for one that fills a hole twice, or not all of them."""
+        """Returns log p of paths, with gradient.
+
+        :param value: paths (..., n); leading axes broadcast with the batch.
+        :returns: log-probabilities (..., *batch_shape); -inf for a path that fills a hole twice, or not all holes.
+        :raises ValueError: for a malformed path.
+
+        >>> d.log_prob(path).shape
+        torch.Size([])
+        """
         text.validate(value, "value", self.vocab_size)
         (n,), V = self.event_shape, self.lm.vocab_size
         shape = broadcast_shapes(value.shape[:-1], self.batch_shape)
@@ -291,7 +369,7 @@ class Unmasking(SteppedText):
         return each.new_full((len(path),), -torch.inf).index_copy(0, row, total).view(shape)
 
     def _states(self, path: Tensor, kind: Tensor) -> Tensor:
-        """The texts (R, n, L) before each step of paths (R, n)."""
+        """Returns the texts (R, n, L) before each step of paths (R, n)."""
         state, found = self.canvases[kind], []
         for symbol in path.unbind(1):
             found.append(state)
@@ -299,12 +377,16 @@ class Unmasking(SteppedText):
         return torch.stack(found, 1)
 
     def text_log_prob(self, words: Tensor) -> Tensor:
-        r"""log p of the text itself, whatever path wrote it: words (..., n) of the holes -> (...), with gradient.
+        r"""Returns log p of the text itself, summed over all paths that write it, with gradient.
 
-        The sum over all orders, by the :math:`2^n` subsets of holes, each of which is a text to read: `subsets`.  From
-        left to right there is one path.
+        .. math:: p(w) = \sum_\sigma \prod_t \pi(\sigma_t \mid x_t) \, p_\theta(w_{\sigma_t} \mid x_t, \sigma_t)
 
-        :raises ValueError: for more than 16 holes in other orders; `lmppl.inference.Sandwich` bounds it there.
+        The sum takes :math:`2^n` texts to read, one for each subset of the n holes (`subsets`). From left to right
+        there is one path only.
+
+        :param words: LongTensor (..., n), the words in the holes.
+        :returns: log-probabilities (..., *batch_shape).
+        :raises ValueError: for more than 16 holes in other orders; `lmppl.inference.Sandwich` gives bounds there.
 
         >>> bool(d.text_log_prob(d.words(path)) > d.log_prob(path))
         True
@@ -313,7 +395,7 @@ class Unmasking(SteppedText):
         text.validate(words, "words", self.lm.vocab_size)
         only = self.order == LEFT_TO_RIGHT
         if n > MOST_HOLES and not only:
-            raise ValueError(f"words: {n} holes have 2^{n} subsets; up to {MOST_HOLES} are summed over, else bound it")
+            raise ValueError(f"words: {n} holes, at most {MOST_HOLES} are summed over; use lmppl.inference.Sandwich")
         shape = broadcast_shapes(text_shape, self.batch_shape)
         too_long = (words[..., n:] != PAD).any(-1).expand(shape).flatten()
         words = text.pad(words[..., :n], n).expand(*shape, n).reshape(-1, n)

@@ -1,4 +1,4 @@
-"""`UnmaskingSteps`: the paths of an `Unmasking`, a step at a time."""
+"""`UnmaskingSteps`: the paths of an `Unmasking`, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class UnmaskingSteps:
-    """Unfinished paths, a row each: `protocols.Steps`, one pass of the network a step, equal states read once."""
+    """Unfinished paths, one in each row: `protocols.Steps`.
+
+    A step is one pass of the network; equal states are read once.
+    """
 
     def __init__(self, fn: Unmasking, kind: Tensor):
         self.fn, self.kind = fn, kind
@@ -27,7 +30,10 @@ class UnmaskingSteps:
 
     @torch.no_grad()
     def _law(self) -> tuple[Tensor, Tensor]:
-        """log p of every next symbol after each of K different states, (K, n, V), and which of them each row has."""
+        """Returns log p of every next symbol after each of K distinct states, (K, n, V).
+
+        Also returns the number of each row's state, (R,).
+        """
         if self._next is None:
             live = (~self.ended).nonzero()[:, 0]
             states, which = distinct_rows(torch.cat([self.state, self.kind[:, None]], 1)[live])
@@ -41,7 +47,7 @@ class UnmaskingSteps:
         return self._next
 
     def log_probs(self) -> Tensor:
-        """Of every next symbol, (R, n V); unspecified in rows that have ended."""
+        """Returns log p of every next symbol, (R, n V); unspecified in rows that have ended."""
         log_p, which = self._law()
         return log_p.flatten(1)[which]
 
@@ -74,14 +80,14 @@ class UnmaskingSteps:
 
 
 def after(d: Unmasking, state: Tensor, kind: Tensor, symbol: Tensor) -> Tensor:
-    """The texts (R, L) after a step more; PAD changes nothing."""
+    """Returns the texts (R, L) after one more step; PAD changes nothing."""
     at = d.holes[kind, symbol.clamp(min=0) // d.lm.vocab_size][:, None]
     word = torch.where(symbol == PAD, state.gather(1, at)[:, 0], symbol % d.lm.vocab_size)
     return state.scatter(1, at, word[:, None])
 
 
 def _inverted(p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF draws (R,) from weights (R, M), and what is left of each uniform number, itself uniform."""
+    """Returns inverse-CDF draws (R,) from weights (R, M), and the rest of each uniform number, again uniform."""
     cdf = p.cumsum(1)
     at = uniform.clamp(max=1 - 2**-23)[:, None] * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, at, right=True).clamp(max=p.shape[1] - 1)

@@ -1,1 +1,1 @@
-"""How language models run: cached decoding and scoring with shared prefixes computed once."""
+"""Runs language models: cached decoding, and scoring in which shared prefixes are computed once."""

@@ -1,4 +1,4 @@
-"""Computing again in the backward pass what would take too much memory to keep."""
+"""Computes again in the backward pass what would take too much memory to keep."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ T = TypeVar("T")
 
 
 def again(compute: Callable[..., T], *args: Any) -> T:
-    """``compute(*args)``, of which the backward pass finds nothing but the arguments."""
+    """Returns ``compute(*args)``, for which the backward pass keeps only the arguments and computes the rest again."""
     result: T = checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
     return result
 
 
 def refuse_second_derivative() -> None:
-    """RuntimeError in a backward pass of which there is to be a graph.
+    """Raises RuntimeError in a backward pass that is to build a graph itself.
 
-    (torch's ``once_differentiable`` says nothing where the gradient that comes in is a constant.)
+    (torch's ``once_differentiable`` does not raise if the incoming gradient is a constant.)
     """
     if torch.is_grad_enabled():
-        raise RuntimeError("log-probabilities of language models have no second derivative: create_graph=True")
+        raise RuntimeError(
+            "log-probabilities of language models have no second derivative; do not pass create_graph=True"
+        )
 
 
 def kept_tokens(lm: LanguageModel) -> int:
-    """Of how many tokens the activations are kept for the backward pass: the token budget, or less in a processor's
-    memory, where those of a token take much.
+    """Returns for how many tokens activations are kept for the backward pass.
+
+    It is the token budget, or less on a processor if the activations of a token take much memory.
     """
     if lm.device.type != "cpu" or is_sharded(lm):
         return lm.token_budget
@@ -43,7 +46,7 @@ def kept_tokens(lm: LanguageModel) -> int:
 
 
 def activations(lm: LanguageModel) -> int:
-    """How many floats the backward pass of this view keeps of a token below the output layer: looked up in one pass."""
+    """Returns how many floats the backward pass keeps for each token below the output layer; measured in one pass."""
     with lm.network.lock:
         lm.network.follow()
         known: Any = lm.network.kept.setdefault("activations", {})
@@ -59,7 +62,7 @@ def _activations(lm: LanguageModel) -> int:
     found: dict[int, Tensor] = {}
 
     def note(x: Tensor) -> None:
-        """Keep it here and not in the graph: an operation that held its own output would never be freed."""
+        """Stores it here and not in the graph: an operation that held its own output would never be freed."""
         address = x.untyped_storage().data_ptr()
         if address not in weights:
             found[address] = x.detach()
@@ -71,13 +74,13 @@ def _activations(lm: LanguageModel) -> int:
 
 
 def read_again(lm: LanguageModel, read: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """``again(read)`` for what the network makes of tokens, a function of this view's parameters alone, and an index.
+    """Returns ``again(read)`` for a ``read`` that depends on this view's parameters only.
 
-    No graph is built at first: its nodes, small and many among activations that come and go, would have a processor's
-    memory in pieces that are too small for the next ones.
+    ``read`` returns hidden states and an index. The first pass builds no graph: its many small nodes, allocated between
+    activations, would fragment a processor's memory.
     """
     parameters = lm.trainable_parameters()
-    # Autograd knows sharded weights by what is gathered of them; a hook wants the whole gradient, not a part's.
+    # For autograd, sharded weights are the gathered copies; and a hook expects the whole gradient, not one part's.
     special = is_sharded(lm) or any(p._backward_hooks for p in parameters)
     if special or torch.is_autocast_enabled(lm.device.type):
         return again(read)
@@ -98,6 +101,6 @@ class _ReadAgain(torch.autograd.Function):
         refuse_second_derivative()
         with torch.enable_grad():
             states, _ = ctx.read()
-        if not states.requires_grad:  # the output layer alone has parameters
+        if not states.requires_grad:  # only the output layer has parameters
             return None, *(None for _ in ctx.parameters)
         return None, *torch.autograd.grad(states, ctx.parameters, grad, allow_unused=True)

@@ -1,7 +1,7 @@
-"""Methods that ask a network on their way, written so that several of them can be asked together.
+"""Methods that need scores from a network, written so that several such methods can be scored together.
 
-Such a method is a generator: it yields a `Request` and is sent its answer.  Called by its name it is a method like any
-other, which returns what the generator returns; `asking` takes it up where others are asked at the same time.
+Such a method is a generator: it yields a `Request` and receives the scores. Called normally, it behaves like any other
+method and returns what the generator returns. `asking` includes it in a joint computation.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ S = TypeVar("S")
 T = TypeVar("T")
 P = ParamSpec("P")
 Asking = Generator[Request, Tensor, T]
-"""What yields requests, is sent their answers, and returns a T."""
+"""A generator that yields requests, receives their scores, and returns a T."""
 _made: dict[Callable[..., Any], Callable[..., Asking[Any]]] = {}
 
 
 def asks(method: Callable[Concatenate[S, P], Asking[T]]) -> Callable[Concatenate[S, P], T]:
-    """The method that asks alone; one that overrides or wraps it is asked for itself, whatever that one does."""
+    """Makes a normal method of a generator method; it scores its requests alone.
+
+    If a subclass overrides it, or a wrapper replaces it, the override is called, whatever it does.
+    """
 
     @wraps(method)
     def alone(self: S, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -34,12 +37,12 @@ def asks(method: Callable[Concatenate[S, P], Asking[T]]) -> Callable[Concatenate
 
 
 def asks_others(method: Any) -> bool:
-    """Whether a bound method is one that `asks` made, and no other around it."""
+    """Returns whether a bound method was made by `asks` and is not wrapped by anything else."""
     return getattr(method, "__func__", None) in _made
 
 
 def asking(method: Callable[..., T], *args: Any, **kwargs: Any) -> Asking[T]:
-    """A call of a bound method, which asks nothing of anybody if it is none of those that `asks` made."""
+    """Calls a bound method inside a joint computation; a method not made by `asks` is called normally."""
     if not asks_others(method):
         return method(*args, **kwargs)
     bound: Any = method
@@ -48,7 +51,7 @@ def asking(method: Callable[..., T], *args: Any, **kwargs: Any) -> Asking[T]:
 
 
 def together(calls: Sequence[Asking[T]]) -> list[T]:
-    """What each of several calls returns; what they ask one view at a time is scored together."""
+    """Returns the result of each of several calls; requests to the same view are scored together."""
     results: dict[int, T] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(calls)))
     while answers:

@@ -1,4 +1,4 @@
-"""How much of a pass goes through the network at once."""
+"""How much goes through the network at once."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from .tuning import TUNING
 
 
 def chunk_rows(lm: View, tokens_per_row: int) -> int:
-    """How many rows of ``tokens_per_row`` tokens fit the token budget."""
+    """Returns how many rows of ``tokens_per_row`` tokens fit the token budget."""
     budget = min(lm.token_budget, TUNING.logit_budget // lm.vocab_size)
     return max(1, budget // max(1, tokens_per_row))
 
 
 def fitting(lm: View, floats: int, most: int) -> int:
-    """How many tokens, of ``most``, to compute at once where each makes ``floats`` numbers at the widest place.
+    """Returns how many tokens to compute at once, at most ``most``.
 
-    On a processor as many as its caches hold: sums and activation functions of more would wait for memory.
+    ``floats`` is how many numbers each token makes at the widest layer. On a processor the result is what fits its
+    caches; with more, sums and activation functions would wait for memory.
     """
     if lm.device.type != "cpu" or is_sharded(lm):  # processes that share weights must make the same passes
         return most
@@ -23,11 +24,11 @@ def fitting(lm: View, floats: int, most: int) -> int:
 
 
 def drawn_from(lm: View) -> int:
-    """How many rows of logits to draw tokens from at once: on a processor as many as stay in its caches meanwhile."""
+    """Returns how many rows of logits to draw tokens from at once; on a processor, as many as fit its caches."""
     floats = TUNING.looked_at if lm.device.type == "cpu" else TUNING.logits_at_once
     return max(1, floats // lm.vocab_size)
 
 
 def is_sharded(lm: View) -> bool:
-    """Whether the weights are spread over processes, so that every pass is a collective that all must enter."""
+    """Returns whether the weights are sharded over processes; then every process must take part in every pass."""
     return lm.network.sharded

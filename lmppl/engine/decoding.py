@@ -1,4 +1,4 @@
-"""Decoding: a KV cache that steps many rows together, with each distinct prompt prefilled once and rows reordered."""
+"""Decoding with a KV cache: many rows advance together, each distinct prompt is read once, rows can be reordered."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from .tuning import TUNING
 class Decoder:
     """The state of R sequences that grow token by token.
 
-    ``contexts`` (U, Lc) are the distinct prompts and ``index`` (R,) says which one each row continues.  ``logits``
-    (R, V) predict each row's next token; `step` appends a token to every row; `select` reorders, repeats or drops rows
-    (SMC resampling).  ``whole``: the contexts are what the network reads, with a bos where there is to be one.
+    ``contexts`` (U, Lc) are the distinct prompts, and ``index`` (R,) is the number of each row's prompt. ``logits`` (R,
+    V) predict each row's next token. `step` appends a token to every row; `select` reorders, repeats or drops rows (as
+    SMC resampling does). ``whole``: the contexts already have a bos if they need one.
     """
 
     @torch.no_grad()
@@ -38,23 +38,23 @@ class Decoder:
         contexts = contexts if whole else with_bos(lm, contexts)
         length = text.length(contexts)  # (U,)
         width = int(length.max())
-        # Padded on the left, so that a window that counts columns back from a token counts text alone.
+        # Padded on the left: an attention window counts columns back from a token, and so counts only text.
         position = torch.arange(width, device=length.device) - (width - length)[:, None]  # (U, width)
         ids = contexts.gather(1, position.clamp(min=0))
         padded = bool((length < width).any())
         mask = (position >= 0).long() if padded else None
         places = {"attention_mask": mask, "position_ids": position.clamp(min=0)} if padded else {}
         count = int(length.sum())
-        if (past := recalled(lm, contexts, length - 1, exactly=True)) is not None:  # all but each last token
+        if (past := recalled(lm, contexts, length - 1, exactly=True)) is not None:  # all tokens except the last
             ids, count = ids[:, -1:], len(ids)
             places |= {"past_key_values": past.cache, "position_ids": position[:, -1:]}
         out = lm.forward(ids.clamp(min=0), tokens=count, use_cache=True, logits_to_keep=1, **places)
-        # A network without any attention names its cache otherwise, and wants no mask once the padding is read.
+        # A network without attention has another name for its cache, and needs no mask after the padding is read.
         attends = hasattr(out, "past_key_values")
         self._cache_name = "past_key_values" if attends else "cache_params"
         self.cache = out[self._cache_name]
         self.logits = precise(out.logits[:, -1])[index]  # (R, V)
-        self.position = length[index]  # (R,): where each row's next token goes
+        self.position = length[index]  # (R,): the position of each row's next token
         self.prompts: SharedPrompts | None = None
         self.mask = None
         self._steps, self._merged = 0, Weights()
@@ -70,7 +70,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
-        """Append ``tokens`` (R,) or (R, T); ``alive`` of them still matter, for the count of tokens scored."""
+        """Appends ``tokens`` (R,) or (R, T); ``alive`` is the number of them to count as tokens scored."""
         tokens = tokens.reshape(len(tokens), -1)
         count = tokens.numel() if alive is None else alive
         at_once = tokens.shape[1] == 1 or verified(self.lm, "several_at_once", _several_at_once)
@@ -85,7 +85,7 @@ class Decoder:
             self._merged = merged(self.lm)
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), T)], 1)
-        # A row that has ended goes on with its neighbours, but never past the positions that the network knows.
+        # A row that has ended advances with the others, but never beyond the network's positions.
         position = self.position[:, None] + torch.arange(T, device=tokens.device)
         if self.lm.max_length is not None:
             position = position.clamp(max=self.lm.max_length - 1)
@@ -110,7 +110,7 @@ class Decoder:
 
     @torch.no_grad()
     def select(self, index: Tensor) -> None:
-        """Row r becomes row ``index[r]``."""
+        """Replaces row r by row ``index[r]``."""
         if _identity(index, len(self.position)):
             return
         self.cache.reorder_cache(index)
@@ -125,7 +125,7 @@ def _identity(index: Tensor, n: int) -> bool:
 
 
 def _several_at_once(lm: LanguageModel) -> bool:
-    """Whether two tokens in one pass are two passes: some recurrences read more than one from the start only."""
+    """Returns whether two tokens in one pass give the same as two passes; some recurrent networks need single steps."""
     ids = torch.randint(lm.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0)).to(lm.device)
     together, apart = (Decoder(lm, ids[:, :3], torch.arange(2, device=lm.device)) for _ in range(2))
     together._read(ids[:, 3:], 0)
@@ -135,13 +135,13 @@ def _several_at_once(lm: LanguageModel) -> bool:
 
 
 def rows_at_once(lm: LanguageModel, prompts: Tensor, tokens: int) -> int:
-    """How many rows that continue ``prompts`` (U, A) by ``tokens`` tokens fit the token budget."""
+    """Returns how many rows that continue ``prompts`` (U, A) by ``tokens`` tokens fit the token budget."""
     fewest = chunk_rows(lm, prompts.shape[1] + tokens)
     return max(fewest, chunk_rows(lm, tokens) - prompts.numel() // tokens) if shares_prompts(lm) else fewest
 
 
 def shares_prompts(lm: LanguageModel) -> bool:
-    """Whether attention to one copy of a prompt gives this network's own logits."""
+    """Returns whether attention to a single copy of a prompt gives this network's own logits."""
     return supports_trees(lm) and verified(lm, "shared_prompts", _shared)
 
 

@@ -1,4 +1,4 @@
-"""Masked language models asked about many unfinished texts: equal ones are read once, and no pass is too large."""
+"""Masked language models: scores many unfinished texts, equal ones once, in passes of limited size."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .tuning import TUNING
 
 
 def read(lm: MaskedLanguageModel, states: Tensor) -> Tensor:
-    """Logits (R, L, V) of what stands at each position of texts (R, L), in one pass; unspecified at padding.
+    """Returns logits (R, L, V) at each position of texts (R, L), from one pass; unspecified at padding.
 
-    :raises ValueError: where the model's context does not hold a text.
+    :raises ValueError: if a text is longer than the model's context.
     """
     before, after = lm.frame
     framed = text.cat(before, states, after) if len(before) or len(after) else states
@@ -27,7 +27,7 @@ def read(lm: MaskedLanguageModel, states: Tensor) -> Tensor:
         raise ValueError(f"canvas: {framed.shape[1]} tokens, but this model's context holds {lm.max_length}")
     pad = lm.tokenizer.pad_token_id
     ids = framed.masked_fill(~there, 0 if pad is None else pad)
-    # Without a mask padding would be read; with one where there is none, a slower attention.
+    # Padding needs a mask. Without padding there is none, because attention with a mask is slower.
     mask = {} if bool(there.all()) else {"attention_mask": there.long()}
     logits: Tensor = lm.forward(ids, tokens=int(there.sum()), **mask).logits
     logits = logits[:, len(before) : len(before) + states.shape[1]]
@@ -35,7 +35,7 @@ def read(lm: MaskedLanguageModel, states: Tensor) -> Tensor:
 
 
 def rows_at_once(lm: MaskedLanguageModel, width: int) -> int:
-    """How many texts of so many tokens are read together."""
+    """Returns how many texts of this width to read together."""
     most = min(lm.token_budget, TUNING.logits_at_once // lm.vocab_size)
     return max(1, fitting(lm, lm.vocab_size, most) // max(1, width))
 
@@ -46,12 +46,12 @@ def ask(
     kind: Tensor,
     compute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """What ``compute`` makes of each of R texts and the logits there, (R, ...); each different text is read once.
+    """Returns ``compute`` of each of R texts and its logits, (R, ...); each distinct text is read once.
 
-    ``states`` (R, L); ``kind`` (R,) tells apart texts that are not alike although their tokens are.
-    ``compute(states (k, L), kind (k,), logits (k, L, V), which (r,), rows (r,)) -> (r, ...)``: rows among the R, each
-    of which is the text ``which`` among the k.  With gradient, what exceeds the token budget is read again in the
-    backward pass.
+    ``states`` (R, L) are the texts; ``kind`` (R,) distinguishes texts with equal tokens that are treated differently.
+    ``compute(states (k, L), kind (k,), logits (k, L, V), which (r,), rows (r,)) -> (r, ...)`` is called with k distinct
+    texts and r of the R rows; row ``rows[i]`` is the text ``which[i]`` of the k. With gradient, what exceeds the token
+    budget is read again in the backward pass.
     """
     distinct, index = distinct_rows(torch.cat([states, kind[:, None]], 1))
     order = index.argsort(stable=True)

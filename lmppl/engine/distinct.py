@@ -1,4 +1,4 @@
-"""A batch laid out so that each of its different rows is there once."""
+"""Layouts of a batch in which each distinct row appears once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .. import text
 
 
 def grids(batches: list[Tensor], length: Tensor, cost: Callable[[Tensor], int]) -> list[Tensor]:
-    """Grids (P, N, B) in which each row of several batches is there once.
+    """Returns grids (P, N, B) in which each row of several batches appears once.
 
-    ``batches`` (*batch): the rows to read, -1 where there is none; ``length`` (R,): the tokens of each.  A batch has a
-    grid of its own, unless one for several of them has a lower ``cost``.
+    ``batches`` (*batch) are the numbers of the rows to read, -1 for none; ``length`` (R,) is the number of tokens of
+    each row. Each batch gets a grid of its own, unless a common grid of several batches has a lower ``cost``.
     """
     batches = [batch for batch in batches if bool((batch >= 0).any())]
     if len(batches) == 1:
@@ -36,13 +36,19 @@ def grids(batches: list[Tensor], length: Tensor, cost: Callable[[Tensor], int]) 
 
 
 def axes(batch: Tensor) -> Tensor:
-    """A batch as (P, N, B): axis 0 (prefixes, or particles) shares most, then axis 1; the rest are observations."""
+    """Returns a batch as (P, N, B).
+
+    Rows along axis 0 (prefixes or particles) share most tokens, then those along axis 1; the rest are observations.
+    """
     P, N = (*batch.shape, 1, 1)[:2]
     return batch.reshape(P, N, -1)
 
 
 def beside(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Batches side by side, along an axis of their own and along their first one; -1 where one has no row."""
+    """Returns batches combined in two ways: stacked along a new axis, and concatenated along their first axis.
+
+    -1 where there is no row.
+    """
     dims = max(1, *(batch.dim() for batch in batches))
     batches = [batch.reshape(*[1] * (dims - batch.dim()), *batch.shape) for batch in batches]
     sizes = [max(n) for n in zip(*(batch.shape for batch in batches), strict=True)]
@@ -54,10 +60,10 @@ def beside(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def grid(rows: Tensor, length: Tensor) -> Tensor:
-    """The rows of a batch (P, N, B), -1 where there is none to read, closer together: (P', N', B').
+    """Returns the rows of a batch (P, N, B), -1 for none to read, packed more closely: (P', N', B').
 
-    Rows stay beside those of their axes, with which they share most: per b those n come first that have a row to read,
-    per (n, b) the longest of its rows, and every b has one.
+    Rows stay with the rows of their axes, with which they share most tokens. For each b, those n that have a row to
+    read come first; for each (n, b), the longest rows; and every b has a row.
     """
     there = rows >= 0
     if bool(there.all()):
@@ -71,7 +77,10 @@ def grid(rows: Tensor, length: Tensor) -> Tensor:
 
 
 def at(rows: Tensor, grid: Tensor) -> Tensor:
-    """The tokens (P, N, B, W) of a grid's rows; where there is none, those of the longest beside it, or none."""
+    """Returns the tokens (P, N, B, W) of a grid's rows.
+
+    Where there is no row, they are those of the longest row beside it, or none.
+    """
     filled = torch.where(grid >= 0, grid, grid[:1])
     width = int(text.length(rows[grid[grid >= 0]]).max())
     return rows[filled, :width].masked_fill((filled < 0)[..., None], text.PAD)

@@ -1,9 +1,9 @@
-r"""An adapter that decodes: its LoRA merged into the weights, so that a layer is one product again.
+r"""Decoding with an adapter: its LoRA is merged into the weights, so that a layer is a single product again.
 
 .. math:: W' = W + s\, B A
 
-It costs as much as a step of some 16 rows, and every further step is as fast as one of the base network. The network's
-own weights are not touched.
+Merging costs as much as a step of some 16 rows; then every step is as fast as one of the base network. The network's
+own weights do not change.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .tuning import TUNING
 
 
 class Weights(dict[Linear, Tensor]):
-    """The merged weight of each layer."""
+    """The merged weights of layers, by layer."""
 
 
 @torch.no_grad()
 def merged(lm: LanguageModel) -> Weights:
-    """The merged weight (out, in) of each layer that the view's adapter changes by two factors alone.
+    """Returns the merged weight (out, in) of each layer that the view's adapter changes by two factors only.
 
-    Empty for the base network, and where hooks, autocast or sharding are in the way, or there is no room.
+    Empty for the base network, with hooks, autocast or sharding, or if the weights would be too large.
     """
     network = lm.network
     with network.lock:
@@ -42,7 +42,7 @@ def merged(lm: LanguageModel) -> Weights:
         layers = [m for m in adapter.layers if isinstance(m, Linear) and m.mergeable]
         if sum(m.base_layer.weight.numel() for m in layers) > TUNING.merged:
             return Weights()
-        # Memory that was written to before, which is faster, where nobody reads by it any more.
+        # Writing into memory that was used before is faster; it is reused if no other decoder still reads it.
         kept, reader = cast(Any, network.kept.get("merged", ({}, lambda: None)))
         usable = {m: w for m, w in kept.items() if not w.is_inference()} if reader() is None else {}
         weights = Weights({m: m.merge(usable.get(m)) for m in layers})
@@ -51,13 +51,13 @@ def merged(lm: LanguageModel) -> Weights:
 
 
 def _otherwise(network: Network) -> bool:
-    """Whether hooks or autocast have a say in what a layer does."""
+    """Returns whether hooks or autocast affect what a layer computes."""
     return network.autocast is not None or bool(network.strangers())
 
 
 @contextmanager
 def reading(lm: LanguageModel, weights: Weights) -> Iterator[None]:
-    """Let the layers read these weights inside, unless hooks or autocast came in the middle of a text."""
+    """Inside, the layers use these weights, unless hooks or autocast were switched on since."""
     weights = weights if weights and not _otherwise(lm.network) else Weights()
     for layer, weight in weights.items():
         layer.__dict__["whole"] = weight

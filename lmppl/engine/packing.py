@@ -1,4 +1,4 @@
-"""Rows that share tokens, packed into one sequence: what goes through the network once for all of them."""
+"""Packs rows that share tokens into one sequence, so that shared tokens go through the network once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ Run = Callable[..., Tensor]
 
 
 class Tree:
-    """A packing of rows (P, N, B, W): per b a shared root, per (n, b) its longest row as trunk, the rest branches.
+    """A packing of rows (P, N, B, W) into trees.
 
-    Rows without a token are none: of all ``(n, b)`` but the first n there may be no row at all.
+    For each b there is a shared root; for each (n, b) the longest row is the trunk, and the others are branches. A row
+    without tokens is no row. Only the first n of all ``(n, b)`` need to have rows.
     """
 
     def __init__(self, tokens: Tensor):
@@ -34,43 +35,46 @@ class Tree:
         self.common = common.masked_fill(text.length(trunk) == 0, W).amin(0)  # (B,)
         self.root = root = self.common if N > 1 else length.new_zeros(B)  # (B,)
         own = length - self.shared  # (P, N, B)
-        self.order = (own == 0).int().argsort(dim=0, stable=True)  # rows that have tokens of their own first
+        self.order = (own == 0).int().argsort(dim=0, stable=True)  # rows with tokens of their own come first
         self.branches = int((own > 0).sum(0).max())
         self.length = length
         self.A = int(root.max())
         self.S = int((text.length(trunk) - root).max())
-        self.behind: Past | None = None  # the root, where it was read before
+        self.behind: Past | None = None  # the root, if it was read before
         self.L = int(own.max())
 
     @property
     def cost(self) -> int:
-        """How many tokens go through the network, padding included."""
+        """The number of tokens that go through the network, padding included."""
         N, B = self.trunk.shape[:2]
         return B * (self.A + N * (self.S + self.branches * self.L))
 
     @property
     def repeated(self) -> int:
-        """How many of them each part of a split would read again."""
+        """The number of tokens that each part of a split would read again."""
         N, B = self.trunk.shape[:2]
         return 0 if B > 1 else self.A if N > 1 else self.A + self.S
 
     def recall(self, lm: LanguageModel, first: Tensor) -> None:
-        """Take the root from what was read before, short of ``first`` (B,), the first position that is wanted."""
+        """Takes the root from prompts that were read before.
+
+        It ends before ``first`` (B,), the first position whose output is needed.
+        """
         self.behind = recalled(lm, self.trunk[0], torch.minimum(self.common, first))
         if self.behind is not None:
             self.A, self.root = 0, self.behind.length
             self.S = int((text.length(self.trunk) - self.root).max())
 
     def read(self, lm: LanguageModel, tokens: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the packed rows, as plain passes over each row alone."""
+        """Returns what ``run`` returns for the packed rows, and where in it each row's positions are."""
         N, B, W = self.trunk.shape
         P = self.branches
         chosen = self.order[:P]
         behind, A, S, L, root, shared = self.behind, self.A, self.S, self.L, self.root, self.shared
         device = tokens.device
-        branch = shared.gather(0, chosen).permute(2, 1, 0)  # (B, N, P): where each branch leaves its trunk
+        branch = shared.gather(0, chosen).permute(2, 1, 0)  # (B, N, P): the position at which each branch begins
         branches = tokens.gather(0, chosen[..., None].expand(P, N, B, W))
-        # Each level's segments as slices of the rows they were found in, positions counted from the row's start.
+        # The segments of each level are slices of rows; positions are counted from the row's start.
         position = [
             torch.arange(A, device=device).expand(B, A),
             (root[:, None, None] + torch.arange(S, device=device)).expand(B, N, S),
@@ -111,7 +115,7 @@ class Tree:
             within=partial(tree, lm.model, levels),
         )
         n, column = torch.arange(N, device=device)[:, None, None], torch.arange(W, device=device)
-        p = self.order.argsort(0)[..., None]  # (every row, N, B, 1): which branch it is
+        p = self.order.argsort(0)[..., None]  # (every row, N, B, 1): the number of its branch
         c, r = shared[..., None], root[:, None]
         in_trunk = A + n * S + column - r
         in_branch = A + N * S + (n * P + p) * L + column - c
@@ -121,5 +125,5 @@ class Tree:
 
 
 def _common(rows: Tensor, reference: Tensor) -> Tensor:
-    """The number of leading tokens that each row shares with its reference."""
+    """Returns the number of leading tokens that each row shares with its reference."""
     return ((rows == reference) & (rows != text.PAD)).cumprod(-1).sum(-1)

@@ -1,7 +1,7 @@
-"""Prompts that the base network has read: their keys and values, kept for as long as its weights stay as they are.
+"""Prompts that the base network has read: their keys and values, kept until its weights change.
 
-An adapter that is trained moves at every step, so only the base network's prompts are kept: a frozen language model
-reads each of its prompts once, however often it is sampled from and scored after it.
+A frozen language model so reads each of its prompts once, however often it is sampled from and scored after it. An
+adapter in training changes at every step, so only the base network's prompts are kept.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Layers = list[tuple[Tensor, Tensor]]  # keys and values (H, A, D) of each layer
 
 
 class Past(NamedTuple):
-    """What is known of the first tokens of some rows."""
+    """The keys and values of the first tokens of some rows."""
 
     cache: DynamicCache  # of each layer keys and values (B, H, A, D), padded to the longest
     length: Tensor  # (B,): how many tokens of each row
 
 
 class Prompts:
-    """What one network has read; least recently used prompts go first."""
+    """The prompts that one network has read. The least recently used ones are dropped first."""
 
     def __init__(self, lock: Lock) -> None:
         self.capacity = TUNING.prompt_tokens  # 0: nothing is kept
@@ -45,13 +45,16 @@ class Prompts:
         self._state: tuple[object, list[Tensor]] | None = None
 
     def forget(self) -> None:
-        """Drop everything."""
+        """Drops everything."""
         with self._lock:
             self._kept.clear()
 
     @contextmanager
     def aside(self, capacity: int) -> Iterator[None]:
-        """What is read inside, a trial's own texts, is kept up to ``capacity`` and no longer; nothing else is known."""
+        """Inside, an empty store with this capacity is used, e.g. for the texts of a trial.
+
+        It is dropped at the end.
+        """
         with self._lock:
             before = self.capacity, self._kept, self._state
             self.capacity, self._kept, self._state = capacity, OrderedDict(), None
@@ -61,10 +64,10 @@ class Prompts:
                 self.capacity, self._kept, self._state = before
 
     def past(self, lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
-        """Keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W), or a few less unless ``exactly``.
+        """Returns keys and values of the first ``end`` (B,) tokens of ``rows`` (B, W); None if nothing is to be kept.
 
-        What is not known is read, and kept. Padded on the left if ``exactly``, as decoding wants it, else on the right.
-        None where nothing is to be kept.
+        Unless ``exactly``, there may be slightly fewer. What is not in the store is read and stored. The result is
+        padded on the left if ``exactly``, as decoding needs it, else on the right.
         """
         with lm.network.lock, torch.no_grad():
             return self._past(lm, rows, end, exactly)
@@ -98,11 +101,11 @@ class Prompts:
         return Past(cache, length)
 
     def _longest(self, ids: Ids, lengths: list[int], slack: int) -> Ids | None:
-        """The longest beginning of ``ids`` that is kept, if it is at most ``slack`` tokens short."""
+        """Returns the longest stored prefix of ``ids`` that is at most ``slack`` tokens shorter."""
         return next((ids[:n] for n in lengths if len(ids) - n <= slack and ids[:n] in self._kept), None)
 
     def _read(self, lm: LanguageModel, texts: list[Ids]) -> None:
-        """Read and keep these texts, padded on the right of causal attention."""
+        """Reads and stores these texts, padded on the right of causal attention."""
         texts = [*dict.fromkeys(filter(None, texts))]
         if not texts:
             return
@@ -116,9 +119,9 @@ class Prompts:
             self._kept[t] = [tuple(x[row, :, : len(t)].clone() for x in (each.keys, each.values)) for each in layers]
 
     def _current(self, lm: LanguageModel) -> bool:
-        """Whether all that a pass depends on is as it was.
+        """Returns whether everything on which a pass depends is unchanged.
 
-        Of weights and buffers these are the versions that autograd counts, and a number of each.
+        Weights and buffers are compared by autograd's version counters and by one number of each.
         """
         network = lm.network
         network.follow()
@@ -131,7 +134,7 @@ class Prompts:
 
 
 def prompts(network: Network) -> Prompts:
-    """What a network has read."""
+    """Returns the store of a network."""
     with network.lock:
         kept = network.kept.setdefault("prompts", Prompts(network.lock))
     assert isinstance(kept, Prompts)
@@ -139,19 +142,19 @@ def prompts(network: Network) -> Prompts:
 
 
 def recalled(lm: LanguageModel, rows: Tensor, end: Tensor, *, exactly: bool = False) -> Past | None:
-    """`Prompts.past` of the base network without gradient; None for anything else."""
+    """`Prompts.past` for the base network without gradient; None in all other cases."""
     return prompts(lm.network).past(lm, rows, end, exactly=exactly) if _keeps(lm) else None
 
 
 def _keeps(lm: LanguageModel) -> bool:
-    """Whether this is the base network, no gradient is asked for, and its cache is one of plain keys and values.
+    """Returns whether prompts are kept: for the base network, without gradient, with a cache of plain keys and values.
 
-    Under autocast, and with hooks, whose effect may be another at every pass, nothing is kept and nothing recalled.
+    Under autocast and with hooks, whose effect may change from pass to pass, nothing is kept and nothing recalled.
     """
     if lm.has_adapter or torch.is_grad_enabled() or not prompts(lm.network).capacity:
         return False
     if is_sharded(lm):
-        return False  # to look at a weight is a collective, which not all would enter
+        return False  # reading a weight is a collective operation, and not all processes would take part
     with lm.network.lock:
         if lm.network.autocast is not None or lm.network.strangers():
             return False
@@ -175,6 +178,6 @@ def _by_type(tensors: list[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def _widened(x: Tensor, width: int, left: bool) -> Tensor:
-    """(H, A, D) padded to (H, width, D)."""
+    """Returns (H, A, D) padded to (H, width, D)."""
     missing = width - x.shape[1]
     return pad(x, (0, 0, missing, 0) if left else (0, 0, 0, missing))

@@ -1,7 +1,7 @@
-"""How rows of tokens go through a network: packed into one tree (`packing`), or one by one.
+"""How rows of tokens go through a network: packed into one tree (`packing`), or row by row.
 
-Where packing saves little, or a network attends in some other way, rows are padded on the right, which needs no mask
-under causal attention.
+Rows are read one by one if packing saves little or the network's attention does not support trees. They are padded on
+the right, which needs no mask under causal attention.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from .views import by_length
 
 @dataclass(frozen=True)
 class Reading:
-    """How tokens are read, up to ``end``. It is decided once: the backward pass must read them as they were read."""
+    """How tokens are read, up to ``end``.
+
+    It is decided once, because the backward pass must read them in the same way.
+    """
 
     lm: LanguageModel
     end: int
@@ -35,11 +38,14 @@ class Reading:
 
     @property
     def repeated(self) -> int:
-        """How many tokens each part of a split would read again."""
+        """The number of tokens that each part of a split would read again."""
         return 0 if self.tree is None else self.tree.repeated
 
     def read(self, tokens: Tensor, at: Tensor, wanted: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it position ``wanted`` (n,) of each row ``at`` is."""
+        """Returns what ``run`` returns for the tokens, (M, D), and where in it the wanted positions are.
+
+        These are position ``wanted`` (n,) of each row ``at``.
+        """
         tokens, wanted = tokens[..., : self.end], wanted.clamp(max=self.end - 1)
         if self.tree is not None:
             out, index = self.tree.read(self.lm, tokens, run)
@@ -49,11 +55,13 @@ class Reading:
 
 
 def readings(lm: LanguageModel, tokens: Tensor, predicted: Tensor, at: Tensor, earliest: Tensor) -> list[Reading]:
-    """How to read the tokens (P, N, B, W); in two ways where some ends of what predicts are short and others long.
+    """Returns how to read the tokens (P, N, B, W).
 
-    :param predicted: (n,), from how many tokens each token wanted is predicted.
-    :param at: (r,), the rows of the P N B that are asked about.
-    :param earliest: (r,), the first position wanted of each.
+    There are two ways if the texts before some predictions are short and before others long.
+
+    :param predicted: (n,), the number of tokens from which each wanted token is predicted.
+    :param at: (r,), the rows, of P N B, that are needed.
+    :param earliest: (r,), the first position that is needed of each.
     """
     found = []
     for view, _ in by_length(lm, predicted):
@@ -68,27 +76,27 @@ def readings(lm: LanguageModel, tokens: Tensor, predicted: Tensor, at: Tensor, e
 
 
 def packed(lm: LanguageModel, tokens: Tensor, plain: int) -> Tree | None:
-    """The tree of these rows (P, N, B, W), None where ``plain`` reading of so many tokens is better."""
+    """Returns the tree of these rows (P, N, B, W), or None if reading ``plain`` tokens row by row is better."""
     tree = Tree(tokens) if tokens.shape[0] * tokens.shape[1] > 1 else None
     worthwhile = tree is not None and tree.cost <= TUNING.worthwhile * plain and supports_trees(lm)
     return tree if worthwhile else None
 
 
 def fitting_tokens(lm: LanguageModel) -> int:
-    """How many tokens to read at once, for the sake of the feed-forward layers' activations."""
-    width = getattr(lm.model.config.get_text_config(), "hidden_size", lm.vocab_size)  # a table has none
+    """Returns how many tokens to read at once, limited by the activations of the feed-forward layers."""
+    width = getattr(lm.model.config.get_text_config(), "hidden_size", lm.vocab_size)  # `NGram` has no hidden size
     return fitting(lm, 4 * width, lm.token_budget)
 
 
 def read_logits(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
-    """The logits (B, W - first, V) of positions ``first`` to the end."""
+    """Returns the logits (B, W - first, V) of positions ``first`` to the end."""
     keep = torch.arange(first, input_ids.shape[1], device=input_ids.device)
     logits: Tensor = lm.forward(input_ids, logits_to_keep=keep, **kwargs).logits
-    return logits[:, -len(keep) :]  # some networks keep all
+    return logits[:, -len(keep) :]  # some networks ignore logits_to_keep
 
 
 def read_plain(lm: LanguageModel, tokens: Tensor, first: int, run: Run, at_once: int) -> tuple[Tensor, Tensor]:
-    """What ``run`` says of one right-padded row per sequence, identical rows once, about ``at_once`` tokens a pass.
+    """Returns what ``run`` returns for right-padded rows; equal rows are read once, about ``at_once`` tokens in a pass.
 
     The result is (M, D), and where in it the rows' positions from ``first`` on are, (P, N, B, W).
     """
@@ -103,12 +111,15 @@ def read_plain(lm: LanguageModel, tokens: Tensor, first: int, run: Run, at_once:
 
 
 def supports_trees(lm: LanguageModel) -> bool:
-    """Whether tree attention gives this network's own logits: tried once per network on a small tree, then known."""
+    """Returns whether tree attention gives this network's own logits: tried once for each network, on a small tree."""
     return verified(lm, "tree_attention", _tree_agrees)
 
 
 def windows(lm: LanguageModel) -> list[int | None] | None:
-    """How far back each layer attends, by the configuration, as no small trial could show; None if it does not say."""
+    """Returns how far back each layer attends, from the configuration, because no small trial shows it.
+
+    None if unknown.
+    """
     config = lm.model.config.get_text_config()
     if getattr(config, "attention_chunk_size", None) is not None or getattr(config, "attention_layers", None):
         return None
@@ -122,7 +133,7 @@ def windows(lm: LanguageModel) -> list[int | None] | None:
 
 
 def counts_columns(lm: LanguageModel) -> bool:
-    """Whether a token's place among the pass's, padding included, is what its attention depends on (Llama 4)."""
+    """Returns whether attention depends on a token's column in the pass, padding included (Llama 4)."""
     config = lm.model.config.get_text_config()
     return bool(getattr(config, "attn_temperature_tuning", False))
 

@@ -19,7 +19,7 @@ from .views import by_length
 
 
 class Recomputing:
-    """What `Decoder` does, with a pass over every whole sequence at each step."""
+    """The same as `Decoder`, with a pass over every whole sequence at each step."""
 
     def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
         self.lm = lm
@@ -29,7 +29,7 @@ class Recomputing:
 
     @property
     def logits(self) -> Tensor:
-        """(R, V): what predicts each row's next token."""
+        """(R, V): the logits of each row's next token."""
         if self._logits is None:
             self._logits = self._read()
         return self._logits
@@ -52,35 +52,35 @@ class Recomputing:
         return precise(torch.cat(found))[order[inverse]]
 
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
-        """Append ``tokens`` (R,) or (R, T)."""
+        """Appends ``tokens`` (R,) or (R, T)."""
         self.tokens, self._logits = text.cat(self.tokens, tokens.reshape(len(tokens), -1)), None
 
     def select(self, index: Tensor) -> None:
-        """Row r becomes row ``index[r]``."""
+        """Replaces row r by row ``index[r]``."""
         self.tokens = self.tokens[index]
         self._logits = None if self._logits is None else self._logits[index]
 
 
 def decoder(lm: LanguageModel, contexts: Tensor, index: Tensor) -> Decoder | Turning | Recomputing:
-    """A cached decoder wherever that is right for this network, else one without a cache."""
+    """Returns a cached decoder if it is right for this network, else one without a cache."""
     if not _cache_agrees(lm) or (counts_columns(lm) and len(text.length(contexts).unique()) > 1):
         return Recomputing(lm, contexts, index)
     return (Decoder if lm.network.rotary.turn is None else Turning)(lm, contexts, index)
 
 
 def _cache_agrees(lm: LanguageModel) -> bool:
-    """Whether cached steps give this network's own logits."""
+    """Returns whether cached steps give this network's own logits."""
     return verified(lm, "cached_decoding", _trial)
 
 
 def _trial(lm: LanguageModel) -> bool:
-    # An adapter's prompts are read by the decoder itself, those of the base network are kept: right for one and wrong
-    # for the other would be wrong, whichever asks first.
+    # The decoder reads an adapter's prompts itself; those of the base network are kept. Both cases must be right,
+    # because the result of this trial holds for both.
     return all(_agrees(lm, capacity) for capacity in {0, prompts(lm.network).capacity})
 
 
 def _agrees(lm: LanguageModel, capacity: int) -> bool:
-    """The same where prompts of ``capacity`` tokens are kept."""
+    """Returns whether they do if prompts of ``capacity`` tokens are kept."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(lm.vocab_size, (2, 6), generator=generator).to(lm.device)
     contexts, swapped = ids[:, :3].clone(), torch.tensor([1, 0], device=lm.device)

@@ -1,4 +1,4 @@
-"""A key-value cache with room: a step writes its own tokens' keys and values and leaves the others where they are."""
+"""A key-value cache with spare room: a step writes its own keys and values and does not copy the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tuning import TUNING
 
 
 class Roomy(DynamicLayer):
-    """What `DynamicLayer` does, which concatenates anew at every step."""
+    """The same as `DynamicLayer`, which copies everything at each step."""
 
     keys: Tensor  # (R, H, A, D)
     values: Tensor
@@ -20,7 +20,7 @@ class Roomy(DynamicLayer):
     def __init__(self, layer: DynamicLayer):
         super().__init__()
         self.__dict__.update(layer.__dict__)
-        self._space: list[Tensor] = []  # keys and values (R, H, A + room, D), where they are still those of `keys`
+        self._space: list[Tensor] = []  # keys and values (R, H, A + room, D); empty when rows were reordered
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         before = self.keys.shape[-2]
@@ -40,7 +40,7 @@ class Roomy(DynamicLayer):
 
 
 def make_room(cache: Cache) -> None:
-    """Let plain layers of ``cache``, which hold something already, grow in place."""
+    """Makes the plain layers of ``cache`` that are not empty grow in place."""
     layers = getattr(cache, "layers", [])
     for i, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:

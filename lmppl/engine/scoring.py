@@ -1,7 +1,7 @@
-"""Scoring: the logits at every token of many continuations, each shared token computed once.
+"""Scoring: the logits at every token of many continuations, with each shared token computed once.
 
-Rows that share tokens are one prompt with many continuations, or all prefixes of one text, each followed by an
-observation; the sharing is found from the tokens themselves.
+Rows that share tokens are e.g. one prompt with many continuations, or all prefixes of one text, each followed by an
+observation. The sharing is found from the tokens themselves.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from .tuning import TUNING
 from .unembedding import hidden_states, splits, unembed_each
 
 Head = Callable[[Tensor, Tensor], Tensor]
-"""``head(logits (r, T, V), rows (r,)) -> (r, ...)``; what a caller keeps of a chunk's logits, float32 or better."""
+"""``head(logits (r, T, V), rows (r,)) -> (r, ...)``: the function of a chunk's logits (float32 or better) to return."""
 
 
 def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
-    """The context as the network reads it.
+    """Returns the context as the network reads it.
 
-    A bos comes first iff the tokenizer puts one there by default or the context is empty, unless it begins with one.
+    A bos comes first if the tokenizer puts one there by default or the context is empty, unless the context begins with
+    it.
     """
     empty = text.length(context) == 0
     if not (lm.adds_bos or bool(empty.any())):
@@ -43,7 +44,7 @@ def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
         raise ValueError("prompt: an empty prompt needs a bos or eos token, and this tokenizer has neither")
     wanted = empty
     if lm.adds_bos:
-        wanted = (context[..., :1] != lm.bos_id).all(-1)  # of an empty one too
+        wanted = (context[..., :1] != lm.bos_id).all(-1)  # True for an empty context too
         if not bool(wanted.any()):
             return context
     bos = torch.full((*context.shape[:-1], 1), lm.bos_id, device=context.device)
@@ -51,7 +52,7 @@ def with_bos(lm: LanguageModel, context: Tensor) -> Tensor:
 
 
 class Request(NamedTuple):
-    """What a network is asked: `score` of these."""
+    """The arguments of `score`."""
 
     lm: LanguageModel
     context: Tensor
@@ -61,21 +62,21 @@ class Request(NamedTuple):
 
 
 def score(lm: LanguageModel, context: Tensor, value: Tensor, head: Head, key: Tensor | None = None) -> Tensor:
-    """Apply ``head`` to the logits that predict each token of ``value`` after ``context``.
+    """Applies ``head`` to the logits that predict each token of ``value`` after ``context``.
 
-    ``context`` (*batch, Lc) and ``value`` (*batch, T), leading axes broadcasting; the result is (*batch, ...).
-    ``logits[:, t]`` predicts ``value[..., t]``; what it holds at padded positions is unspecified.  ``rows`` index the
-    flattened batch.  Equal rows of tokens are read once.  ``key`` (rows, K), integers: what else ``head`` knows of a
-    row; rows that are equal in it too have one result.
+    ``context`` (*batch, Lc) and ``value`` (*batch, T); leading axes broadcast; the result is (*batch, ...).
+    ``logits[:, t]`` predicts ``value[..., t]``; it is unspecified at padding. ``rows`` are numbers in the flattened
+    batch. Equal rows of tokens are read once. ``key`` (rows, K) are integers for whatever else ``head`` knows of a row:
+    rows with equal tokens and key have the same result.
     """
     return score_together([Request(lm, context, value, head, key)])[0]
 
 
 def score_together(requests: Sequence[Request]) -> list[Tensor]:
-    """`score` of each of several requests to one language model.
+    """Returns `score` of each of several requests to one language model.
 
-    What rows of different requests share is read once: a row is not read that begins another one, and rows of several
-    requests are packed into one tree where that sends fewer tokens through the network.
+    What rows of different requests share is read once: a row that is a prefix of another one is not read by itself, and
+    rows of several requests are packed into one tree if fewer tokens then go through the network.
     """
     batches = [_Batch.of(request) for request in requests]
     asking = [i for i, batch in enumerate(batches) if batch.tokens.numel()]
@@ -91,8 +92,8 @@ class _Batch(NamedTuple):
     """The rows of a request."""
 
     shape: torch.Size
-    tokens: Tensor  # (*shape, W); none where nothing is asked
-    start: Tensor  # (R,): the tokens of the context
+    tokens: Tensor  # (*shape, W); empty if nothing is needed
+    start: Tensor  # (R,): the number of tokens of the context
     width: int  # of the value
 
     @classmethod
@@ -120,7 +121,7 @@ def _nothing(request: Request, batch: _Batch) -> Tensor:
 
 
 def _alike(requests: Sequence[Request], batches: list[_Batch]) -> bool:
-    """Whether all rows are read with the same factors: a short one is not read again as part of a long one."""
+    """Returns whether all rows are read with the same rotary factors; else a short row is not part of a long one."""
     turn = requests[0].lm.network.rotary.turn
     return turn is None or requests[0].lm.long is not None or all(b.tokens.shape[-1] <= turn for b in batches)
 
@@ -154,13 +155,13 @@ def _together(lm: LanguageModel, requests: list[Request], batches: list[_Batch])
 
 
 class _Asked(NamedTuple):
-    """Of which rows (K,) of a request results are wanted, and where."""
+    """Which rows (K,) of a request need results, and where."""
 
     rows: Tensor  # (K,)
-    wanted: Tensor  # (K, T): where in its row each token of the value is predicted
-    length: Tensor  # (K,): the tokens of each
-    cell: Tensor  # (K,): the row, among all requests', that is read for it, which begins with the same tokens
-    result: Tensor | None  # (R,): which of the K results is each row's; None: its own
+    wanted: Tensor  # (K, T): the position in its row at which each token of the value is predicted
+    length: Tensor  # (K,): the number of tokens of each
+    cell: Tensor  # (K,): the row of any request that is read for it; it begins with the same tokens
+    result: Tensor | None  # (R,): the number, among the K results, of each row's result; None: its own
 
 
 def _asked(batch: _Batch, key: Tensor | None, read: Tensor, length: Tensor) -> _Asked:
@@ -175,10 +176,10 @@ def _asked(batch: _Batch, key: Tensor | None, read: Tensor, length: Tensor) -> _
 
 
 def _in_order(found: Iterator[tuple[_Share, Tensor]], numbers: list[int]) -> list[Tensor]:
-    """The results (number, ...) of each request, that come in parts.
+    """Returns the results (number, ...) of each request, which arrive in parts.
 
-    Without gradient they are written where they belong: each for itself, small among activations that come and go,
-    would have a processor's memory in pieces that are too small for the next ones.
+    Without gradient, results go into one preallocated tensor: many small tensors between activations would fragment a
+    processor's memory.
     """
     results: dict[int, Tensor] = {}
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -199,14 +200,14 @@ def _in_order(found: Iterator[tuple[_Share, Tensor]], numbers: list[int]) -> lis
 
 
 class _Share(NamedTuple):
-    """What a part answers of one request."""
+    """The results of one request that a part contains."""
 
     request: int
-    results: Tensor  # (r,): of those asked for
-    rows: Tensor  # (r,): of the batch
+    results: Tensor  # (r,): the numbers of the results
+    rows: Tensor  # (r,): the numbers of the rows in the batch
     length: Tensor  # (r,)
-    at: Tensor  # (r,): which of the part's rows is read for each
-    wanted: Tensor  # (r, T): where in its row each token of the value is predicted
+    at: Tensor  # (r,): the row of the part that is read for each
+    wanted: Tensor  # (r, T): the position in its row at which each token of the value is predicted
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,15 @@ class _Part:
 
     tokens: Tensor  # (P, N, B, W), all PAD where there is no row
     shares: list[_Share]
-    cost: int  # tokens through the network
+    cost: int  # the number of tokens that go through the network
     ways: list[Reading]
-    split: bool  # hidden states first, then logits a few at a time
-    again: bool = False  # whether the backward pass reads it again, its activations not being kept
-    logits_again: bool = False  # whether it computes all of the logits again
-    layers_again: bool = False  # whether it computes layer by layer again, more tokens than are kept being read at once
+    split: bool  # whether hidden states are computed first, and then logits a few at a time
+    again: bool = False  # whether its activations are not kept, and the backward pass reads it again
+    logits_again: bool = False  # whether the backward pass computes all of the logits again
+    layers_again: bool = False  # whether the backward pass computes each layer again, because there are too many tokens
 
     def read(self, run: Run, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``run`` says of the tokens, (M, D), and where in it what the shares want is, one after the other."""
+        """Returns what ``run`` returns for the tokens, (M, D), and where in it the positions of all shares are."""
         at = torch.cat([share.at.repeat_interleave(share.wanted.shape[1]) for share in self.shares])
         wanted = torch.cat([share.wanted.flatten() for share in self.shares])
         out, index = self.ways[0].read(tokens, at, wanted, run)
@@ -234,18 +235,19 @@ class _Part:
         return out, index
 
     def each(self, index: Tensor) -> list[Tensor]:
-        """The second answer of `read`, (r, T) for each share."""
+        """Splits the second result of `read` into (r, T) for each share."""
         pieces = index.split([share.wanted.numel() for share in self.shares])
         return [piece.view(share.wanted.shape) for piece, share in zip(pieces, self.shares, strict=True)]
 
 
 def _parts(lm: LanguageModel, tokens: Tensor, grid: Tensor, asked: list[_Asked]) -> Iterator[_Part]:
-    """Choose packed or plain, and split to the token budget; lazily, as a part may hold what was recalled.
+    """Yields parts: decides between packed and plain reading, and splits to the token budget.
 
-    ``grid`` (P, N, B) are the rows whose ``tokens`` are there, -1 where there is none.
+    It is lazy, because a part may hold kept prompts. ``grid`` (P, N, B) are the numbers of the rows in ``tokens``, -1
+    for none.
     """
     shares = [*_shares(grid, asked)]
-    # Each is predicted from so many tokens; what follows a text is not.
+    # The number of tokens from which each is predicted. Positions after the end of a text predict nothing.
     predicted = torch.cat([(share.wanted + 1).minimum(share.length[:, None]).flatten() for share in shares])
     at, earliest = (torch.cat(x) for x in zip(*((share.at, share.wanted[:, 0]) for share in shares), strict=True))
     ways = readings(lm, tokens, predicted, at, earliest)
@@ -277,10 +279,10 @@ def _shares(grid: Tensor, asked: list[_Asked]) -> Iterator[_Share]:
 
 
 def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
-    """The parts, of which no more than the last ones that fit keep what the backward pass needs.
+    """Returns the parts; only the last ones that fit the budget keep what the backward pass needs.
 
-    It begins with the last one, and is done with it before it comes to those that it has to compute again.  A part that
-    does not fit alone, a long prompt that all of its texts continue, keeps what goes into each layer.
+    The backward pass begins with the last part and frees it before it computes an earlier one again. A part that does
+    not fit alone (a long prompt that all of its texts continue) keeps the input of each layer.
     """
     budget = kept_tokens(lm) if all(part.split for part in parts) else chunk_rows(lm, 1)
     tokens = logits = 0
@@ -297,9 +299,9 @@ def _kept(lm: LanguageModel, parts: list[_Part]) -> list[_Part]:
 
 
 def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple[_Share, Tensor]]:
-    """What each request's head keeps of its logits in a part, (r, ...)."""
+    """Yields each request's head of the logits in a part, (r, ...)."""
     if part.split:
-        # The hidden states are kept in any case, so that logits which are computed again are so once and no more.
+        # Hidden states are always kept, so that logits are computed again at most once.
         read = partial(part.read, partial(hidden_states, layers_again=part.layers_again), part.tokens)
         states, index = read_again(lm, read) if part.again else read()
         for share, at in zip(part.shares, part.each(index), strict=True):
@@ -311,7 +313,7 @@ def _scores(lm: LanguageModel, part: _Part, heads: list[Head]) -> Iterator[tuple
         logits, index = part.read(partial(read_logits, layers_again=part.layers_again), tokens)
         found = []
         for share, at in zip(part.shares, part.each(index), strict=True):
-            number = -(-at.numel() * lm.vocab_size // TUNING.logit_budget)  # many rows may be read as few
+            number = -(-at.numel() * lm.vocab_size // TUNING.logit_budget)  # one row that is read may serve many rows
             chunks = zip(at.tensor_split(number), share.rows.tensor_split(number), strict=True)
             found.append(torch.cat([heads[share.request](precise(logits[i]), rows) for i, rows in chunks]))
         return found

@@ -1,8 +1,8 @@
-"""Decoding attention to prompts that many rows continue: one copy of a prompt's keys and values serves all of them.
+"""Decoding attention to prompts that many rows continue: all of them use one copy of a prompt's keys and values.
 
-Row r attends to its prompt's keys, the same for all rows with that prompt, and to its own, those of the tokens drawn so
-far.  The prompt's part of the scores is one matrix product for all of a prompt's rows, where a cache that repeats the
-prompt for every row reads as many copies of it; and resampling moves what was drawn alone.
+Row r attends to its prompt's keys, which are the same for all rows with that prompt, and to its own, those of the
+tokens drawn so far. The prompt's part of the scores is one matrix product for all of its rows, while a cache that
+repeats the prompt for every row reads as many copies of it. Resampling moves only what was drawn.
 
 Source: Juravsky et al. 2024 (Hydragen); Athiwaratkun et al. 2024 (bifurcated attention).
 """
@@ -25,10 +25,10 @@ NAME = "lmppl_shared_prompts"
 
 
 class SharedPrompts:
-    """The keys and values of U prompts (U, H, A, D) by layer, and which of them each of R rows continues.
+    """The keys and values of U prompts (U, H, A, D) in each layer, and the prompt that each of R rows continues.
 
-    ``index`` (R,) is the prompt of each row, ``mask`` (U, A) which columns of a prompt are text: it ends at the right
-    (None: all).  A layer with a window may keep no more than its last columns.
+    ``index`` (R,) is the number of each row's prompt. ``mask`` (U, A) marks the columns of a prompt that are text, at
+    the right end (None: all). A layer with a window may keep only its last columns.
     """
 
     def __init__(self, cache: DynamicCache, index: Tensor, mask: Tensor | None):
@@ -39,26 +39,26 @@ class SharedPrompts:
         self._arrange(index)
 
     def _arrange(self, index: Tensor) -> None:
-        """Let the rows continue the prompts ``index``, dropping those that no row continues any more."""
+        """Makes the rows continue the prompts ``index``, and drops prompts that no row continues."""
         used, self.index = torch.unique(index, return_inverse=True)
         if len(used) < len(self.layers[0][0]):
             self.layers = [(keys[used], values[used]) for keys, values in self.layers]
             self.padding = None if self.padding is None else self.padding[used]
         count = torch.bincount(self.index)  # (U,)
         most, order = int(count.max()), self.index.argsort(stable=True)  # rows with one prompt stand together
-        first = count.cumsum(0) - count  # (U,): where in that order each prompt's rows begin
+        first = count.cumsum(0) - count  # (U,): the place in that order at which each prompt's rows begin
         slot = first[:, None] + torch.arange(most, device=index.device)
-        self.slots = order[slot.clamp(max=len(order) - 1)]  # (U, N): each prompt's rows, others where they are fewer
+        self.slots = order[slot.clamp(max=len(order) - 1)]  # (U, N): each prompt's rows; any row beyond their number
         prompt = self.index[order]
         place = prompt * most + torch.arange(len(order), device=index.device) - first[prompt]
-        self.place = torch.empty_like(order).scatter_(0, order, place)  # (R,): where in the flattened slots a row is
+        self.place = torch.empty_like(order).scatter_(0, order, place)  # (R,): a row's place in the flattened slots
 
     def select(self, rows: Tensor) -> None:
-        """Row r becomes row ``rows[r]``."""
+        """Replaces row r by row ``rows[r]``."""
         self._arrange(self.index[rows])
 
     def group(self, x: Tensor) -> Tensor:
-        """(R, H, G, T, D) -> (U, H, N, G, T, D)."""
+        """Groups by prompt: (R, H, G, T, D) -> (U, H, N, G, T, D)."""
         return x[self.slots].transpose(1, 2)
 
     def ungroup(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ _PROMPTS: ContextVar[SharedPrompts] = ContextVar("prompts")
 
 @contextmanager
 def behind(model: PreTrainedModel, prompts: SharedPrompts) -> Iterator[None]:
-    """Let the keys of ``model``'s forward passes be those that follow these prompts."""
+    """Inside, the keys of ``model``'s forward passes follow those of these prompts."""
     token = _PROMPTS.set(prompts)
     try:
         with using(model, NAME):
@@ -91,7 +91,7 @@ def shared_attention(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; query (R, H G, T, D), key (R, H, t, D), result (R, T, H G, D)."""
+    """The attention function that transformers calls: query (R, H G, T, D), key (R, H, t, D), result (R, T, H G, D)."""
     if kwargs.get("s_aux") is not None or attention_mask is not None:
         raise UnsupportedAttention("sinks or an additive mask")
     prompts = _PROMPTS.get()
@@ -111,7 +111,7 @@ def shared_attention(
         scores[..., :A].masked_fill_(padding[:, None, None, None], -torch.inf)
     if T > 1 or sliding_window is not None:
         column = torch.arange(A + t, device=key.device)
-        back = column[-T:, None] - column  # (T, A + t): how far back from a token
+        back = column[-T:, None] - column  # (T, A + t): the distance back from a token
         scores.masked_fill_((back < 0) | (back >= (sliding_window or A + t)), -torch.inf)
     precision = torch.promote_types(query.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=precision).to(query.dtype)

@@ -1,13 +1,12 @@
-"""Attention over a packed token tree: a root, its trunks, and the branches of each trunk, in one sequence.
+"""Attention over a packed tree of tokens: a root, its trunks, and each trunk's branches form one sequence.
 
 One row of the batch holds, one after another,
 
     root (A tokens) | N trunks of S tokens | N x P branches of L tokens
 
-A trunk continues the root; branch p of trunk n continues the first ``visible[n, p]`` tokens of trunk n.  A query
-attends to the visible part of each of its ancestors and, causally, to its own segment, as far back as the layer's
-window reaches.  Keys are never copied: the queries of all descendants are folded into one matrix product with their
-ancestor's keys.
+A trunk continues the root. Branch p of trunk n continues the first ``visible[n, p]`` tokens of trunk n. A query attends
+to the visible part of each of its ancestors and, causally, to its own segment, as far back as the layer's window
+reaches. Keys are never copied: the queries of all descendants form one matrix product with their ancestor's keys.
 """
 
 from __future__ import annotations
@@ -30,25 +29,26 @@ NAME = "lmppl_tree"
 
 
 class UnsupportedAttention(RuntimeError):
-    """The model's attention has a feature (sinks, an additive mask) that tree attention does not implement."""
+    """The error that a model's attention has a feature (sinks, an additive mask) that tree attention lacks."""
 
 
 @dataclass(frozen=True)
 class Level:
     """One level of the tree: ``fanout`` segments below each of the ``B`` roots, each ``width`` tokens long.
 
-    ``visible[j]``, shape (B, *fanout): how many tokens of the ancestor at level j a segment of this level sees.
-    ``start``, the same shape: where in its text a segment's first token stands.
+    ``visible[j]``, shape (B, *fanout), is the number of tokens of the ancestor at level j that a segment sees.
+    ``start``, of the same shape, is the position of a segment's first token in its text.
     """
 
     fanout: tuple[int, ...]
     width: int
     visible: tuple[Tensor, ...]
     start: Tensor
-    read: bool = True  # False: its keys and values come from the cache, and nothing asks from there
+    read: bool = True  # False: its keys and values come from the cache, and it has no queries
 
     @property
     def tokens(self) -> int:
+        """The number of tokens of the level below one root."""
         n = self.width
         for k in self.fanout:
             n *= k
@@ -61,7 +61,7 @@ _WINDOWS: ContextVar[list[int | None] | None] = ContextVar("windows", default=No
 
 @contextmanager
 def windows_seen() -> Iterator[list[int | None]]:
-    """The windows of the layers (None: no limit) that tree attention is called for inside, in order."""
+    """Yields a list of the layers' windows (None: no limit), filled when tree attention is called inside, in order."""
     seen: list[int | None] = []
     token = _WINDOWS.set(seen)
     try:
@@ -72,7 +72,7 @@ def windows_seen() -> Iterator[list[int | None]]:
 
 @contextmanager
 def using(model: PreTrainedModel, attention: str) -> Iterator[None]:
-    """Run ``model``'s forward passes with the attention function of this name."""
+    """Inside, ``model``'s forward passes use the attention function of this name."""
     before = model.config._attn_implementation
     model.config._attn_implementation = attention
     try:
@@ -83,7 +83,7 @@ def using(model: PreTrainedModel, attention: str) -> Iterator[None]:
 
 @contextmanager
 def tree(model: PreTrainedModel, levels: tuple[Level, ...]) -> Iterator[None]:
-    """Run ``model``'s forward passes with tree attention over ``levels``."""
+    """Inside, ``model``'s forward passes use tree attention over ``levels``."""
     token = _TREE.set(levels)
     try:
         with using(model, NAME):
@@ -100,9 +100,10 @@ def _attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of the last level's queries (B, H, *fanout, L, D) to its ancestors and itself, the last in ``keys``.
+    """Returns the attention of the last level's queries (B, H, *fanout, L, D) to its ancestors and itself.
 
-    Where there are many scores, a block of the L at a time, whose scores the backward pass computes again.
+    If there are many scores, a block of the L queries is computed at a time, and the backward pass computes its scores
+    again.
     """
     width = levels[-1].width
     scores = query.numel() // query.shape[-1] * sum(key.shape[-2] for key in keys)
@@ -111,7 +112,7 @@ def _attend(
         return _attend_from(0, width, levels, window, softcap, query, *keys, *values)
     ends = [width * (i + 1) // blocks for i in range(blocks)]
     attend = partial(again, _attend_from) if torch.is_grad_enabled() else _attend_from
-    # Tensors one by one: those in a tuple would be kept, where a layer around this is to be computed again.
+    # Tensors are passed one by one: those in a tuple would be kept, even if a layer around this is computed again.
     parts = [attend(a, b, levels, window, softcap, query, *keys, *values) for a, b in pairwise([0, *ends])]
     return torch.cat(parts, -2)
 
@@ -125,9 +126,9 @@ def _attend_from(
     query: Tensor,
     *known: Tensor,
 ) -> Tensor:
-    """`_attend` for the queries from ``first`` to ``end`` of every segment, which see no later key of their own.
+    """`_attend` for the queries from ``first`` to ``end`` of every segment.
 
-    ``known`` are the keys and values.
+    They see no later key of their own segment. ``known`` are the keys and then the values.
     """
     own, query = levels[-1], query[..., first:end, :]
     keys, values = ((*each[:-1], each[-1][..., :end, :]) for each in (known[: len(levels)], known[len(levels) :]))
@@ -142,7 +143,7 @@ def _attend_from(
         if softcap is not None:
             score = softcap * (score / softcap).tanh()
         position = torch.arange(key.shape[-2], device=key.device)
-        # Of an ancestor (B, *fanout, 1, L_j), of the level itself (L, L_j): causal.
+        # For an ancestor (B, *fanout, 1, L_j); for the level itself (L, L_j), causal.
         hidden = position >= own.visible[j][..., None, None] if j < len(own.visible) else position > asking[:, None]
         if window is not None:
             start = level.start.view(*level.start.shape, *[1] * (at.dim() - level.start.dim()), 1)
@@ -169,7 +170,7 @@ def tree_attention(
     softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The attention function that transformers calls; query (B, H, T, D), result (B, T, H, D)."""
+    """The attention function that transformers calls: query (B, H, T, D), result (B, T, H, D)."""
     if kwargs.get("s_aux") is not None:
         raise UnsupportedAttention("sinks")
     if attention_mask is not None:

@@ -13,10 +13,12 @@ _DIFFERENT = (AttributeError, TypeError, ValueError, KeyError, IndexError, Runti
 
 
 def verified(lm: LanguageModel, fact: str, trial: Callable[[LanguageModel], bool]) -> bool:
-    """Whether ``trial`` succeeds for this network: run once, its tokens not counted, then known under ``fact``.
+    """Returns whether ``trial`` succeeds for this network. It runs once; its tokens are not counted.
 
-    A network that is built differently fails by whatever error it meets. Under other hooks, another autocast or after
-    modules were replaced it is another network.
+    ``fact`` is its name.
+
+    Any error in it counts as failure. With other hooks, another autocast, or after modules were replaced, it runs
+    again.
     """
     network = lm.network
     with network.lock:
@@ -25,7 +27,7 @@ def verified(lm: LanguageModel, fact: str, trial: Callable[[LanguageModel], bool
             before, facts[fact] = network.tokens_scored, False
             try:
                 with torch.no_grad():
-                    # One set of rotary factors for all of the trial's texts, whatever their length.
+                    # The same rotary factors for all texts of the trial, whatever their length.
                     facts[fact] = trial(lm if network.rotary.turn is None else lm.reading(long=True))
             except _DIFFERENT:
                 pass
@@ -35,7 +37,7 @@ def verified(lm: LanguageModel, fact: str, trial: Callable[[LanguageModel], bool
 
 
 def agree(lm: LanguageModel, found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether logits are the same up to rounding: ``tolerance`` in single precision, 5e-2 in half."""
+    """Returns whether logits are equal up to rounding: ``tolerance`` in single precision, 5e-2 in half precision."""
     if (lm.network.autocast or lm.dtype) in (torch.float16, torch.bfloat16):
         tolerance = 5e-2
     found, expected = found.float(), expected.float()
@@ -43,5 +45,5 @@ def agree(lm: LanguageModel, found: Tensor, expected: Tensor, tolerance: float) 
 
 
 def precise(logits: Tensor) -> Tensor:
-    """Logits as they leave the engine: in single precision where the network's are half."""
+    """Returns logits in single precision if the network's are in half precision, else unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -1,4 +1,4 @@
-"""Decoding with networks that read long texts otherwise than short ones (`views`)."""
+"""Decoding with networks that read long texts with other factors than short ones (`views`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .views import by_length
 
 
 class Turning:
-    """What `Decoder` does, with one of them for short rows, and one for all rows as soon as any of them is long."""
+    """The same as `Decoder`: one decoder for short rows, and another for all rows as soon as one of them is long."""
 
     def __init__(self, lm: LanguageModel, contexts: Tensor, index: Tensor):
         self.lm = lm
@@ -24,7 +24,7 @@ class Turning:
         self._provide()
 
     def _provide(self) -> None:
-        """Have a decoder for each row's length, and none that no row needs any more."""
+        """Creates the decoders that the rows' lengths need, and drops the others."""
         views = [view for view, _ in by_length(self.lm, self.length)]
         for view in views:
             if view.long not in self.decoders:
@@ -35,7 +35,7 @@ class Turning:
 
     @property
     def logits(self) -> Tensor:
-        """(R, V): what predicts each row's next token."""
+        """(R, V): the logits of each row's next token."""
         found = [decoder.logits for decoder in self.decoders.values()]
         if len(found) == 1:
             return found[0]
@@ -43,7 +43,7 @@ class Turning:
         return torch.where(is_long[:, None], found[1], found[0])
 
     def step(self, tokens: Tensor, alive: int | None = None) -> None:
-        """Append ``tokens`` (R,) or (R, T)."""
+        """Appends ``tokens`` (R,) or (R, T)."""
         tokens = tokens.reshape(len(tokens), -1)
         for decoder in self.decoders.values():
             decoder.step(tokens, alive)
@@ -52,7 +52,7 @@ class Turning:
         self._provide()
 
     def select(self, index: Tensor) -> None:
-        """Row r becomes row ``index[r]``."""
+        """Replaces row r by row ``index[r]``."""
         for decoder in self.decoders.values():
             decoder.select(index)
         self.tokens, self.length = self.tokens[index], self.length[index]

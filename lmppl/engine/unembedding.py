@@ -1,7 +1,7 @@
-"""A network in two parts, hidden states and head: logits only where they are wanted, a few rows at a time.
+"""A network in two parts, hidden states and head: logits only for the tokens that need them, a few rows at a time.
 
 The head is whatever the model does with its decoder's output (norms, the output layer and its adapters, scaling, soft
-caps): the model itself is run with a decoder that answers with the hidden states at hand.
+caps). To compute it, the model itself is run with a decoder that returns the given hidden states.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .tuning import TUNING
 
 
 def decoder(model: Any) -> nn.Module:
-    """The network below the head."""
+    """Returns the network below the head."""
     found = model.get_decoder()
-    below: nn.Module = model.model if found is model else found  # Llama 4's text model takes itself for its decoder
+    below: nn.Module = model.model if found is model else found  # Llama 4's text model returns itself as its decoder
     return below
 
 
 def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs: Any) -> Tensor:
-    """What the decoder says of ``input_ids`` (B, W) from ``first`` on, (B, W - first, D)."""
+    """Returns the decoder's output for ``input_ids`` (B, W) from position ``first`` on, (B, W - first, D)."""
     found: list[Any] = []
     with lm.network.lock:
         hook = decoder(lm.model).register_forward_hook(lambda module, args, out: found.append(out))
@@ -42,7 +42,7 @@ def hidden_states(lm: LanguageModel, input_ids: Tensor, first: int = 0, **kwargs
 
 
 def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
-    """The logits (n, V) of hidden states (n, D)."""
+    """Returns the logits (n, V) of hidden states (n, D)."""
     with lm.network.lock, _answering(decoder(lm.model), states[None]):
         logits: Tensor = lm.forward(
             states.new_zeros(1, len(states), dtype=torch.long), tokens=0, use_cache=False
@@ -53,10 +53,10 @@ def unembed(lm: LanguageModel, states: Tensor) -> Tensor:
 def unembed_each(
     lm: LanguageModel, states: Tensor, index: Tensor, rows: Tensor, head: Any, all_again: bool = False
 ) -> Tensor:
-    """``head(logits (r, T, V), rows (r,))`` for the states (M, D) at ``index`` (R, T), no more logits than fit at once.
+    """Returns ``head(logits (r, T, V), rows (r,))`` for the states (M, D) at ``index`` (R, T).
 
-    With gradient, the logits of all chunks but the last (of that too: ``all_again``) are computed again in the backward
-    pass and never kept; or `selected` gives result and gradient without, where it can.
+    It works in chunks, to limit memory. With gradient, the backward pass computes the logits of all chunks but the last
+    again (``all_again``: of the last too). Where possible, `selected` gives result and gradient without keeping any.
     """
     if torch.is_grad_enabled() and (runs := getattr(head, "runs", None)) and (weight := plain_weight(lm)) is not None:
         tokens = head.tokens[rows]
@@ -82,7 +82,7 @@ def unembed_each(
 
 
 def plain_weight(lm: LanguageModel) -> Tensor | None:
-    """The weight W (V, D) of an output layer that is nothing but a product with it, and has no gradient; else None."""
+    """Returns the weight W (V, D) of an output layer that is only a product with it, without gradient; else None."""
     head, base = lm.model.get_output_embeddings(), set(lm.network.base_parameters)
     if not lm.has_adapter or not isinstance(head, nn.Linear) or head.weight not in base or is_sharded(lm):
         return None
@@ -93,7 +93,7 @@ def plain_weight(lm: LanguageModel) -> Tensor | None:
 
 
 def _plain_trial(lm: LanguageModel) -> bool:
-    """With logits from 1 to 1,000, so that a cap shows."""
+    """Returns whether the output layer is only a product; logits go from 1 to 1,000, so that a cap would show."""
     weight = lm.model.get_output_embeddings().weight
     states = torch.randn(4, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(lm.device, lm.dtype)
     states = states / linear(states, weight).abs().amax(-1, keepdim=True)
@@ -102,12 +102,12 @@ def _plain_trial(lm: LanguageModel) -> bool:
 
 
 def selected(states: Tensor, weight: Tensor, index: Tensor, tokens: Tensor, barrier: Tensor | None) -> Tensor:
-    r"""The log-probabilities (R, T, k) of ``tokens`` after the states (M, D) at ``index`` (R, T).
+    r"""Returns the log-probabilities (R, T, k) of ``tokens`` after the states (M, D) at ``index`` (R, T).
 
     .. math:: \log p_i = w_i \cdot h + b_i - \log \sum_v e^{w_v \cdot h + b_v}, \qquad
               \nabla_h \log p_i = w_i - \sum_v p_v w_v
 
-    Neither needs the logits but a few at a time: of each state the mean weight is kept for the backward pass.
+    Both need only a few logits at a time. For each state, the mean weight is kept for the backward pass.
     """
     result: Tensor = _Selected.apply(states[index.flatten()], weight, tokens.flatten(0, 1), barrier)
     return result.view(tokens.shape)
@@ -139,7 +139,7 @@ class _Selected(torch.autograd.Function):
 
 
 def splits(lm: LanguageModel) -> bool:
-    """Whether the two parts together give this network's own logits."""
+    """Returns whether the two parts together give this network's own logits."""
     return verified(lm, "split_head", _trial)
 
 
@@ -151,7 +151,7 @@ def _trial(lm: LanguageModel) -> bool:
 
 
 class _Answer(tuple[Tensor]):
-    """A decoder's output in which nothing but the last hidden state is there."""
+    """A decoder's output that has only the last hidden state."""
 
     @property
     def last_hidden_state(self) -> Tensor:

@@ -1,8 +1,8 @@
-"""Networks that read long texts otherwise than short ones (LongRoPE), and which view reads which text.
+"""Networks that read long texts with other factors than short ones (LongRoPE): which view reads which text.
 
-The law of a token is what the network says that reads the text so far, alone: up to so many tokens with the factors of
-short texts, one token later with those of long ones, all of it anew.  So a text that crosses over is read twice: for
-what predicts its first tokens, and for what predicts the others.
+The probability of a token is what the network returns when it reads the text before it and nothing else. Up to a
+certain length it uses the factors of short texts; one token later, it reads everything anew with those of long texts.
+So a text that crosses this length is read twice: for the predictions of its first tokens, and for those of the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..language_model import LanguageModel
 
 
 def by_length(lm: LanguageModel, length: Tensor) -> list[tuple[LanguageModel, Tensor]]:
-    """The views that read texts of these lengths, the one for short texts first, and which of them each reads."""
+    """Returns the views that read texts of these lengths, the one for short texts first, and which texts each reads."""
     turn = lm.network.rotary.turn
     if turn is None or lm.long is not None:
         return [(lm, torch.ones_like(length, dtype=torch.bool))]

@@ -295,7 +295,7 @@ def test_an_order_of_ones_own():
         ({"order": "by heart"}, "order: expected one of 'random'"),
         ({"allowed": torch.ones(4, dtype=torch.bool)}, "allowed: expected a BoolTensor"),
         ({"allowed": torch.ones(3, 5, dtype=torch.bool)}, "allowed: expected a BoolTensor"),
-        ({"allowed": torch.arange(5) == 1}, "allowed: some hole may get no word"),
+        ({"allowed": torch.arange(5) == 1}, "allowed: it allows no word for some hole"),
         ({"temperature": 0.0}, "temperature"),
         ({"lm": "bert"}, "lm: expected a MaskedLanguageModel, got 'bert'"),
     ],

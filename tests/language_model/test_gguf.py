@@ -150,7 +150,7 @@ def test_a_file_that_is_damaged(directory, tmp_path):
 def test_what_is_no_gguf_file_or_not_there(tmp_path):
     for name, content in {"empty.gguf": b"", "text.gguf": b"once upon a time", "short.gguf": b"GG"}.items():
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, "no GGUF file")
+        refused(tmp_path / name, "not a GGUF file")
     refused(tmp_path / "missing.gguf", "no such GGUF file")
     (tmp_path / "folder.gguf").mkdir()
     refused(tmp_path / "folder.gguf", "no such GGUF file")

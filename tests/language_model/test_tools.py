@@ -209,7 +209,7 @@ def test_tools_are_asked_once_about_each_prefix():
 def test_bad_tools_are_refused():
     with pytest.raises(ValueError, match="tools: expected functions"):
         Completion(LM, "1", max_tokens=3, tools=["calculator"])
-    with pytest.raises(ValueError, match="tools: .* answered 7 to ''"):
+    with pytest.raises(ValueError, match="tools: .* returned 7 for ''"):
         Completion(LM, "1", max_tokens=3, tools=[lambda s: 7]).sample()
     with pytest.raises(ValueError, match="tools: .* a stop of this text"):
         Completion(LM, "1", max_tokens=3, stop=["eos", "0"], tools=[always]).sample()

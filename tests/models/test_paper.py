@@ -138,3 +138,10 @@ def test_names_of_studies_and_cells_can_be_files():
     assert len(set(names)) == len(names)
     for study in STUDIES:
         assert len(set(study.cells)) == len(study.cells) and not any("/" in c for c in study.cells)
+
+
+def test_the_table_of_claims_lists_what_was_not_seen():
+    seen, missed, open_ = (verdict(c, s, "because") for c, s in (("a", True), ("b, c", False), ("d", None)))
+    one = f"## One\n\ntext\n{seen}{missed}{open_}"
+    table = runner.claims([one, "## None\n\n- *a*: no verdict", f"## Two\n\n{seen}"])
+    assert table.splitlines()[2:] == ["| One | 1 of 3 | b, c; d (not testable here) |", "| Two | 1 of 1 |  |"]

@@ -1,4 +1,4 @@
-"""What is asked of arguments: a ValueError names the one that is wrong, its value, and what was expected."""
+"""Checks of arguments: a ValueError names the argument, its value, and what was expected."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 
 
 def at_least(least: int, **counts: Any) -> None:
-    """Each is an integer, and not below ``least``."""
+    """Each is an integer of at least ``least``."""
     for name, value in counts.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}: must be at least {least}, an integer, got {value!r}")
 
 
 def instance_of(kind: type, **given: Any) -> None:
-    """Each is an instance of ``kind``: a class in its place, or its name, is a common slip."""
+    """Each is an instance of ``kind``; a common mistake is to give the class itself, or its name."""
     for name, value in given.items():
         if not isinstance(value, kind):
             found = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
@@ -27,7 +27,7 @@ def instance_of(kind: type, **given: Any) -> None:
 
 
 def is_integer(**given: Any) -> None:
-    """Each is an integer, of any sign, that a generator takes as a seed together with the number of a step."""
+    """Each is an integer that can be combined with a step number into a generator's seed."""
     for name, value in given.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ValueError(f"{name}: expected an integer, got {value!r}")
@@ -36,28 +36,28 @@ def is_integer(**given: Any) -> None:
 
 
 def is_number(expected: str, holds: Callable[[Any], bool], **given: Any) -> None:
-    """Each is a real number of which something holds; NaN is none."""
+    """Each is a real number that satisfies ``holds``; NaN does not."""
     for name, value in given.items():
         if not isinstance(value, Real) or isinstance(value, bool) or not holds(value):
             raise ValueError(f"{name}: must be {expected}, got {value!r}")
 
 
 def is_path(**given: Any) -> None:
-    """Each says where a file or a directory is."""
+    """Each is a path, a string or `os.PathLike`."""
     for name, value in given.items():
         if not isinstance(value, str | os.PathLike):
             raise ValueError(f"{name}: expected a path, got {value!r}")
 
 
 def one_of(choices: Iterable[str], **given: Any) -> None:
-    """Each is one of these names."""
+    """Each is one of the strings in ``choices``."""
     for name, value in given.items():
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def is_program(**given: Any) -> None:
-    """Each is a Pyro program: something to call."""
+    """Each is a Pyro program, so it can be called."""
     for name, value in given.items():
         if isinstance(value, torch.Tensor):
             shape = tuple(value.shape)
@@ -67,7 +67,7 @@ def is_program(**given: Any) -> None:
 
 
 def steps_by_itself(**given: Any) -> None:
-    """Each is a torch optimiser that steps down gradients it is given, and computes no loss again for itself."""
+    """Each is a torch optimiser whose ``step()`` uses the gradients that are there and needs no closure."""
     for name, optimizer in given.items():
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
@@ -76,16 +76,16 @@ def steps_by_itself(**given: Any) -> None:
             inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler has wrapped optimizer.step
         except TypeError as error:
             raise ValueError(
-                f"{name}: {type(optimizer).__name__} computes the loss again within a step, which draws anew; take one "
-                "whose step() needs no closure, AdamW for instance"
+                f"{name}: {type(optimizer).__name__} computes the loss again within a step, with new draws; use an "
+                "optimiser whose step() needs no closure, for instance AdamW"
             ) from error
 
 
 def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
-    """Which element of plates of these sizes is meant; None: the only one there is."""
+    """The element of plates of these sizes that ``index`` names; None names the only one."""
     if index is None:
         if plates.numel() > 1:
-            raise ValueError(f"index: there are plates of shape {tuple(plates)}; say which element")
+            raise ValueError(f"index: expected an element of the plates of shape {tuple(plates)}, got None")
         return (0,) * len(plates)
     found = index if isinstance(index, tuple | list) else (index,)
     if len(found) != len(plates) or not all(
@@ -96,5 +96,5 @@ def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
 
 
 def all_particles(element: tuple[int, ...]) -> tuple[Any, ...]:
-    """What picks an element of the kept plates from a tensor (N, *plates, ...)."""
+    """The index of an element of the kept plates in a tensor (N, *plates, ...)."""
     return (slice(None), *element)

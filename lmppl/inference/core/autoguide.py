@@ -1,4 +1,4 @@
-"""`AutoGuide`: a guide made from the model, its texts written by the same language model with an adapter."""
+"""`AutoGuide`: a guide made from a model, whose texts are written by the model's language model with an adapter."""
 
 from __future__ import annotations
 
@@ -24,42 +24,45 @@ from .programs import Node, Program, Sketch
 from .sites import around, innermost, is_text
 
 Template = str | Sequence[Mapping[str, str]]
-"""What a prompt is made from: a string with fields, or messages with fields in their contents."""
+"""A prompt's template: a string with fields, or chat messages with fields in their contents."""
 
 
 class AutoGuide:
-    r"""The model run without its observations, each latent text drawn from an adapter of its own language model.
+    r"""A guide made from a model: the model without its observations, with an adapter that writes the latent texts.
 
     .. math:: q(z \mid observed) = \prod_s LM_\phi(z_s \mid \text{template}_s(observed, z_{<s}))
 
-    Plates, masks and the limits, stops, constraints and temperatures of the texts are the model's; all texts of one
-    base model share one adapter.  Latent sites that are no texts are drawn from the model's prior.  No network runs
-    when it is built.  The model's own code runs in every call: a network that it asks to compute a factor is asked.
+    Plates and masks are those of the model, and so are the limits, stops, constraints and temperatures of its texts.
+    All texts of one base model share one adapter.  Latent sites that are no texts are drawn from the model's prior,
+    unless ``ordinary`` draws them.  Called with the model's arguments, the guide returns the latent values by site.
+    Building it runs no network.  Each call runs the model's code, with any network that the code itself calls, for
+    instance to compute a factor.
 
     :param model: a Pyro program.
-    :param peft_config: a new adapter's configuration, the path of a saved one, or a `LanguageModel` with an adapter
-        that is shared with something else.
-    :param template: the prompt of every latent text: a string whose fields name arguments of the model (texts or
-        strings), observed texts and latent texts before it in the program; a list of chat messages whose contents are
-        such strings, for `LanguageModel.chat`; a dict of either by site; or None: the observed texts in program order,
-        then the site's own prompt, a line each.  The site's own prompt comes last, so that the text continues what it
-        continues in the model; what is observed and no text is not shown.
-    :param args: example arguments, from which the language models are learned at once; None: at the first call.
-    :param kwargs: likewise.
-    :param lm: the base language model, where example arguments are not at hand.
+    :param peft_config: the configuration of a new adapter, the path of a saved one, or a `LanguageModel` with an
+        adapter that is shared with something else.
+    :param template: the prompt of every latent text.  A string, whose fields name arguments of the model (texts or
+        strings), observed texts, or latent texts that come earlier in the program.  Or a list of chat messages whose
+        contents are such strings, for `LanguageModel.chat`.  Or a dict of either by site.  None: the observed texts in
+        program order, then the site's own prompt, one per line; the text continues this prompt, as in the model.
+        Observations that are no texts are not shown.
+    :param args: example arguments of the model, to find its language models at once; None: they are found in the first
+        call.
+    :param kwargs: example keyword arguments, likewise.
+    :param lm: the base language model, if there are no example arguments.
     :param ordinary: a Pyro program, called with the model's arguments, that draws the latent sites that are no texts.
-    :param separator: what stands between the parts of the default prompt.
-    :param name: of its parameters in Pyro's store, where `pyro.infer.SVI` finds them.
+    :param separator: the string between the parts of the default prompt.
+    :param name: the prefix of the parameters' names in Pyro's store, where `pyro.infer.SVI` finds them.
 
-    Returns the latent values by site when called.
-
-    :raises ValueError: for a field that names nothing or no text, and a base model without an adapter; when the
-        parameters are asked for before the language models are known.
+    :raises ValueError: when called, for a field of the template that names nothing or no text, and for a text whose
+        base model has no adapter.
 
     Example::
 
         guide = AutoGuide(model, LoraConfig(r=16, target_modules="all-linear"), "{y}\n{x}", args=(x, y))
-        GFlowNet(model, guide, optimizer=torch.optim.AdamW(guide.trainable_parameters(), lr=1e-3))
+        optimizer = torch.optim.AdamW(guide.trainable_parameters(), lr=1e-3)
+        gflownet = GFlowNet(model, guide, optimizer=optimizer)
+        gflownet.fit(batches, 100, progress=False)
     """
 
     def __init__(
@@ -92,19 +95,29 @@ class AutoGuide:
             self._complete = True
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser should get: the adapters' parameters."""
+        """The parameters of the adapters, for an optimiser.
+
+        :raises ValueError: if the language models are not known yet: give ``args`` or ``lm``, or call the guide once.
+        """
         if not self._views:
             raise ValueError("args: the model's language models are not known yet; pass args=, lm=, or call it once")
         return [p for view in self._views.values() for p in view.trainable_parameters()]
 
     def lm(self, site: str) -> LanguageModel:
-        """The language model, with its adapter, that writes a latent text."""
+        """The language model, with its adapter, that writes a latent text.
+
+        :param site: the name of a latent text.
+        :raises ValueError: for a site that is no text, or that was not met yet.
+        """
         if site not in self._sites:
             raise ValueError(f"site: {site!r} is none of the latent texts met so far, {list(self._sites)}")
         return self._sites[site]
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter for peft; of several, each into a directory of its own, "0", "1", ..."""
+        """Writes the adapter in PEFT's layout; several adapters are written into subdirectories "0", "1", ...
+
+        :param directory: the path; as ``peft_config`` it loads what was saved.
+        """
         views = list(self._views.values())
         for i, view in enumerate(views):
             view.save_pretrained(directory if len(views) == 1 else Path(directory) / str(i))
@@ -113,7 +126,7 @@ class AutoGuide:
         key = id(lm.network)
         if key not in self._views:
             if getattr(self, "_complete", False):
-                raise ValueError("lm: a latent text has another base model than those the adapters were made for")
+                raise ValueError("lm: a latent text has a base model for which there is no adapter")
             config: Any = self.peft_config
             if isinstance(config, str | os.PathLike) and not (Path(config) / "adapter_config.json").is_file():
                 config = Path(config) / str(len(self._views))
@@ -128,7 +141,7 @@ class AutoGuide:
             given |= programs.values(poutine.trace(self.ordinary).get_trace(*args, **kwargs))
         observed: dict[str, Node] = {}
         if self.template is None or isinstance(self.template, Mapping):
-            # Observations may come after the texts: a first run, that meets the same subsamples, collects them.
+            # Observations may come after the texts, so a first run collects them; both runs use the same subsamples.
             with _Hidden(given), Sketch():
                 first = poutine.trace(self.model).get_trace(*args, **kwargs)
             given |= {name: node["value"] for name, node in first.nodes.items() if site_is_subsample(node)}
@@ -142,13 +155,14 @@ class AutoGuide:
         return writer.latents
 
     def _register(self) -> None:
-        """Tell `pyro.infer.SVI` of the parameters; a namesake's entry in the store is replaced."""
+        """Registers the parameters for `pyro.infer.SVI`; parameters of the same names in Pyro's store are replaced."""
         programs.register(self.name, self.trainable_parameters())
 
 
 class _Hidden(Messenger):
-    """Hides a run's sites from all that is outside, subsamples without a given value excepted, and leaves
-    the random state as it was.
+    """Hides a run's sites, except subsamples without a given value, from handlers outside.
+
+    The random state is left unchanged.
     """
 
     def __init__(self, given: Mapping[str, Tensor]):
@@ -166,7 +180,7 @@ class _Hidden(Messenger):
 
 
 class _Writer(Messenger):
-    """Hides observations and gives latent texts their distribution under the guide."""
+    """Hides observations, and gives latent texts their distribution in the guide."""
 
     def __init__(
         self, guide: AutoGuide, fields: dict[str, Any], observed: dict[str, Node], given: Mapping[str, Tensor]
@@ -204,7 +218,7 @@ class _Writer(Messenger):
         return lm.chat([{**message, "content": self._content(message["content"], lm)} for message in template])
 
     def _content(self, template: str, lm: LanguageModel) -> Tensor | str:
-        """A message's content: a string where it has no fields."""
+        """A message's content: a string if it has no fields, else a text."""
         fields = self._fields(template, lm)
         return lm.fill(template, **fields) if fields else template.format()
 
@@ -215,19 +229,19 @@ class _Writer(Messenger):
     def _field(self, name: str, lm: LanguageModel) -> Tensor:
         if name not in self.fields:
             raise ValueError(
-                f"template: {name!r} names no argument of the model and no site before this one; there are "
+                f"template: {name!r} is neither an argument of the model nor a site before this one; expected one of "
                 f"{sorted(self.fields)}"
             )
         value = self.fields[name]
         if isinstance(value, str | list | tuple):
             return lm.encode(value)
         if not isinstance(value, Tensor) or value.dtype != torch.long or not value.dim():
-            raise ValueError(f"template: the field {name!r} is no text but {type(value).__name__}")
+            raise ValueError(f"template: expected a text in the field {name!r}, got {type(value).__name__}")
         return value
 
 
 def _without_bos(lm: LanguageModel, prompt: Tensor) -> Tensor:
-    """A prompt that comes after something else."""
+    """A prompt without its bos, for use after other text."""
     if not lm.adds_bos or not prompt.shape[-1]:
         return prompt
     first = torch.arange(prompt.shape[-1], device=prompt.device) == 0
@@ -235,18 +249,18 @@ def _without_bos(lm: LanguageModel, prompt: Tensor) -> Tensor:
 
 
 def _is_written(node: Any) -> bool:
-    """Whether a site is a text that a language model writes after a prompt."""
+    """Whether a site is a `Completion`, which a language model writes after a prompt."""
     return isinstance(innermost(node["fn"]), Completion)
 
 
 def _beside(node: Node, msg: Any) -> Tensor:
-    """An observed text as a latent site sees it: joined over the plates that it has and the site has not."""
+    """An observed text for a latent site's prompt: joined over the plates in which only the observation is."""
     value, own = node["value"], {f.name for f in msg["cond_indep_stack"]}
     for frame in node["cond_indep_stack"]:
         axis = value.dim() - node["fn"].event_dim + (frame.dim or 0)
         if frame.vectorized and frame.name not in own and axis >= 0:
             value = text.cat(*value.split(1, axis))
-    for _ in range(msg["fn"].event_dim - node["fn"].event_dim):  # one observed text for all texts of the site
+    for _ in range(msg["fn"].event_dim - node["fn"].event_dim):  # the same text for all texts of the site's event
         value = value[..., None, :]
     return value
 

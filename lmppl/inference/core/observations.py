@@ -1,4 +1,4 @@
-"""What a batch observes, found without asking the network: which values belong together when it comes again."""
+"""What a batch observes, found without the network: a key that recognises each observation when it comes again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Tokens = tuple[Hashable, ...]
 
 @dataclass(frozen=True)
 class Observations:
-    """What a batch observes: a key for every element of its kept plates, and the latent sites that go with them."""
+    """What a batch observes: a key for every element of its kept plates, and their latent sites."""
 
     keys: tuple[str, ...]
     plates: Plates
@@ -35,7 +35,7 @@ class Observations:
 def observe(query: Query, task: int = 0, key: Callable[..., Iterable[Any]] | None = None) -> tuple[Observations, Trace]:
     """The observations of a batch, and a sketch of the model; ``key`` as in `Replay`.
 
-    Two particles are sketched: what has an axis for them depends on latents and identifies nothing.
+    The sketch has two particles: a value with an axis for them depends on latents, so it is not part of a key.
     """
     pair = query.sketch(particles=2)
     q, p, plates = pair.proposal, pair.model, pair.plates(subsampling=True)
@@ -64,7 +64,7 @@ def merge(value: Tensor, plates: Plates, event_dim: int) -> Tensor:
 
 
 def _spread(value: Tensor, plates: Plates, event_dim: int) -> Tensor:
-    """A tensor whose batch axes broadcast with (lead, *plate axes), in full along the kept plates: (lead, ...)."""
+    """A tensor whose batch axes broadcast with (lead, *plate axes), expanded along the kept plates: (lead, ...)."""
     while value.dim() < 1 + plates.nesting + event_dim:
         value = value[None]
     shape = list(value.shape)
@@ -76,7 +76,7 @@ def _spread(value: Tensor, plates: Plates, event_dim: int) -> Tensor:
 def tokens_of(
     value: Tensor, event_dim: int, of_text: bool, mask: Tensor | bool | None, plates: Plates
 ) -> list[list[Tokens]]:
-    """What tells a site's values (n, K, *others, *event) apart, by particle and observation; not what is masked."""
+    """A site's values (n, K, *others, *event) as tuples, by particle and observation; masked values are left out."""
     event = value.shape[value.dim() - event_dim :]
     rows = value.reshape(*value.shape[:2], -1, event.numel()).tolist()  # (n, K, others, event)
     there = _there(mask, value.shape[: value.dim() - event_dim], plates)
@@ -92,7 +92,7 @@ def tokens_of(
 
 
 def _there(mask: Tensor | bool | None, batch: torch.Size, plates: Plates) -> list[list[list[bool]]]:
-    """Whether a site is there, (n, K, others), from its mask; along a prefix axis the last is the whole sample."""
+    """Whether a site is unmasked, (n, K, others); of a prefix axis the last entry, the whole sample, is taken."""
     if isinstance(mask, Tensor):
         mask = mask[-1] if mask.dim() > 1 + plates.nesting else mask
         there = split(_spread(mask, plates, 0), plates, 0).cpu().expand(batch)
@@ -102,7 +102,7 @@ def _there(mask: Tensor | bool | None, batch: torch.Size, plates: Plates) -> lis
 
 
 def _identities(traces: list[Trace], plates: Plates) -> list[list[Any]]:
-    """What identifies each kept plate element: prompts and observed values that no latent has a part in."""
+    """What identifies each kept plate element: the prompts and observed values that depend on no latent."""
     found: list[list[Any]] = [[] for _ in range(torch.Size(plates.sizes).numel())]
     for trace in traces:
         for name, node in programs.scored(trace).items():
@@ -117,7 +117,7 @@ def _identities(traces: list[Trace], plates: Plates) -> list[list[Any]]:
 
 
 def _evidence(node: programs.Node) -> Iterable[tuple[Tensor, int, bool]]:
-    """A site's prompt, and its value where it is observed: each with its event dimension, and whether it is a text."""
+    """A site's prompt, and its value if it is observed, each with its event dimension and whether it is a text."""
     fn = node["fn"]
     if (prompt := prompt_of(fn)) is not None:
         yield prompt, fn.event_dim or 1, True

@@ -1,4 +1,4 @@
-"""Nested lists, dicts, numbers and tensors as what a file can hold: JSON, and the tensors by name."""
+"""Nested lists, dicts, numbers and tensors in a form that a file can hold: JSON, and tensors by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def pack(x: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """What JSON can hold of ``x``; its tensors go to ``tensors``, under names that begin with ``name``.
+    """``x`` as JSON values; its tensors are put into ``tensors``, under names that begin with ``name``.
 
-    :raises TypeError: naming what is of another kind.
+    :raises TypeError: for a value of another type; the message names it.
     """
     if isinstance(x, Tensor):
         name = f"{name}.{len(tensors)}"
@@ -28,7 +28,7 @@ def pack(x: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(x: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `pack` was given."""
+    """The inverse of `pack`."""
     if not isinstance(x, dict):
         return x
     ((kind, content),) = x.items()

@@ -1,4 +1,4 @@
-"""Running a program up to where something has to be done: what SMC knows of a program while it is half done."""
+"""Runs a program up to the next site that has to be drawn, for SMC."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Pause = Callable[[str, Trace], bool]
 
 
 class _Reached(BaseException):
-    """Leaves a program at the site that it has reached; no Exception, so that the program does not catch it."""
+    """Leaves a program at the site that it has reached.  It is no Exception, so that the program does not catch it."""
 
 
 class _Halt(Messenger):
-    """Records sites and leaves the program at the first latent site without a value, or the first such text.
+    """Records sites, and leaves the program at the first latent site without a value, or at the first such text.
 
-    ``pause`` is asked before every other latent site, given what was recorded; the program is left where it says so.
+    ``pause(site, trace so far)`` is called before every other latent site; the program is left if it returns true.
     """
 
     def __init__(self, *, texts_only: bool, retained: Mapping[str, Tensor] | None = None, pause: Pause | None = None):
@@ -52,7 +52,7 @@ class _Halt(Messenger):
 
 
 def is_grown(node: Node) -> bool:
-    """Whether a site's value can be drawn token by token."""
+    """Whether a site is drawn token by token."""
     return is_stepwise(node["fn"]) and not node["infer"].get("is_auxiliary")
 
 
@@ -66,11 +66,11 @@ def advance(
     retained: Mapping[str, Tensor] | None = None,
     pause: Pause | None = None,
 ) -> tuple[Trace, Node | None]:
-    """The sites that a program meets under ``values``, and the latent site without a value where it was left.
+    """Runs a program with ``values``; returns the sites that it met, and the latent site without a value that ended it.
 
-    With ``texts_only`` it goes on past latent sites that are no texts, and draws them.  None: it ran to its end, or was
-    left where ``pause`` (site, trace so far) said so.  The node's ``fn`` has the shape (particle, *plate axes).
-    ``retained``: what particle 0 has in place of what is drawn.
+    The latter is None if the program ran to its end, or if ``pause(site, trace so far)`` returned true.  Its ``fn`` has
+    the batch shape (particle, *plate axes).  With ``texts_only`` the program draws latent sites that are no texts, and
+    goes on.  ``retained``: values that particle 0 takes in place of what is drawn.
     """
     halt = _Halt(texts_only=texts_only, retained=retained, pause=pause)
     with suppress(_Reached):
@@ -80,11 +80,11 @@ def advance(
 
 
 def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value: Tensor) -> Tensor:
-    """A site's value (particle, *plate axes, *event) with the retained one, (1, ...), in particle 0.
+    """A site's value (particle, *plate axes, *event) with the retained value, (1, ...), in particle 0.
 
-    A text that is longer than the site's texts is cut off: see `too_long`.
+    A text that is longer than the site's texts is cut off; see `too_long`.
 
-    :raises ValueError: where nothing is retained for this site.
+    :raises ValueError: if there is no retained value for this site.
     """
     if retained is None:
         return value
@@ -99,7 +99,7 @@ def keep_first(retained: Mapping[str, Tensor] | None, name: str, fn: Any, value:
 
 
 def too_long(retained: Mapping[str, Tensor] | None, name: str, fn: Any) -> Tensor | None:
-    """Where the retained text is longer than any text of this site, (..., *plate axes); None where that is nowhere."""
+    """Where the retained text is longer than any text of this site, (..., *plate axes); None if it is nowhere."""
     if retained is None or name not in retained or not is_text(fn):
         return None
     longer = text.length(retained[name]) > fn.event_shape[-1]
@@ -107,7 +107,7 @@ def too_long(retained: Mapping[str, Tensor] | None, name: str, fn: Any) -> Tenso
 
 
 def only(trace: Trace, names: set[str]) -> Trace:
-    """The nodes of these names."""
+    """A trace of the nodes with these names."""
     part = Trace()
     for name, node in trace.nodes.items():
         if name in names:

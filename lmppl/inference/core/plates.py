@@ -1,4 +1,4 @@
-"""Kept plates: those that enclose every latent, observation and factor, along which weights stay separate."""
+"""Kept plates: the plates that enclose every latent, observation and factor.  Weights stay separate along them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import programs
 
 @dataclass(frozen=True)
 class Plates:
-    """The kept plates, left to right: their names, sizes and axes; ``nesting`` axes in all belong to plates."""
+    """The kept plates from left to right: names, sizes and axes.  ``nesting`` is the number of plate axes in all."""
 
     names: tuple[str, ...]
     dims: tuple[int, ...]
@@ -21,7 +21,7 @@ class Plates:
     nesting: int
 
     def reduce(self, log_prob: Tensor) -> Tensor:
-        """Sum over every plate axis that is not kept: (..., *plate axes) -> (prefix, particle, *kept)."""
+        """Sums over every plate axis that is not kept: (..., *plate axes) -> (prefix, particle, *kept)."""
         lead = 2 + self.nesting - log_prob.dim()
         log_prob = log_prob[(None,) * lead] if lead > 0 else log_prob
         others = [d for d in range(-self.nesting, 0) if d not in self.dims]
@@ -53,15 +53,15 @@ class Plates:
         index = self.spread(chosen)
         index = index.reshape(*index.shape, *[1] * (value.dim() - index.dim()))
         shape = (a if b == 1 else b for a, b in zip(value.shape[1:], index.shape[1:], strict=True))
-        value = value.expand(value.shape[0], *shape)  # an axis of size 0, that of empty texts, stays one
+        value = value.expand(value.shape[0], *shape)  # an axis of size 0 (empty texts) stays
         return value.gather(0, index.expand(index.shape[0], *value.shape[1:]))
 
 
 def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = True) -> Plates:
     """The plates that enclose every scored site of these traces.
 
-    :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling`` (an objective may be estimated
-        from a subsample, evidence may not).
+    :raises ValueError: for a subsampled plate that is not kept, unless ``subsampling`` is true: an objective can be
+        estimated from a subsample, the evidence cannot.
     """
     nodes = [node for trace in traces for node in programs.scored(trace).values()]
     enclosing = [{f.name: f for f in node["cond_indep_stack"] if f.name not in _OWN} for node in nodes]
@@ -69,12 +69,12 @@ def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = Tr
     frames = [f for name, f in every[0].items() if all(name in e for e in every)] if every else []
     frames.sort(key=lambda f: f.dim)
     if not subsampling:
-        for node_frames in enclosing:  # sequential plates too: they are joint
+        for node_frames in enclosing:  # sequential plates too, because their elements are joint
             for f in node_frames.values():
                 if f.full_size not in (None, f.size) and f.name not in {k.name for k in frames}:
                     raise ValueError(
                         f"model: the plate {f.name!r} is subsampled ({f.size} of {f.full_size}) but does not enclose "
-                        "every latent, observation and factor, so that no evidence is defined; run it in full"
+                        "every latent, observation and factor, so the evidence is not defined; run the plate in full"
                     )
     return Plates(tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting)
 

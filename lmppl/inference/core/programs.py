@@ -1,6 +1,6 @@
-"""Running a Pyro program with axes on its left: particles, and left of them the prefixes of one text.
+"""Runs a Pyro program with axes on its left: particles, and left of them the prefixes of one text.
 
-A vectorised run gives every site the shape (prefix, particle, *plates): the program's own plates keep their places.
+A vectorised run gives every site the shape (prefix, particle, *plates).  The program's own plates keep their axes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,25 @@ MOST_AXES = 60
 
 
 class SiteMismatch(ValueError):
-    """Model and guide do not fit together: a site is missing, observed, or met in another order."""
+    """Raised where model and guide do not fit together: a site is missing, observed, or comes in another order.
+
+    It is a ValueError.  The message names the site and says what is wrong with it.
+
+    Example::
+
+        def other(x, y=None):
+            with pyro.plate("stories", len(x)):
+                pyro.sample("w", Completion(q, x, max_tokens=1))
+
+        try:
+            Importance(model, other).run(x, y)
+        except SiteMismatch as error:
+            print(error)  # guide: it samples 'w', but the model has no such site; ...
+    """
 
 
 class Substitute(Messenger):
-    """Gives latent sites (and subsamples) the values of a dict, with nothing else of their messages changed."""
+    """Gives latent sites and subsamples the values of a dict; the rest of their messages is unchanged."""
 
     def __init__(self, values: Mapping[str, Tensor]):
         super().__init__()
@@ -49,9 +63,9 @@ class Substitute(Messenger):
 
 
 class Draw(Messenger):
-    """Draws latent sites and keeps, in ``log_probs``, the log-probability that comes for free with a drawn text.
+    """Draws latent sites, and keeps in ``log_probs`` the log-probabilities that drawing a text computes anyway.
 
-    ``explore`` may replace a text site's distribution by a broader one to draw from; then nothing comes for free.
+    ``explore`` may replace a text site's distribution by a broader one; then ``log_probs`` stays empty.
     """
 
     def __init__(self, explore: Temper | None = None):
@@ -77,7 +91,7 @@ class Draw(Messenger):
 
 
 class Sketch(Messenger):
-    """Gives every text site some text of the right shape, so that a program's shape is learned without the network."""
+    """Gives every text site a placeholder of the right shape, to find a program's shapes without a network."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["done"] and not msg["is_observed"] and (site := text_of(msg["fn"])) is not None:
@@ -85,7 +99,7 @@ class Sketch(Messenger):
 
 
 class Unmasked(Messenger):
-    """Makes the masks around a site's distribution masks of the site, as `pyro.poutine.mask` does."""
+    """Turns the masks around a site's distribution into masks of the site, like those of `pyro.poutine.mask`."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["fn"], mask = unmasked(msg["fn"])
@@ -104,9 +118,9 @@ def trace(
 ) -> Trace:
     """One run of ``program`` with ``particles`` (and ``prefixes``) on the left of its ``nesting`` plate axes.
 
-    Nothing outside (another program's plates or traces) sees its sites; parameters are seen.
+    The sites are hidden from handlers outside, such as another program's plates or traces; parameters are not hidden.
 
-    :raises ValueError: for a program that is not written for these axes, as far as shapes show it.
+    :raises ValueError: for a program whose shapes show that it is not written for these axes.
     """
     with ExitStack() as stack:
         stack.enter_context(explained())
@@ -125,19 +139,19 @@ def trace(
 
 
 def latents(trace: Trace) -> dict[str, Node]:
-    """The unobserved sample sites, in program order; subsamples not among them."""
+    """The unobserved sample sites in program order, without subsamples."""
     return {n: s for n, s in _samples(trace) if not s["is_observed"] and not site_is_subsample(s)}
 
 
 def scored(trace: Trace) -> dict[str, Node]:
-    """Every site with a density: latents, observations and factors, but no subsamples or deterministic values."""
+    """Every site with a density: latents, observations and factors, without subsamples and deterministic values."""
     return {
         n: s for n, s in _samples(trace) if not site_is_subsample(s) and not s["infer"].get("_deterministic", False)
     }
 
 
 def values(trace: Trace) -> Values:
-    """The values a replay needs: latents and subsamples."""
+    """The values that a replay needs: those of latents and subsamples."""
     return {n: s["value"] for n, s in _samples(trace) if not s["is_observed"]}
 
 
@@ -147,7 +161,7 @@ def _samples(trace: Trace) -> list[tuple[str, Node]]:
 
 
 def match(model: Trace, guide: Trace) -> None:
-    """Raise SiteMismatch unless model and guide have the same latent sites (auxiliary guide sites aside)."""
+    """Raises SiteMismatch unless model and guide have the same latent sites, apart from the guide's auxiliary ones."""
     in_model, in_guide = latents(model), latents(guide)
     for name, node in in_guide.items():
         if node["infer"].get("is_auxiliary") or name in in_model:
@@ -168,9 +182,9 @@ def match(model: Trace, guide: Trace) -> None:
 
 
 def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Trace]:
-    """One run of each program with placeholders for texts, each under the values of those before it.
+    """One run of each program with placeholders for texts, each with the values drawn by the programs before it.
 
-    The network is never asked, and the random state is as before.
+    No network runs, and the random state is unchanged.
     """
     found, known = [], dict[str, Tensor]()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -190,13 +204,13 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def language_models(trace: Trace) -> dict[str, Any]:
-    """The language models behind a trace's sites, latent or observed, by site."""
+    """The language models of a trace's latent and observed sites, by site."""
     lms = {name: lm_of(node["fn"]) for name, node in scored(trace).items()}
     return {name: lm for name, lm in lms.items() if lm is not None}
 
 
 def parameters_of(model: Trace) -> list[Tensor]:
-    """The parameters behind a model's density: those of its language models, and Pyro's."""
+    """The parameters of a model's density: those of its language models, and those in Pyro's store."""
     found: list[Tensor] = []
     for node in model.nodes.values():
         if node["type"] == "param":
@@ -208,12 +222,15 @@ def parameters_of(model: Trace) -> list[Tensor]:
 
 
 def stored() -> list[Tensor]:
-    """The parameters in Pyro's store, as an optimiser holds them."""
+    """The unconstrained parameters in Pyro's store: the tensors that an optimiser holds."""
     return [p for _, p in pyro.get_param_store().named_parameters()]
 
 
 def register(name: str, parameters: Iterable[nn.Parameter]) -> None:
-    """Tell `pyro.infer.SVI` of parameters, as ``name.0``, ``name.1``, ..; a namesake in Pyro's store is replaced."""
+    """Registers parameters with Pyro as ``name.0``, ``name.1``, ..., for `pyro.infer.SVI`.
+
+    Parameters of the same names in Pyro's store are replaced.
+    """
     store = pyro.get_param_store()
     for i, p in enumerate(parameters):
         key = f"{name}.{i}"
@@ -231,13 +248,13 @@ def nesting_of(sketches: list[Trace]) -> int:
 def plate_nesting(
     programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, Any], given: int | float | None = None
 ) -> int:
-    """How many axes the programs' own plates take: ``given``, or guessed from one run that never asks the network."""
+    """How many axes the programs' own plates take: ``given``, or found from one run without a network."""
     given = given_nesting(given)
     return nesting_of(sketches(programs, args, kwargs)) if given is None else given
 
 
 def given_nesting(max_plate_nesting: int | float | None) -> int | None:
-    """How many axes the plates were said to take; None where that is to be guessed: for None, and Pyro's infinity."""
+    """The given number of plate axes, checked; None if it has to be found, which None and Pyro's infinity ask for."""
     if max_plate_nesting is None or (isinstance(max_plate_nesting, float) and max_plate_nesting == float("inf")):
         return None
     at_least(0, max_plate_nesting=max_plate_nesting)
@@ -247,21 +264,21 @@ def given_nesting(max_plate_nesting: int | float | None) -> int | None:
 
 
 def cat_particles(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Latent values of several runs, (n_i, *plate axes, *event) each, as those of one: (sum n_i, ...)."""
+    """The latent values of several runs, (n_i, *plate axes, *event) each, as those of one run: (sum n_i, ...)."""
     if len(draws) == 1:
         return dict(draws[0])
     result = {}
     for name in draws[0]:
         values = [draw[name] for draw in draws]
         width = max(v.shape[-1] for v in values) if values[0].dim() > 1 else 0
-        if any(v.dim() > 1 and v.shape[-1] != width for v in values):  # texts of programs with other limits
+        if any(v.dim() > 1 and v.shape[-1] != width for v in values):  # texts of programs with different max_tokens
             values = [text.pad(v, width) for v in values]
         result[name] = torch.cat(values)
     return result
 
 
 def cut(value: Tensor, ending: Ending, at: Tensor) -> Tensor:
-    """The texts stopped after ``at`` tokens by their stop token; from where they end on, the whole text.
+    """The texts cut after ``at`` tokens and ended there by their stop token; the whole text where it is not longer.
 
     ``value`` (..., L), ``ending`` (...), ``at`` (P, ...) -> (P, ..., L).
     """

@@ -1,4 +1,4 @@
-"""Programs that make a Python number or a Python decision of a latent value, which has a particle axis."""
+"""Explains the errors of programs that use a latent value as one Python number, though it has a particle axis."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _LIBRARIES = tuple(str(Path(str(module.__file__)).parent) for module in (torch, 
 
 
 class PythonValueError(ValueError):
-    """A program makes one Python number of a tensor that has a value for each particle."""
+    """Raised where a program uses a tensor with a value for each particle as one Python number."""
 
 
 @contextmanager
 def no_python_values() -> Iterator[None]:
-    """Where a program fails because a latent value is one for each particle, say what to write instead.
+    """Where a program needs one Python value of a latent tensor, raises an error that says what to write instead.
 
-    :raises PythonValueError: for ``int(k)``, ``range(k)``, ``float(k)``, ``k.item()``, ``if k:`` and their kin.
+    :raises PythonValueError: for ``int(k)``, ``range(k)``, ``float(k)``, ``k.item()``, ``if k:`` and the like.
     """
     try:
         yield
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if _FORMAT in str(error):  # which torch raises
+        if _FORMAT in str(error):  # raised by torch, called by the program
             frames = traceback.StackSummary.from_list(f for f in frames if not f.filename.startswith(_LIBRARIES))
         at = frames[-1]
         looked_up = isinstance(error, KeyError) and any(isinstance(x, torch.Tensor) for x in error.args)
@@ -50,17 +50,17 @@ def no_python_values() -> Iterator[None]:
             raise
         raise PythonValueError(
             f"model or guide: {written(at)} needs one Python value, but "
-            f"a latent value here is a tensor, with one for each particle: {_advice(at.line or '')}"
+            f"a latent value here is a tensor with one value for each particle: {_advice(at.line or '')}"
         ) from error
 
 
 def written(at: traceback.FrameSummary) -> str:
-    """A line of a program, and where it stands."""
+    """A line of a program with its number and file."""
     return f"`{shorten(at.line or '', 100)}` (line {at.lineno} of {Path(at.filename).name})"
 
 
 def of_user(error: BaseException) -> str:
-    """The last line that neither torch, nor Pyro, nor this package wrote."""
+    """The last line of the traceback that is not in torch, Pyro or this package."""
     own = (*_LIBRARIES, str(Path(__file__).parents[1]))
     lines = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(own)]
     return written(lines[-1]) if lines else "a line that is not known"
@@ -69,11 +69,11 @@ def of_user(error: BaseException) -> str:
 def _advice(line: str) -> str:
     if "range(" in line:
         return (
-            "in place of `for i in range(int(k))` go over all that there can be, `for i in range(most)`, and put the "
-            "sites of step i under `with pyro.poutine.mask(mask=i < k)`, so that they count where i < k"
+            "instead of `for i in range(int(k))` loop over all possible steps, `for i in range(most)`, and put the "
+            "sites of step i under `with pyro.poutine.mask(mask=i < k)`, so that they count only where i < k"
         )
     return (
-        "in place of a Python `if`, `int`, `float` or `.item()` compute with tensors: `torch.where(k == 1, a, b)` "
+        "instead of a Python `if`, `int`, `float` or `.item()` compute with tensors: `torch.where(k == 1, a, b)` "
         "for a choice, `table[k]` for a look-up, `with pyro.poutine.mask(mask=k == 1)` around sites that only some "
         "particles have"
     )

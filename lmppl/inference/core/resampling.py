@@ -1,4 +1,7 @@
-"""Resampling: pure functions from normalised weights (N, *plates) to n particle indices (n, *plates)."""
+"""Resampling: pure functions from normalised weights (N, *plates) to n particle indices (n, *plates).
+
+Source: Douc, Cappé and Moulines 2005.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from ...randomness import uniform
 
 
 def systematic(weights: Tensor, n: int | None = None) -> Tensor:
-    """One uniform number per plate element, n evenly spaced pointers into the cumulative weights.
+    """n evenly spaced points in the cumulative weights, with one uniform shift per plate element.
 
     Particle i is chosen floor(n w_i) or ceil(n w_i) times; E[count] = n w_i.
     """
@@ -34,7 +37,7 @@ def stratified(weights: Tensor, n: int | None = None) -> Tensor:
 
 
 def residual(weights: Tensor, n: int | None = None) -> Tensor:
-    """floor(n w_i) copies of particle i, and independent draws in proportion to n w_i - floor(n w_i) for the rest."""
+    """floor(n w_i) copies of particle i; the rest are independent draws in proportion to n w_i - floor(n w_i)."""
     n = len(weights) if n is None else n
     expected = n * weights.double() / weights.double().sum(0)  # (N, *plates)
     whole = (expected + 1e-9).floor()
@@ -46,7 +49,7 @@ def residual(weights: Tensor, n: int | None = None) -> Tensor:
 
 
 def conditional(weights: Tensor) -> Tensor:
-    """`multinomial`, given that particle 0 has a child: the first one (conditional SMC, Andrieu et al. 2010)."""
+    """`multinomial` with particle 0 kept as the first choice (conditional SMC, Andrieu et al. 2010)."""
     return torch.cat([torch.zeros_like(weights[:1], dtype=torch.long), multinomial(weights, len(weights) - 1)])
 
 
@@ -54,7 +57,7 @@ SCHEMES = {"systematic": systematic, "stratified": stratified, "multinomial": mu
 
 
 def _invert(weights: Tensor, at: Tensor) -> Tensor:
-    """The particles at which the cumulative weights pass ``at`` (n, *plates); weight zero is never chosen."""
+    """The particles at which the cumulative weights pass ``at`` (n, *plates); a weight of zero is never chosen."""
     cdf = weights.double().cumsum(0)
     cdf = (cdf / cdf[-1:]).movedim(0, -1).contiguous()
     at = at.clamp(max=1 - 1e-12).movedim(0, -1).contiguous()

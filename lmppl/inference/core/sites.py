@@ -1,7 +1,7 @@
-"""The text of a sample site: the one place that asks what a distribution can do.
+"""The texts of a sample site.  Only this module asks what a distribution of texts can do.
 
-`text_of` sees through whatever stands around a text: masks, expansions, axes of the batch that `.to_event` made part
-of the event.  A `Site` speaks of the texts one by one, and `Site.lift` makes what is known of each that of the site.
+`text_of` removes what is wrapped around a text distribution: masks, expansions, and `.to_event`, which makes batch axes
+part of the event.  A `Site` handles its texts one by one; `Site.lift` turns their log-probabilities into the site's.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ...stop_strings import Ending, Stops
 
 @dataclass(frozen=True)
 class Site:
-    """The texts of a site, one by one: their distribution, and how they make up the site.
+    """The texts of a site: their distribution, and how they are arranged in the site.
 
-    ``shape`` is (*the site's batch, *stacked axes), the texts' own batch.
+    ``shape`` is (*the site's batch, *stacked axes), the batch shape of the texts.
     """
 
     fn: Any  # a Text
     shape: torch.Size
     stacked: int  # how many axes of texts are part of the site's event
-    mask: Tensor | None  # which texts count, as far as the distribution says so: broadcasts with ``shape``
+    mask: Tensor | None  # which texts count according to the distribution's masks; broadcasts with ``shape``
 
     @property
     def event_dim(self) -> int:
@@ -50,13 +50,13 @@ class Site:
 
     @property
     def stop_argument(self) -> list[int | str]:
-        """What ends the texts, as ``stop`` was or might have been given; empty for None."""
+        """What ends the texts, in the form of a ``stop=`` argument; empty for None."""
         ids, strings = self.stops
         return [*ids.tolist(), *(strings.strings if strings is not None else ())]
 
     @property
     def terminable(self) -> bool:
-        """Whether all stopped prefixes are scored in one pass, and there are any."""
+        """Whether the distribution has stop tokens and scores all stopped prefixes in one pass."""
         return isinstance(self.fn, Terminable) and self.fn.stop.numel() > 0
 
     @property
@@ -65,7 +65,7 @@ class Site:
 
     @property
     def regrowable(self) -> bool:
-        """Whether the end of a text can be drawn anew."""
+        """Whether the end of a text can be drawn again."""
         return self.stepwise or (hasattr(self.fn, "regrow") and hasattr(self.fn, "token_log_probs"))
 
     @property
@@ -75,7 +75,7 @@ class Site:
 
     @property
     def min_tokens(self) -> Tensor:
-        """The fewest tokens before a stop, as far as they are known; broadcasts with ``shape``."""
+        """The fewest tokens before a stop, 0 if the distribution does not say; broadcasts with ``shape``."""
         least = getattr(self.fn, "min_tokens", None)
         return torch.zeros((), dtype=torch.long, device=self.fn.stop.device) if least is None else least
 
@@ -87,15 +87,18 @@ class Site:
         return torch.tensor(room, device=self.fn.stop.device) if most is None else most
 
     def lift(self, x: Tensor) -> Tensor:
-        """Log-probabilities of texts (..., *shape) as those of the site, (..., *its batch)."""
+        """The site's log-probabilities (..., *its batch) from those of its texts, (..., *shape)."""
         return self.total(x if self.mask is None else scale_and_mask(x, 1.0, self.mask))
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the texts of one value of the site: (..., *shape) -> (..., *its batch)."""
+        """The sum over the texts of each element of the batch: (..., *shape) -> (..., *its batch)."""
         return x.sum(tuple(range(-self.stacked, 0))) if self.stacked else x
 
     def there(self, mask: Any) -> Any:
-        """Which texts count under the ``mask`` of a node as well, None for all; broadcasts with ``shape``."""
+        """Which texts count under both masks, the node's ``mask`` and the distribution's; None means all.
+
+        The result broadcasts with ``shape``.
+        """
         if mask is None:
             return self.mask
         mask = torch.as_tensor(mask)
@@ -115,17 +118,17 @@ class Site:
 
     @asks
     def log_prob(self, value: Tensor) -> Asking[Tensor]:
-        """Of each text."""
+        """log p of each text, (..., *shape)."""
         log_prob = yield from asking(self.fn.log_prob, value)
         return log_prob.expand(broadcast_shapes(self.shape, log_prob.shape))
 
     def steps(self, share: Steps | None = None) -> Steps:
-        """The texts, unfinished, a row each."""
+        """Empty texts to grow token by token, one row each."""
         steps: Steps = self.fn.token_steps(self.shape, share=share)
         return steps
 
     def placeholder(self) -> Tensor:
-        """Some text of the right shape, (*shape, L), for which no network is asked."""
+        """A text of the right shape, (*shape, L), made without a network."""
         if hasattr(self.fn, "placeholder"):
             found: Tensor = self.fn.placeholder()
             return found.expand(*self.shape, -1)
@@ -135,7 +138,7 @@ class Site:
         return value
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Texts (*shape, L) and the log-probability of each, (*shape)."""
+        """Draws texts (*shape, L); returns them and the log-probability of each, (*shape)."""
         if hasattr(self.fn, "sample_and_log_prob") and self.fn.batch_shape == self.shape:
             found: tuple[Tensor, Tensor] = self.fn.sample_and_log_prob()
             return found
@@ -146,7 +149,7 @@ class Site:
         return value, self.fn.log_prob(value).expand(self.shape)
 
     def draw_from(self, broader: Any) -> Tensor:
-        """Texts (*shape, L) from another distribution; a dead end is no error, as it is for ``sample``."""
+        """Draws texts (*shape, L) from another distribution; a dead end is not an error, unlike in ``sample``."""
         if broader is self.fn:
             return self.draw()[0]
         value: Tensor = (
@@ -156,7 +159,7 @@ class Site:
 
     @torch.no_grad()
     def regrow(self, value: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Texts (*shape, L) with all but their first ``keep`` (*shape) tokens drawn anew; log p of what was drawn."""
+        """Texts (*shape, L) with the tokens after the first ``keep`` (*shape) drawn again, and log p of these."""
         if hasattr(self.fn, "regrow"):
             found: tuple[Tensor, Tensor] = self.fn.regrow(value, keep)
             return found
@@ -175,7 +178,7 @@ class Site:
 
     @torch.no_grad()
     def token_log_probs(self, value: Tensor) -> Tensor:
-        """log p of each token of texts (*shape, L), given those before it: 0 at padding."""
+        """log p of each token of texts (*shape, L) given the tokens before it; 0 at padding."""
         if hasattr(self.fn, "token_log_probs"):
             found: Tensor = self.fn.token_log_probs(value)
             return found
@@ -190,13 +193,13 @@ class Site:
         return torch.stack(columns, 1).view(*self.shape, -1)
 
     def complete(self, strings: Any) -> Tensor:
-        """Strings as texts of this site: encoded, with its (first) stop where they have none.
+        """Encodes strings as texts of this site; its first stop is added to those that have none.
 
-        :raises ValueError: where the distribution has no language model to encode them.
+        :raises ValueError: if the distribution has no language model to encode them.
         """
         lm, ends = lm_of(self.fn), self.stop_argument
         if lm is None:
-            raise ValueError(f"{type(self.fn).__name__} encodes no strings; give texts, LongTensors of token ids")
+            raise ValueError(f"{type(self.fn).__name__} cannot encode strings; give texts, LongTensors of token ids")
         value = lm.encode(strings)
         if not ends:
             return value
@@ -208,7 +211,7 @@ class Site:
 
 
 def text_of(fn: Any) -> Site | None:
-    """The texts of a site's distribution, None where it is none."""
+    """The texts of a site's distribution; None if it is not a distribution of texts."""
     if not isinstance(innermost(fn), Text):
         return None
     shape, stacked, masks = fn.batch_shape, 0, []
@@ -232,7 +235,7 @@ def text_of(fn: Any) -> Site | None:
 
 
 def texts_of(node: Any) -> Site:
-    """The texts of a trace node that is known to have them."""
+    """The texts of a trace node that is known to be a text site."""
     site = text_of(node["fn"])
     assert site is not None, f"site {node['name']!r} is no text"
     return site
@@ -253,30 +256,30 @@ def is_stepwise(fn: Any) -> bool:
 
 
 def asks_network(fn: Any) -> bool:
-    """Whether the texts are scored by a language model that can be asked for others at the same time."""
+    """Whether the texts are scored by a language model that can score other sites in the same pass."""
     site = text_of(fn)
     return site is not None and asks_others(site.fn.log_prob)
 
 
 def lm_of(fn: Any) -> Any:
-    """The language model behind a site's distribution, text or token; None where there is none."""
+    """The language model of a site's distribution, of a text or of one token; None if there is none."""
     return getattr(innermost(fn), "lm", None)
 
 
 def lms_of(fn: Any) -> list[Any]:
-    """All language models behind a site's distribution, of its components too."""
+    """All language models of a site's distribution and of its components."""
     inner = innermost(fn)
     found = [lm for c in getattr(inner, "components", ()) for lm in lms_of(c)] or [lm_of(inner)]
     return [lm for lm in found if lm is not None]
 
 
 def prompt_of(fn: Any) -> Tensor | None:
-    """What a site's text or token follows, (*batch, L); None where there is nothing of the kind."""
+    """The prompt of a site's text or token, (*batch, L); None if there is none."""
     return getattr(innermost(fn), "prompt", None)
 
 
 def unmasked(fn: Any) -> tuple[Any, Any]:
-    """A distribution without the masks around it, and these as one, None where there is none."""
+    """A distribution without the masks around it, and the product of these masks; None if there is none."""
     mask: Any = None
     while isinstance(fn, MaskedDistribution):
         mask = fn._mask if mask is None else mask & fn._mask
@@ -285,26 +288,26 @@ def unmasked(fn: Any) -> tuple[Any, Any]:
 
 
 def propose(steps: Steps, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A weighted draw, see `Steps`."""
+    """A weighted draw; see `Steps`."""
     found: tuple[Tensor, Tensor] = (steps.propose if hasattr(steps, "propose") else steps.draw)(uniform)
     return found
 
 
 def inserting(steps: Steps) -> Tensor:
-    """BoolTensor (R,): whether the next token is a tool's."""
+    """BoolTensor (R,): whether a tool writes the next token."""
     found: Tensor = steps.inserting if hasattr(steps, "inserting") else torch.zeros_like(steps.ended)
     return found
 
 
 def innermost(fn: Any) -> Any:
-    """A distribution without anything that stands around it."""
+    """A distribution without the masks, expansions and `.to_event` around it."""
     while isinstance(fn, MaskedDistribution | ExpandedDistribution | Independent):
         fn = fn.base_dist
     return fn
 
 
 def around(fn: Any, other: Any) -> Any:
-    """What stands around a distribution, around another one instead."""
+    """``other`` with the same masks, expansions and `.to_event` around it as ``fn``."""
     if isinstance(fn, MaskedDistribution):
         return around(fn.base_dist, other).mask(fn._mask)
     if isinstance(fn, Independent):

@@ -1,4 +1,4 @@
-"""Finding programs that are not written for leading axes: one particle alone must weigh what it weighs among many."""
+"""Finds programs that are not written for leading axes: a particle must have the same density alone as among others."""
 
 from __future__ import annotations
 
@@ -20,15 +20,32 @@ _KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
 
 
 class AxesError(ValueError):
-    """A model's density of one particle depends on the other particles."""
+    """Raised where a model's density of one particle depends on the other particles.
+
+    The model is not written for a particle axis on the left.  Typical causes are a ``.sum()`` without a dimension,
+    which sums over the particles too, and a Python loop over the first axis.  The message names the site.  The check
+    runs under Pyro's validation, which is on by default.
+
+    Example::
+
+        def wrong(x):
+            with pyro.plate("stories", len(x)):
+                z = pyro.sample("z", Completion(lm, x, max_tokens=1))
+                pyro.factor("few", -text.length(z).float().sum())  # .sum() runs over all particles
+
+        try:
+            Importance(wrong, num_particles=8).run(x)
+        except AxesError as error:
+            print(error)  # model: site 'few' is not written for a particle axis: ...
+    """
 
 
 @torch.no_grad()
 def check_axes(pair: Pair) -> None:
-    """Under Pyro's validation, run the last particle alone and compare its sites with the vectorised run.
+    """Under Pyro's validation, runs the last particle alone and compares its sites with the vectorised run.
 
     A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  Text sites are
-    compared by their prompts, which costs the network nothing.
+    compared by their prompts, which needs no pass through the network.
     """
     query, n = pair.query, pair.particles
     if not is_validation_enabled() or n == 1:
@@ -40,14 +57,14 @@ def check_axes(pair: Pair) -> None:
         other = programs.scored(alone).get(name)
         if other is None or not _same(node, other, query.nesting):
             raise AxesError(
-                f"model: site {name!r} is not written for a particle axis: the last of {n} particles has another "
-                "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
+                f"model: site {name!r} is not written for a particle axis: the density of the last of {n} particles "
+                "changes when this particle is run alone. Keep every axis on the left: sum with .sum(-1), not .sum(), "
                 "and build prompts with lm.join or lm.fill"
             )
 
 
 def check_axes_once(query: Query, pair: Callable[[], Pair]) -> None:
-    """`check_axes` of a program that is run again and again, the first time."""
+    """`check_axes` at the first run of a program, for training, which runs it many times."""
     program = getattr(query.model, "__func__", query.model)
     if is_validation_enabled() and program not in _KNOWN:
         check_axes(pair())
@@ -65,10 +82,10 @@ def _same(node: Node, alone: Node, nesting: int) -> bool:
         among = _last(node["fn"].log_prob(node["value"]), nesting)
         single = _last(alone["fn"].log_prob(alone["value"]), nesting)
         return torch.allclose(among, single, rtol=1e-3, atol=1e-4, equal_nan=True)
-    except RuntimeError:  # shapes that do not fit are a difference too
+    except RuntimeError:  # shapes that do not broadcast count as a difference
         return False
 
 
 def _last(x: Tensor, right: int) -> Tensor:
-    """The last particle of (particle, *right axes); a tensor without a particle axis is every particle's."""
+    """The last particle of (particle, *right axes); a tensor without a particle axis is the same for all particles."""
     return x[-1:] if x.dim() > right else x[None]

@@ -1,11 +1,11 @@
-r"""The heart: the log importance weight of complete latent values, for any model and guide.
+r"""The log importance weight u of complete latent values, for any model and guide.  All inference builds on it.
 
 .. math:: u(z) = \log p(z, observed) - \log q(z)
 
 log p is Pyro's log_prob of the model's sites, with scale and mask, factors and observations included.  log q is the
-*unscaled* density that produced the values, mask kept.  Shapes: particles lead, then the *kept plates*, those that
-enclose every latent, observation and factor; along them weights stay separate and subsampling is divided out.
-Everything else is summed.
+*unscaled* density that produced the values, with its mask.  Shapes: the particle axis comes first, then the *kept
+plates*, which are those that enclose every latent, observation and factor.  Along kept plates weights stay separate and
+subsampling is divided out.  Everything else is summed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .sites import Site, asks_network, is_terminable, text_of, texts_of
 
 
 def scale(node: Node, plates: Plates) -> Any:
-    """A site's scale, the kept plates' subsampling divided out: a datum's evidence is its own."""
+    """A site's scale without the factor of subsampled kept plates, so that each datum has its own evidence."""
     result: Any = node["scale"]
     for f in node["cond_indep_stack"]:
         if f.name in plates.names and f.full_size not in (None, f.size):
@@ -40,21 +40,21 @@ def scale(node: Node, plates: Plates) -> Any:
 
 
 def site_log_prob(node: Node, plates: Plates, log_prob: Tensor | None = None, *, scaled: bool = True) -> Tensor:
-    """One site's term, (prefix, particle, *kept): mask applied, and the scale unless it is log q."""
+    """One site's term, (prefix, particle, *kept), with its mask and, if ``scaled``, its scale; log q has no scale."""
     log_prob = together([_log_prob(node)])[0] if log_prob is None else log_prob
-    there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # where the site is not there, anything goes
-    if there.numel() and not (highest := float(there.max())) < torch.inf:  # NaN is the maximum wherever there is one
+    there = scale_and_mask(log_prob.detach(), 1.0, node["mask"])  # masked elements may have any value
+    if there.numel() and not (highest := float(there.max())) < torch.inf:  # the maximum is NaN if any element is
         raise ValueError(f"site {node['name']!r}: its log-probability is {highest}; expected a number or -inf")
     return term(node, plates, log_prob, scaled=scaled)
 
 
 def text_log_probs(nodes: Mapping[str, Node], besides: Container[str] = ()) -> dict[str, Tensor]:
-    """log p of those sites that are texts of language models; what they have in common is read once."""
+    """log p of the sites that are texts of language models.  The network reads what they have in common once."""
     return dict(_answers(texts_asking(nodes, besides)))
 
 
 def texts_asking(nodes: Mapping[str, Node], besides: Container[str] = ()) -> dict[str, Asking[Any]]:
-    """What `text_log_probs` asks."""
+    """The requests of `text_log_probs` to the network, by site."""
     return {name: _log_prob(node) for name, node in nodes.items() if name not in besides and asks_network(node["fn"])}
 
 
@@ -69,7 +69,7 @@ def _log_prob(node: Node) -> Asking[Tensor]:
             log_prob: Tensor = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
         else:
             log_prob = site.lift((yield from asking(site.log_prob, node["value"])))
-    except ValueError as error:  # a value outside the support: Pyro's validation does not say where
+    except ValueError as error:  # a value outside the support: Pyro's message does not name the site
         if str(error).startswith("Expected value argument"):
             raise ValueError(f"site {node['name']!r}: {error}") from error
         raise
@@ -82,7 +82,7 @@ def term(node: Node, plates: Plates, log_prob: Tensor, *, scaled: bool) -> Tenso
 
 
 def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None = None) -> Tensor:
-    """The sum of a trace's terms; ``known`` holds log-probabilities already at hand, by site."""
+    """The sum of a trace's terms; ``known`` holds log-probabilities that were computed before, by site."""
     known, sites = known or {}, programs.scored(trace)
     known = text_log_probs(sites, besides=known) | known
     terms = (site_log_prob(node, plates, known.get(name)) for name, node in sites.items())
@@ -91,7 +91,7 @@ def log_density(trace: Trace, plates: Plates, *, known: dict[str, Tensor] | None
 
 @dataclass(frozen=True)
 class Weighted:
-    """Particles and their log weights ``u`` (particle, *kept), with the traces and plates they came from."""
+    """Particles with their log weights ``u`` (particle, *kept), and the traces and plates that these came from."""
 
     u: Tensor
     values: dict[str, Tensor]
@@ -102,19 +102,29 @@ class Weighted:
 
 @torch.no_grad()
 def weigh(query: Query, num_particles: int) -> Weighted:
-    r"""Draw particles from the guide, or without one from the model's own latent sites, and weigh them.
+    r"""Draws particles from the guide, or from the model if there is no guide, and computes their log weights u.
 
     .. math:: z_n \sim q, \qquad u_n = \log p(z_n, observed) - \log q(z_n), \qquad E_q[e^{u}] = p(observed)
 
-    :returns: ``u`` (particle, *plates), for the plates that enclose every site; ``values`` by site, ``model`` and
-        ``guide``, the traces, and ``plates``.  `Posterior.of` takes the latter.
+    log p includes scale, masks, factors and observations; log q is unscaled.  No gradient is computed.  Use it to write
+    an algorithm of your own: `Posterior.of` makes a posterior of the result.
 
-    :raises SiteMismatch: where model and guide do not fit.
-    :raises ValueError: for a subsampled plate that does not enclose every site.
+    :param query: the model, the guide and their arguments.
+    :param num_particles: N, drawn in one vectorised run.
+
+    :returns: an object with ``u`` (N, *plates), for the plates that enclose every site; ``values``, the latent values
+        by site, (N, *plate axes, *event) each; ``model`` and ``guide``, the traces (the same one if there is no
+        guide); and ``plates``.
+
+    :raises SiteMismatch: if model and guide do not fit together.
+    :raises ValueError: for a subsampled plate that does not enclose every site, and for a log-probability that is NaN
+        or +inf.
 
     Example::
 
-        weigh(Query(model, guide, (x, y)), 64).u.exp().mean(0).log()  # the log evidence, (*plates)
+        weighted = weigh(Query(model, guide, (x, y)), 64)
+        weighted.u.exp().mean(0).log()  # the estimate of the log evidence, (*plates)
+        weighted.u.std(0)  # 0 where the guide is the exact posterior
     """
     draw = programs.Draw()
     pair = query.run(draw, particles=num_particles).matched()
@@ -128,7 +138,7 @@ def weigh(query: Query, num_particles: int) -> Weighted:
 
 
 def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, where it is at hand."""
+    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, computed before."""
     return log_density(pair.model, plates), log_density_of_latents(pair.proposal, plates, known)
 
 
@@ -141,7 +151,7 @@ def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor
 
 
 def device_of(*traces: Trace) -> torch.device | None:
-    """Where the values of these traces are; None where there are none."""
+    """The device of these traces' values; None if there are none."""
     values = (node["value"] for trace in traces for node in programs.scored(trace).values())
     return next((value.device for value in values if isinstance(value, Tensor)), None)
 
@@ -155,7 +165,7 @@ def _total(terms: Iterable[Tensor], plates: Plates, device: torch.device | None 
 
 
 def log_weight_of_prior(trace: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:
-    """u where the model proposes its own latents: a latent site of scale 1 cancels and is never scored."""
+    """u where the model proposes its own latents: the terms of a latent site of scale 1 cancel, so none is computed."""
     known, sites, latents = known or {}, programs.scored(trace), programs.latents(trace)
 
     def cancels(name: str) -> bool:
@@ -172,13 +182,13 @@ def log_weight_of_prior(trace: Trace, plates: Plates, known: dict[str, Tensor] |
             terms.append(
                 log_ratio(site_log_prob(node, plates, log_p), site_log_prob(node, plates, log_p, scaled=False))
             )
-        elif name in known and bool((dead := known[name] == -torch.inf).any()):  # a text that could not go on
+        elif name in known and bool((dead := known[name] == -torch.inf).any()):  # a text that met a dead end
             terms.append(site_log_prob(node, plates, torch.zeros_like(known[name]).masked_fill(dead, -torch.inf)))
     return _total(terms, plates, device_of(trace))
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """log p - log q, where p = 0 wins over q = 0 (a value that the guide, too, says is impossible)."""
+    """log p - log q; -inf where p = 0, also where q = 0 as well (a value that is impossible under both)."""
     return (log_p - log_q).masked_fill(log_p == -torch.inf, -torch.inf)
 
 
@@ -187,19 +197,21 @@ def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Balance:
-    """u over the stopped prefixes of one text site, the other sites held: what every objective compares.
+    """u of the stopped prefixes of one text site, the other sites fixed.  Objectives compare these values.
 
-    All are (prefix, particle, *kept).  ``log_p`` is detached; gradients flow through ``log_q``.
+    All tensors are (prefix, particle, *kept).  ``log_p`` is detached; gradients flow through ``log_q``.
     """
 
     site: str | None
     log_p: Tensor
     log_q: Tensor
     valid: Tensor  # the prefix exists and the guide can stop there
-    stop: Tensor  # the guide's own probability of stopping there, detached; 1 where whole samples only are kept
-    at: Tensor  # how many tokens the prefix has; 0 where whole samples only are kept
+    stop: Tensor  # the guide's probability of stopping there, detached; 1 where only whole samples are kept
+    at: Tensor  # how many tokens the prefix has; 0 where only whole samples are kept
     last: Tensor  # the prefix is the whole sample
-    identifies: bool  # pairs within one sample do: every latent is a text, each sample keeps a terminable empty prefix
+    # Whether pairs within one sample identify the posterior: every latent is a text, and every sample keeps an empty
+    # prefix at which the guide can stop.
+    identifies: bool
     guide: Trace = field(repr=False)
     plates: Plates = field(repr=False)
 
@@ -209,24 +221,24 @@ class Balance:
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the guide was called with."""
+        """The arguments that the guide was called with."""
         given = self.guide.nodes["_INPUT"]
         return given["args"], given["kwargs"]
 
 
 def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -> Tensor:
-    """Prefix lengths (P, ...): all of 0..width-1, or ``count`` of them per text, the first possible and the last kept.
+    """Prefix lengths (P, ...): all of 0..width-1, or ``count`` of them per text, always with the first and the last.
 
     ``end`` and ``first`` (...): the length of the text, and of its shortest terminable prefix.
     """
     if count is None or count >= width:
         return torch.arange(width, device=end.device).view(-1, *[1] * end.dim()).expand(-1, *end.shape)
     between = randomness.uniform((max(0, count - 2), *end.shape), device=end.device)
-    span = (end - first - 1).clamp(min=0)  # the lengths strictly between, drawn in strata so that few coincide
+    span = (end - first - 1).clamp(min=0)  # the number of lengths between, drawn in strata so that few coincide
     strata = torch.arange(len(between), device=end.device).view(-1, *[1] * end.dim())
     inner = first + 1 + ((strata + between) / max(1, len(between)) * span).long()
     at = torch.cat([first[None], inner, end[None]]) if count > 1 else end[None]
-    # A length that occurs twice counts once: the repeats are moved past the end, where they are not valid.
+    # A length that occurs twice counts once: repeats are moved past the end, where they are not valid.
     at, _ = at.sort(0)
     repeated = torch.cat([torch.zeros_like(at[:1], dtype=torch.bool), at[1:] == at[:-1]])
     return at.masked_fill(repeated, width)
@@ -235,10 +247,10 @@ def choose_prefixes(end: Tensor, first: Tensor, count: int | None, width: int) -
 def balance(
     query: Query, drawn: Trace, num_particles: int, site: str | None, num_prefixes: int | None = None
 ) -> Balance:
-    """u at the stopped prefixes of ``site``'s texts: one pass of the guide with gradient, one of the model without.
+    """u at the stopped prefixes of a site's texts: one pass of the guide with gradient, one of the model without.
 
-    ``drawn`` is a vectorised trace of the guide; ``site=None`` keeps whole samples only (P = 1), and so does a particle
-    in which the site is masked.
+    ``drawn`` is a vectorised trace of the guide.  With ``site=None`` only whole samples are kept (P = 1), and likewise
+    for a particle in which the site is masked.
     """
     held = programs.values(drawn)
     if site is None:
@@ -259,13 +271,13 @@ def balance(
     if site is not None and where is not None:
         texts = texts_of(guide_trace.nodes[site])
         scores, extra = _scores_among(programs.latents(guide_trace), site, texts, value)
-        # (P, particle, *plate axes, *stacked), from scores that are alike for all P
+        # (P, particle, *plate axes, *stacked), from scores that are the same for all P
         log_q_site, stop_site = (_at(x, where) for x in scores)
         extra |= {site: texts.lift(log_q_site)}
     log_q = log_density_of_latents(guide_trace, plates, extra)
     with torch.no_grad():
         if site is not None and where is not None:
-            # An auxiliary site may be the guide's alone; a text of the model's that scores no prefixes, scores texts.
+            # The model may lack an auxiliary site.  If its text scores no prefixes, log_density scores the cut texts.
             other = text_of(model_trace.nodes[site]["fn"]) if site in model_trace.nodes else None
             extra = {}
             if other is not None and other.terminable:
@@ -278,17 +290,17 @@ def balance(
             stop, tokens = torch.ones(full, device=log_p.device), torch.zeros(full, device=log_p.device)
             valid = log_q != -torch.inf
         else:
-            # A text in a plate that is not kept is cut together with its neighbours; the longest says when it is over.
-            def total(x: Tensor) -> Tensor:  # of all texts of a particle
+            # Texts in a plate that is not kept are cut together; the sample is whole where the longest has ended.
+            def total(x: Tensor) -> Tensor:  # over all texts of a particle
                 return plates.reduce(texts.total(x.double()))
 
             valid = (total((at <= end) & stopped) > 0) & (log_q != -torch.inf)
             last = total(at < end) == 0
             mask = texts.there(guide_trace.nodes[site]["mask"])
-            valid = valid & (total(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # none could not go on
+            valid = valid & (total(scale_and_mask((~stopped).double(), 1.0, mask)) == 0)  # no text met a dead end
             if mask is not None:
                 valid = valid & (last | (total(mask.expand(broadcast_shapes(mask.shape, end.shape))) > 0))
-            # A text that is not there has ended for certain.
+            # A masked text has the stop probability 1.
             stop = total(scale_and_mask(stop_site.detach(), 1.0, mask)).exp()
             tokens = total(where)
     valid = valid.expand(full)
@@ -309,21 +321,21 @@ def balance(
 
 
 def _same_stop_strings(site: str, model: Site | None, guide: Site) -> None:
-    """Raise SiteMismatch where a text would end by another string in the model: its prefixes are not the guide's."""
+    """Raises SiteMismatch if model and guide have different stop strings for a site, so different prefixes."""
     if model is None:
-        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, and none in the model")
+        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, but not in the model")
     given = [{x for x in texts.stop_argument if isinstance(x, str)} for texts in (model, guide)]
     if given[0] != given[1]:
         raise programs.SiteMismatch(
             f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "
-            f"{sorted(given[0])}; give both the same"
+            f"{sorted(given[0])}; give both the same stop strings"
         )
 
 
 def _scores_among(
     nodes: dict[str, Node], site: str, texts: Site, value: Tensor
 ) -> tuple[PrefixScores, dict[str, Tensor]]:
-    """The prefix scores of one site's value and, asked together with them, log p of the other sites."""
+    """The prefix scores of one site's value and log p of the other sites, computed in the same pass."""
     calls = {site: asking(texts.prefix_scores, value)} | texts_asking(nodes, besides=(site,))
     log_probs = dict(_answers(calls))
     return log_probs.pop(site), log_probs
@@ -333,6 +345,6 @@ def _at(prefix_scores: Tensor, where: Tensor) -> Tensor:
     """Column ``where`` (P, particle, ...) of scores (P, particle, ..., W) that are the same for every P."""
     by_prefix = prefix_scores[0].movedim(-1, 0)  # (W, particle, ...)
     missing = int(where.max()) + 1 - by_prefix.shape[0]
-    if missing > 0:  # a model that allows fewer tokens than the guide: impossible there
+    if missing > 0:  # the model allows fewer tokens than the guide: longer prefixes are impossible
         by_prefix = torch.cat([by_prefix, by_prefix.new_full((missing, *by_prefix.shape[1:]), -torch.inf)])
     return by_prefix.gather(0, where.expand(-1, *by_prefix.shape[1:]))

@@ -1,1 +1,1 @@
-"""Whether an answer can be trusted: several algorithms beside the truth, and one by itself."""
+"""Whether a posterior can be trusted: `compare` algorithms with the truth, `diagnose` one without, `check` a model."""

@@ -1,8 +1,9 @@
-r"""Simulation-based calibration: where the truth lies among posterior draws, on data drawn from the model.
+r"""Simulation-based calibration: the position of the truth among posterior draws, on data drawn from the model.
 
-With :math:`(z^*, y) \sim p(z, y)`, z* is itself a draw of p(z | y), so its position among draws of the posterior, by
-any statistic of (z, y), is uniform.  Source: Talts, Betancourt, Simpson, Vehtari and Gelman 2018; statistics that
-depend on the data, without which the prior passes for a posterior: Modrák et al. 2023.
+With :math:`(z^*, y) \sim p(z, y)`, z* is a draw from p(z | y).  So its position among draws of the posterior, by any
+statistic of (z, y), is uniform.  Statistics must depend on the data, else the prior passes the test.
+
+Source: Talts, Betancourt, Simpson, Vehtari and Gelman 2018; statistics that depend on the data: Modrák et al. 2023.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ Simulate = Callable[[tuple[Any, ...], dict[str, Tensor]], tuple[Any, ...]]
 
 
 class NotChecked(ValueError):
-    """Calibration is not possible for this model, or not without something that the caller knows."""
+    """Raised where calibration is not possible for this model, or not without ``simulate``."""
 
 
 @dataclass
 class Calibration:
-    """What simulated data say of an algorithm, D = data sets * plate elements of them.
+    """The figures of an algorithm on simulated data, with D = data sets * plate elements.
 
-    ``positions[statistic]`` (D) lie in [0, 1], NaN where the algorithm found zero evidence.  ``lowers`` (D) is its log
-    evidence, NaN where it estimates none; from draws of its proposal come ``proposed`` and ``uppers`` (D): too low and
-    too high on average, in nats; NaN where the proposal has auxiliary sites.
+    ``positions[statistic]`` (D) are in [0, 1], and NaN where the algorithm found zero evidence.  ``lowers`` (D) is its
+    log evidence, NaN if it does not estimate it.  ``proposed`` and ``uppers`` (D) are bounds from draws of its
+    proposal, too low and too high on average, in nats; NaN if the proposal has auxiliary sites.
     """
 
     positions: dict[str, Tensor] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Calibration:
     proposed: Tensor = field(default_factory=lambda: torch.zeros(0))
     uppers: Tensor = field(default_factory=lambda: torch.zeros(0))
     pools: list[Pool] = field(default_factory=list, repr=False)
-    error: Exception | None = None  # what ended it before its time
+    error: Exception | None = None  # the error that ended the simulations early
 
 
 @torch.no_grad()
@@ -64,20 +65,22 @@ def calibrate(
     to_args: Simulate | None = None,
     statistics: Mapping[str, Statistic] | None = None,
 ) -> Calibration:
-    """Run the algorithm on ``simulations`` data sets drawn from its model.
+    """Runs the algorithm on ``simulations`` data sets drawn from its model.
 
-    :param query: what it was asked, see `query_of`.
-    :param num_particles: of the bounds of each evidence.
-    :param to_args: the arguments with simulated observations in them.  None: the model itself is made to observe them,
-        which a guide would not see.
+    An exception on simulated data ends the calibration and becomes its ``error``.
 
-    What goes wrong on simulated data, in whatever way, ends the calibration and is its ``error``.
-
-    :raises NotChecked: for a model that cannot be simulated forward, for a guide without ``to_args``, and for an
-        algorithm that does not ask the model that it is given.
+    :param query: the algorithm's model, guide and arguments; see `query_of`.
+    :param num_particles: draws for the bounds of each evidence.
+    :param to_args: puts simulated observations into the arguments.  None: the model is conditioned on them, which a
+        guide would not see.
+    :raises NotChecked: for a model that cannot be simulated, for a guide without ``to_args``, and for an algorithm that
+        does not run the model that it is given.
     """
     if query.guide is not None and to_args is None:
-        raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
+        raise NotChecked(
+            "simulate: the guide reads the observations from its arguments; give simulate=, a function "
+            "that puts them there"
+        )
     if simulations:
         try:
             simulate(query.model, *query.args, **query.kwargs)
@@ -89,7 +92,7 @@ def calibrate(
             _simulation(found, algorithm, query, num_particles, to_args, statistics or {})
         except NotChecked:
             raise
-        except Exception as error:  # whatever it is: an algorithm that fails on data of its own model is no sound one
+        except Exception as error:  # an algorithm that fails on data of its own model is not sound
             found.error = error
             break
     return found
@@ -103,7 +106,7 @@ def _simulation(
     to_args: Simulate | None,
     statistics: Mapping[str, Statistic],
 ) -> None:
-    """One data set more."""
+    """Adds one simulated data set."""
     truth, observed = simulate(query.model, *query.args, **query.kwargs)
     if to_args is not None:
         query = replace(query, args=to_args(query.args, observed))
@@ -131,9 +134,9 @@ def _simulation(
 
 
 def _on(algorithm: Any, query: Query) -> Posterior:
-    """The algorithm's answer on the query's model.
+    """The algorithm's posterior on the query's model.
 
-    :raises NotChecked: where that was not asked: an algorithm within it went on asking its own.
+    :raises NotChecked: if the algorithm did not run this model, because an algorithm inside it still runs its own.
     """
     asked = False
 
@@ -149,16 +152,17 @@ def _on(algorithm: Any, query: Query) -> Posterior:
     posterior = posterior_of(other, query.args, query.kwargs)
     if not asked:
         raise NotChecked(
-            f"simulate: {type(algorithm).__name__} does not ask the model that it is given, in which the simulated "
-            "observations are; write its method on(model, guide), which hands the model on, or say where they go"
+            f"simulate: {type(algorithm).__name__} does not run the model that it is given, which has the simulated "
+            "observations; write its method on(model, guide) so that it passes the model on, or give simulate=, a "
+            "function that puts the observations into the arguments"
         )
     return posterior
 
 
 def effective(posterior: Posterior) -> Tensor:
-    """What draws are worth in independent ones, (*plates): infinitely many where they are the posterior itself.
+    """The number of independent draws that a posterior is worth, (*plates); inf for an enumeration.
 
-    Markov chains that are too short to tell, or never move, are worth one draw each.
+    Markov chains that are too short, or never move, are worth one draw each.
     """
     if hasattr(posterior, "unexplored"):
         return torch.full_like(posterior.log_evidence, torch.inf)
@@ -166,11 +170,12 @@ def effective(posterior: Posterior) -> Tensor:
 
 
 def position(x: Tensor, weights: Tensor) -> Tensor:
-    r"""Where the truth, the last of a pool's members (n + 1, C), lies among them, (C): uniform if it is one of them.
+    r"""The position of the truth, the last of a pool's members (n + 1, C), among them, (C).
 
     .. math:: F(t^*-) + U P(t = t^*), \qquad U \sim \mathrm{Uniform}(0, 1)
 
-    ``weights`` as in `member_weights`; ties are broken at random.  NaN where the truth is alone.
+    It is uniform if the truth is a random member.  ``weights`` as in `member_weights`; ties are broken at random.  NaN
+    where the truth is the only member.
     """
     drawn, true = x.double(), x[-1].double()
     same = alike(true, drawn)
@@ -181,7 +186,7 @@ def position(x: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Look:
-    """One run of the model at draws (N), the truth, and ``num_particles`` draws of the proposal, in this order."""
+    """One run of the model at N draws, the truth, and ``num_particles`` draws of the proposal, in this order."""
 
     def __init__(
         self,
@@ -223,11 +228,11 @@ class _Look:
         return sum((self.log_p[name].to(zero.device) for name in names), zero.double())
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        r"""Log evidence estimated from the proposal, and with the truth in the place of a draw, (*plates) each.
+        r"""The log evidence estimated from the proposal, and with the truth in place of one draw, (*plates) each.
 
         .. math:: E[\log \frac1M \sum_m w_m] \le \log Z \le E[\log \frac1M (w(z^*) + \sum_{m > 1} w_m)]
         """
-        if self.auxiliary:  # the truth has no value for them
+        if self.auxiliary:  # the truth has no values for auxiliary sites
             return (torch.full(self.plates.sizes, torch.nan),) * 2
         u = log_ratio(self.log_joint[self.n :].to(self.log_q.device), self.log_q.double())
         own, anew = u[:1], u[1:]
@@ -235,7 +240,7 @@ class _Look:
         return anew.logsumexp(0) - mean, torch.cat([own, anew[1:]]).logsumexp(0) - mean
 
     def pool(self, n: Tensor, draws: Posterior, more: Mapping[str, Statistic]) -> Pool:
-        """The draws, worth n, and the truth."""
+        """The pool of the draws, which are worth n independent ones, and the truth."""
         plates, members = self.plates, self.n + 1
         shape = (members, *plates.sizes)
         found, samples, texts = {}, {}, {}
@@ -269,10 +274,10 @@ class _Look:
 
 
 def _full(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(N + 1, *plates, others) with every plate in full and the others together: (N + 1, *plates, K)."""
+    """(N + 1, *plates, others) with all plates expanded and the others flattened: (N + 1, *plates, K)."""
     return x.expand(*shape, *x.shape[len(shape) :]).reshape(*shape, -1)
 
 
 def _summed(x: Tensor, plates: tuple[int, ...]) -> Tensor:
-    """(N + 1, *plates, others) -> (N + 1, *plates)."""
+    """(N + 1, *plates, others) summed over the others: (N + 1, *plates)."""
     return x.reshape(*x.shape[: 1 + len(plates)], -1).sum(-1).expand(len(x), *plates)

@@ -29,16 +29,16 @@ from ..training.gflownet import PooledVarGrad, VarGrad
 from ..training.loop.ownership import Owners
 
 Axes = list[tuple[str, int]]
-HARDLY_EVER = 1e-4  # a stop less probable than this at every position
-MOST_IMPOSSIBLE = 0.75  # of the draws
+HARDLY_EVER = 1e-4  # a stop that is less probable than this at every position is reported
+MOST_IMPOSSIBLE = 0.75  # a larger share of impossible draws is reported
 ON_THE_LEFT = (
-    "write it for axes on the left: index with [..., i], sum over .sum(-1), not .sum(), and build prompts with lm.join "
-    "or lm.fill"
+    "write the program for axes on the left: index with [..., i], sum with .sum(-1), not .sum(), and build prompts "
+    "with lm.join or lm.fill"
 )
 
 BRANCHES = (
-    "a latent has a value for each particle, which no Python `if`, `int` or `range` can follow: write all branches, "
-    "and mask those that a particle has not, with poutine.mask(mask=...)"
+    "a latent has one value for each particle, which a Python `if`, `int` or `range` cannot use: write all branches, "
+    "and mask those that a particle does not take, with poutine.mask(mask=...)"
 )
 RARE = (
     "soften the factor or improve the guide: mask its texts (allowed=), draw a part of the training draws from such a "
@@ -49,21 +49,30 @@ RARE = (
 
 @dataclass
 class Report:
-    """What `check` found; printed by it, and here to look at."""
+    """The result of `check`.
 
-    problems: list[str] = field(default_factory=list)  # each with what to do
-    samples: dict[str, list[str]] = field(default_factory=dict)  # a few decoded draws of each latent site
-    axes: dict[str, Axes] = field(default_factory=dict)  # every site's shape, each axis with its meaning
-    sd_u: Tensor | None = None  # (*plates) standard deviation of u = log p - log q over particles
-    ess: Tensor | None = None  # (*plates)
-    stop_probabilities: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # after 0, 1, ... tokens; NaN: no draw there
-    gradients: dict[str, float | None] = field(default_factory=dict)  # each parameter's largest gradient norm
-    overfit: tuple[float, float] | None = None  # the loss on fixed draws, before and after
+    :param problems: each problem with what to do about it.
+    :param samples: a few decoded draws of each latent site.
+    :param axes: the shape of every site, as (meaning, size) of each axis.
+    :param sd_u: the standard deviation of u = log p - log q over particles, (*plates); 0 at the posterior.
+    :param ess: the effective sample size of the guide's draws, (*plates).
+    :param stop_probabilities: the mean stop probability of each text after 0, 1, ... tokens; NaN if no draw is so long.
+    :param gradients: the largest gradient norm of each parameter of the guide; None if no gradient reaches it.
+    :param overfit: the variance of u over fixed draws before and after a few steps of training.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    samples: dict[str, list[str]] = field(default_factory=dict)
+    axes: dict[str, Axes] = field(default_factory=dict)
+    sd_u: Tensor | None = None
+    ess: Tensor | None = None
+    stop_probabilities: dict[str, list[float]] = field(default_factory=dict)
+    gradients: dict[str, float | None] = field(default_factory=dict)
+    overfit: tuple[float, float] | None = None
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
 
@@ -77,14 +86,26 @@ def check(
     show: bool = True,
     **kwargs: Any,
 ) -> Report:
-    """Run model and guide once with these arguments, train for a few steps, and say what is wrong and what to do.
+    """Finds mistakes in a model and a guide, and says what to do.  Run it first on every new program.
 
-    Prints (unless ``show`` is False) and returns sample texts, the shape of every site with what each axis means, the
-    standard deviation of u (zero at the posterior), stop probabilities, whether gradients reach the guide's parameters,
-    and whether the variance of u over one fixed set of draws falls within ``steps`` steps of Adam.  Parameters, their
-    gradients, the parameter store and all random states are afterwards what they were.
+    It runs both once and trains the guide for a few steps.  It prints and returns sample texts, the shape of every site
+    with the meaning of each axis, the standard deviation of u = log p - log q (zero at the posterior), the effective
+    sample size, stop probabilities, whether gradients reach the guide's parameters, and whether training reduces the
+    variance of u over fixed draws.  Afterwards, parameters, gradients, Pyro's parameter store and all random states are
+    as they were before.
 
-    :param guide: None: the model proposes; nothing is trained.
+    :param model: a Pyro program.
+    :param guide: a Pyro program that samples the model's latent sites; None: the model proposes, nothing is trained.
+    :param args: the arguments of model and guide, one small batch, and ``kwargs``.
+    :param kwargs: their keyword arguments.
+    :param num_particles: the number of draws.
+    :param steps: the steps of training with Adam; 0: no training.
+    :param learning_rate: of Adam.
+    :param show: whether to print the report.
+    :returns: a report with ``ok``, ``problems`` (each with what to do), ``samples``, ``axes``, ``sd_u``, ``ess``,
+        ``stop_probabilities``, ``gradients`` and ``overfit``.
+    :raises ValueError: for a learning rate that is not positive, and negative steps.  Errors of the programs are not
+        raised; they are problems of the report.
 
     >>> report = lmppl.check(model, guide, x, y)
     >>> assert report.ok, report.problems
@@ -107,7 +128,7 @@ def check(
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Random states and the parameter store's names as before."""
+    """Restores the random states and the names in Pyro's parameter store at the end."""
     state = get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     known = set(pyro.get_param_store().keys())
@@ -122,11 +143,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _weigh(report: Report, query: Query, num_particles: int) -> Weighted | None:
-    """Particles with their u, or a problem."""
+    """Particles with their u; None and a problem in the report if the programs fail."""
     try:
         weighted = weigh(query, num_particles)
         check_axes(Pair(query, weighted.guide, weighted.model, num_particles))
-        # The prefix axis of the objectives, one more on the left; nothing is scored.
+        # Run with the prefix axis of the objectives as well, one more on the left; nothing is scored.
         query.trace(query.model, Substitute(weighted.values), particles=num_particles, prefixes=2)
         return weighted
     except SiteMismatch as error:
@@ -135,9 +156,9 @@ def _weigh(report: Report, query: Query, num_particles: int) -> Weighted | None:
         report.problems.append(_line(error))
     except ValueError as error:
         advice = "; load the weights in float32, or train with a smaller step" if "NaN" in str(error) else ""
-        shapes = f"; {ON_THE_LEFT}" if "shape" in _line(error).lower() else ""  # Pyro adds those of all sites
+        shapes = f"; {ON_THE_LEFT}" if "shape" in _line(error).lower() else ""  # Pyro adds the shapes of all sites
         report.problems.append(_line(error) + (advice or (f"; {BRANCHES}" if _branches(error) else shapes)))
-    except Exception as error:  # whatever a program of somebody's own can raise
+    except Exception as error:  # a user's program can raise anything
         advice = f" ({type(error).__name__})"
         if isinstance(error, RuntimeError | IndexError | TypeError):
             advice = f"; {BRANCHES if _branches(error) else ON_THE_LEFT}"
@@ -146,7 +167,7 @@ def _weigh(report: Report, query: Query, num_particles: int) -> Weighted | None:
 
 
 def _describe(report: Report, query: Query, weighted: Weighted) -> None:
-    """Sample texts, axes, sd(u) and stop probabilities."""
+    """Puts sample texts, axes, sd(u) and stop probabilities into the report."""
     posterior = Posterior.of(weighted.guide, weighted.plates, weighted.u - math.log(len(weighted.u)))
     first: tuple[int, ...] = (0,) * len(weighted.plates.sizes)
     for name, value in posterior.samples.items():
@@ -177,13 +198,14 @@ def _axes(node: Node, nesting: int) -> Axes:
 
 
 def _stops(report: Report, name: str, node: Node) -> None:
-    """The mean stop probability after t tokens, over the draws that have as many."""
+    """The mean stop probability after t tokens, over the draws that have at least t tokens."""
     site, value = texts_of(node), node["value"]
     stopped = site.ending(value).ended
     if not bool(stopped.all()):
         report.problems.append(
-            f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws come to where its constraint permits "
-            f"nothing, as after {site.fn.decode(value[~stopped][0])!r}, and get weight zero; permit a stop there"
+            f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws reach a prefix after which the "
+            f"constraint allows no token, for instance {site.fn.decode(value[~stopped][0])!r}, and get weight zero; "
+            "allow a stop there"
         )
     with torch.no_grad():
         stop = site.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
@@ -196,13 +218,13 @@ def _stops(report: Report, name: str, node: Node) -> None:
     if bool(free.any()) and float(stop[free].max()) < HARDLY_EVER:
         report.problems.append(
             f"site {name!r}: the text never stops by itself (stop probability at most {float(stop[free].max()):.1g} at "
-            "every position), so all texts run into max_tokens; choose a stop that the language model does write "
-            "there, or change the prompt"
+            "every position), so all texts have max_tokens tokens; choose a stop that the language model writes there, "
+            "or change the prompt"
         )
 
 
 def _has_evidence(report: Report, weighted: Weighted) -> bool:
-    """Whether some particle of each datum has a positive weight; else the sites that rule all of them out."""
+    """Whether each plate element has a particle of positive weight; if not, reports the sites that exclude all."""
     nothing = weighted.u.amax(0) == -torch.inf  # (*plates)
     if not bool(nothing.any()):
         share = float((weighted.u == -torch.inf).double().mean())
@@ -221,7 +243,7 @@ def _has_evidence(report: Report, weighted: Weighted) -> bool:
             report.problems.append(f"site {name!r}: {_why_impossible(node, name in latents)}")
     if len(report.problems) == before:
         report.problems.append(
-            "every particle has probability zero, each for its own reason; use more particles or a better guide"
+            "every particle has probability zero, for different reasons; use more particles or a better guide"
         )
     return False
 
@@ -257,14 +279,14 @@ def _why_impossible(node: Node, latent: bool) -> str:
 
 
 def _train(report: Report, query: Query, weighted: Weighted, steps: int, learning_rate: float) -> None:
-    """Gradients, and a few steps on fixed draws; everything is put back."""
+    """Measures gradients, and trains for a few steps on fixed draws; then restores everything."""
     model, guide, args, kwargs = query.given
     parameters = _parameters(guide, weighted.guide)
     target = set(Owners.of(query).target)
     if parameters and target.issuperset(map(id, parameters.values())):
         report.problems.append(
-            "guide: it has no trainable parameters of its own, those of its language model are the model's, which "
-            "training would move; draw its texts from lm.with_adapter(...) (one that only proposes can stay as it is)"
+            "guide: it has no trainable parameters of its own: its language model is the model's, which training would "
+            "change; draw its texts from lm.with_adapter(...), unless you do not train the guide"
         )
         return
     parameters = {name: p for name, p in parameters.items() if id(p) not in target}
@@ -324,7 +346,7 @@ def _judge_training(report: Report) -> None:
     if not math.isfinite(before + after):
         report.problems.append("the loss is not finite; look for infinite factors, or lower learning_rate")
         return
-    flat = before < 1e-8  # all draws alike, or the guide is the posterior already
+    flat = before < 1e-8  # all draws are equal, or the guide is the posterior
     if not any(report.gradients.values()) and not flat:
         report.problems.append(
             "guide: no gradient reaches its trainable parameters; let the guide's texts come from the language model "
@@ -338,7 +360,7 @@ def _judge_training(report: Report) -> None:
 
 
 def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
-    """The guide's trainable parameters by name: its language models', its own as a module, and Pyro's."""
+    """The guide's trainable parameters by name: of its language models, of a module, and in Pyro's store."""
     found: dict[str, Tensor] = {}
     for node in programs.scored(trace).values():
         lm = lm_of(node["fn"])
@@ -360,7 +382,7 @@ def _parameters(guide: Program, trace: Trace) -> dict[str, Tensor]:
 
 
 def render(report: Report, console: Console) -> None:
-    """Print a report."""
+    """Prints a report."""
     for name, drawn in report.samples.items():
         console.print(f"[bold]{name}[/bold], drawn:")
         for s in drawn:
@@ -394,10 +416,10 @@ def _escaped(problem: str) -> str:
 
 
 def _branches(error: Exception) -> bool:
-    """Whether Python asked for the one value of a latent that has one for each particle."""
+    """Whether the program needed one Python value of a latent that has one for each particle."""
     return any(said in str(error) for said in ("to Scalar", "ambiguous", "only one element"))
 
 
 def _line(error: Exception) -> str:
-    """The first line of a message: Pyro appends the shapes of every site."""
+    """The first line of a message; Pyro appends the shapes of every site."""
     return str(error).strip().split("\n")[0]

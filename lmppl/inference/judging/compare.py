@@ -1,4 +1,4 @@
-"""`compare`: several algorithms on one model, beside the truth."""
+"""`compare`: several algorithms on one model, compared with the truth."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...engine.prompts import prompts
+from ...progress import progress as shown_progress
 from ..core.arguments import at_least, is_program
 from ..core.programs import Program
 from ..core.query import Query
@@ -26,7 +27,7 @@ PILOTS = 32, 128  # particles
 
 
 class Answers(Protocol):
-    """What `compare` needs of an algorithm."""
+    """What `compare` needs from an algorithm."""
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior: ...
 
@@ -45,26 +46,36 @@ def compare(
     seeds: int | Sequence[int] | None = None,
     budgets: Sequence[float] = (),
     unit: str = "tokens",
-    progress: Callable[[str], None] | None = None,
+    progress: bool | Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> Comparison:
-    """Run each algorithm on the model, count its tokens, and hold its answer against the exact posterior.
+    r"""Runs several algorithms on one model, and compares their posteriors with the exact one, and their cost.
 
-    :param algorithms: by name; each answers ``run(*args) -> Posterior``.  Or a function of the seed that makes (and
-        trains) one, called once for every seed.
-    :param exact: the exact `Posterior`, or an `Enumeration` to get it from; None: only what needs no truth is shown.
-    :param exact_tokens: what a given exact posterior cost in tokens.
-    :param guides: programs whose *density* is compared, by the name of their algorithm; by default the algorithm's own
-        ``density``, which importance sampling and trained guides have and SMC has not.
-    :param repetitions: runs of each algorithm, for each seed, to average over.
-    :param seeds: how many (0, 1, ...), or which; figures are then means over seeds with their standard deviation.
-        None: one run of everything under the caller's generator.
-    :param budgets: what a query may cost, in ``unit``: each algorithm is run with as many particles as that buys, which
-        gives curves of quality against budget.
-    :param unit: of the budgets, "tokens" (through the network) or "seconds".
+    For each algorithm the result has the total variation of its draws to the exact posterior,
+    :math:`TV = \frac12 \sum_z |p(z) - \hat p(z)|`, the log evidence and its error in nats, ESS / N and k-hat, the total
+    variation and KL divergences of a guide's density, and tokens through the network per query, where a query is the
+    posterior of one plate element.
 
-    :raises ValueError: for no algorithm, repetition or seed at all, a unit that is neither, or a budget that is not
-        positive.
+    :param model: a Pyro program.
+    :param algorithms: algorithms by name, objects with ``run(*args) -> Posterior``; or functions of the seed that build
+        (and train) one, called once per seed.
+    :param args: the arguments of ``run``, and ``kwargs``.
+    :param kwargs: keyword arguments of ``run``.
+    :param exact: the exact `Posterior`, or an `Enumeration` that computes it; None: figures that need it are left out.
+    :param exact_tokens: the tokens that a given exact posterior cost.
+    :param guides: programs whose *density* is compared, by the name of their algorithm.  By default it is the
+        algorithm's own ``density``, which importance sampling and trained guides have, and SMC does not.
+    :param repetitions: runs of each algorithm per seed, to average over.
+    :param seeds: the number of seeds (0, 1, ...), or a list of seeds; figures are means over seeds with their standard
+        deviation.  None: one run with the caller's random state.
+    :param budgets: costs per query, in ``unit``.  Each algorithm also runs with as many particles as each budget buys,
+        which gives curves of quality against cost.
+    :param unit: the unit of the budgets, "tokens" (through the network) or "seconds".
+    :param progress: True shows how many runs are done, their rate and the time left, on standard error; a function is
+        called with the name of each algorithm before it runs; None shows nothing.
+    :returns: a `Comparison`.
+    :raises ValueError: for no algorithms, seeds or repetitions, an unknown unit, a budget that is not positive, and an
+        ``exact`` that is no posterior.
 
     Example::
 
@@ -95,26 +106,29 @@ def compare(
         truth, exact_tokens, _ = meter(lambda: exact.run(*args, **kwargs))
     rows: list[Row] = []
     curves: list[Point] = []
-    for name, given in algorithms.items():
-        _tell(progress, name)
-        query = Query(model, (guides or {}).get(name), args, kwargs)
-        of_seeds, points = [], []
-        evidence = []
-        for seed in chosen:
-            if seed is not None:
-                pyro.set_rng_seed(seed)
-            algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
-            if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
-                meter.watch(Query(guide, None, args, kwargs).networks)
-            row, estimates = _measure(name, algorithm, meter, repetitions, truth, query)
-            of_seeds.append(row)
-            evidence += estimates
-            points.append([_point(name, algorithm, meter, b, unit, truth, query) for b in budgets])
-        row = averaged(of_seeds)
-        if len(evidence) > 1:
-            row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
-        rows.append(row)
-        curves += [_averaged_point(list(same)) for same in zip(*points, strict=True)]
+    runs = len(algorithms) * len(chosen) * (repetitions + len(budgets))
+    with shown_progress("Comparing", runs, unit="run", shown=progress is True) as bar:
+        for name, given in algorithms.items():
+            _tell(progress, name)
+            told = partial(bar.update, f"{name}; {_figure(rows[-1])}" if rows else name)
+            query = Query(model, (guides or {}).get(name), args, kwargs)
+            of_seeds, points = [], []
+            evidence = []
+            for seed in chosen:
+                if seed is not None:
+                    pyro.set_rng_seed(seed)
+                algorithm: Any = given if hasattr(given, "run") else given(seed or 0)
+                if (guide := getattr(algorithm, "guide", None)) is not None:  # it may have a network of its own
+                    meter.watch(Query(guide, None, args, kwargs).networks)
+                row, estimates = _measure(name, algorithm, meter, repetitions, truth, query, told)
+                of_seeds.append(row)
+                evidence += estimates
+                points.append([_point(name, algorithm, meter, b, unit, truth, query, told) for b in budgets])
+            row = averaged(of_seeds)
+            if len(evidence) > 1:
+                row.log_evidence_sd = _mean(torch.stack(evidence).std(0))
+            rows.append(row)
+            curves += [_averaged_point(list(same)) for same in zip(*points, strict=True)]
     if truth is not None:
         exact_tokens = None if exact_tokens is None else exact_tokens / truth.log_evidence.numel()
         for n in sorted({row.num_particles for row in rows if row.num_particles}):
@@ -132,12 +146,12 @@ def compare(
     for row in rows:
         if row.suspect:
             result.notes.append(
-                f"{row.name}: suspect in {row.suspect:.0%} of its runs, where few particles speak for all; "
-                "ESS/N and k-hat need not show it."
+                f"{row.name}: suspect in {row.suspect:.0%} of its runs, which depend on too few particles; "
+                "ESS/N and k-hat may not show it."
             )
     if truth is None:
         result.notes.append(
-            "No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good."
+            "There is no exact posterior here: the evidence is an estimate; ESS and k-hat show its quality."
         )
     elif result.unexplored is not None:
         result.notes.append(f"Prior mass left out of the enumeration: {result.unexplored:.2g} on average.")
@@ -145,7 +159,7 @@ def compare(
 
 
 class Meter:
-    """Runs something and says what it cost in tokens and seconds, its own reading of the prompts included.
+    """Runs a function and returns its result with its cost in tokens and seconds, reading the prompts included.
 
     ``last`` is the cost of the last run.
     """
@@ -156,7 +170,7 @@ class Meter:
         self.watch(networks)
 
     def watch(self, networks: list[Any]) -> None:
-        """Count these networks too."""
+        """Counts the tokens of these networks too."""
         self.networks |= {id(n): n for n in networks}
 
     @property
@@ -179,18 +193,23 @@ def _measure(
     repetitions: int,
     truth: Posterior | None,
     query: Query,
+    told: Callable[[], None],
 ) -> tuple[Row, list[Tensor]]:
-    """One seed's figures, and its estimates of the log evidence (*plates)."""
-    answers, tokens, seconds = meter(
-        lambda: [posterior_of(algorithm, query.args, query.kwargs) for _ in range(repetitions)]
-    )
+    """The figures of one seed, and its estimates of log Z, (*plates) each; ``told`` is called after each run."""
+
+    def answer() -> Posterior:
+        found = posterior_of(algorithm, query.args, query.kwargs)
+        told()
+        return found
+
+    answers, tokens, seconds = meter(lambda: [answer() for _ in range(repetitions)])
     queries = repetitions * answers[0].log_evidence.numel()
     row = Row(name, num_particles=answers[0].num_particles)
     row.query_tokens, row.seconds = tokens / queries, seconds / queries
     row.training_tokens = getattr(algorithm, "training_tokens", None) or None
     evidence = [a.log_evidence for a in answers]
     row.log_evidence = _mean(torch.stack(evidence))
-    if row.log_evidence is not None:  # without an evidence the weights are no importance weights
+    if row.log_evidence is not None:  # without evidence, the weights are no importance weights
         row.ess = _mean(torch.stack([a.ess / a.num_particles for a in answers]))
         khat = torch.stack([a.khat for a in answers])
         row.khat = _mean(khat[khat.isfinite()])
@@ -223,11 +242,11 @@ def particles_within(
     pilots: tuple[int, int] = PILOTS,
     checks: int = 0,
 ) -> int:
-    """How many particles cost about ``budget`` a query, by what two small runs cost: so much, and so much each.
+    """The number of particles whose cost per query is about ``budget``.
 
-    ``pilots`` are their particles.  Equal texts are read once, so that the last particles cost less than the first:
-    up to ``checks`` more runs, with as many particles as were found, correct an answer that is off by 5% or more; of
-    all that were run the nearest to the budget is taken.
+    A line through the costs of two small runs, with ``pilots`` particles, gives a first number.  Equal texts are read
+    once, so later particles cost less than the first.  So up to ``checks`` further runs correct a number whose cost is
+    off by 5% or more; the result is the number, of all that were run, whose cost is nearest to the budget.
     """
 
     def cost(n: int) -> float:
@@ -245,7 +264,7 @@ def particles_within(
         below = max((k for k in tried if tried[k] <= budget), default=0)
         above = min((k for k in tried if tried[k] > budget), default=MOST_PARTICLES + 1)
         if not below < n < above and above - below > 1:
-            n = (below + above) // 2  # the line has left what is known to be right
+            n = (below + above) // 2  # the line leads outside the known interval
         if n in tried:
             break
         tried[n] = spent = cost(n)
@@ -262,8 +281,9 @@ def _point(
     unit: str,
     truth: Posterior | None,
     query: Query,
+    told: Callable[[], None],
 ) -> Point:
-    """The algorithm with as many particles as the budget buys, by what a few runs cost."""
+    """The quality of the algorithm with as many particles as the budget buys."""
     n = particles_within(algorithm, budget, meter, unit, query.args, dict(query.kwargs), checks=3)
     answer, tokens, seconds = meter(partial(sized(algorithm, n).run, *query.args, **query.kwargs))
     queries = answer.log_evidence.numel()
@@ -272,6 +292,7 @@ def _point(
         point.log_evidence_error = _mean((answer.log_evidence - truth.log_evidence).abs())
         if bool((answer.log_weights.amax(0) > -torch.inf).all()):
             point.draws_tv = _mean(draw_quality(truth, answer))
+    told()
     return point
 
 
@@ -285,13 +306,21 @@ def _averaged_point(points: list[Point]) -> Point:
     return Point(first.name, first.budget, n, **means)  # type: ignore[arg-type]
 
 
-def _tell(progress: Callable[[str], None] | None, what: str) -> None:
-    if progress is not None:
+def _tell(progress: bool | Callable[[str], None] | None, what: str) -> None:
+    if callable(progress):
         progress(what)
 
 
+def _figure(row: Row) -> str:
+    """The line of progress of an algorithm that is done: the distance of its draws, or its log evidence."""
+    for name, value in (("TV", row.draws_tv), ("log Z", row.log_evidence)):
+        if value is not None:
+            return f"{row.name}: {name} {value:.3f}"
+    return f"{row.name}: done"
+
+
 def _mean(x: Tensor) -> float | None:
-    """The mean of what is defined; None where nothing is. (-inf, an evidence of zero, is defined.)"""
+    """The mean of all values that are not NaN; None if there are none.  (-inf, an evidence of zero, counts.)"""
     x = x.double()
     x = x[~x.isnan()]
     return float(x.mean()) if x.numel() else None

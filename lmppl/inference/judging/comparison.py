@@ -1,4 +1,4 @@
-"""`Comparison`: the table, the plots and the file of figures that `compare` answers with."""
+"""`Comparison`: the tables, plots and files of `compare`."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ FILES = "comparison.json", "comparison.png", "budget.png"
 
 @dataclass
 class Row:
-    """One algorithm's figures, averaged over plates, repetitions and seeds; None where a figure is not defined.
+    """The figures of one algorithm, averaged over plates, repetitions and seeds; None for a figure that is not defined.
 
-    A query is the posterior of one observation (one plate element); ``break_even`` is the number of queries after which
-    training has cost fewer tokens than enumerating each.  ``sd`` holds the standard deviation over seeds of each
-    figure, by field.  A ``reference`` is no algorithm: the exact posterior, and draws of it.
+    A query is the posterior of one observation (one plate element).  ``break_even`` is the number of queries from which
+    on training costs fewer tokens than enumeration.  ``sd`` is the standard deviation over seeds of each figure, by
+    field.  A ``reference`` is no algorithm but the exact posterior, or draws from it.
     """
 
     name: str
     num_particles: int | None = None
     draws_tv: float | None = None
-    draws_modes: float | None = None  # share of the posterior's modes that are among the draws
+    draws_modes: float | None = None  # the share of the posterior's modes that are among the draws
     log_evidence: float | None = None
     log_evidence_error: float | None = None
-    log_evidence_sd: float | None = None  # over repetitions and seeds, of one observation's estimate
+    log_evidence_sd: float | None = None  # of one observation's estimate, over repetitions and seeds
     ess: float | None = None
     khat: float | None = None
-    min_ess: float | None = None  # of SMC: the smallest ESS / N on the way, and the first particles' share of survivors
-    survival: float | None = None
-    suspect: float | None = None  # share of the plate elements and runs of which few particles speak for all
+    min_ess: float | None = None  # of SMC: the smallest ESS / N during the run
+    survival: float | None = None  # of SMC: the share of the first particles with descendants at the end
+    suspect: float | None = None  # of SMC: the share of plate elements and runs that are `Sequential.suspect`
     density_tv: float | None = None
     forward_kl: float | None = None
-    reverse_kl: float | None = None  # KL(q, p): inf where q has mass at p = 0
-    density_outside: float | None = None  # q's mass where p = 0, or where the enumeration has not looked
-    reverse_kl_inside: float | None = None  # KL(q, p) of q within the support of p
-    density_modes: float | None = None  # share of the modes to which q gives at least a tenth of their probability
+    reverse_kl: float | None = None  # KL(q, p): inf if q has mass where p = 0
+    density_outside: float | None = None  # the mass of q where p = 0 or where the enumeration did not look
+    reverse_kl_inside: float | None = None  # KL(q, p) of q restricted to the support of p
+    density_modes: float | None = None  # the share of modes to which q gives at least a tenth of their probability
     training_tokens: int | None = None
     query_tokens: float | None = None
     seconds: float | None = None  # per query
@@ -77,7 +77,7 @@ _WITHOUT_SPREAD = ("khat", "suspect", "num_particles", "training_tokens", "query
 
 @dataclass
 class Point:
-    """The quality of one algorithm's draws at one budget a query: a point of a curve, averaged over seeds."""
+    """A point of a curve: the quality of one algorithm's draws at one budget per query, averaged over seeds."""
 
     name: str
     budget: float
@@ -90,7 +90,27 @@ class Point:
 
 @dataclass(repr=False)
 class Comparison:
-    """A table of algorithms, and their quality against budget; `print`, `plot` and `save` it."""
+    """The result of `compare`: a row of figures for each algorithm, and curves of quality against cost.
+
+    ``comparison["SMC"]`` is the row of that name; its attributes are the figures, None where a figure is not defined:
+    ``draws_tv`` (total variation of the draws to the exact posterior), ``log_evidence`` and ``log_evidence_error``
+    (nats), ``ess`` (ESS / N), ``khat``, ``density_tv``, ``forward_kl`` and ``reverse_kl`` (nats), ``query_tokens`` and
+    ``seconds`` (per query), ``training_tokens``, and ``sd``, a dict with the standard deviation over seeds of each.
+
+    :param rows: one row per algorithm, and reference rows: the exact posterior, and draws from it.
+    :param unexplored: the prior mass that the enumeration left out, on average; None if there was no enumeration.
+    :param notes: remarks below the tables.
+    :param curves: points of quality against budget, if there were budgets.
+    :param unit: the unit of the budgets, "tokens" or "seconds".
+
+    Example::
+
+        samplers = {"prior": Importance(model, num_particles=64), "SMC": SMC(model, num_particles=64)}
+        comparison = compare(model, samplers, x, y, exact=Enumeration(model))
+        comparison.print()
+        comparison["SMC"].draws_tv  # total variation to the exact posterior
+        comparison.save("comparison")  # comparison.json and comparison.png
+    """
 
     rows: list[Row]
     unexplored: float | None = None
@@ -104,11 +124,9 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         parts: list[Any] = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
-                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        for title, columns, rows in self.cells():
+            cells = [[row.name, *figures] for row, figures in rows]
+            parts += [title, markup.table(["algorithm", *columns], cells)]
         return markup.page("Comparison", *parts, *map(markup.note, self.notes))
 
     def __getitem__(self, name: str) -> Row:
@@ -118,7 +136,7 @@ class Comparison:
         raise KeyError(f"{name!r} is none of {[row.name for row in self.rows]}")
 
     def tables(self) -> list[Table]:
-        """The rows as rich tables: draws and evidence, densities, cost; what no row has a figure for is left out."""
+        """The rows as rich tables: draws, evidence, densities, cost.  Columns without figures are left out."""
         found = []
         for title, columns in _TABLES:
             shown, rows = self._filled(columns)
@@ -135,17 +153,24 @@ class Comparison:
             found.append(table)
         return found
 
+    def cells(self) -> list[tuple[str, list[str], list[tuple[Row, list[str]]]]]:
+        """The same tables as strings: of each its title, the titles of its columns, and each row's figures."""
+        filled = [(title, *self._filled(columns)) for title, columns in _TABLES]
+        return [
+            (title, [c.title for c in shown], [(row, [c.show(row) for c in shown]) for row in rows])
+            for title, shown, rows in filled
+            if shown
+        ]
+
     def markdown(self) -> str:
-        """The same tables in Markdown."""
+        """The tables in Markdown."""
         lines = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                titles = [c.title.replace("|", "\\|") for c in shown]
-                lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
-                lines += ["|---|" + "---:|" * len(shown)]
-                lines += [f"| {row.name} | " + " | ".join(c.show(row) for c in shown) + " |" for row in rows]
-                lines.append("")
+        for title, columns, rows in self.cells():
+            titles = [c.replace("|", "\\|") for c in columns]
+            lines += [f"**{title}**", "", "| algorithm | " + " | ".join(titles) + " |"]
+            lines += ["|---|" + "---:|" * len(columns)]
+            lines += [f"| {row.name} | " + " | ".join(figures) + " |" for row, figures in rows]
+            lines.append("")
         return "\n".join(lines)
 
     def _filled(self, columns: tuple[_Column, ...]) -> tuple[list[_Column], list[Row]]:
@@ -153,15 +178,20 @@ class Comparison:
         return shown, [row for row in self.rows if any(getattr(row, c.field) is not None for c in shown)]
 
     def print(self, console: Console | None = None) -> None:
-        """Print the tables and notes."""
+        """Prints the tables and notes.
+
+        :param console: a `rich.console.Console`; None: standard output.
+        """
         console = console or Console()
         for table in self.tables():
+            title, table.title = table.title, None  # as a title it would be broken at the table's width
+            console.print(title, style="bold", highlight=False)
             console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Rows, curves, unexplored mass and notes; numbers that are not finite are None."""
+        """A dict for JSON: rows, curves, unexplored mass and notes; numbers that are not finite are None."""
         return {
             "rows": [_finite(asdict(row)) for row in self.rows],
             "curves": [_finite(asdict(point)) for point in self.curves],
@@ -171,9 +201,12 @@ class Comparison:
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write ``comparison.json``, ``comparison.png`` and, where curves are, ``budget.png``, together or not at all.
+        """Writes ``comparison.json``, ``comparison.png`` and, if there are curves, ``budget.png``, all or none.
 
-        They replace those of an earlier comparison; ValueError where others wrote files of these names.
+        Files of an earlier comparison are replaced.
+
+        :param directory: the directory.
+        :raises ValueError: if something else wrote files of these names there.
         """
         claim(directory, FILES)
         with writing(directory, "comparison") as fresh:
@@ -183,23 +216,28 @@ class Comparison:
                 self.plot_budget(fresh / FILES[2])
 
     def plot(self, path: str | Path | None = None) -> list[Axes]:
-        """Bars: distance of the draws, error of the evidence, and effective sample size, by algorithm.
+        """Draws bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
 
-        A panel shows the rows that have its figure, algorithms in colour and references below them, hatched; a figure
-        that is infinite is written where its bar would begin.  It is written to ``path``; with None a notebook shows
-        it.  Returns the axes of the panels.
+        There are two panels in a row.  Each shows the rows that have its figure, algorithms in colour, and references
+        hatched below them.  An infinite figure is written where its bar would begin.
+
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         """
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
-        height = 0.42 * max(map(len, shown), default=1) + 1.6
-        figure = new_figure(path, figsize=(5.4 * max(1, len(panels)), height), layout="constrained")
-        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        wide = min(2, max(1, len(panels)))
+        bars = [max(map(len, shown[i : i + wide])) for i in range(0, len(shown), wide)] or [1]  # of each row of panels
+        heights = [0.42 * n + 1.6 for n in bars]
+        figure = new_figure(path, figsize=(5.4 * wide, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(bars), wide, height_ratios=heights)
+        axes: list[Any] = [figure.add_subplot(grid[divmod(i, wide)]) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
-        for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
+        for panel, (axis, (key, title), rows) in enumerate(zip(axes, panels, shown, strict=False)):
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
-                style = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
+                style: dict[str, Any] = {"color": "0.9", "edgecolor": "0.5", "hatch": "//"} if row.reference else {}
                 axis.barh(i, length, xerr=error, error_kw={"lw": 0.8}, **{"color": colors[row.name], **style})
                 axis.annotate(f" {value:.3f}", (length + (error or 0.0), i), va="center", fontsize=8)
             algorithms = sum(not row.reference for row in rows)
@@ -208,17 +246,18 @@ class Comparison:
             axis.set_title(title, fontsize=9)
             axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
-            axis.invert_yaxis()
+            axis.set_ylim(bars[panel // wide] - 0.4, -0.6)  # bars of one height, the first at the top
             axis.spines[["top", "right"]].set_visible(False)
         if path is not None:
             save_figure(figure, path)
         return list(axes)
 
     def plot_budget(self, path: str | Path | None = None) -> list[Axes]:
-        """Lines: the draws' distance and the evidence's error against what a query costs.
+        """Draws curves: distance of the draws and error of the evidence against the cost per query.
 
-        ``path`` and what it returns as in `plot`.  Raises ValueError where there is nothing to draw: without budgets,
-        or without a truth.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
+        :raises ValueError: if there are no curves, because `compare` had no ``budgets`` or no ``exact``.
         """
         cost, panels = "seconds" if self.unit == "seconds" else "query_tokens", self._drawn(_BUDGET, self.curves)
         if not panels:
@@ -231,7 +270,7 @@ class Comparison:
                 if points:
                     x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
                     axis.plot(x, y, "o-", ms=3, lw=1, label=name, color=f"C{i}")
-            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
+            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} per query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, fontsize=7)
         if path is not None:
@@ -240,7 +279,7 @@ class Comparison:
 
     @staticmethod
     def _drawn(panels: list[tuple[str, str]], of: list[Row] | list[Point]) -> list[tuple[str, str]]:
-        """Those panels for which there is a figure."""
+        """The panels that have a figure."""
         return [(key, title) for key, title in panels if any(_is_finite(getattr(x, key)) for x in of)]
 
 
@@ -254,7 +293,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """What JSON has no number for is None."""
+    """The figures with None in place of numbers that are not finite, which JSON cannot hold."""
     none = {k: None for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)}
     return figures | none | {k: _finite(v) for k, v in figures.items() if isinstance(v, dict)}
 
@@ -293,7 +332,7 @@ _TABLES = (
         ),
     ),
     (
-        "On the way: what SMC's last weights do not show",
+        "During the run: what SMC's final weights do not show",
         (
             _Column("min_ess", "least ESS/N"),
             _Column("survival", "survival"),
@@ -320,7 +359,7 @@ _TABLES = (
         "Cost: tokens through the network",
         (
             _Column("training_tokens", "training", "{:,.0f}"),
-            _Column("query_tokens", "a query", "{:,.0f}"),
+            _Column("query_tokens", "per query", "{:,.0f}"),
             _Column("break_even", "queries to break even", "{:,.0f}"),
         ),
     ),

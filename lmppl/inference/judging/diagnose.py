@@ -1,4 +1,4 @@
-"""`diagnose`: one call that says whether an algorithm's answers can be trusted, where the truth is not known."""
+"""`diagnose`: whether an algorithm's posteriors can be trusted where the truth is not known."""
 
 from __future__ import annotations
 
@@ -30,14 +30,28 @@ from .evidence import judge_evidence
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEVEL = 0.02  # how often calibration, all statistics together, finds fault with a correct algorithm
-WORST, ON_AVERAGE = 5, 10  # independent draws that the worst run, and the runs on average, should be worth
-ENOUGH = 20  # data sets, plate elements counted singly, that can acquit
+LEVEL = 0.02  # how often calibration, all statistics together, rejects a correct algorithm
+WORST, ON_AVERAGE = 5, 10  # the least effective sample size of the worst run, and of all runs on average
+ENOUGH = 20  # fewer data sets (plate elements count singly) cannot show that an algorithm is calibrated
 
 
 @dataclass
 class Finding:
-    """A figure, what it means, and whether it is suspect; None: not judged.  Not ``checked``: it should have been."""
+    """One line of a `Diagnosis`: a figure, its meaning, and a verdict.
+
+    :param name: what was looked at, for instance "ESS / N", "Pareto k-hat" or "SBC: length of z".
+    :param figure: the figure, formatted.
+    :param meaning: what it means.
+    :param suspect: whether it shows a fault; None: not judged.
+    :param value: the figure as a number, if there is one.
+    :param checked: false if it could not be checked but should have been.
+
+    Example::
+
+        diagnosis = diagnose(Importance(model, guide), x, y, simulations=0)
+        finding = diagnosis["ESS / N"]
+        finding.value, finding.meaning, finding.suspect
+    """
 
     name: str
     figure: str
@@ -49,7 +63,21 @@ class Finding:
 
 @dataclass(repr=False)
 class Diagnosis:
-    """What `diagnose` found; `print` and `plot` it, or take its `to_json`."""
+    """The result of `diagnose`.  ``diagnosis["ESS / N"]`` is the finding of that name.
+
+    :param findings: everything that was looked at, each with its verdict.
+    :param notes: remarks.
+    :param posterior: the posterior of the first run.
+    :param calibration: the figures of simulation-based calibration.
+    :param drifts: how the guide's texts differ from the posterior's.
+
+    Example::
+
+        diagnosis = diagnose(Importance(model, guide), x, y, simulations=0)
+        diagnosis.print()
+        if not diagnosis.ok:
+            print([f.name for f in diagnosis.findings if f.suspect or not f.checked])
+    """
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -59,7 +87,7 @@ class Diagnosis:
 
     @property
     def ok(self) -> bool:
-        """Nothing is suspect, and all was checked that was asked for."""
+        """Whether nothing is suspect, and everything that was asked for was checked."""
         return not any(f.suspect or not f.checked for f in self.findings)
 
     def __getitem__(self, name: str) -> Finding:
@@ -86,7 +114,10 @@ class Diagnosis:
         return found + ([f"Not checked: {unchecked}"] if unchecked else [])
 
     def print(self, console: Console | None = None) -> None:
-        """Print the verdict as a table."""
+        """Prints the findings as a table.
+
+        :param console: a `rich.console.Console`; None: standard output.
+        """
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for title in ("", "figure", "verdict"):
             table.add_column(title, no_wrap=True)
@@ -104,7 +135,7 @@ class Diagnosis:
             console.print(line, markup=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Findings, notes and the figures behind the plot; numbers that are not finite are None."""
+        """A dict for JSON: findings, notes and the figures of the plot; numbers that are not finite are None."""
         return {
             "ok": self.ok,
             "findings": [_finite(asdict(f)) for f in self.findings],
@@ -114,9 +145,10 @@ class Diagnosis:
         }
 
     def plot(self, path: str | Path | None = None) -> list[Axes]:
-        """Draw calibration, evidence bounds, weights, and how the guide's texts drift from the posterior's.
+        """Draws calibration, evidence bounds, weights, and the lengths of the guide's and posterior's texts.
 
-        It is written to ``path``, a PNG; with None a notebook shows it.  Returns the axes of the panels.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         """
         from .plot import draw
 
@@ -137,30 +169,42 @@ def diagnose(
     statistics: Mapping[str, Statistic] | None = None,
     **kwargs: Any,
 ) -> Diagnosis:
-    r"""Say whether an algorithm's answers to these arguments, and to data like them, can be trusted.
+    r"""Judges whether an algorithm's posteriors can be trusted for these arguments, and for data like them.
 
-    - ESS and Pareto k-hat of the weights, the worst of ``repetitions`` runs, and the spread of the evidence over them;
-      of `SMC`, whether half of the runs of an observation are `Sequential.suspect`.
-    - Simulation-based calibration on ``simulations`` data sets drawn from the model: the true latents must be a random
-      member of the pool that they and the posterior's draws make.  Statistics: ranks and spread of each text's length
-      and log p, of each number, of log p(observed) given the latents, without which the prior would pass, and of
-      log p(z, observed); how often texts have each token; how many draws are equal.  One test for all (`pools`).
-    - An evidence sandwich on the same data: :math:`E[\log \hat Z] \le \log Z \le E[\log \frac1N (w(z^*) + \sum w_n)]`,
-      the true latents z* among the N = ``num_particles`` of the upper bound; from below draws of the proposal alone.
-    - Drift: how far the texts of a *trained* guide differ from the posterior's, in length and in where they stop; and,
-      by the model's own draws, which share of the evidence it misses and to which share of the posterior it gives too
-      little.
+    It needs no exact posterior.  It looks at:
 
-    What could not be checked is a finding too, and `Diagnosis.ok` is then false; what fails is suspect.
+    - The weights: the ESS and Pareto k-hat of the worst of ``repetitions`` runs, and the spread of the evidence over
+      the runs; for `SMC`, whether at least half of the runs are `Sequential.suspect`.
+    - Simulation-based calibration on ``simulations`` data sets drawn from the model.  The true latents must look like
+      one of the posterior's draws, by these statistics: each text's length and log p, each number, log p(observed)
+      given the latents, log p(z, observed), how often texts have each token, and how many draws are equal.  All
+      statistics together make one test.
+    - Bounds of the evidence on the same data,
+      :math:`E[\log \hat Z] \le \log Z \le E[\log \frac1N (w(z^*) + \sum w_n)]`, with the true latents z* among the
+      N = ``num_particles`` of the upper bound.
+    - The texts of a *trained* guide: whether their lengths and stops differ from the posterior's, which share of the
+      evidence it misses, and which share of the posterior has a too low density.
 
-    :param algorithm: anything with ``run(*args) -> Posterior`` and, for more than its weights, ``model`` and ``guide``.
-    :param simulations: 0: no calibration, and none is missed.
-    :param simulate: ``(args, observed) -> args`` puts simulated observations, by site, into the arguments; needed where
-        there is a guide, because it reads them there.
-    :param statistics: more of them, by name: functions of the latents ``{site: (n, *plates, ...)}`` to (n, *plates).
+    What cannot be checked is a finding too, and `Diagnosis.ok` is then false.  The cost is ``repetitions +
+    simulations`` runs; each simulation also scores at most 128 draws and ``num_particles`` others.  Calibration finds a
+    correct algorithm with exact draws suspect in 2 of 100 seeds.
 
-    It costs ``repetitions + simulations`` runs, and a simulation reads the texts of at most 128 draws and of
-    ``num_particles`` others.  A correct algorithm with exact draws is found suspect by calibration in 2 of 100 seeds.
+    :param algorithm: any object with ``run(*args) -> Posterior``; with ``model`` and ``guide`` more can be checked.
+    :param args: the arguments of ``run``, and ``kwargs``.
+    :param kwargs: keyword arguments of ``run``.
+    :param seed: of all random numbers; the caller's generator is not changed.
+    :param repetitions: runs on the given arguments.
+    :param simulations: simulated data sets; 0: no calibration.
+    :param num_particles: draws of the proposal for the bounds of each simulated data set.
+    :param simulate: a function ``(args, observed) -> args`` that puts simulated observations, a dict by site, into the
+        arguments.  It is needed if there is a guide, because a guide reads the observations from its arguments.
+    :param statistics: further statistics by name, functions of the latents ``{site: (n, *plates, ...)}`` that return
+        (n, *plates).
+    :returns: a `Diagnosis`.
+    :raises ValueError: for an algorithm without ``run``, and for counts that are not positive.
+
+    Source: Talts et al. 2018 and Modrák et al. 2023 (calibration); Grosse et al. 2015 (bounds); Vehtari et al. 2024
+    (k-hat).
 
     Example::
 
@@ -179,7 +223,7 @@ def diagnose(
         result = Diagnosis(posterior=answers[0])
         _judge_weights(result, answers)
         if not hasattr(algorithm, "model"):
-            result.findings.append(_missing("the algorithm shows no model"))
+            result.findings.append(_missing("the algorithm has no attribute model"))
             return result
         query = query_of(algorithm, args, kwargs, answers[0].sites.plates.nesting)
         options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
@@ -199,10 +243,10 @@ def diagnose(
 
 
 def _judge_guide(query: Query) -> list[Finding]:
-    """What a trained guide has lost does not show in what it draws: the model's own draws are asked."""
+    """What a trained guide misses, found with the model's own draws, because its own draws do not show it."""
     found = judge(query)
     missed, lacking = found["held_out_missed"], found["held_out_lacking"]
-    finds = "of the evidence is found by the model's own draws and not by the guide's"
+    finds = "of the evidence is found by the model's own draws, but not by the guide's"
     lacks = "of the posterior is where the guide's density is too low"
     return [
         Finding("guide misses", f"{missed:.0%}", finds, missed > MOST_MISSED, missed),
@@ -215,7 +259,7 @@ def _missing(why: str) -> Finding:
 
 
 def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
-    """ESS, k-hat, spread of the evidence; or, for an enumeration, what it left out."""
+    """Adds the findings of ESS, k-hat and the spread of the evidence; for an enumeration, the mass left out."""
     first = answers[0]
     if hasattr(first, "unexplored"):
         left = float(first.unexplored.max())
@@ -235,17 +279,17 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
     evidence = torch.stack([a.log_evidence for a in answers]).double()  # (repetition, *plates)
     if bool(evidence.isnan().any()):  # the weights are no importance weights
         return
-    # One estimate spreads by some 0.2: the median of the runs, and of many plate elements the upper quartile.
+    # One k-hat has a standard deviation of about 0.2: take the median of the runs, the upper quartile of the plates.
     khats = torch.stack([a.khat for a in answers]).nanmedian(0).values.flatten()
     khats = khats[~khats.isnan()]
     if len(khats):
         k = float(khats.sort().values[(3 * len(khats)) // 4 if len(khats) > 1 else 0])
         if k < 0.5:
-            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are alike"
+            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are equal"
         elif k < 1:
             meaning = f"heavy tail: an average needs some {smallest_sample(k):,.0f} particles"
         else:
-            meaning = "heavy tail: no number of particles will do"
+            meaning = "heavy tail: no number of particles is enough"
         if k >= 0.7:
             meaning += "; the proposal misses posterior mass"
         result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7, k))
@@ -256,7 +300,7 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
         Finding(
             "log evidence",
             f"{float(low.mean()):.3f} +- {float(spread):.3f}",
-            "nats; its spread over runs is small" if float(spread) <= 1 else "nats; runs differ in what they find",
+            "nats; its spread over runs is small" if float(spread) <= 1 else "nats; the runs disagree",
             None if bool(spread.isnan()) and bool(low.isfinite().all()) else not float(spread) <= 1.0,
             float(low.mean()),
         )
@@ -264,37 +308,37 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
 
 
 def _judge_ways(answers: list[Sequential]) -> list[Finding]:
-    """Of SMC, what was lost on the way: the weights at the end do not show it.
+    """The finding of SMC's runs before their end, which the final weights do not show.
 
-    `Sequential.suspect` draws a line that single runs may cross: the share of the runs has to be a half.
+    Single runs of a good algorithm may be `Sequential.suspect`: at least half of the runs must be.
     """
     if not answers:
         return []
     n = answers[0].num_particles
     least, survive = (float(torch.stack([getattr(a, x) for a in answers]).min()) for x in ("min_ess", "survival"))
     share = float(torch.stack([a.suspect for a in answers]).double().mean(0).max())
-    meaning = f"at worst {least:.1f} of {n} particles speak for all on the way; {survive:.1%} of the first survive"
-    return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
+    meaning = f"at worst an ESS of {least:.1f} of {n} particles; {survive:.1%} of the first have descendants at the end"
+    return [Finding("SMC during the run", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
 
 
 def _never_moved(answers: list[Posterior]) -> bool:
-    """Whether Markov chains stay where they started, all of them; at different values they have an ESS of sorts."""
+    """Whether all Markov chains stayed where they started, in which case their ESS means nothing."""
     accepted = [float(x.max()) for a in answers for x in getattr(a, "acceptance", {}).values()]
     return bool(accepted) and max(accepted) == 0
 
 
 def _undefined_ess(answers: list[Posterior]) -> Finding:
-    """Markov chains without an effective sample size: too short, or without a move."""
+    """The finding of Markov chains without an effective sample size: too short, or without an accepted move."""
     if _never_moved(answers):
         return Finding("ESS / N", "-", "no chain ever moved", True)
     chains = getattr(answers[0], "num_chains", None)
     short = chains is not None and answers[0].num_particles < 4 * chains
-    why = "fewer than 4 draws a chain" if short else "all draws are alike"
+    why = "fewer than 4 draws per chain" if short else "all draws are equal"
     return Finding("ESS / N", "-", f"not defined: {why}", None, checked=not short)
 
 
 def _judge_calibration(result: Diagnosis) -> None:
-    """What the simulated data say, as far as they go, and why they go no further."""
+    """Adds the findings of the simulated data, and the error that ended the simulations, if there was one."""
     found = result.calibration
     if found.error is not None:
         said = " ".join(f"{type(found.error).__name__}: {found.error}".split())
@@ -305,26 +349,26 @@ def _judge_calibration(result: Diagnosis) -> None:
     result.findings += [Finding(*row) for row in judge_evidence(found)]
     lost = int((found.lowers == -torch.inf).sum())
     if lost:
-        meaning = "simulated data sets for which nothing possible was found"
+        meaning = "simulated data sets for which no possible value was found"
         result.findings.append(Finding("zero evidence", f"{lost}", meaning, True, lost))
     few = len(found.lowers) < ENOUGH
     for name, verdict in pools.judge(found.pools).items():
         suspect = None if few and verdict.p >= LEVEL else verdict.p < LEVEL
-        meaning = "too few data sets to judge" if suspect is None else "as it should be"
+        meaning = "too few data sets to judge" if suspect is None else "as expected"
         meaning = _meaning(verdict, name, result.posterior) if suspect else meaning
         row = Finding(f"SBC: {name}", f"p = {verdict.p:.2g}", meaning, suspect, verdict.p, checked=suspect is not None)
         result.findings.append(row)
 
 
 def _meaning(verdict: pools.Verdict, name: str, posterior: Posterior | None) -> str:
-    """In words, how the truth differs from the draws."""
+    """How the truth differs from the draws, in words."""
     less, more = verdict.z < 0, verdict.z > 0
     if verdict.function == "rank":
         return f"the posterior's values are too {'high' if less else 'low'}"
     if verdict.function == "spread":
-        return f"the posterior is too {'narrow' if more else 'wide'} in it"
+        return f"the posterior is too {'narrow' if more else 'wide'}"
     if verdict.function == "share":
-        return "the draws are too much alike" if less else "the draws repeat themselves too little"
+        return f"too {'many' if less else 'few'} draws are equal"
     assert posterior is not None
     token = int(verdict.function)
     string = posterior.sites.decoders[name.removeprefix("tokens of ")](torch.tensor([token]))

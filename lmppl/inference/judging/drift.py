@@ -1,4 +1,4 @@
-"""How far the texts that a guide writes differ from those of the posterior: in length, and in where they stop."""
+"""How the texts of a guide differ from those of the posterior, in their lengths and their stops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..posterior.posterior import Posterior
 
 @dataclass
 class Drift:
-    """A mean over the proposal's own draws and over the posterior; ``values`` and ``weights`` are what was averaged."""
+    """A mean over the proposal's draws, and one over the posterior; ``values`` and ``weights`` were averaged."""
 
     name: str
     proposed: float
@@ -30,8 +30,9 @@ class Drift:
 
 
 def is_trained(query: Query) -> bool:
-    """Whether there is a guide with something to train: a module's or Pyro's parameters, or a text's language
-    model with parameters of its own, which is none of the model's.
+    """Whether there is a guide with parameters to train.
+
+    They are those of a module, those in Pyro's store, or those of a text's language model that the model does not use.
     """
     if query.guide is None:
         return False
@@ -46,7 +47,7 @@ def is_trained(query: Query) -> bool:
 
 @torch.no_grad()
 def drifts(query: Query, posterior: Posterior) -> list[Drift]:
-    """Two rows for each text with a stop: its length, and the proposal's own probability of stopping at its end."""
+    """Two rows for each text with a stop: its length, and the proposal's probability of stopping at its end."""
     n = posterior.num_particles
     drawn = query.trace(query.proposal, programs.Draw(), particles=n)
     weighted = query.trace(query.proposal, Substitute(posterior.values), particles=n)
@@ -66,16 +67,16 @@ def drifts(query: Query, posterior: Posterior) -> list[Drift]:
 
 
 def _measure(trace: Trace, name: str, posterior: Posterior) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens before the stop, the proposal's probability of that stop, and whether it was free to go on: (N, *plates).
+    """Tokens before the stop, the proposal's probability of that stop, and whether it could go on, (N, *plates) each.
 
-    A text that has further axes counts by its mean over them.
+    For a site with further axes of texts, these are means over the texts.
     """
     site, value = texts_of(trace.nodes[name]), trace.nodes[name]["value"]
     end = site.ending(value).at
     log_stop = site.prefix_scores(value).stop_log_probs
     at = end.clamp(0, log_stop.shape[-1] - 1).expand(log_stop.shape[:-1])
     stop = log_stop.gather(-1, at[..., None])[..., 0].exp()
-    free = stop < 1 - 1e-6  # at the limit a stop is certain
+    free = stop < 1 - 1e-6  # at max_tokens a stop is certain
     plates, texts = posterior.sites.plates, max(1, site.shape[len(site.shape) - site.stacked :].numel())
     shape = posterior.log_weights.shape
     length, stop, free = (
@@ -104,7 +105,7 @@ def _length(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Ten
 def _stop(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Drift:
     (q, error_q, _), (p, error_p, _) = (_moments(*x) for x in zip(values, weights, strict=True))
     suspect = abs(p - q) > 3 * math.hypot(error_q, error_p) and not 0.5 < p / max(q, 1e-30) < 2
-    meaning = f"the guide {'hardly' if p < q else 'all too readily'} stops where the posterior's texts end"
+    meaning = f"the guide stops too {'seldom' if p < q else 'often'} where the posterior's texts end"
     return Drift(
         f"stop of {name}",
         q,
@@ -117,7 +118,7 @@ def _stop(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tenso
 
 
 def _moments(x: Tensor, weights: Tensor) -> tuple[float, float, float]:
-    """Weighted mean, its standard error, and the standard deviation; all (N, *plates) together."""
+    """The weighted mean of all values (N, *plates), its standard error, and the standard deviation."""
     weights = weights.double() / weights.sum()
     mean = (weights * x).sum()
     deviation = (x - mean) ** 2

@@ -1,4 +1,4 @@
-"""The picture of a diagnosis."""
+"""The plot of a diagnosis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def draw(diagnosis: Diagnosis, path: str | Path | None = None) -> Any:
-    """One row of panels, those for which there is something to show; see `new_figure`."""
+    """One row of panels, without those that have nothing to show; see `new_figure`."""
     panels: list[tuple[Any, Any]] = []
     if diagnosis.calibration.positions:
         panels.append((_positions, diagnosis.calibration))
@@ -70,7 +70,7 @@ def _weights(axis: Any, posterior: Posterior) -> None:
     n = posterior.num_particles
     weights = posterior.log_weights.softmax(0).reshape(n, -1).T
     weights = weights[~weights.isnan().any(1)][:8]  # NaN: zero evidence
-    # Limits before scales: equal weights have no range of their own.
+    # Limits are set before scales, because equal weights have no range.
     axis.set_xlim(0.9, 1.1 * n + 0.1)
     axis.set_ylim(1e-3 / n, max(2.0 * float(weights.max()) if len(weights) else 0.0, 4 / n))
     axis.set_xscale("log")

@@ -1,16 +1,17 @@
-r"""Whether the truth is a random member of its pool: tests of calibration that are exact at any number of data sets.
+r"""Tests of calibration that are exact for any number of data sets: whether the truth is a random member of its pool.
 
-Of each data set the truth and the draws make a pool.  If the draws are the posterior's, the truth is any one of them
-with the same probability, so that for every function g of a pool's members that does not know which is the truth
+The pool of a data set is the truth and the posterior's draws.  If the posterior is correct, every member is the truth
+with the same probability.  So for every function g of a pool's members that does not depend on which is the truth,
 
 .. math:: Z = \frac{\sum_i g(z^*_i) - \sum_i E_i g}{\sqrt{\sum_i V_i g}}
 
-has mean 0 and variance 1, with mean and variance over the pool of data set i.  Many functions are tested together:
-their largest abs(Z) is held against that of truths drawn anew from the pools, which keeps the error of all together at
-the level asked for, however they depend on each other (Westfall and Young 1993).
+has mean 0 and variance 1, where :math:`E_i` and :math:`V_i` are mean and variance over the pool of data set i.  Many
+functions are tested together: their largest abs(Z) is compared with that of truths drawn again from the pools.  This
+keeps the error of all tests together at the chosen level, for any dependence between them (Westfall and Young 1993).
 
-With g the rank this is simulation-based calibration without bins; its square distance from the middle finds a posterior
-that is too narrow or too wide; counts of tokens, and how much of a pool a value takes, are functions of texts.
+With the rank as g this is simulation-based calibration without bins.  The square distance of the rank from the middle
+finds a posterior that is too narrow or too wide.  Further functions, of texts, are counts of tokens, and the share of a
+pool that has the same value.
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from torch import Tensor
 from ... import text
 
 MEMBERS = 128  # draws of a pool
-REDRAWN = 2000  # truths drawn anew
-TOKENS = 24  # that occur in most pools are counted, of each text
-CLIP = 10.0  # nats below the best that are all the same
+REDRAWN = 2000  # truths drawn again from each pool
+TOKENS = 24  # the most frequent tokens of each text, which are counted
+CLIP = 10.0  # log-densities further below the best, in nats, count as this
 
 
 @dataclass
 class Pool:
-    """Draws and the truth, which comes last, of one run: one pool for each of the C plate elements."""
+    """The draws of one run and the truth, which is last: one pool for each of the C plate elements."""
 
     weights: Tensor  # (n + 1, C), summing to one
     statistics: dict[str, Tensor]  # (n + 1, C) each
-    log_densities: frozenset[str]  # the statistics that are log-probabilities, whose size in nats says something
+    log_densities: frozenset[str]  # the statistics that are log-probabilities, whose differences in nats matter
     texts: dict[str, Tensor] = field(default_factory=dict)  # (n + 1, C, L) each
-    kinds: Tensor | None = None  # (n + 1, C), a number for each distinct value of all sites together
+    kinds: Tensor | None = None  # (n + 1, C), a number for each distinct joint value of all sites
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one row of functions: the most extreme one, its Z, and the p-value of all rows' functions together."""
+    """The most extreme function of one row, its Z, and its p-value among the functions of all rows together."""
 
     p: float
     z: float
@@ -50,9 +51,9 @@ class Verdict:
 
 
 def member_weights(log_weights: Tensor, n: Tensor) -> Tensor:
-    """Weights of draws (N, C), worth n (C) independent ones, and of the truth beside them: (N + 1, C).
+    """The weights of draws (N, C), which are worth n (C) independent ones, and of the truth: (N + 1, C).
 
-    Where no draw is possible the truth is alone in its pool, which then says nothing.
+    If no draw is possible, the truth is the only member of its pool, which then has no effect.
     """
     weights = log_weights.double().softmax(0)
     own = 1 / (n.double() + 1)  # 0 where the draws are the whole posterior
@@ -63,7 +64,7 @@ def member_weights(log_weights: Tensor, n: Tensor) -> Tensor:
 
 
 def ranks(x: Tensor, weights: Tensor) -> Tensor:
-    """Mid-ranks in (0, 1) of members (n + 1, C) among their pools, by weight; ties up to rounding."""
+    """Weighted mid-ranks in (0, 1) of members (n + 1, C) in their pools; values equal up to rounding are ties."""
     a, b = x[:, None].double(), x[None].double()
     tied = alike(a, b)
     below = (b < a) & ~tied
@@ -71,12 +72,12 @@ def ranks(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def alike(a: Tensor, b: Tensor) -> Tensor:
-    """Equal up to rounding: the same text may score a little differently in another row."""
+    """Whether values are equal up to rounding; the same text can have a slightly different score in another row."""
     return (a == b) | a.isfinite() & ((a - b).abs() <= 1e-4 * (1 + a.abs()))
 
 
 def judge(pools: list[Pool]) -> dict[str, Verdict]:
-    """The verdict on every row of functions: each statistic, the tokens of each text, and shares of equal values."""
+    """A verdict for each statistic, for the tokens of each text, and for the shares of equal values."""
     if not pools:
         return {}
     counted = {site: _frequent([pool.texts[site] for pool in pools]) for site in pools[0].texts}
@@ -87,7 +88,7 @@ def judge(pools: list[Pool]) -> dict[str, Verdict]:
         names = list(functions)
         totals.append(_total(torch.stack(list(functions.values())), pool.weights))
     truth, mean, variance, redrawn = (torch.stack(x).sum(0) for x in zip(*totals, strict=True))
-    # A token that hardly any pool has would be conspicuous at its first occurrence: one text more or less is nothing.
+    # A token that few pools have would stand out at its first occurrence, so one text more or less is tolerated.
     slack = torch.tensor([0.0 if function in ("rank", "spread", "share") else 1.0 for _, function in names])
     varies = variance > 1e-9
     sd = (variance + slack).sqrt().masked_fill(~varies, torch.inf)
@@ -102,12 +103,12 @@ def judge(pools: list[Pool]) -> dict[str, Verdict]:
 
 
 def _functions(pool: Pool, counted: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """Functions of a pool's members, (n + 1, C) each, by row and name."""
+    """The functions of a pool's members, (n + 1, C) each, by row and name."""
     found = {}
     for name, x in pool.statistics.items():
         rank = ranks(x, pool.weights)
         found[name, "spread"] = (rank - 0.5) ** 2
-        if name in pool.log_densities:  # where it hardly varies, its ranks say little
+        if name in pool.log_densities:  # ranks of values that differ little count less
             near = x.double().clamp(min=x.amax(0).clamp(min=-1e30) - CLIP)
             deviation = (pool.weights * (near - (pool.weights * near).sum(0)) ** 2).sum(0).sqrt()
             rank = rank * deviation.clamp(max=1.0)
@@ -122,8 +123,8 @@ def _functions(pool: Pool, counted: Mapping[str, Tensor]) -> dict[tuple[str, str
 
 
 def _total(g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over plate elements of functions (K, n + 1, C): at the truth, mean, variance, (K) each, and at truths drawn
-    anew, (K, R).
+    """Sums over plate elements of functions (K, n + 1, C): at the truth, of means and of variances, (K) each, and at
+    truths drawn again, (K, R).
     """
     mean = (weights * g).sum(1)  # (K, C)
     variance = (weights * (g - mean[:, None]) ** 2).sum(1)
@@ -133,7 +134,7 @@ def _total(g: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _frequent(texts: list[Tensor]) -> Tensor:
-    """The tokens that most texts of all pools have; which of them is the truth does not matter."""
+    """The tokens that occur in the most texts of all pools, regardless of which text is the truth."""
     found = []
     for x in texts:
         x, _ = x.sort(-1)

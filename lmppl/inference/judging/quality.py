@@ -1,4 +1,4 @@
-"""How far an answer is from the exact posterior: the density of a guide, and the draws of a sampler, never mixed."""
+"""The distance to the exact posterior of a guide's density and of a sampler's draws, measured separately."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..posterior.posterior import Posterior
 from ..samplers.enumeration.enumeration import Enumerated
 
 MODE = 0.02  # a value of at least this posterior probability is a mode
-CLAMPED = 1e-6  # a distribution that is no text may write a probability of zero as the rounding of single precision
-MASS = 1e-4  # probabilities in single precision add up to one within less
+CLAMPED = 1e-6  # a distribution that is no text may give this in place of a probability of zero, by clamping
+MASS = 1e-4  # probabilities in single precision sum to one up to less than this
 
 
 class DensityQuality(NamedTuple):
-    """Of q against the exact posterior p, each (*plates).  S is where p > 0, as far as it was enumerated."""
+    """The quality of q against the exact posterior p, (*plates) each.  S is the set of enumerated values with p > 0."""
 
     total_variation: Tensor
-    forward_kl: Tensor  # KL(p || q); inf where q = 0 on a part of S
-    reverse_kl: Tensor  # KL(q || p); inf where q has mass at p = 0; as far as is known, `reverse_kl_inside`
-    modes: Tensor  # share of the modes z with q(z) >= p(z) / 10; NaN where the posterior has none
-    outside: Tensor  # q's mass outside S: where p = 0, or where nobody looked
-    reverse_kl_inside: Tensor  # KL(q(. | S) || p); NaN where q has no mass in S
+    forward_kl: Tensor  # KL(p || q); inf if q = 0 on a part of S
+    reverse_kl: Tensor  # KL(q || p); inf if q is known to have mass where p = 0, else `reverse_kl_inside`
+    modes: Tensor  # the share of modes z with q(z) >= p(z) / 10; NaN if the posterior has none
+    outside: Tensor  # the mass of q outside S: where p = 0, or where the enumeration did not look
+    reverse_kl_inside: Tensor  # KL(q(. | S) || p); NaN if q has no mass in S
 
 
 @torch.no_grad()
 def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DensityQuality:
-    r"""Score the whole enumerated support under the guide.
+    r"""Scores the enumerated support under the guide.
 
     .. math:: TV = \tfrac12 \Big( \sum_S |q - p| + q(S^c) \Big), \qquad
               KL(q(\cdot | S) \| p) = \frac{1}{q(S)} \sum_S q \log \frac qp - \log q(S) \ge 0
 
-    Mass of q outside S counts in full in the total variation.  KL(q || p) is infinite where some of it lies on values
-    of p = 0; what an incomplete enumeration has not looked at does not count there.
+    The total variation counts all mass of q outside S.  KL(q || p) is infinite if q has mass where p = 0; values that
+    an incomplete enumeration did not look at do not count for this.
     """
     plates = exact.sites.plates
     run = programs.trace(
@@ -55,7 +55,7 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
     tv = 0.5 * ((q - p).abs().sum(0) + 1 - mass)
     forward = (p * (log_p - log_q)).masked_fill(~inside, 0.0).sum(0)
     within = (q * (log_q - log_p)).masked_fill(q == 0, 0.0).sum(0) / mass - mass.log()  # NaN where mass is 0
-    forward, within = (kl.clamp(min=0.0) for kl in (forward, within))  # below zero by rounding alone
+    forward, within = (kl.clamp(min=0.0) for kl in (forward, within))  # rounding can make them negative
     texts = all(text_of(node["fn"]) is not None for node in programs.latents(run).values())
     least = 0.0 if texts else CLAMPED
     reverse = within.masked_fill(_reaches_zeros(exact, log_q.exp() > least, 1 - mass), torch.inf)
@@ -63,9 +63,9 @@ def density_quality(exact: Posterior, guide: Program, args: tuple[Any, ...], kwa
 
 
 def _merged(exact: Posterior) -> tuple[Tensor, Tensor]:
-    """Probabilities of which the first of equal values has all, and which the others are, (N, *plates) each."""
+    """Probabilities merged into the first of equal values, and a mask of the other equal values, (N, *plates) each."""
     p = _flat(exact.probabilities.double())
-    if isinstance(exact, Enumerated):  # each value once
+    if isinstance(exact, Enumerated):  # every value occurs once
         again = torch.zeros_like(p, dtype=torch.bool)
     else:
         kinds = _kinds(exact, exact)[0]  # (N, plates)
@@ -77,15 +77,15 @@ def _merged(exact: Posterior) -> tuple[Tensor, Tensor]:
 
 
 def _reaches_zeros(exact: Posterior, reached: Tensor, outside: Tensor) -> Tensor:
-    """Whether q has mass on values whose p is known to be zero: all that lies outside a complete enumeration."""
-    if not isinstance(exact, Enumerated):  # draws: a value that is not among them may be possible
+    """Whether q has mass where p is known to be zero, which includes everything outside a complete enumeration."""
+    if not isinstance(exact, Enumerated):  # draws: other values may be possible too
         return torch.zeros_like(outside, dtype=torch.bool)
     ruled_out = (exact.log_weights == -torch.inf) & (exact.log_prior > -torch.inf)  # a row of padding has no prior
     return (ruled_out & reached).any(0) | (exact.unexplored == 0) & (outside > MASS)
 
 
 def draw_quality(exact: Posterior, posterior: Posterior) -> Tensor:
-    """Total variation between weighted particles and the exact posterior, merged by value: (*plates)."""
+    """The total variation between weighted particles, merged by value, and the exact posterior, (*plates)."""
     kinds, drawn_kinds = _kinds(exact, posterior)
     p, w = _flat(exact.probabilities), _flat(posterior.probabilities).to(exact.probabilities.dtype)
     difference = p.new_zeros(int(max(kinds.max(), drawn_kinds.max())) + 1, p.shape[1])
@@ -102,7 +102,7 @@ def modes_drawn(exact: Posterior, posterior: Posterior) -> Tensor:
 
 
 def outside_mass(exact: Posterior, posterior: Posterior) -> Tensor:
-    """The share of weighted particles that the enumeration has not: an estimate of what it misses, (*plates)."""
+    """The weight of the particles that are not in the enumeration, an estimate of the mass it misses, (*plates)."""
     kinds, drawn_kinds = _kinds(exact, posterior)
     inside = _flat(exact.log_weights) > -torch.inf
     known = torch.zeros(int(max(kinds.max(), drawn_kinds.max())) + 1, kinds.shape[1], dtype=torch.long)
@@ -112,7 +112,7 @@ def outside_mass(exact: Posterior, posterior: Posterior) -> Tensor:
 
 
 def _share(of: Tensor, having: Tensor) -> Tensor:
-    """Of the rows that are ``of``, the share that are ``having``, over axis 0; NaN where there is none."""
+    """The share of the rows in ``of`` that are also in ``having``, over axis 0; NaN if there are none."""
     return (of & having).sum(0) / of.sum(0)
 
 
@@ -121,7 +121,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _kinds(exact: Posterior, posterior: Posterior) -> tuple[Tensor, Tensor]:
-    """A number for each distinct value of all sites together, for both posteriors: (N, plates) each."""
+    """A number for each distinct joint value of all sites, for both posteriors, (N, plates) each."""
     n, columns = exact.num_particles, []
     for name in sorted(exact.samples):
         sides = [p.samples[name].reshape(p.num_particles, exact.log_evidence.numel(), -1) for p in (exact, posterior)]

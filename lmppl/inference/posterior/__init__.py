@@ -1,4 +1,4 @@
-"""What every algorithm answers with: weighted particles, their predictions, files and tables."""
+"""The result of every algorithm: weighted particles, with predictions, files and tables."""
 
 from .ensemble import Ensemble, Uncertainty
 from .posterior import Posterior, Sites, ZeroEvidence

@@ -1,7 +1,4 @@
-"""What every algorithm is: a model, perhaps a guide, and ``run(*args) -> Posterior``; and the same one on others.
-
-An algorithm that stands inside another goes along: `Sharded(a).on(model)` is `Sharded(a.on(model))`.
-"""
+"""The protocols of inference algorithms: a model, an optional guide, and ``run(*args) -> Posterior``."""
 
 from __future__ import annotations
 
@@ -22,11 +19,12 @@ A = TypeVar("A")
 
 @runtime_checkable
 class Algorithm(Protocol):
-    r"""Answers with the posterior :math:`p(z \mid y)` of its model's latents, for the arguments of ``run``.
+    r"""An inference algorithm: ``run(*args)`` returns the posterior :math:`p(z \mid y)` of its model's latent sites.
 
-    A subclass keeps ``model`` and ``guide`` (None: the model proposes, or nothing does) as attributes and writes `run`.
-    `compare`, `diagnose`, `Sharded` and the E-step of `VariationalEM` then take it.  One that wraps another algorithm
-    writes `on` too, and hands it on.  A class of any other base keeps the protocol if it has these four.
+    Derive your own algorithm from it: keep ``model`` and ``guide`` as attributes (a guide of None means that the model
+    proposes, or that nothing is proposed) and write `run`.  `compare`, `diagnose`, `Sharded` and the E-step of
+    `VariationalEM` then accept it.  An algorithm that wraps another one also writes `on`, and calls the inner one's.
+    A class without this base follows the protocol if it has these four attributes.
 
     Example::
 
@@ -46,50 +44,60 @@ class Algorithm(Protocol):
 
     @abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
-        """The posterior for these arguments, of model and guide alike."""
+        """The posterior for these arguments, which are passed to both the model and the guide."""
 
     def on(self, model: Program, guide: Program | None = None) -> Self:
-        """The same algorithm on another model, and where it has a guide on another guide; None: its own stays."""
+        """A copy of this algorithm for another model, and for another guide if it has one.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program; None: the algorithm's own guide.  Ignored by an algorithm without a guide.
+        """
         return _elsewhere(self, model, guide)
 
 
 @runtime_checkable
 class Sampler(Algorithm, Protocol):
-    """An algorithm whose answers have as many particles as one likes; so `compare` fits it to a budget.
+    """An algorithm whose number of particles can be chosen, so that `compare` can give it a budget.
 
-    A subclass keeps their number as ``num_particles``, or writes `sized` itself.
+    A subclass keeps the number as an attribute ``num_particles``, or writes `sized` itself.
 
     Example::
 
-        sampler = Importance(model, num_particles=64)
-        sampler.sized(1000).run(x, y).num_particles  # 1000; the sampler itself stays as it is
+        >>> sampler = Importance(model, num_particles=64)
+        >>> sampler.sized(100).run(x, y).num_particles
+        100
+        >>> sampler.num_particles  # unchanged: `sized` returns a copy
+        64
     """
 
     def sized(self, num_particles: int) -> Self:
-        """The same algorithm with this many particles an answer."""
+        """A copy of this algorithm whose posteriors have ``num_particles`` particles.
+
+        :raises ValueError: for fewer than one.
+        """
         at_least(1, num_particles=num_particles)
         return _with(self, num_particles=num_particles)
 
 
 def on(algorithm: Any, model: Program, guide: Program | None = None) -> Any:
-    """`Algorithm.on`, of anything with ``model`` and ``run``.
+    """`Algorithm.on` for any object with ``model`` and ``run``.
 
-    :raises ValueError: for an algorithm whose model cannot be set.
+    :raises ValueError: if the object's model cannot be set.
     """
     own = getattr(algorithm, "on", None)
     return own(model, guide) if callable(own) else _elsewhere(algorithm, model, guide)
 
 
 def sized(algorithm: Any, num_particles: int) -> Any:
-    """`Sampler.sized`, of anything with ``run`` and a number of particles: its attribute, or an argument of ``run``.
+    """`Sampler.sized` for any object with ``run`` and a number of particles: an attribute, or an argument of ``run``.
 
-    :raises ValueError: for an algorithm that has none.
+    :raises ValueError: if the object has no number of particles.
     """
     own, kind = getattr(algorithm, "sized", None), type(algorithm)
     if callable(own):
         return own(num_particles)
     if "num_particles" in inspect.signature(algorithm.run).parameters:
-        if not hasattr(kind, "run"):  # a function of its own
+        if not hasattr(kind, "run"):  # ``run`` is a function set on the object
             return _with(algorithm, run=partial(algorithm.run, num_particles=num_particles))
 
         @wraps(kind.run)
@@ -100,19 +108,19 @@ def sized(algorithm: Any, num_particles: int) -> Any:
         return _with(algorithm, __class__=type(kind.__name__, (kind,), {"run": run}))
     if isinstance(getattr(algorithm, "num_particles", None), int):
         return _with(algorithm, num_particles=num_particles)
-    raise ValueError(f"budgets: {kind.__name__} has no number of particles to fit to one")
+    raise ValueError(f"budgets: {kind.__name__} has no number of particles, so it cannot be given a budget")
 
 
 def query_of(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: int | None = None) -> Query:
-    """What an algorithm is asked by ``run(*args, **kwargs)``; a model that proposes for itself is no guide."""
+    """The query of ``algorithm.run(*args, **kwargs)``; a guide that is the model itself counts as none."""
     guide = getattr(algorithm, "guide", None)
     return Query(algorithm.model, None if guide == algorithm.model else guide, args, kwargs, nesting)
 
 
 def posterior_of(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Posterior:
-    """What an algorithm answers.
+    """The posterior that an algorithm returns.
 
-    :raises ValueError: where that is no posterior.
+    :raises ValueError: if it returns something else.
     """
     found = algorithm.run(*args, **kwargs)
     if not isinstance(found, Posterior):
@@ -128,7 +136,7 @@ def _elsewhere(algorithm: A, model: Program, guide: Program | None) -> A:
 
 
 def _with(algorithm: A, **attributes: Any) -> A:
-    """A copy with other attributes, of a frozen dataclass too."""
+    """A copy with other values of some attributes; frozen dataclasses are allowed."""
     other = copy.copy(algorithm)
     for name, value in attributes.items():
         try:

@@ -1,6 +1,6 @@
-"""Which latents of a posterior carry over to another call of the model; the others are drawn anew.
+"""Which latents of a posterior are kept in another call of the model; the others are drawn again.
 
-A latent is *local* where a plate around it also encloses an observation or a factor of the run, else *global*.
+A latent is *local* if a plate around it also encloses an observation or a factor of the run, else *global*.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..core.programs import Node, Sketch, Substitute
 from ..core.query import Query, unknown
 from ..core.sites import innermost, prompt_of
 
-_PARTICLES = 64  # by which distributions are compared
+_PARTICLES = 64  # particles with which distributions are compared
 
 
 def carried(
@@ -33,17 +33,17 @@ def carried(
     keep: Collection[str] | None,
     predicted: str | None = None,
 ) -> set[str]:
-    """The latent sites of ``call``'s model that have the posterior's ``values`` (N, *plate axes, *event).
+    """The latent sites of ``call``'s model that keep the posterior's ``values`` (N, *plate axes, *event).
 
-    ``keep`` names them, or None: a global latent is kept if its distribution, given those before it, is the same as in
-    the run.  A local one is kept if that holds and the plate's elements are the run's own, by any of these signs: the
-    distributions differ between the elements; an argument of the plate's size is equal to one of the run's; the whole
-    call is the run's.
+    ``keep`` names them.  If it is None, a global latent is kept if its distribution, given the latents before it, is
+    the same as in the run.  A local latent is kept if also the plate's elements are those of the run, which any of
+    these shows: the distributions differ between elements; an argument of the plate's size is equal to one of the run;
+    the whole call is that of the run.
 
-    The ``predicted`` site is not.
+    The ``predicted`` site is never kept.
 
-    :raises ValueError: where some arguments of the plate's size are as in the run, and others neither that nor an
-        observation; and for a run that is not known.
+    :raises ValueError: if some arguments of the plate's size are equal to those of the run, and others are neither that
+        nor observations; and if the run is unknown.
     """
     latents = programs.latents(call.sketches[-1])
     if keep is not None:
@@ -70,7 +70,7 @@ def carried(
 
 
 class _Carry(Messenger):
-    """Gives latent sites the values of the posterior where they are kept, which shows what depends on the others."""
+    """Gives kept latent sites the values of the posterior; so later distributions show what depends on other sites."""
 
     def __init__(self, before: Trace, values: Mapping[str, Tensor], evidence: Evidence):
         super().__init__()
@@ -100,17 +100,17 @@ class _Carry(Messenger):
             raise _unclear(
                 new["name"],
                 local,
-                "of the arguments of that plate's size some are as they were in the run, others not",
+                "some arguments of that plate's size are equal to those of the run, and others are not",
             )
         return kept
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Which arguments of a call are the run's: all of them and the program too, or these and those."""
+    """Which arguments of a call are equal to those of the run."""
 
-    everything: bool
-    arguments: tuple[list[Any], list[Any]]  # equal to one of the run's; neither that nor an observation
+    everything: bool  # all of them are, and the program is the same
+    arguments: tuple[list[Any], list[Any]]  # those equal to one of the run's; those that are neither that nor observed
 
     @classmethod
     def of(cls, run: Query, call: Query, before: Trace) -> Evidence:
@@ -122,7 +122,7 @@ class Evidence:
         ]
         seen = [n["value"] for n in programs.scored(before).values() if n["is_observed"]]
 
-        def same(x: Any, y: Any) -> bool:  # or an observation that is left out
+        def same(x: Any, y: Any) -> bool:  # equal, or None in place of an observation
             return _equal(x, y) or (y is None and any(_same_memory(x, value) for value in seen))
 
         everything = run.model == call.model and len(old) == len(new) and all(map(same, old, new))
@@ -149,20 +149,20 @@ def _chosen(keep: Collection[str], values: Mapping[str, Tensor], latents: Mappin
 
 def _unclear(name: str, local: list[Any], why: str) -> ValueError:
     return ValueError(
-        f"keep: it is not clear whether {name!r} is to be kept or drawn anew. It lies in the plate {local[0].name!r}, "
-        f"and {why}. Pass keep=[{name!r}, ...], the latent sites that are of the same elements as "
-        "in the run, or keep=[] for other elements"
+        f"keep: it is not clear whether to keep {name!r} or to draw it again. It is in the plate {local[0].name!r}, "
+        f"and {why}. Pass keep=[{name!r}, ...], the latent sites whose elements are those of the run, or keep=[] for "
+        "other elements"
     )
 
 
 def _sketched(query: Query, *handlers: Messenger) -> Trace:
-    """The model's sites, its texts not drawn."""
+    """The model's sites, with placeholders for texts."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return query.trace(query.model, Sketch(), *handlers, particles=_PARTICLES)
 
 
 def _arguments(query: Query) -> list[Any]:
-    """The arguments of a call, defaults included where the program tells them."""
+    """The arguments of a call, with their defaults if the program has a signature."""
     try:
         bound = inspect.signature(query.model).bind(*query.args, **query.kwargs)
     except (TypeError, ValueError):
@@ -172,18 +172,18 @@ def _arguments(query: Query) -> list[Any]:
 
 
 def _fits(query: Query) -> bool:
-    """Whether the model takes the arguments, as far as it tells."""
+    """Whether the model's signature accepts the arguments; true if it has none."""
     try:
         inspect.signature(query.model).bind(*query.args, **query.kwargs)
     except TypeError:
         return False
-    except ValueError:  # one that tells no signature
+    except ValueError:  # a program without a signature
         pass
     return True
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same in value."""
+    """Whether two arguments have equal values."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and bool((a.cpu() == b.cpu()).all()))
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -201,7 +201,7 @@ def _shared_plates(node: Node, trace: Trace) -> list[Any]:
 
 
 def _same_law(old: Any, new: Any, value: Tensor) -> bool:
-    """Whether two distributions are the same; texts by their prompts and limits, which asks no network."""
+    """Whether two distributions are the same.  Texts are compared by their prompts and limits, without a network."""
     if type(old) is not type(new):
         return False
     try:
@@ -222,12 +222,12 @@ def _same_law(old: Any, new: Any, value: Tensor) -> bool:
             )
             return alike and _same_allowed(old, new, value)
         return all(_close(old.log_prob(x), new.log_prob(x)) for x in _points(old, value))
-    except (RuntimeError, ValueError):  # shapes that do not fit, or a value that one of them does not know
+    except (RuntimeError, ValueError):  # shapes that do not broadcast, or a value outside the support of one of them
         return False
 
 
 def _same_allowed(old: Any, new: Any, texts: Tensor) -> bool:
-    """Whether the constraints of two texts are the same: functions by what they allow along these texts (..., L)."""
+    """Whether the constraints of two texts are the same; functions are compared by what they allow along ``texts``."""
     given = [getattr(fn, "allowed", None) for fn in (old, new)]
     if given[0] is given[1]:
         return True
@@ -237,7 +237,7 @@ def _same_allowed(old: Any, new: Any, texts: Tensor) -> bool:
     if all(isinstance(allowed, Tensor) for allowed in both):
         return torch.equal(*torch.broadcast_tensors(*both))
     rows, _ = distinct_rows(texts.reshape(-1, texts.shape[-1]))
-    # At the limit the only stop is certain, and constraints are not asked.
+    # At max_tokens a single stop is certain, and constraints are not called.
     for t in range(int(old.max_tokens.max()) if old.stop.numel() == 1 else rows.shape[1]):
         if len(asked := rows[rows[:, t] != text.PAD, :t]):
             masks = (allowed_at(allowed, asked, V).expand(len(asked), V) for allowed in both)
@@ -247,7 +247,7 @@ def _same_allowed(old: Any, new: Any, texts: Tensor) -> bool:
 
 
 def _points(fn: Any, value: Tensor) -> list[Tensor]:
-    """Where to compare a distribution: at all its values, or at given ones and some of its own."""
+    """The values at which distributions are compared: all of them, or the given ones and a sample."""
     if fn.has_enumerate_support:
         try:
             return [fn.enumerate_support(expand=False)]
@@ -262,7 +262,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _differs(fn: Any, dim: int) -> bool:
-    """Whether a distribution's elements along a plate are told apart by their parameters."""
+    """Whether a distribution's parameters differ between the elements of a plate."""
     if (prompt := prompt_of(fn)) is not None:
         prompt = prompt.expand(*innermost(fn).batch_shape, -1).movedim(dim - max(1, fn.event_dim), 0)
         return bool((prompt != prompt[:1]).any())
@@ -281,7 +281,7 @@ def _has_size(x: Any, size: int) -> bool:
 
 
 def _same_memory(x: Any, value: Tensor) -> bool:
-    """Whether an argument is what is observed, or a view of it."""
+    """Whether an argument is the observed value or a view of it."""
     return isinstance(x, Tensor) and (
         x is value or x.untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
     )

@@ -18,25 +18,26 @@ if TYPE_CHECKING:
 
     from .posterior import Posterior
 
-OWN = ("chain", "draw")  # dimensions of arviz's own
-TEXTS = 10  # that are named
+OWN = ("chain", "draw")  # names of arviz's dimensions
+TEXTS = 10  # how many are named
 
 
 def to_arviz(posterior: Posterior) -> Any:
-    """N equally weighted draws with plates as named dimensions, for `arviz.summary`, `plot_trace` and their like.
+    """N equally weighted draws with plates as named dimensions, for `arviz.summary`, `arviz.plot_trace` and the like.
 
-    - ``posterior``: the sites that are numbers; of a text z its ``length(z)``, in tokens with its stop, and
-      ``log_prob(z)``, which is log p of it under the model (not for a posterior from a file: `text_log_probs`), and
-      ``one_hot(z)``, whose coordinate ``z_text`` names the 10 most frequent texts: 1 in the draws that are that text,
-      so that its mean is the text's probability.
-    - ``texts``: the texts themselves, as strings.
-    - ``sample_stats.log_weight``: the log weight of the particle that a draw copies; ``lp`` the log joint of Markov
-      chains.  ``constant_data.log_evidence``.
+    - ``posterior``: the sites that are numbers; for a text z its ``length(z)``, in tokens with its stop;
+      ``log_prob(z)``, the log-probability under the model (missing for a posterior from a file); and ``one_hot(z)``,
+      whose coordinate ``z_text`` names the 10 most frequent texts: 1 in the draws that are that text, so that its mean
+      is the text's probability.
+    - ``texts``: the texts as strings.
+    - ``sample_stats``: ``log_weight``, the log weight of the particle that a draw copies; ``lp``, the log joint of
+      Markov chains.
+    - ``constant_data``: ``log_evidence``.
 
-    Dimensions are (chain, draw, *plates, ...), a plate "chain" being "chain_plate": the chains of `MarkovChains` (a
-    posterior's ``num_chains``) stay apart, draw for draw as they were, those of probability zero included; everything
-    else is one chain, and particles whose weights differ are resampled (systematically) first.  Draws copied from one
-    particle are not independent: arviz's ESS of them says nothing, `Posterior.ess` does.
+    Dimensions are (chain, draw, *plates, ...); a plate of the name "chain" or "draw" becomes "chain_plate" or
+    "draw_plate".  The chains of `MarkovChains` stay separate, with their draws unchanged.  Every other posterior is one
+    chain; its particles are first resampled (systematically) if their weights differ.  Draws copied from one particle
+    are not independent: use `Posterior.ess`, not arviz's ESS of them.
     """
     import arviz
 
@@ -62,7 +63,7 @@ def to_arviz(posterior: Posterior) -> Any:
         distinct, counts = np.unique(strings, return_counts=True)
         named[f"{site}_text"] = distinct[np.argsort(-counts, kind="stable")[:TEXTS]]
         one_hot[f"one_hot({site})"] = (texts[site][..., None] == named[f"{site}_text"]).astype(np.int64)
-    shape, scores = log_weights.shape, posterior.text_log_probs  # of several processes each knows its own part
+    shape, scores = log_weights.shape, posterior.text_log_probs  # each of several processes has only its own part
     numbers |= {f"log_prob({site})": x for site, x in scores.items() if x.shape[: log_weights.dim()] == shape}
     statistics = {"log_weight": log_weights}
     if (log_joint := getattr(posterior, "log_joint", None)) is not None:
@@ -78,7 +79,7 @@ def to_arviz(posterior: Posterior) -> Any:
         dims[site] = [*plates, *others]
         dims[f"one_hot({site})"] = [*plates, *others, f"{site}_text"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of more chains than draws, and of a group of a name of our own
+        warnings.simplefilter("ignore", UserWarning)  # about more chains than draws, and the group "texts"
         data = arviz.from_dict(**groups, dims=dims, coords=named)
         if texts:
             data.add_groups({"texts": texts}, dims=dims)
@@ -114,7 +115,7 @@ def to_pandas(posterior: Posterior) -> DataFrame:
     found["weight"] = _flat(posterior.log_weights.double().softmax(0), sizes)
     found["log_weight"] = _flat(posterior.log_weights, sizes)
     frame = pandas.DataFrame(found)
-    log_prior = getattr(posterior, "log_prior", None)  # of an enumeration: -inf at padding
+    log_prior = getattr(posterior, "log_prior", None)  # only of an enumeration; -inf at padding
     return frame if log_prior is None else frame[_flat(log_prior, sizes) > -np.inf].reset_index(drop=True)
 
 
@@ -127,5 +128,5 @@ def _numpy(x: Any) -> Any:
 
 
 def _flat(x: Any, sizes: torch.Size) -> Any:
-    """(N, *plates) as one column: plate element by plate element, particle by particle."""
+    """(N, *plates) as one column, ordered by plate element, then by particle."""
     return np.moveaxis(_numpy(x).reshape(sizes), 0, -1).reshape(-1)

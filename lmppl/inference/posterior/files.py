@@ -1,4 +1,4 @@
-"""Saving a posterior: tensors in safetensors, the rest in JSON, in one directory that is written whole or not."""
+"""Saves a posterior in a directory, completely or not at all: tensors as safetensors, the rest as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ P = TypeVar("P", bound=Posterior)
 
 @dataclass(frozen=True)
 class Lookup:
-    """Decodes texts by looking them up; ``strings`` has them by their tokens, as "5 6 0"."""
+    """Decodes texts by looking them up in ``strings``, whose keys are the tokens, as "5 6 0"."""
 
     strings: dict[str, str]
 
@@ -39,9 +39,11 @@ class Lookup:
 
 
 def save(posterior: Posterior, path: Path) -> None:
-    """Write ``path``, replacing a posterior that was there; ValueError where something else is, and nothing besides.
+    """Writes the directory ``path``; a posterior that was there is replaced.
 
-    A kind of posterior with fields that are not made of tensors is saved as a plain one.
+    A subclass of `Posterior` with fields that are not made of tensors is saved as a `Posterior`.
+
+    :raises ValueError: if there is something other than a posterior at ``path``.
     """
     files.settle(path)
     if path.exists() and not (path / REST).is_file() and not files.is_free(path):
@@ -49,7 +51,7 @@ def save(posterior: Posterior, path: Path) -> None:
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
     try:
         kind, extra = type(posterior).__name__, _flattened(posterior, _others(type(posterior)))
-    except TypeError:  # an ancestry, say
+    except TypeError:  # for instance an ancestry
         kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
     tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
     arguments, given = _packed(sites.query)
@@ -73,7 +75,7 @@ def save(posterior: Posterior, path: Path) -> None:
 
 
 def load(cls: type[P], path: Path, lm: Any = None) -> P:
-    """Read what `save` wrote."""
+    """Reads what `save` wrote."""
     files.settle(path)
     if not (path / REST).is_file() or not (path / TENSORS).is_file():
         raise ValueError(f"path: {path} is no saved posterior; it should have {REST} and {TENSORS}")
@@ -81,7 +83,7 @@ def load(cls: type[P], path: Path, lm: Any = None) -> P:
         rest, tensors = files.read(path, lambda: _read(path))
         return _build(cls, rest, tensors, lm)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"path: {path} is no posterior that can be read: {first_line(error)}") from error
+        raise ValueError(f"path: {path} cannot be read as a posterior: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -121,7 +123,7 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
 
 
 def _packed(query: Query | None) -> tuple[Any, dict[str, Tensor]]:
-    """A query's arguments as JSON and tensors; None where they are of other kinds."""
+    """A query's arguments as JSON and tensors; None if they are of other types."""
     tensors: dict[str, Tensor] = {}
     try:
         return query and pack([query.args, query.kwargs], "arguments", tensors), tensors
@@ -130,17 +132,17 @@ def _packed(query: Query | None) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Query | None:
-    """The query of these arguments, its programs not known."""
+    """The query of these arguments, without its programs."""
     return None if packed is None else Query(unknown, None, *unpack(packed, tensors))
 
 
 def _others(cls: type[Posterior]) -> list[str]:
-    """Everything but the values and the sites."""
+    """The names of all fields except the values and the sites."""
     return [f.name for f in fields(cls) if f.name not in ("values", "sites")]
 
 
 def _flattened(posterior: Posterior, names: list[str]) -> dict[str, Tensor]:
-    """Fields that are tensors, or tuples or dicts of them; TypeError for others."""
+    """The tensors of fields that are tensors, or tuples or dicts of them; TypeError for other types."""
     found: dict[str, Tensor] = {}
     for name in names:
         value = getattr(posterior, name)
@@ -152,7 +154,7 @@ def _flattened(posterior: Posterior, names: list[str]) -> dict[str, Tensor]:
 
 
 def _gathered(tensors: dict[str, Tensor], name: str) -> Any:
-    """What `_flattened` made of one field."""
+    """The value of a field from the tensors that `_flattened` made of it."""
     if name in tensors:
         return tensors[name]
     parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
@@ -164,7 +166,7 @@ def _gathered(tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def _strings(posterior: Posterior, site: str) -> dict[str, str]:
-    """Each distinct text decoded, by its tokens."""
+    """The decoded string of each distinct text, by its tokens."""
     value = posterior.values[site]
     distinct = torch.unique(value.reshape(-1, value.shape[-1]), dim=0)
     return dict(zip(map(_key, distinct.tolist()), posterior.sites.decoders[site](distinct), strict=True))

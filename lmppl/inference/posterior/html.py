@@ -1,4 +1,4 @@
-"""What a notebook shows of a posterior: how good its particles are, probable texts with bars, means of numbers."""
+"""The HTML of a posterior in a notebook: summaries, the most probable texts with bars, means of numbers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .values import moments, values
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-ELEMENTS, VALUES, NUMBERS = 4, 8, 12  # plate elements, values of each and numbers of each site that are shown
+ELEMENTS, VALUES, NUMBERS = 4, 8, 12  # the most plate elements, values of each, and numbers of each site
 
 
 def html(posterior: Posterior) -> str:
-    """A table of plate elements, and one of each site; large ones are cut and say so."""
+    """A table of plate elements, and one for each site; large tables are cut, with a note."""
     shown, cut = _first(posterior.log_weights.shape[1:])
     parts: list[Any] = [_summaries(posterior, shown), cut and note(f"{cut} more plate elements")]
     for site in posterior.samples:
@@ -29,12 +29,12 @@ def html(posterior: Posterior) -> str:
 
 
 def is_discrete(posterior: Posterior, site: str) -> bool:
-    """Whether the site's values are listed one by one: texts, whole numbers, truth values."""
+    """Whether the site's values are listed one by one: texts, integers and booleans."""
     return site in posterior.sites.decoders or not posterior.samples[site].is_floating_point()
 
 
 def _first(sizes: torch.Size) -> tuple[list[tuple[int, ...]], int]:
-    """The first elements of plates of these sizes, and how many more there are."""
+    """The first elements of plates of these sizes, and the number of all others."""
     some = [i for i, _ in zip(product(*map(range, sizes)), range(ELEMENTS), strict=False)]
     return some, sizes.numel() - len(some)
 
@@ -87,7 +87,7 @@ def _values(posterior: Posterior, site: str) -> Markup:
             left = 1 - sum(v.probability for v in found)
             rows.append(([*[""] * len(element), note(f"{there - len(found)} more")], [max(0.0, left), 0.0, 0]))
     errors = any(_known(error) for _, (_, error, _) in rows)
-    counts = any(error != 0 for _, (_, error, _) in rows)  # zero: these are no draws
+    counts = any(error != 0 for _, (_, error, _) in rows)  # errors of an enumeration are zero
     titles += [site, "", "probability", *(["± s.e."] if errors else []), *(["particles"] if counts else [])]
     body = []
     for first, (p, error, n) in rows:
@@ -124,7 +124,7 @@ def _numbers(posterior: Posterior, site: str) -> Markup:
 
 
 def _known(error: float) -> bool:
-    """Not NaN; and zero is no error of draws: it says that they are all alike."""
+    """Whether an error is neither NaN nor zero; zero means that all draws are equal."""
     return error > 0
 
 

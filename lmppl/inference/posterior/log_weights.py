@@ -10,11 +10,27 @@ from torch import Tensor
 
 
 class ZeroEvidence(ValueError):
-    """Every particle has weight zero: there is no posterior to speak of."""
+    """Raised where every particle has weight zero, so that no posterior is defined.
+
+    It is a ValueError.  ``run`` itself does not raise it: it returns ``log_evidence`` -inf, and `Posterior.table`,
+    `Posterior.resample` and `Posterior.predictive` raise it.
+
+    Example::
+
+        impossible = lm.encode([" ", " "])  # without a stop token: no text of this site
+        posterior = Importance(model, num_particles=8).run(x, impossible)
+        try:
+            posterior.table("z", index=0)
+        except ZeroEvidence:
+            print("no particle explains the observation")
+    """
 
 
 def normalised(log_weights: Tensor) -> Tensor:
-    """Weights that sum to one over axis 0. Raises ZeroEvidence where all are zero."""
+    """Weights that sum to one over axis 0.
+
+    :raises ZeroEvidence: if all weights of a plate element are zero.
+    """
     if bool((log_weights.amax(0) == -torch.inf).any()):
         raise ZeroEvidence(
             "every particle has probability zero under the model: the observation or a factor rules all of them out; "
@@ -32,14 +48,16 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 def pareto_khat(log_weights: Tensor) -> float:
     r"""The shape k of a generalised Pareto distribution fitted to the largest min(N/5, 3 sqrt N) weights.
 
-    Weights have about :math:`1/k` finite moments.  Below 0.5 their variance is finite and averages are good; up to 0.7
-    they are usable; above, the proposal misses mass of the posterior and no affordable N helps: an average needs
-    about `smallest_sample` :math:`= 10^{1/(1 - \max(0, k))}` particles, 10 at k = 0, 100 at 0.5, 2,200 at 0.7, and at
-    k >= 1 it has no error that any N would bound.
+    Weights have about :math:`1/k` finite moments.  Below 0.5 their variance is finite and averages are good.  Up to 0.7
+    averages are usable.  Above 0.7 the proposal misses mass of the posterior: an average needs about `smallest_sample`
+    :math:`= 10^{1/(1 - \max(0, k))}` particles, which is 10 at k = 0, 100 at 0.5 and 2,200 at 0.7.  For k >= 1 the mean
+    of the weights is infinite, and no N bounds the error.
 
-    Equal texts have equal weights: those tied with the smallest of the tail are left out of it.  NaN for N < 50 or with
-    fewer than 10 distinct weights left, to which no tail can be fitted; -inf with none.  Source: Vehtari, Simpson,
-    Gelman, Yao and Gabry 2024, Sections 2.4 and 3; the fit is Pyro's and agrees with ``arviz.psislw``.
+    Equal texts have equal weights: weights tied with the smallest of the tail are left out of the tail.  The result is
+    NaN for N < 50, or with fewer than 10 distinct weights left, to which no tail can be fitted; -inf with none left.
+
+    Source: Vehtari, Simpson, Gelman, Yao and Gabry 2024, Sections 2.4 and 3.  The fit is Pyro's; it agrees with
+    ``arviz.psislw``.
     """
     n = len(log_weights)
     tail = math.ceil(min(0.2 * n, 3 * n**0.5))
@@ -48,7 +66,7 @@ def pareto_khat(log_weights: Tensor) -> float:
     weights, _ = (log_weights - log_weights.max()).double().exp().sort()
     threshold = weights[-tail - 1]
     excess = weights[-tail:] - threshold
-    tied = excess <= 1e-5 * threshold  # up to rounding: few distinct texts, or weights all alike
+    tied = excess <= 1e-5 * threshold  # equal up to rounding: few distinct texts, or equal weights
     if int(tied.sum()) >= 3 or bool(excess[0] == 0):
         excess = excess[~tied]
         if not len(excess):
@@ -60,5 +78,5 @@ def pareto_khat(log_weights: Tensor) -> float:
 
 
 def smallest_sample(khat: float) -> float:
-    """How many particles a reliable average needs at this k-hat, 10^(1 / (1 - max(0, k))); inf from k = 1 on."""
+    """The number of particles that a reliable average needs at this k-hat: 10^(1 / (1 - max(0, k))), inf for k >= 1."""
     return 10 ** (1 / (1 - max(0.0, khat))) if khat < 1 else float("inf")

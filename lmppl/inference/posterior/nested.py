@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def marginal(posterior: Posterior, site: str) -> Table:
-    """One table over the union of all plate elements' values: what an element has not is impossible there."""
+    """One table over the values of all plate elements; a value that an element does not have is impossible there."""
     probabilities, values = posterior.probabilities, posterior.samples[site]
     plates = posterior.sites.plates
     right = 1 + len(plates.sizes)
@@ -25,7 +25,7 @@ def marginal(posterior: Posterior, site: str) -> Table:
     mass.scatter_add_(0, kind.view(n, cells), probabilities.reshape(n, cells).double())
     possible = (mass > 0).any(1)
     distinct, mass = distinct[possible].view(-1, *event), mass[possible].to(probabilities.dtype)
-    # (K, *plate axes): the kept plates at their own axes, those to the left of the first dropped.
+    # (K, *plate axes): the kept plates at their own axes; axes to the left of the first kept plate are dropped.
     axes = plates.spread(mass.view(-1, *plates.sizes)).shape[1:]
     batch = axes[len(axes) + min(plates.dims) :] if plates.dims else ()
     logits = mass.T.reshape(*batch, -1).log()

@@ -1,4 +1,4 @@
-"""The picture of one site under a posterior."""
+"""The plot of one site of a posterior."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .posterior import Index, Posterior
 
-BARS, LONGEST, BINS = 10, 48, 30  # how many values are drawn, characters of a text, bins of a histogram
+BARS, LONGEST, BINS = 10, 48, 30  # the most bars, characters of a text, and bins of a histogram
 
 
 def draw(posterior: Posterior, site: str | None, index: Index, ax: Axes | None) -> Axes:
@@ -93,7 +93,7 @@ def _axes(height: float) -> Axes:
 
 
 def _label(value: object) -> str:
-    """A value beside its bar: dollars are no formula, long texts are cut."""
+    """A value as the label of its bar: long texts are cut, and dollar signs do not start a formula."""
     shown = str(value).replace("\n", "⏎")
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
     return (shown or "(empty)").replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""`Posterior`: weighted particles, what every algorithm answers with."""
+"""`Posterior`: weighted particles, the result of every algorithm."""
 
 from __future__ import annotations
 
@@ -37,33 +37,48 @@ Index = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Sites:
-    """What a posterior remembers of its program: plates, event dimensions, how texts are decoded, and its query."""
+    """What a posterior keeps of its program: plates, event dimensions, decoders of texts, and its query."""
 
     plates: Plates
     event_dims: dict[str, int]
     decoders: dict[str, Callable[[Tensor], Any]] = field(repr=False)
     lms: dict[str, Any] = field(default_factory=dict, repr=False)
-    stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends texts, perhaps nothing
+    stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends the texts; may be empty
     query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
-    dependent: bool = False  # particles descend from, or are copies of, one another: their weights tell no error
+    dependent: bool = False  # particles may be copies of, or descend from, the same one: weights give no error
 
 
 @dataclass(frozen=True)
 class Posterior:
-    r"""Particles with unnormalised log weights that carry the evidence.
+    r"""The result of an algorithm: N particles with unnormalised log weights, which sum to the evidence.
 
-    ``samples[site]`` has shape (N, *plates, ...), ``log_weights`` (N, *plates), and
-    ``log_weights.logsumexp(0) == log_evidence`` wherever an algorithm estimates it (NaN where it does not).  One data
-    point's particles never mix with another's: evidence, ESS, k-hat and resampling are per plate element.
+    .. math:: p(z \mid observed) \approx \sum_n w_n \, \delta_{z_n} / \hat Z, \qquad \hat Z = \sum_n w_n
+
+    ``samples[site]`` has the shape (N, *plates, ...) and ``log_weights`` (N, *plates), where the plates are those that
+    enclose every latent, observation and factor of the program.  Their elements never mix: evidence, ESS, k-hat and
+    resampling are separate for each.  ``log_evidence`` equals ``log_weights.logsumexp(0)`` for an algorithm that
+    estimates it, and is NaN for one that does not.  Log-probabilities are natural logarithms.  If all weights are zero,
+    ``log_evidence`` is -inf, and `table`, `resample` and `predictive` raise ZeroEvidence.
+
+    Algorithms build it; to build one in an algorithm of your own, use `Posterior.of`.
+
+    :param values: the latent values by site, with the axes of the program: (N, *plate axes, *event).
+    :param log_weights: unnormalised log weights, (N, *plates).
+    :param log_evidence: the log evidence, (*plates); NaN where it is unknown.
+    :param sites: the plates, event dimensions, decoders and query of the program.
 
     Example::
 
         posterior = Importance(model, guide, num_particles=256).run(x, y)
-        posterior.table("z", index=0)[:5]  # the most probable texts of the first plate element
+        posterior.table("z", index=0)[:5]  # the most probable texts of the first plate element, with probabilities
+        posterior.samples["z"]  # token ids, (N, *plates, tokens); posterior.strings("z") decodes them
+        posterior.log_evidence, posterior.ess, posterior.khat  # (*plates) each
+        posterior.resample(10).strings("z")  # ten equally weighted draws of each plate element
+        posterior.save("posterior")
     """
 
-    values: dict[str, Tensor]  # as the program saw them: (N, *plate axes, *event)
+    values: dict[str, Tensor]
     log_weights: Tensor
     log_evidence: Tensor
     sites: Sites
@@ -77,12 +92,15 @@ class Posterior:
         query: Query | None = None,
         model: Trace | None = None,
     ) -> Posterior:
-        """A posterior over the latent sites of a vectorised trace, under log weights (N, *plates).
+        """Builds the posterior over the latent sites of a vectorised trace.
 
-        Auxiliary sites are left out: summed over, they are no part of it.
+        Auxiliary sites of a guide are left out.
 
-        :param query: what was asked; without it a prediction cannot tell which latents are the run's own.
-        :param model: the model's trace, where the first one is that of a guide.
+        :param trace: a trace with particles on the left of its plates, for instance ``weigh(query, n).guide``.
+        :param plates: the kept plates, for instance ``weigh(query, n).plates``.
+        :param log_weights: unnormalised log weights, (N, *plates).
+        :param query: the model, the guide and their arguments; None: predictions cannot tell which latents to keep.
+        :param model: the model's trace, if ``trace`` is that of a guide.
         """
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         texts = {name: site for name, node in nodes.items() if (site := text_of(node["fn"])) is not None}
@@ -99,41 +117,49 @@ class Posterior:
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites)
 
     def __repr__(self) -> str:
-        """One line: the sites, and how many particles of which plates."""
+        """One line: the sites, the number of particles, and the plates."""
         plates = self.sites.plates
         kept = "".join(f", {name or 'plate'} {size}" for name, size in zip(plates.names, plates.sizes, strict=True))
         return f"{type(self).__name__}({', '.join(self.values) or 'no site'}: {self.num_particles} particles{kept})"
 
     @cached_property
     def samples(self) -> dict[str, Tensor]:
-        """Each latent site's values, (N, *plates, ...)."""
+        """The values of each latent site, (N, *plates, ...): token ids padded with -1 for texts."""
         event_dims, plates = self.sites.event_dims, self.sites.plates
         return {name: plates.lead(v, event_dims[name]) for name, v in self.values.items() if name in event_dims}
 
     @property
     def num_particles(self) -> int:
+        """N, the number of particles per plate element."""
         return self.log_weights.shape[0]
 
     @property
     def guide(self) -> Program | None:
-        """The guide that was asked, if any."""
+        """The guide that proposed the particles; None if there was none."""
         return None if self.sites.query is None else self.sites.query.guide
 
     @property
     def probabilities(self) -> Tensor:
-        """Normalised weights (N, *plates). Raises ZeroEvidence where a plate element's weights are all zero."""
+        """Normalised weights, (N, *plates).
+
+        :raises ZeroEvidence: if all weights of a plate element are zero.
+        """
         return normalised(self.log_weights)
 
     @property
     def ess(self) -> Tensor:
-        r"""Effective sample size :math:`(\sum w)^2 / \sum w^2`, (*plates); 0 where all weights are zero."""
+        r"""The effective sample size :math:`(\sum w)^2 / \sum w^2`, (*plates), between 1 and N.
+
+        It is 0 where all weights are zero.
+        """
         return effective_sample_size(self.log_weights)
 
     @property
     def khat(self) -> Tensor:
-        """Pareto k-hat of the weights' upper tail, (*plates): below 0.5 good, up to 0.7 usable, above not.
+        """The Pareto k-hat of the weights' upper tail, (*plates): good below 0.5, usable up to 0.7, unusable above.
 
-        NaN with fewer than 50 particles.  What it means: `log_weights.pareto_khat`.
+        It is NaN for fewer than 50 particles or few distinct weights, and -inf where all weights are equal.  Above 0.7
+        the proposal misses mass of the posterior: use a better guide.  Source: Vehtari et al. 2024.
         """
         flat = self.log_weights.reshape(self.num_particles, -1)
         khat = torch.tensor([pareto_khat(w) for w in flat.T], device=flat.device)
@@ -144,11 +170,13 @@ class Posterior:
 
         .. math:: \sqrt{\sum_n w_n^2 \, (f_n - \bar f)^2}, \qquad \bar f = \sum_n w_n f_n, \qquad \sum_n w_n = 1
 
-        It is that of self-normalised importance sampling, with equal weights that of independent draws.  NaN where the
-        particles are copies of others, after `resample`.  Subclasses say how they estimate theirs.
+        This is the error of self-normalised importance sampling; with equal weights it is that of independent draws.
+        It is NaN after `resample`, because particles are then copies of others.  Subclasses have their own estimates.
 
-        :param values: one number, or several, of each particle of one element of the kept plates.
-        :param index: which element, needed where there is more than one.
+        :param values: one number, or several, for each particle of one element of the kept plates.
+        :param index: the element; None: there is only one.
+        :raises ValueError: for values that are not a tensor of N particles.
+        :raises ZeroEvidence: if all weights of this element are zero.
 
         Source: Owen 2013, Monte Carlo theory, methods and examples, eq. 9.9.
 
@@ -172,7 +200,10 @@ class Posterior:
         return weights * (f - (weights * f).sum(0))
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """What says how good the particles of one plate element are, by name; what is not defined is left out."""
+        """Log evidence, ESS and k-hat of one plate element, by name; figures that are not defined are left out.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found = {"log evidence": float(self.log_evidence[element]), "ESS": float(self.ess[element])}
         khat = pareto_khat(self.log_weights[all_particles(element)])
@@ -180,27 +211,35 @@ class Posterior:
         return {name: x for name, x in found.items() if not math.isnan(x)}
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:
-        """``n`` equally weighted particles, each plate element resampled by itself; ``scheme`` as in `resampling`."""
+        """Equally weighted particles, drawn in proportion to the weights; each plate element is resampled separately.
+
+        :param n: how many; None: as many as there are.
+        :param scheme: "systematic", "stratified", "multinomial" or "residual".
+        :raises ZeroEvidence: if all weights of a plate element are zero.
+        """
         n = self.num_particles if n is None else n
         at_least(1, n=n)
         one_of(SCHEMES, scheme=scheme)
         return self.take(SCHEMES[scheme](self.probabilities, n))
 
     def take(self, chosen: Tensor) -> Posterior:
-        """Particles ``chosen`` (n, *plates), equally weighted."""
+        """The particles of these indices, equally weighted.
+
+        :param chosen: particle indices (n, *plates).
+        """
         values = {name: self.sites.plates.take(value, chosen) for name, value in self.values.items()}
         n = len(chosen)
         score, plates = self.sites.score, self.sites.plates
         taken = score and (lambda: {name: plates.take(x, chosen) for name, x in score().items()})
-        scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # where undefined, weights just sum to 1
+        scale = torch.where(self.log_evidence.isnan(), 0.0, self.log_evidence)  # if undefined, weights sum to 1
         log_weights = (scale - math.log(n)).expand(n, *self.log_evidence.shape)
         return Posterior(values, log_weights, self.log_evidence, replace(self.sites, score=taken, dependent=True))
 
     @property
     def text_log_probs(self) -> dict[str, Tensor]:
-        """log p of each text under the model, given what it depends on, (N, *plates, ...); the network reads it anew.
+        """The log-probability of each text under the model, given what it depends on, (N, *plates, ...).
 
-        Empty where nothing is known of the model: for a posterior from a file.
+        Each call runs the network.  Empty for a posterior from a file, whose model is unknown.
         """
         with torch.no_grad():
             found = {} if self.sites.score is None else self.sites.score()
@@ -215,15 +254,21 @@ class Posterior:
     def table(self, site: list[str], index: Index = None) -> list[tuple[tuple[Any, ...], float]]: ...
 
     def table(self, site: str | list[str], index: Index = None) -> Any:
-        """Distinct values of a site with their posterior probabilities, most probable first.
+        """The distinct values of a site with their posterior probabilities, most probable first.
 
-        Texts are decoded, numbers are numbers, and what has further axes is a tuple (of texts: joined by " | ").
-        ``site`` may be several sites: then their joint values, as tuples.  ``index`` picks an element of the kept
-        plates, needed where there is more than one, and behind it, where wanted, one of the site's other plates.
+        Texts are decoded, and texts that decode to the same string are merged.  Numbers are Python numbers.  A value
+        with further axes is a tuple of numbers, or of texts joined by " | ".
+
+        :param site: a latent site, or a list of sites: then their joint values, as tuples.
+        :param index: an element of the kept plates, an integer or a tuple of one for each; None: there is only one.
+            Further integers choose an element of the site's other plates.
+        :returns: a list of (value, probability).
+        :raises ValueError: for an unknown site, and for an index that names no element of the plates.
+        :raises ZeroEvidence: if all weights of this element are zero.
 
         Example::
 
-            posterior.table("topic", index=3)  # of document 3, in a plate that does not enclose the topics' words
+            posterior.table("topic", index=3)  # document 3, in a plate that does not enclose the topics' words
         """
         if not isinstance(site, str | list | tuple) or not site:
             raise ValueError(f"site: expected a latent site or a list of them, got {site!r}")
@@ -240,10 +285,14 @@ class Posterior:
     def distribution(self, site: str) -> Table:
         """The marginal of one site as a Pyro distribution, for use as a prior in another model.
 
-        ``batch_shape`` has the kept plates at their own axes, so that it belongs under plates of the same sizes; a text
-        site gives a `TextTable`, and what the site has along other plates becomes part of the event.  Samples are draws
-        in proportion to the weights, ``log_prob`` is the log of the total weight of equal values, -inf elsewhere.  The
-        marginals of two sites are independent of each other when sampled: what ties them together is lost.
+        Its ``batch_shape`` has the kept plates at their own axes, so use it inside plates of the same sizes.  The
+        site's axes along other plates become part of the event.  Samples are drawn in proportion to the weights;
+        ``log_prob`` is the log of the total normalised weight of equal values, and -inf for all other values.  The
+        marginals of two sites are sampled independently: their dependence is lost.
+
+        :param site: a latent site.
+        :returns: a `TextTable` for a text, else a `Table`.
+        :raises ZeroEvidence: if all weights of a plate element are zero.
 
         Example::
 
@@ -259,7 +308,11 @@ class Posterior:
         return marginal(self, site)
 
     def strings(self, site: str) -> Any:
-        """A text site's particles decoded, nested lists (N, *plates, ...)."""
+        """The decoded texts of all particles, nested lists (N, *plates, ...).
+
+        :param site: a latent text.
+        :raises ValueError: for a site that is no text.
+        """
         if self._checked(site) is not None and site not in self.sites.decoders:
             raise ValueError(f"site: {site!r} is no text")
         return self.sites.decoders[site](self.samples[site])
@@ -275,7 +328,7 @@ class Posterior:
         return element, [self._entries(name, self._checked(name)[all_particles(element)], within) for name in names]
 
     def _element(self, index: Index, names: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """An element of the kept plates, and one of the sites' other plates where ``index`` goes on."""
+        """An element of the kept plates, and one of the sites' other plates if ``index`` is longer."""
         kept = self.log_weights.shape[1:]
         given: tuple[Any, ...] = tuple(index) if isinstance(index, tuple | list) else (index,)
         beyond = len(given) - len(kept)
@@ -291,7 +344,7 @@ class Posterior:
         return given[: len(kept)], tuple(i for i, n in zip(element, sizes, strict=True) if n > 1)
 
     def _other_plates(self, site: str) -> torch.Size:
-        """The sizes of the axes of a site that belong to plates and are not kept, 1 where the site is in none."""
+        """The sizes of a site's axes along plates that are not kept; 1 where the site is in no plate."""
         self._checked(site)
         plates, axes = self.sites.plates, self.values[site].shape[1:]
         return torch.Size(axes[plates.nesting + d] for d in range(-plates.nesting, 0) if d not in plates.dims)
@@ -317,31 +370,37 @@ class Posterior:
         keep: Collection[str] | None = None,
         **kwargs: Any,
     ) -> Predictive:
-        """What the model says of its other sites when its latents come from ``sampler``.
+        """Draws the model's unobserved sites, and scores its observed ones, given latents of this posterior.
 
-        ``None``: this posterior's particles, with their weights, or ``num_particles`` resampled from them where that is
-        given; "prior": the model's own latent sites, p(z | x); "guide": the guide.  The guide of training saw the
-        observation, q(z | x, y); prediction has none, so the two differ: both can be asked for.  ``args`` go to the
-        model (and to the guide).  Observed sites keep their log-probability under every particle.
+        Latents that the new call shares with the run are kept; all others are drawn from the model:
 
-        Of this posterior's latents those are kept that the new call shares with the run, the others are drawn anew:
+        - A *global* latent, which is in no plate with observations or factors, is kept.
+        - A *local* latent is in a plate that also encloses an observation or factor of the run, and belongs to that
+          plate's elements.  It is kept if the elements are those of the run: if an argument of the plate's size is
+          unchanged, or if the latent's distributions differ between elements, or if the whole call is that of the run
+          (apart from the observations, which may be others, or None).  Otherwise it is drawn.
+        - Either kind is drawn if its distribution has changed since the run, because it depends on an argument that has
+          changed, or on a latent that is drawn.
 
-        - A *global* latent, beside which no plate has observations, is kept.
-        - A *local* one, in a plate that also encloses an observation or factor of the run, belongs to that plate's
-          elements.  It is kept if the elements are the run's own: an argument of the plate's size is as it was in the
-          run, or the latent's distributions tell the elements apart, or the whole call is the run's (the observations
-          may be others, or None).  Else it is drawn anew.
-        - Either kind is drawn anew where its distribution is no longer what it was in the run: it depends on an
-          argument that has changed, or on a latent that is drawn anew.
+        If no latent is kept, particles have equal weights.
 
-        Where nothing is kept, particles have equal weights.  ``keep`` names the latents to keep instead, ``[]`` for
-        none.  Raises ValueError where the default is not clear: some arguments of the plate's size are as they were
-        and others are not, or the posterior does not know its run.
+        :param model: the Pyro program that predicts, usually the posterior's own.
+        :param args: the arguments of the model (and of the guide), and ``kwargs``.
+        :param sampler: where latents come from.  None: this posterior's particles, as above.  "prior": the model's own
+            latent sites, p(z | x).  "guide": the guide, which in training also saw the observation, q(z | x, y).
+        :param num_particles: how many particles; with ``sampler=None`` they are resampled from the posterior.  None: as
+            many as the posterior has.
+        :param keep: the latents to keep in place of the rules above, ``[]`` for none.
+        :returns: a `Predictive`: the drawn sites, and the log-probability of each observed site in each particle.
+        :raises ValueError: if it is not clear which latents to keep, because some arguments of the plate's size have
+            changed and others have not, or because the posterior does not know its run: give ``keep``.
+        :raises ZeroEvidence: if all weights are zero.
 
         Example::
 
             posterior = Importance(model).run(questions, answers)
-            posterior.predictive(model, other_questions, None)  # an instruction is kept, reasonings are new
+            drawn = posterior.predictive(model, other_questions, None)  # new questions, so new latent texts
+            drawn.table("y", index=0)  # the answers to the first of them
         """
         from .predictive import predictive
 
@@ -358,15 +417,25 @@ class Posterior:
         keep: Collection[str] | None = None,
         **kwargs: Any,
     ) -> Prediction:
-        r"""The probabilities of candidate values of one site, averaged over latents, and the vote of the particles.
+        r"""The probabilities of candidate values of one site, averaged over latents.
 
         .. math:: p(y_c \mid x) = \sum_n w_n \, p(y_c \mid x, z_n)
 
-        :param candidates: C strings (a text's stop is added), or values (C, ...) whose other axes broadcast with the
-            plates and the site's event.
-        :param site: the site they are values of, observed in the model or not; what it was given there is replaced.
+        :param model: the Pyro program that predicts, usually the posterior's own.
+        :param candidates: C strings (a text's stop token is added), or values (C, ...) whose other axes broadcast with
+            the plates and the site's event.
+        :param args: the arguments of the model (and of the guide), and ``kwargs``.
+        :param site: the site of the candidates.  It may be observed or latent in the model; its value is replaced.
+        :param sampler: where latents come from, as in `predictive`.
+        :param num_particles: how many particles, as in `predictive`.
+        :param keep: the latents to keep, as in `predictive`.  By default the latents of a new question are drawn.
+        :returns: a `Prediction` with probabilities, votes and entropies.
+        :raises ValueError: for an unknown site, and for candidates that are no values of it.
 
-        ``sampler``, ``num_particles`` and ``keep`` as in `predictive`: a new question's latents are drawn anew.
+        Example::
+
+            posterior = Importance(model, num_particles=64).run(x, None)
+            posterior.predict(model, ["ab", "c"], x, None, site="y").probabilities  # (candidates, stories)
         """
         from .predictive import predict
 
@@ -381,14 +450,14 @@ class Posterior:
         return html(self)
 
     def plot(self, site: str | None = None, index: Index = None, ax: Axes | None = None) -> Axes:
-        """Draw what is probable of one site, and return the matplotlib axes.
+        """Plots the posterior of one site, and returns the matplotlib axes.
 
-        Texts and whole numbers: bars, the most probable first, with `standard_error` where it is known.  Other numbers:
-        a weighted histogram; several of them, as of a Dirichlet: means, with standard deviations.
+        Texts and whole numbers are bars, the most probable first, with their `standard_error` if it is known.  Another
+        number is a weighted histogram.  Several numbers, as of a Dirichlet, are means with standard deviations.
 
-        :param site: None: the first text, or the first site where there is none.
-        :param index: as in `table`.
-        :param ax: where to draw; None: a new figure.
+        :param site: a latent site; None: the first text, or the first site if there is no text.
+        :param index: an element of the plates, as in `table`.
+        :param ax: the axes to draw into; None: a new figure.
 
         Example::
 
@@ -401,10 +470,15 @@ class Posterior:
     def to_pandas(self) -> DataFrame:
         """A ``pandas.DataFrame`` with a row for each particle of each element of the kept plates.
 
-        Its columns: one for each kept plate, with the number of the element; ``particle`` (of Markov chains ``chain``
-        and ``draw``); one for each site, texts as strings, numbers as numbers, of a site with further axes one for each
-        entry: ``w[0]``, ``w[1, 2]``; ``weight``, normalised in each plate element (NaN where all are zero), and
-        ``log_weight``.  A site or plate of one of these names gets ``_site`` or ``_plate`` behind its own.
+        The columns are:
+
+        - one for each kept plate, with the number of the element;
+        - ``particle``, or ``chain`` and ``draw`` for Markov chains;
+        - one for each site, with strings for texts; a site with further axes has a column for each entry, such as
+          ``w[0]`` or ``w[1, 2]``;
+        - ``weight``, normalised in each plate element (NaN if all are zero), and ``log_weight``.
+
+        A plate or site with the name of another column gets the ending ``_plate`` or ``_site``.
 
         Example::
 
@@ -418,15 +492,22 @@ class Posterior:
     # -- elsewhere ---------------------------------------------------------------------------------------------------
 
     def to_arviz(self) -> Any:
-        """An ``arviz.InferenceData`` of equally weighted draws: numbers, and numbers about texts; `export.to_arviz`."""
+        """An ``arviz.InferenceData`` of equally weighted draws, with the plates as dimensions.
+
+        Numbers are as they are in the posterior.  A text z has the variables ``length(z)``, in tokens with its stop,
+        and ``log_prob(z)``; its strings are in the group ``texts``.  ``sample_stats`` has the log weights.
+        """
         from .export import to_arviz
 
         return to_arviz(self)
 
     def save(self, path: str | Path) -> None:
-        """Write a directory, whole or not at all: tensors as safetensors, the rest and all decoded texts as JSON.
+        """Writes the posterior into a directory: tensors as safetensors, the rest and all decoded texts as JSON.
 
-        The guide is a program and is not saved, nor a particle ancestry.
+        The directory is written completely or not at all.  Programs (model and guide) are not saved, and neither is the
+        ancestry of SMC particles.
+
+        :param path: the directory.
         """
         from .files import save
 
@@ -435,10 +516,11 @@ class Posterior:
 
     @classmethod
     def load(cls, path: str | Path, lm: Any = None) -> Self:
-        """A saved posterior of this class or a subclass of it.
+        """Reads a saved posterior of this class or of a subclass.
 
-        ``lm`` decodes its texts; without one they are looked up among those that were saved.  Raises ValueError where
-        ``path`` holds no saved posterior, or a damaged one.
+        :param path: the directory that `save` wrote.
+        :param lm: the language model that decodes texts; None: they are looked up among the decoded texts in the file.
+        :raises ValueError: if there is no saved posterior at ``path``, or a damaged one.
         """
         from .files import load
 
@@ -447,7 +529,7 @@ class Posterior:
 
 
 def scorer(trace: Trace, names: list[str]) -> Callable[[], dict[str, Tensor]]:
-    """What scores a trace's text sites when it is asked to, (N, *plate axes) each."""
+    """A function that computes log p of a trace's text sites, (N, *plate axes) each."""
     nodes = {name: trace.nodes[name] for name in names if name in trace.nodes}
 
     def log_probs() -> dict[str, Tensor]:

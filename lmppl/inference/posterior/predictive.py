@@ -1,4 +1,4 @@
-"""Prediction: a model's other sites, or candidate values of one of them, averaged over latents."""
+"""Prediction: the unobserved sites of a model, or candidate values of one site, averaged over latents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .posterior import Index, Posterior
 
 
 class Observe(Messenger):
-    """Observes given values at sites, whether the program observes something there or samples them."""
+    """Observes given values at sites, whether the program observes or samples them."""
 
     def __init__(self, values: Mapping[str, Tensor]):
         super().__init__()
@@ -39,9 +39,20 @@ class Observe(Messenger):
 
 @dataclass(frozen=True)
 class Predictive:
-    """Weighted draws of a model's unobserved sites, and the log-probability of each observed one under every particle.
+    r"""Weighted draws of a model's unobserved sites, and the log-probability of each observed site in every particle.
 
-    ``log_probs[site]`` has the shape (N, *plates), like ``log_weights``, which are normalised.
+    .. math:: \log p(y \mid x) = \log \sum_n w_n \, p(y \mid x, z_n)
+
+    `Posterior.predictive` returns it.
+
+    :param draws: the unobserved sites, latents included, as a `Posterior` with normalised weights.
+    :param log_probs: log p(observed | z_n) of each observed site, (N, *plates).
+
+    Example::
+
+        found = Importance(model, guide).run(x, y).predictive(model, x, y)
+        found.log_prob("y")  # of the observed texts, averaged over particles, (*plates)
+        found.table("z", index=0)[:3]  # the most probable latent texts
     """
 
     draws: Posterior
@@ -49,35 +60,54 @@ class Predictive:
 
     @property
     def samples(self) -> dict[str, Tensor]:
-        """Each unobserved site's values (N, *plates, ...), under ``log_weights``."""
+        """The values of each unobserved site, (N, *plates, ...), with the weights ``log_weights``."""
         return self.draws.samples
 
     @property
     def log_weights(self) -> Tensor:
+        """Normalised log weights of the particles, (N, *plates)."""
         return self.draws.log_weights
 
     def log_prob(self, site: str) -> Tensor:
-        """The log of the average over particles of p(observed | z), (*plates)."""
+        """The log of the weighted average of p(observed | z_n) over particles, (*plates).
+
+        :param site: an observed site.
+        :raises ValueError: for a site that is not observed.
+        """
         if site not in self.log_probs:
             raise ValueError(f"site: {site!r} is none of the observed sites {list(self.log_probs)}")
         return (self.log_weights + self.log_probs[site]).logsumexp(0)
 
     def table(self, site: str, index: Index = None) -> list[tuple[str, float]]:
-        """The vote over a sampled site: its distinct values with their shares of the weight, largest first."""
+        """The distinct values of an unobserved site with their shares of the weight, largest first.
+
+        :param site: an unobserved site.
+        :param index: an element of the plates, as in `Posterior.table`.
+        """
         return self.draws.table(site, index)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    r"""C candidate values of a site under every particle.
-
-    ``log_probs`` (C, N, *plates) are log p(y_c | x, z_n), ``log_weights`` (N, *plates) normalised; the plates are the
-    site's.  Everything but `log_prob` and `vote` is given that the answer is one of the candidates: particles are
-    weighed by the mass :math:`m_n = \sum_c p(y_c \mid z_n)` that they leave them, and
+    r"""The probabilities of C candidate values of a site under every particle, and their average.
 
     .. math:: p_n(c) = p(y_c \mid z_n) / m_n, \qquad \bar p(c) = \sum_n w'_n \, p_n(c), \qquad w'_n \propto w_n m_n
 
-    Raises ZeroEvidence where every candidate is impossible.
+    where :math:`m_n = \sum_c p(y_c \mid z_n)` is the probability that particle n gives to all candidates together.  So
+    `probabilities` and the entropies are conditional on the answer being one of the candidates; `log_prob` and `vote`
+    are not.  Entropies are in nats.  `Posterior.predict` returns it.  Properties raise ZeroEvidence if every candidate
+    is impossible.
+
+    :param names: the candidates as strings.
+    :param log_probs: log p(y_c | x, z_n), (C, N, *plates); the plates are the site's.
+    :param log_weights: normalised log weights of the particles, (N, *plates).
+
+    Example::
+
+        found = Importance(model).run(x, y).predict(model, ["ab", "c"], x, y)
+        found.probabilities  # (C, *plates)
+        found.names[int(found.probabilities[:, 0].argmax())]  # the most probable answer of the first plate element
+        found.entropy, found.mutual_information  # (*plates): all uncertainty, and the part that z explains
     """
 
     names: list[str]
@@ -85,7 +115,7 @@ class Prediction:
     log_weights: Tensor
 
     def __repr__(self) -> str:
-        """One line: the candidates, and how many particles of which plates."""
+        """One line: the candidates, and the shape (N, *plates)."""
         return f"Prediction({', '.join(map(repr, self.names))}: shape {tuple(self.log_probs.shape[1:])})"
 
     @property
@@ -100,34 +130,35 @@ class Prediction:
 
     @property
     def vote(self) -> Tensor:
-        """The share of the weight whose most probable candidate each is, (C, *plates); ties are split evenly.
+        """The share of the particles' weight that votes for each candidate, (C, *plates).
 
-        Particles under which every candidate is impossible do not vote, and the shares sum to less than one.
+        A particle votes for its most probable candidate; ties are split evenly.  Particles under which every candidate
+        is impossible do not vote, so that the shares can sum to less than one.
         """
         best = (self.log_probs == self.log_probs.amax(0)) & (self.log_probs > -torch.inf)
         return (self.log_weights.exp() * best / best.sum(0).clamp(min=1)).sum(1)
 
     @property
     def entropy(self) -> Tensor:
-        r"""Of the posterior predictive, in nats, (*plates): `expected_entropy` + `mutual_information`."""
+        r"""The entropy of `probabilities` in nats, (*plates): `expected_entropy` + `mutual_information`."""
         p = self.probabilities
         return -torch.xlogy(p, p).sum(0)
 
     @property
     def expected_entropy(self) -> Tensor:
-        r"""What stays unknown when z is known: :math:`\sum_n w'_n H(p_n)`, in nats, (*plates)."""
+        r"""The entropy that remains when z is known, :math:`\sum_n w'_n H(p_n)`, in nats, (*plates)."""
         weights, p = self._given_candidates()
         return (weights * -torch.xlogy(p, p).sum(0)).sum(0)
 
     @property
     def mutual_information(self) -> Tensor:
-        r"""What z would tell of the answer: :math:`\sum_n w'_n \, KL(p_n \| \bar p)`, in nats, (*plates)."""
+        r"""The information of z about the answer, :math:`\sum_n w'_n \, KL(p_n \| \bar p)`, in nats, (*plates)."""
         weights, p = self._given_candidates()
         mean = self.probabilities[:, None]
         return (weights * (torch.xlogy(p, p) - torch.xlogy(p, mean)).sum(0)).sum(0)
 
     def _given_candidates(self) -> tuple[Tensor, Tensor]:
-        """w' (N, *plates) and p_n (C, N, *plates), zero where m_n is."""
+        """w' (N, *plates) and p_n (C, N, *plates), which is zero where m_n is."""
         mass = self.log_probs.logsumexp(0)
         p = (self.log_probs - mass.masked_fill(mass == -torch.inf, 0.0)).exp()
         return normalised(self.log_weights + mass), p
@@ -174,7 +205,7 @@ def predict(
     if axes > nesting:
         raise ValueError(f"candidates: shape {tuple(values.shape)} has more axes than the plates and site {site!r}")
     values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
-    # Latents are drawn once, whatever the candidate; what follows the site is not asked for.
+    # Latents are drawn once for all candidates; sites after this one are not scored.
     first = Observe({site: values[0]})
     drawn, plates, log_weights = _run(posterior, query, sampler, num_particles, keep, first, site=site)
     each, known = Observe({site: values}), Substitute(programs.values(drawn))
@@ -203,7 +234,7 @@ def _candidates(candidates: Tensor | Sequence[str], fn: Any) -> tuple[list[str],
 
 
 def _nested(query: Query, posterior: Posterior, sampler: str | None) -> Query:
-    """The query with axes for the plates of the posterior, of the model, and of the guide that is to draw."""
+    """The query with enough plate axes for the posterior, for the model, and for a guide that draws."""
     is_program(model=query.model)
     every = replace(query, guide=posterior.guide) if sampler == "guide" else query
     return replace(query, max_plate_nesting=max(posterior.sites.plates.nesting, every.nesting))
@@ -218,9 +249,9 @@ def _run(
     *handlers: Messenger,
     site: str | None = None,
 ) -> tuple[Trace, Plates, Tensor]:
-    """The model under latents from the sampler, its kept plates, and normalised log weights (N, *plates).
+    """The model's trace given latents from the sampler, its kept plates, and normalised log weights (N, *plates).
 
-    With ``site``, its plates.
+    With ``site``, the plates are those of this site.
     """
     if sampler not in (None, "prior", "guide"):
         raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
@@ -245,7 +276,7 @@ def _run(
         if num_particles is None and shared:
             by_axis = own.spread(posterior.log_weights.log_softmax(0))  # (N, *plate axes)
             log_weights = plates.reduce(_deeper(by_axis, nesting - own.nesting))[0]
-        else:  # one plate element's weights say nothing of joint particles: draw each element's independently
+        else:  # weights are separate for each plate element, but the particles here are joint: resample each element
             posterior = posterior.resample(n, "systematic" if shared else "multinomial")
         values = {name: _deeper(posterior.values[name], nesting - own.nesting) for name in kept}
     if sampler == "guide" and posterior.guide is not None:
@@ -255,5 +286,5 @@ def _run(
 
 
 def _deeper(x: Tensor, more: int) -> Tensor:
-    """(N, ...) with ``more`` plate axes of size 1 right of the particles."""
+    """(N, ...) with ``more`` plate axes of size 1 on the right of the particle axis."""
     return x.reshape(len(x), *[1] * more, *x.shape[1:])

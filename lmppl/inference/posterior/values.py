@@ -1,4 +1,4 @@
-"""The values that a posterior gives to one site of one plate element, with their probabilities and standard errors."""
+"""The values of one site in one plate element of a posterior, with their probabilities and standard errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Value(NamedTuple):
-    """A distinct value of a site; ``error`` is the standard error of ``probability``, NaN where it is not known."""
+    """A distinct value of a site; ``error`` is the standard error of ``probability``, NaN if it is not known."""
 
     value: Any
     probability: float
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 
 
 def values(posterior: Posterior, site: str, index: Index = None, most: int | None = None) -> tuple[list[Value], int]:
-    """The ``most`` probable values of a site, as in `Posterior.table`, and how many there are."""
+    """The ``most`` probable values of a site, as in `Posterior.table`, and the number of all values."""
     element, (keys,) = posterior._columns([site], index)
     rows: dict[Any, list[int]] = {}
     for n, key in enumerate(keys):
@@ -53,11 +53,11 @@ def values(posterior: Posterior, site: str, index: Index = None, most: int | Non
 
 
 def moments(posterior: Posterior, numbers: Tensor, index: Index = None) -> Moments:
-    """Mean and standard deviation of ``numbers`` (N, ...), one of each particle of one plate element, both (...)."""
+    """Mean and standard deviation, (...) each, of ``numbers`` (N, ...) of the particles of one plate element."""
     element = plate_element(index, posterior.log_weights.shape[1:])
     weights = normalised(posterior.log_weights[all_particles(element)]).double().to(numbers.device)
     weights = weights.view(-1, *[1] * (numbers.dim() - 1))
-    possible = torch.where(weights > 0, numbers.double(), 0.0)  # what has weight zero may be infinite
+    possible = torch.where(weights > 0, numbers.double(), 0.0)  # numbers of weight zero may be infinite
     mean = (weights * possible).sum(0)
     sd = (weights * (possible - mean).square()).sum(0).sqrt()
     return Moments(mean, sd, posterior.standard_error(numbers, element))

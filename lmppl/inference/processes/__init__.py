@@ -1,1 +1,1 @@
-"""The same on several processes: a batch's parts, sums over them, an algorithm's answers gathered."""
+"""Several processes: they share the observations of a batch, sum losses and gradients, and gather posteriors."""

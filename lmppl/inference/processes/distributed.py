@@ -1,8 +1,8 @@
-r"""Several processes: each has its part of every batch's observations, and all have the same parameters.
+r"""Several processes: each has a part of every batch's observations, and all have the same parameters.
 
-A loss is a mean over observations, :math:`\mathcal L = \frac1N \sum_i \ell_i`, whatever process has them.  Process r
-with :math:`n_r` of the N takes the mean over its own, weighs it by :math:`n_r / N`, and gradients are *summed* over
-processes: the normaliser is that of the whole batch, also where N is no multiple of the number of processes.
+A loss is a mean over observations, :math:`\mathcal L = \frac1N \sum_i \ell_i`.  Process r, which has :math:`n_r` of the
+N observations, takes the mean over its own and weighs it by :math:`n_r / N`.  Gradients are *summed* over processes.
+So the normaliser is that of the whole batch, also if N is no multiple of the number of processes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Arguments = tuple[Any, ...]
 
 
 class World(NamedTuple):
-    """A process's number, and how many there are."""
+    """The number of this process, and the number of processes."""
 
     rank: int
     size: int
 
 
 def world() -> World:
-    """This process among all; what `torchrun` or ``accelerate launch`` has started is joined here if it is not yet."""
+    """The number of this process among all.  Joins the processes started by `torchrun` or ``accelerate launch``."""
     if not dist.is_available():
         return World(0, 1)
     if not dist.is_initialized():
@@ -48,16 +48,17 @@ def world() -> World:
 
 @contextmanager
 def shard(args: Arguments, dim: Callable[[Arguments, Part], int], *, few: bool = False) -> Iterator[Arguments]:
-    """This process's part of a batch; inside, random numbers, sums and averages are those of all processes.
+    """Gives this process its part of a batch; inside, random numbers, sums and averages are those of all processes.
 
-    Observation i of N goes to the process r with ``r N // size <= i < (r + 1) N // size``.  All take up the random
-    state of the first.
+    Observation i of N belongs to the process r with ``r N // size <= i < (r + 1) N // size``.  All processes take the
+    random state of the first.
 
-    :param args: the whole batch, alike on every process.  The first axis of every tensor, list and tuple, also within
-        a dict, is that of the observations; what has no length is passed on as it is.
-    :param dim: answers the axis of the observations' plate, given the part of the arguments.
-    :param few: leave a batch with fewer observations than processes whole on each of them, rather than refuse it.
-    :raises ValueError: where the arguments' lengths differ, there are too few, or processes differ in their number.
+    :param args: the whole batch, the same on every process.  The first axis of every tensor, list and tuple, also in a
+        dict, is that of the observations; other arguments are passed on unchanged.
+    :param dim: a function of the part of the arguments that returns the axis of the observations' plate.
+    :param few: whether a batch with fewer observations than processes is given whole to each, instead of an error.
+    :raises ValueError: if the lengths of the arguments differ, if there are too few observations, or if processes have
+        different numbers of them.
     """
     rank, size = world()
     if size == 1 or part() is not None:
@@ -95,7 +96,7 @@ def _is_many(x: Any) -> bool:
 
 
 def _count(args: Arguments) -> int:
-    """How many observations the arguments have."""
+    """The number of observations of the arguments."""
 
     def lengths(x: Any) -> set[int]:
         if isinstance(x, Mapping):
@@ -106,16 +107,16 @@ def _count(args: Arguments) -> int:
     if len(found) != 1:
         raise ValueError(
             f"batches: on several processes the first axis of every argument is that of the observations; these have "
-            f"lengths {sorted(found)}; what all observations share, a program can close over"
+            f"lengths {sorted(found)}; a value that all observations share can come from a closure"
         )
     return found.pop()
 
 
-# -- sums over processes; as they are where this process has everything ------------------------------------------------
+# -- sums over processes; they change nothing if this process has everything -------------------------------------------
 
 
 def share() -> float:
-    """Which fraction of the observations this process has."""
+    """The share of the observations that this process has."""
     own = part()
     return 1.0 if own is None else own.share
 
@@ -134,7 +135,7 @@ def total(x: T) -> T:
 
 
 def average(metrics: dict[str, float]) -> dict[str, float]:
-    """Means over the observations of all processes from those of each; what is the same on all stays so."""
+    """Means over the observations of all processes, from the means of each process."""
     if part() is None or not metrics:
         return metrics
     values = total(share() * torch.tensor(list(metrics.values()), dtype=torch.float64))
@@ -142,14 +143,14 @@ def average(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def everywhere(condition: bool) -> bool:
-    """Whether it holds on all processes."""
+    """Whether a condition holds on all processes."""
     return total(float(not condition)) == 0
 
 
 def gather(x: T) -> list[T]:
-    """What every process has, in their order, which is that of the observations; tensors are to be on the CPU.
+    """The values of all processes, in the order of the observations; tensors must be on the CPU.
 
-    What travels between processes of one run is pickled by torch; nothing else is ever unpickled.
+    torch pickles what is sent between the processes of one run; nothing else is ever unpickled.
     """
     if part() is None:
         return [x]
@@ -159,7 +160,7 @@ def gather(x: T) -> list[T]:
 
 
 def agree(x: Any) -> bool:
-    """Whether x is the same on every process, wherever in the program; all wait here for each other."""
+    """Whether x is the same on every process, inside and outside of `shard`; all processes wait here for each other."""
     if world().size == 1:
         return True
     found: list[Any] = [None] * world().size
@@ -168,7 +169,7 @@ def agree(x: Any) -> bool:
 
 
 def first_alone(action: Callable[[], T]) -> T:
-    """What the first process's ``action()`` answers, on all of them; what it raises, all raise."""
+    """Runs ``action()`` on the first process only; all processes return its result, or raise its exception."""
     if world().size == 1:
         return action()
     told: list[Any] = [None, None]
@@ -185,7 +186,7 @@ def first_alone(action: Callable[[], T]) -> T:
 
 
 def greatest(x: int) -> int:
-    """The greatest of all processes' numbers, wherever in the program."""
+    """The greatest of all processes' numbers, inside and outside of `shard`."""
     found = _reachable(torch.tensor(x))
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found.item())
@@ -196,7 +197,7 @@ def greatest(x: int) -> int:
 
 @torch.no_grad()
 def broadcast(parameters: list[Tensor]) -> None:
-    """Give all processes the first one's parameters; sharded ones are alike already."""
+    """Gives all processes the parameters of the first; sharded parameters are skipped."""
     if part() is not None:
         for p in parameters:
             if not isinstance(p, DTensor):
@@ -207,22 +208,22 @@ def broadcast(parameters: list[Tensor]) -> None:
 
 @torch.no_grad()
 def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sum the gradients of all processes; a parameter that none of them has a gradient for is left without.
+    """Sums the gradients of all processes; a parameter without a gradient on every process stays without.
 
-    :raises ValueError: where that is so of all.
+    :raises ValueError: if no parameter has a gradient.
     """
     if part() is None:
         return
     if everywhere(all(p.grad is None for p in parameters)):
         raise ValueError(
-            "optimizer: the loss depends on none of its parameters; give it those of the guide, and where these are "
-            "sharded, shard the network before LanguageModel(network, tokenizer) wraps it"
+            "optimizer: the loss depends on none of its parameters; give it those of the guide; if these are sharded, "
+            "shard the network before LanguageModel(network, tokenizer) wraps it"
         )
     for p in parameters:
         if isinstance(p, DTensor) and p.grad is not None:
-            p.grad.mul_(dist.get_world_size())  # FSDP has taken their mean
+            p.grad.mul_(dist.get_world_size())  # FSDP has taken the mean over processes
     plain = [p for p in parameters if not isinstance(p, DTensor)]
-    for dtype in dict.fromkeys(p.dtype for p in plain):  # in the same order everywhere, which a set has not
+    for dtype in dict.fromkeys(p.dtype for p in plain):  # unlike a set, in the same order on every process
         own = [p for p in plain if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
         there = torch.tensor([float(p.grad is not None) for p in own], dtype=dtype, device=own[0].device)
@@ -233,22 +234,22 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor that may be sharded over processes, in full."""
+    """The full tensor of one that may be sharded over processes."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether it is spread over processes."""
+    """Whether a parameter is sharded over processes."""
     return isinstance(p, DTensor)
 
 
 def like(p: Tensor, x: Tensor) -> Tensor:
-    """A full tensor, sharded as ``p`` is if it is of its shape."""
+    """The full tensor ``x``, sharded like ``p`` if it has the same shape."""
     if isinstance(p, DTensor) and x.shape == p.shape:
         return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
     return x
 
 
 def _reachable(x: Tensor) -> Tensor:
-    """The tensor where collectives reach it: at its place if the backend serves that, else on the accelerator."""
+    """The tensor on a device that collectives reach: its own if the backend supports it, else the accelerator."""
     return x if f"{x.device.type}:" in str(dist.get_backend_config()) else x.cuda()

@@ -1,4 +1,4 @@
-"""`Sharded`: any algorithm on several processes, each with its part of the observations."""
+"""`Sharded`: any algorithm on several processes, each with a part of the observations."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from . import distributed
 
 
 class Sharded(Sampler):
-    r"""Runs an algorithm on this process's part of the observations, and answers the posterior of all of them.
+    r"""Runs an algorithm on several processes, each with a part of the observations, and gathers the posterior.
 
     .. math:: p(z \mid y) = \prod_i p(z_i \mid y_i)
 
-    over the plate that the first axis of every argument belongs to.  Every process is called with all observations and
-    gets the whole posterior, gathered along that plate.  What draws texts token by token (`Importance`, the guides of
-    trainers) draws the same as on one process with the same seed; what is exact is the same; `SMC`, rejection and
-    sites that are no texts draw as well as on one process, and otherwise.  On one process nothing changes.
+    The product is over the plate to which the first axis of every argument belongs.  Every process is called with all
+    observations, infers its part, and returns the whole posterior.  With the same seed, exact results and texts drawn
+    token by token (`Importance`, the guides of trainers) are the same as on one process.  `SMC`, rejection and sites
+    that are no texts draw from the same distribution, but other values.  On one process nothing changes.
 
-    :param algorithm: anything with ``.model`` and ``.run(*args) -> Posterior``.
-    :raises ValueError: in ``run``, where the arguments cannot be shared out; see `distributed.shard`.
+    :param algorithm: any object with ``.model`` and ``.run(*args) -> Posterior``.
+
+    ``run(*args)`` raises ValueError if the arguments cannot be divided: if their first axes differ in length, or are
+    not that of the model's leftmost plate.
 
     Example::
 
-        posterior = Sharded(gflownet).run(x, y, num_particles=64)  # in a script that torchrun has started
+        # in a script started by `torchrun --nproc-per-node 8 script.py`
+        posterior = Sharded(Importance(model, guide, num_particles=64)).run(x, y)
     """
 
     def __init__(self, algorithm: Any):
@@ -44,25 +47,35 @@ class Sharded(Sampler):
         self.guide: Program | None = getattr(algorithm, "guide", None)
 
     def on(self, model: Program, guide: Program | None = None) -> Sharded:
+        """A copy for another model, and for another guide if the algorithm has one.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program; None: the algorithm's own guide.
+        """
         return Sharded(on(self.algorithm, model, guide))
 
     def sized(self, num_particles: int) -> Sharded:
+        """A copy whose algorithm has ``num_particles`` particles."""
         return Sharded(sized(self.algorithm, num_particles))
 
     @property
     def density(self) -> Program:
-        """The algorithm's own, where it has one."""
+        """The ``density`` of the algorithm: the program whose density is judged."""
         found: Program = self.algorithm.density
         return found
 
     @property
     def training_tokens(self) -> int:
-        """The algorithm's own, where it trains."""
+        """The ``training_tokens`` of the algorithm."""
         found: int = self.algorithm.training_tokens
         return found
 
     def run(self, *args: Any, **kwargs: Any) -> Posterior:
-        """The posterior of all observations, on every process; ``kwargs`` are not shared out."""
+        """The posterior of all observations, on every process.
+
+        :param args: the arguments of model and guide, the same on every process; their first axes are divided.
+        :param kwargs: keyword arguments, which are not divided.
+        """
 
         def dim(own: tuple[Any, ...], part: Part) -> int:
             programs = self.model, self.guide or self.model
@@ -73,12 +86,12 @@ class Sharded(Sampler):
 
 
 def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part: Part) -> int:
-    """The axis, from the right, of the plate that this part of the observations lies along; the network is not asked.
+    """The axis, from the right, of the observations' plate, found without a network.
 
-    The queries are asked for anew for each sketch, with the same seed or another one.
+    Each sketch builds its query again, with the same seed or another one.
 
-    :raises ValueError: where the leftmost plate that encloses every site has another size, a plate is subsampled, or
-        the programs do not make of a part of the arguments what they make of it among all of them.
+    :raises ValueError: if the leftmost plate that encloses every site has another size, if a plate is subsampled, or if
+        the programs read other texts from a part of the arguments than from all of them.
     """
     found = []
     for query, seed in ((own_part, 0), (all_of_it, 0), (all_of_it, 1)):
@@ -98,18 +111,18 @@ def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part
         )
     each = len(own.keys) // (part.stop - part.start)
     same = own.keys == whole.keys[part.start * each : part.stop * each]
-    if whole.keys == again.keys and not same:  # else they are drawn anew each time
+    if whole.keys == again.keys and not same:  # keys that differ between seeds are drawn and say nothing
         raise ValueError(
-            "batches: model and guide read other texts from a part of the arguments than from all; on several "
+            "batches: model and guide read other texts from a part of the arguments than from all of them; on several "
             "processes the first axis of each must be that of the observations"
         )
     return own.plates.dims[0]
 
 
 def gathered(posterior: Posterior, args: tuple[Any, ...]) -> Posterior:
-    """The posterior of all processes' observations, ``args``, from that of each, on every process.
+    """The posterior of all observations, ``args``, on every process, from the posterior of each process's part.
 
-    Supports of different sizes are filled up with their first value, at weight zero.
+    Supports of different sizes are padded with their first value, at weight zero.
     """
     own = part()
     if own is None:
@@ -128,7 +141,7 @@ def gathered(posterior: Posterior, args: tuple[Any, ...]) -> Posterior:
     for name in (f.name for f in fields(posterior) if f.name not in ("values", "sites")):
         try:
             others[name] = _gathered(getattr(posterior, name), len(plates.sizes))
-        except TypeError:  # an ancestry, say
+        except TypeError:  # for instance an ancestry
             kind = Posterior
     others = {f.name: others[f.name] for f in fields(kind) if f.name in others}
     sites, whole = posterior.sites, replace(plates, sizes=(own.total, *plates.sizes[1:]))
@@ -137,7 +150,7 @@ def gathered(posterior: Posterior, args: tuple[Any, ...]) -> Posterior:
 
 
 def _gathered(x: Any, kept: int) -> Any:
-    """A tensor whose last ``kept`` axes are the kept plates', joined along the first of them; or a tuple or dict."""
+    """A tensor whose last ``kept`` axes are the kept plates, joined along the first of these; or a tuple or dict."""
     if isinstance(x, tuple):
         return tuple(_gathered(part, kept) for part in x)
     if isinstance(x, dict):

@@ -1,1 +1,1 @@
-"""Algorithms that train nothing: importance sampling, SMC, Markov chains, enumeration, prompting."""
+"""Algorithms without training: importance sampling, SMC, Markov chains, enumeration, prompting."""

@@ -1,13 +1,13 @@
-r"""Exact inference where the prior is Markov: dynamic programming over texts far too many to enumerate.
+r"""Exact inference for a Markov prior, by dynamic programming, where there are too many texts to enumerate.
 
-The latent text z has the prior of a `Completion` whose language model looks back k tokens at most, and is weighed by a
-factor psi that a finite automaton computes while it reads z.  With s the last k tokens, a the automaton's state and t
-the number of tokens so far,
+The latent text z has the prior of a `Completion` whose language model reads only the last k tokens, and a factor psi
+that a finite automaton computes while it reads z.  With s the last k tokens, a the automaton's state and t the number
+of tokens so far,
 
 .. math:: \beta_t(s, a) = \sum_v p_t(v \mid s) \begin{cases} final(a) & v \text{ stops} \\
           step(a, v) \, \beta_{t+1}(s v, a v) & \text{else} \end{cases}
 
-is the expected factor of a text that has come there: the optimal twist.  Z = beta_0 at the start.
+is the expected factor of a text that has reached this state, which is the optimal twist.  Z is beta_0 at the start.
 """
 
 from __future__ import annotations
@@ -23,17 +23,29 @@ from ... import text
 from ...distributions import Completion
 from ...engine.scoring import score, with_bos
 
-STATES = 2**24  # (state, automaton state, token) triples looked at for one position
+STATES = 2**24  # the most (state, automaton state, token) triples for one position
 
 
 @dataclass(frozen=True)
 class Automaton:
-    r"""A factor of a text, by a deterministic automaton that reads its tokens, the stop not included.
+    r"""A factor of a text, computed by a deterministic automaton that reads the text's tokens without the stop.
 
     .. math:: \log \psi(z) = \sum_{t=1}^{n} step[a_{t-1}, z_t] + final[a_n], \qquad a_t = next[a_{t-1}, z_t], \; a_0 = 0
 
-    ``next`` (A, V) LongTensor; ``step`` (A, V) and ``final`` (A,) logarithms, -inf allowed.  ``f * g`` is the product
-    of two factors.
+    `Markov` needs it in this form; `log_factor` gives a model's `pyro.factor` the same number.  ``f * g`` is the
+    product of two factors.  `counting`, `containing` and `ending` build common ones.
+
+    :param next: the next state by state and token, LongTensor (A, V), for A states and V tokens.
+    :param step: the log factor of a token by state and token, (A, V); -inf is allowed.
+    :param final: the log factor of the last state, (A,); -inf is allowed.
+    :raises ValueError: for shapes that differ, and for states outside 0..A-1.
+
+    Example::
+
+        a, b = lm.token_id("a"), lm.token_id("b")
+        factor = Automaton.containing(a, lm.vocab_size) * Automaton.containing(b, lm.vocab_size)  # both tokens
+        eos = torch.tensor([lm.token_id("eos")])
+        factor.log_factor(lm.encode(["ab", "a"], stop="eos"), eos)  # 0 for the first text, -inf for the second
     """
 
     next: Tensor
@@ -52,13 +64,22 @@ class Automaton:
 
     @classmethod
     def counting(cls, log_weights: Tensor) -> Automaton:
-        """A product over tokens: each occurrence of token v multiplies by exp log_weights[v], (V,)."""
+        """A product over tokens: each occurrence of token v multiplies the factor by exp log_weights[v].
+
+        :param log_weights: (V,).
+        """
         step = log_weights.double()[None]
         return cls(torch.zeros_like(step, dtype=torch.long), step, step.new_zeros(1))
 
     @classmethod
     def containing(cls, token: int, vocab_size: int, present: float = 0.0, absent: float = -math.inf) -> Automaton:
-        """exp present where the text contains the token, exp absent where it does not."""
+        """The factor exp(present) for texts that contain a token, exp(absent) for all others.
+
+        :param token: a token id.
+        :param vocab_size: V.
+        :param present: a log factor.
+        :param absent: a log factor; by default the text must contain the token.
+        """
         following = torch.tensor([[0], [1]]).repeat(1, vocab_size)
         following[0, token] = 1
         final = torch.tensor([absent, present], dtype=torch.float64)
@@ -66,7 +87,11 @@ class Automaton:
 
     @classmethod
     def ending(cls, log_weights: Tensor, empty: float = -math.inf) -> Automaton:
-        """exp log_weights[v] for the last token v, (V,); exp empty for the empty text."""
+        """The factor exp log_weights[v] for a text whose last token is v, exp(empty) for the empty text.
+
+        :param log_weights: (V,).
+        :param empty: a log factor; by default the empty text is impossible.
+        """
         V = len(log_weights)
         final = torch.cat([torch.tensor([empty], dtype=torch.float64), log_weights.double()])
         return cls(torch.arange(1, V + 1).expand(V + 1, V), final.new_zeros(V + 1, V), final)
@@ -80,7 +105,12 @@ class Automaton:
         )
 
     def read(self, value: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        """The state after the tokens before the first stop, and the product of steps so far: (..., L) -> (...) each."""
+        """The state after the tokens before the first stop, and the sum of the steps' log factors.
+
+        :param value: texts or prefixes, (..., L).
+        :param stop: the token ids that end a text, (S,).
+        :returns: two tensors of shape (...).
+        """
         state = torch.zeros(value.shape[:-1], dtype=torch.long, device=value.device)
         total = torch.zeros(value.shape[:-1], dtype=torch.float64, device=value.device)
         going = torch.ones_like(state, dtype=torch.bool)
@@ -92,24 +122,30 @@ class Automaton:
         return state, total
 
     def log_factor(self, value: Tensor, stop: Tensor) -> Tensor:
-        """log psi of texts (..., L) -> (...), for a model's `pyro.factor`; ``stop`` are the ids that end them."""
+        """log psi of texts, for a model's `pyro.factor`.
+
+        :param value: texts, (..., L).
+        :param stop: the token ids that end a text, (S,).
+        :returns: log factors, (...).
+        """
         state, total = self.read(value, stop)
         return total + self.final[state]
 
 
 class Markov:
-    r"""The exact posterior of one text under a Markov prior and an automaton's factor.
+    r"""The exact posterior of one text with a Markov prior and an automaton's factor, by dynamic programming.
 
     .. math:: p(z \mid \psi) = p(z) \, \psi(z) / Z
 
-    :param prior: a `Completion` of one prompt (no batch), with token sets but no callable as ``allowed``.
-    :param factor: psi.
-    :param order: how many tokens back the language model looks; by default its configuration's ``order``.
-
-    :raises ValueError: where the language model looks further back than ``order``, and where there are too many states.
-
-    Everything is in double precision.  Cost: the states are read by the network once; then
+    Use it as the truth in tests of other algorithms, for n-gram models such as `lmppl.ngram`, where there are too many
+    texts for `Enumeration`.  Everything is in double precision.  The network reads each state once; the cost is then
     max_tokens x states x automaton states x vocabulary.
+
+    :param prior: a `Completion` of one prompt, without batch; ``allowed`` may be a set of tokens, but no function.
+    :param factor: psi, an `Automaton` over the same vocabulary.
+    :param order: how many tokens the language model reads back; None: the ``order`` of its configuration.
+    :raises ValueError: if the language model reads further back than ``order``, if there are too many states, and for a
+        prior that is not Markov (a function as constraint, a stop string, tools).
 
     Example::
 
@@ -121,7 +157,7 @@ class Markov:
     def __init__(self, prior: Completion, factor: Automaton, order: int | None = None):
         order = getattr(prior.lm.model.config, "order", None) if order is None else order
         if not isinstance(order, int) or order < 0:
-            raise ValueError(f"order: expected how many tokens back the language model looks, got {order}")
+            raise ValueError(f"order: expected the number of tokens that the language model reads back, got {order}")
         self.order: int = order
         if prior.batch_shape or prior.prompt.dim() != 1:
             raise ValueError(f"prior: expected one prompt, got the batch shape {tuple(prior.batch_shape)}")
@@ -130,7 +166,7 @@ class Markov:
         if prior.stop_strings is not None:
             raise ValueError("prior: a stop string reads several tokens of the text; use Enumeration or SMC")
         if prior.tools:
-            raise ValueError("prior: a tool reads the whole text, so that it is not Markov; use Enumeration or SMC")
+            raise ValueError("prior: a tool reads the whole text, so it is not Markov; use Enumeration or SMC")
         if factor.next.shape[1] != prior.lm.vocab_size:
             raise ValueError(f"factor: it reads {factor.next.shape[1]} tokens, the model has {prior.lm.vocab_size}")
         self.prior, self.factor = prior, factor
@@ -155,12 +191,16 @@ class Markov:
 
     @property
     def log_evidence(self) -> Tensor:
-        """log Z = log E_prior psi, in nats."""
+        """The log evidence, log Z = log E_prior psi, in nats."""
         return self.log_beta[0, 0, 0]
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Exact posterior draws, (n, *event), by forward sampling. Raises ValueError where Z = 0."""
+        """Exact draws from the posterior, (n, *event), by forward sampling.
+
+        :param n: how many.
+        :raises ValueError: if Z = 0.
+        """
         law = self._next_token
         state = automaton = torch.zeros(n, dtype=torch.long)
         going = torch.ones(n, dtype=torch.bool)
@@ -174,7 +214,7 @@ class Markov:
 
     @cached_property
     def marginals(self) -> Tensor:
-        """P(token t is v), (*event, V), by forward-backward; the stop is a token too.
+        """The posterior probability that token t is v, (*event, V), by forward-backward; the stop counts as a token.
 
         Row t sums to the probability that the text has at least t tokens before its stop.
         """
@@ -192,26 +232,30 @@ class Markov:
         return torch.stack(rows)
 
     def log_psi(self, prefix: Tensor) -> Tensor:
-        """log E[psi(z) | z begins with prefix], (..., t) -> (...): the optimal twist of `SMC`."""
+        """log E[psi(z) | z begins with prefix], the optimal twist of `SMC`.
+
+        :param prefix: token ids, (..., t).
+        :returns: (...).
+        """
         stop, t = self.prior.stop, prefix.shape[-1]
         automaton, total = self.factor.read(prefix, stop)
         ended = torch.isin(prefix, stop).any(-1)
         state = torch.zeros_like(automaton)
         for token in prefix.unbind(-1):
-            state = self.next[state, token.clamp(min=0)]  # past the end it does not matter
+            state = self.next[state, token.clamp(min=0)]  # after the end the state is not used
         return total + torch.where(ended, self.factor.final[automaton], self.log_beta[t][state, automaton])
 
     @cached_property
     def _next_token(self) -> Tensor:
-        """p(next token | t, state, automaton state; psi), (width, S, A, V); even where nothing is possible."""
+        """p(next token | t, state, automaton state; psi), (width, S, A, V); uniform where no token is possible."""
         if self.log_evidence == -torch.inf:
-            raise ValueError("factor: it rules every text out; there is no posterior")
+            raise ValueError("factor: every text is impossible, so there is no posterior")
         dead = (self.log_beta[:-1] == -torch.inf)[..., None]
         return self.log_joint.masked_fill(dead, 0.0).softmax(-1)
 
     @torch.no_grad()
     def _states(self) -> tuple[Tensor, Tensor]:
-        """The states met from the prompt on, 0 first: their successors and logits, (S, V) each."""
+        """The successors and the logits of all states that the prompt leads to, (S, V) each; state 0 is the first."""
         lm, k = self.prior.lm, self.order
         V = lm.vocab_size
 
@@ -222,7 +266,7 @@ class Markov:
         known: dict[tuple[int, ...], int] = {state(start): 0}
         texts: list[tuple[int, ...]] = [()]
         following = []
-        for path in texts:  # breadth first: the list grows while it is read
+        for path in texts:  # breadth first: the loop appends to the list
             row = []
             for v in range(V):
                 longer = (*path, v)
@@ -240,13 +284,13 @@ class Markov:
         full = torch.tensor([len(key) == k for key in known])
         if bool(full.any()):
             keys = torch.tensor([key for key in known if len(key) == k], dtype=torch.long).view(int(full.sum()), k)
-            detour = torch.cat([keys.flip(0)[:, :1] if k else keys, keys], 1)  # another history, the same last k tokens
+            detour = torch.cat([keys.flip(0)[:, :1] if k else keys, keys], 1)  # other history, the same last k tokens
             if not torch.allclose(self._logits(detour, keys[:, :0]), logits[full], rtol=1e-3, atol=1e-3):
-                raise ValueError(f"order: the language model looks further back than {k} tokens")
+                raise ValueError(f"order: the language model reads further back than {k} tokens")
         return torch.tensor(following), logits
 
     def _logits(self, prompt: Tensor, after: Tensor) -> Tensor:
-        """The network's logits (S, V) once it has read the prompt and ``after`` (S, L)."""
+        """The network's logits (S, V) after the prompt and ``after`` (S, L)."""
         end = text.length(after)
-        value = text.cat(after, after.new_zeros(1))  # the last token stands for the one to come
+        value = text.cat(after, after.new_zeros(1))  # the last token is a placeholder for the next one
         return score(self.prior.lm, prompt, value, lambda logits, rows: logits[torch.arange(len(rows)), end[rows]])

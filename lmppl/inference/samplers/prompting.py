@@ -1,4 +1,4 @@
-"""Prompting: the answer of a language model that was asked, and not trained."""
+"""Prompting: the texts that a prompted language model writes, as a baseline without training."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from .importance import Importance
 
 
 class Prompting(Sampler):
-    r"""Draws of a guide as they are, all of the same weight: what a prompted language model answers.
+    r"""Draws from a guide with equal weights: the answers of a prompted language model, not corrected by the model.
 
     .. math:: z_n \sim q, \qquad w_n = \tfrac1N
 
-    The guide is a Pyro program that puts the question into a prompt; the model is never asked, so that there is no
-    estimate of the evidence (NaN), and the effective sample size, N, says nothing about the posterior.  A guide that
-    was trained may be asked in this way too.
+    Use it as a baseline.  The guide is a Pyro program that puts the question into a prompt; it may also be a trained
+    one.  The model is not scored: so ``log_evidence`` is NaN, and the effective sample size, which is N, says nothing
+    about the posterior.
 
-    :param model: a Pyro program.
-    :param guide: another, with the model's latent sites.
-    :param num_particles: N.
-    :param weighted: weigh the draws by the model after all, which is `Importance`.
-    :param max_plate_nesting: guessed where not given.
+    :param model: a Pyro program; its plates say which draws belong together.
+    :param guide: a Pyro program that samples the model's latent sites.
+    :param num_particles: N, the number of draws per plate element.
+    :param weighted: whether to weigh the draws by the model, which is `Importance`.
+    :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
 
-    ``run(*args)`` raises SiteMismatch where model and guide do not fit.
+    ``run(*args)`` passes its arguments to model and guide, and returns a `Posterior`.  It raises SiteMismatch if model
+    and guide do not fit together.
 
     Example::
 
@@ -63,18 +64,21 @@ class Prompting(Sampler):
 
     @property
     def density(self) -> Program:
-        """The program that answers."""
+        """The program that draws: the guide."""
         return self.guide
 
     @torch.no_grad()
     def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
-        """The particles for these arguments."""
+        """The draws for these arguments of model and guide.
+
+        :param num_particles: N for this call; None: the number given to the constructor.
+        """
         n = self.num_particles if num_particles is None else num_particles
         at_least(1, num_particles=n)
         if self.weighted:
             nesting = self.max_plate_nesting
             return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)
-        # The model's plates say which draws belong together; its densities are not asked for.
+        # The model's plates say which draws belong together; its densities are not computed.
         query = Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
         pair = query.run(Draw(), particles=n).matched()
         drawn, plates = pair.proposal, pair.plates(subsampling=True)
@@ -85,18 +89,19 @@ class Prompting(Sampler):
 
 
 def few_shot(template: str, examples: Sequence[tuple[Mapping[str, str], str]], separator: str = "\n\n") -> str:
-    """The template of a question that follows its like, each answered.
+    """A few-shot prompt: answered examples in front of the template of a question.
 
-    :param template: as in `LanguageModel.fill`, ending where the answer begins.
-    :param examples: pairs (the fields' texts, the answer).
-    :param separator: what stands between one and the next.
+    :param template: a template for `LanguageModel.fill` that ends where the answer begins.
+    :param examples: pairs of (a dict with a string for each field, the answer).
+    :param separator: the string after each example.
     :returns: a template with the same fields.
-    :raises ValueError: where there is no example, or one that lacks a field.
+    :raises ValueError: if there is no example, or one that lacks a field.
 
     Example::
 
-        template = few_shot("{x} ...{y} Middle:", [({"x": "I came.", "y": " I won."}, " I saw.")], separator="\\n")
-        lm.fill(template, x=x, y=y)
+        >>> few_shot("Q: {x} A:", [({"x": "1 + 1?"}, " 2")], separator=" ")
+        'Q: 1 + 1? A: 2 Q: {x} A:'
+        >>> prompt = lm.fill(few_shot("Q: {x} A:", [({"x": "1 + 1?"}, " 2")]), x=x)
     """
     if not examples:
         raise ValueError("examples: few-shot prompting needs at least one (fields, answer)")

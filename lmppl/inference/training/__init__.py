@@ -1,4 +1,4 @@
-"""What all that trains a guide shares: the loop, its checkpoints, numbers that change on the way."""
+"""What all trainers share: the loop, its checkpoints, and schedules."""
 
 from .loop import checkpoint
 from .loop.batches import Task

@@ -1,4 +1,4 @@
-"""Draws of a guide and their densities: what every baseline makes its loss of."""
+"""Draws of a guide and their densities, of which every baseline makes its loss."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Densities:
-    """Log-densities (particle, *kept) of particles; gradients flow through ``log_q`` alone."""
+    """Log-densities of particles, (particle, *kept); only ``log_q`` has a gradient."""
 
     log_p: Tensor  # log p(z, observed)
     log_prior: Tensor  # log p(z): the model's latent sites, unscaled
@@ -35,9 +35,9 @@ class Densities:
 
 
 class Drawn:
-    """Particles of a guide, which can be scored as often as its parameters change.
+    """Particles of a guide, which can be scored again after its parameters have changed.
 
-    :param values: what to score instead of fresh draws: latents and subsamples, particles leading.
+    :param values: values to score instead of fresh draws: latents and subsamples, particles leading.
     """
 
     def __init__(self, query: Query, num_particles: int, values: Values | None = None):
@@ -50,7 +50,7 @@ class Drawn:
     def densities(self) -> Densities:
         """One pass of the guide with gradient, one of the model without.
 
-        :raises SiteMismatch: where model and guide do not fit.
+        :raises SiteMismatch: where model and guide have different latent sites.
         """
         pair = self.query.at(self.values, particles=self.num_particles).matched()
         plates = pair.plates(subsampling=True)
@@ -67,7 +67,7 @@ class Drawn:
         return Densities(log_p, log_prior, log_q, plates)
 
     def log_q(self, plates: Plates) -> Tensor:
-        """The guide's log-densities (particle, *kept) as it now is, with gradient."""
+        """The guide's log-densities at its present parameters, (particle, *kept), with gradient."""
         guide = self.query.trace(self.query.proposal, Substitute(self.values), particles=self.num_particles)
         return self._each(log_density_of_latents(guide, plates), plates)
 
@@ -76,10 +76,10 @@ class Drawn:
 
 
 def log_likelihood(query: Query, values: Values) -> Tensor:
-    """log q (*kept) of given latent values, each as what proposes would draw it, with gradient; the model is not run.
+    """log q (*kept) of given latent values, with gradient; only the guide is run (without one, the model).
 
     :raises SiteMismatch: where a latent site of the guide has no value, or a value no site.
-    :raises ValueError: where a value is impossible under the guide, or a plate draws which observations it has.
+    :raises ValueError: where a value is impossible under the guide, or a plate subsamples its observations.
     """
     query = replace(query, model=query.proposal, guide=None)
     run = _told(query, query.model, values, "guide")
@@ -87,10 +87,10 @@ def log_likelihood(query: Query, values: Values) -> Tensor:
 
 
 def log_likelihoods(query: Query, values: Values) -> tuple[Tensor, Tensor]:
-    """log q with gradient and log p of given latent values, (*kept) each; p is of the model's latent sites, unscaled.
+    """log q with gradient and log p of given latent values, (*kept) each; p: the model's latent sites, unscaled.
 
     :raises SiteMismatch: where a latent site has no value, or a value no site.
-    :raises ValueError: where a value is impossible under model or guide, or a plate draws which observations it has.
+    :raises ValueError: where a value is impossible under model or guide, or a plate subsamples its observations.
     """
     guide = _told(query, query.proposal, values, "guide")
     with torch.no_grad():
@@ -101,29 +101,29 @@ def log_likelihoods(query: Query, values: Values) -> tuple[Tensor, Tensor]:
 
 
 def _told(query: Query, program: Program, values: Values, name: str) -> Trace:
-    """The program run at these values of its latent sites."""
+    """Runs the program at these values of its latent sites."""
     run = query.trace(program, Substitute(values), particles=1)
     latents = programs.latents(run)
     for site, node in run.nodes.items():
         if site_is_subsample(node) and (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
-            raise ValueError(  # another one in every run
-                f"{name}: the plate {site!r} draws which observations it has, so that nothing says whose the values "
-                "are; give the program batches, or the plate its subsample="
+            raise ValueError(  # every run has another subsample
+                f"{name}: the plate {site!r} subsamples its observations, so that it is unknown to which ones the "
+                "values belong; pass batches to the program, or subsample= to the plate"
             )
     for site in latents:
         if site not in values:
-            raise SiteMismatch(f"{name}: its latent site {site!r} has no value; there are values of {list(values)}")
+            raise SiteMismatch(f"{name}: its latent site {site!r} has no value; values are given for {list(values)}")
         fn = run.nodes[site]["fn"]
         given = values[site].shape[: values[site].dim() - len(fn.event_shape)]
         plates = zip(reversed(fn.batch_shape), reversed((1,) * len(fn.batch_shape) + tuple(given)), strict=False)
-        if any(size > 1 and had == 1 for size, had in plates):  # it would count for all of them
+        if any(size > 1 and had == 1 for size, had in plates):  # one value would count for all elements
             raise ValueError(
                 f"{name}: its site {site!r} needs a value for each element of its plates, {tuple(fn.batch_shape)}, got "
                 f"{tuple(given)}"
             )
     for site in values:
         if site not in run.nodes:
-            raise SiteMismatch(f"{name}: it has no site {site!r}, of which there is a value; it has {list(latents)}")
+            raise SiteMismatch(f"{name}: it has no site {site!r}, for which a value is given; it has {list(latents)}")
     return run
 
 

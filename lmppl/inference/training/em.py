@@ -1,4 +1,4 @@
-"""`VariationalEM`: latents inferred with the model frozen, then the model's parameters raised under them."""
+"""`VariationalEM`: infers latents with the model's parameters fixed, then raises the likelihood over the parameters."""
 
 from __future__ import annotations
 
@@ -29,48 +29,55 @@ MOST_HALVINGS = 40
 
 
 class VariationalEM(Trainer):
-    r"""Learns a model's own parameters theta together with the posterior of its latents.
+    r"""Learns the parameters theta of a model together with the posterior of its latents.
 
     .. math:: \log p_\theta(y) \ge E_q[\log p_\theta(z, y) - \log q(z)]
 
-    E-step: q approaches p(z | y) with theta frozen, by any algorithm of the package.  M-step: the optimiser climbs
+    E-step: q approaches p(z | y) with theta fixed, by any algorithm of the package.  M-step: the optimiser raises
 
     .. math:: Q(\theta) = \sum_i s_i \sum_n w_{ni} \log p_\theta(z_{ni}, y_i)
 
-    with the E-step's particles z and normalised weights w held; i runs over the kept plates, and an element of a
-    subsample counts :math:`s_i` = full size / size times.  Under an exact posterior the gradient is that of log p(y)
-    (Fisher's identity), and with ``backtrack=True`` too log p(y) never falls.
+    with the particles z and the normalised weights w of the E-step fixed.  i runs over the elements of the kept plates
+    (those that enclose every site); an element of a subsample counts :math:`s_i` = full size / size times.  With an
+    exact posterior the gradient of Q is that of log p(y) (Fisher's identity), and with ``backtrack=True`` log p(y)
+    never falls.
 
     :param model: a Pyro program with trainable parameters.
-    :param guide: what a training E-step trains; None: the E-step's own, if it has one.
-    :param e_step: a `Trainer` (`GFlowNet`, `ReweightedWakeSleep`, ...), updated ``e_steps`` times a round, whose guide
-        then proposes ``num_particles``; or any algorithm with ``.run(*args) -> Posterior`` (`Enumeration`, `SMC`,
-        `Importance`, `MetropolisHastings`).
-    :param m_optimizer: a torch optimiser over theta.  A likelihood and a guide on one base are two adapters of it.
-    :param m_steps: steps of it a round, on the same particles.
-    :param weighted: weigh a trained guide's particles by their importance, :math:`w_n \propto e^{u(z_n)}`: the default,
-        because then the M-step forgives what the guide has not learned yet (its gradient tends to that of log p(y) as N
-        grows, whatever q is), and where q is the posterior nothing changes.  False: w = 1/N as in Hu et al. 2024, the
-        gradient of the ELBO, for guides so far off that a single particle has all the weight.
-    :param backtrack: halve each step of the optimiser until Q does not fall; at worst nothing moves.
-    :param exact: an algorithm, as `Enumeration(model)`, whose evidence is logged as ``log_likelihood``.
-    :param clip: the largest gradient norm of the M-step; by default any.
-    :param max_particles: how many particles are scored at a time, which bounds the memory of the M-step.
-    :param max_plate_nesting: guessed where not given.
+    :param guide: the guide that a training E-step trains; None: the E-step's own, if it has one.
+    :param e_step: a `Trainer` (`GFlowNet`, `ReweightedWakeSleep`, ...), which makes ``e_steps`` updates a round and
+        whose guide then draws ``num_particles``; or any algorithm with ``.run(*args) -> Posterior`` (`Enumeration`,
+        `SMC`, `Importance`, `MetropolisHastings`).
+    :param m_optimizer: a torch optimiser over theta.  If likelihood and guide share one base network, give each its own
+        adapter.
+    :param e_steps: updates of a training E-step in a round.
+    :param m_steps: updates of theta in a round, on the same particles.
+    :param num_particles: how many particles a trained guide draws for each observation.
+    :param weighted: whether a trained guide's particles have importance weights, :math:`w_n \propto e^{u(z_n)}`.  Then
+        the M-step corrects for what the guide has not learned yet: its gradient tends to that of log p(y) as N grows,
+        whatever q is.  False: w = 1/N as in Hu et al. 2024, the gradient of the ELBO; for guides so far off that one
+        particle has all the weight.
+    :param backtrack: halve each step of the optimiser until Q does not fall; at worst theta stays.
+    :param exact: an algorithm, such as `Enumeration(model)`, whose log evidence is logged as ``log_likelihood``.
+    :param clip: the largest norm of the M-step's gradient; by default there is none.
+    :param max_particles: how many particles the M-step scores at a time; it bounds the memory.
+    :param max_plate_nesting: how many axes the plates of model and guide take; None: found from a run of both that
+        calls no network.
 
-    ``step`` is one round.  Its metrics are sums over the data, before the M-step: ``surrogate`` (Q), ``log_evidence``
-    (exact with `Enumeration`; of a guide's particles the importance-weighted bound), ``elbo`` (mean u over the guide's
-    draws, else ``log_evidence``), ``gap`` (``log_likelihood``, else ``log_evidence``, less ``elbo``), ``grad_norm``;
-    with ``backtrack`` the ``gain`` in Q and the ``halvings``; those of a training E-step, ``e_`` before their names.
-    What the E-step does not estimate is left out.  ``fit`` is that of `Trainer`: the learning rates of both optimisers
-    decay to zero, both are in the checkpoint.  A replay buffer of the E-step forgets its rewards by itself when theta
-    moves.
+    ``step`` is one round.  Its metrics are sums over the data before the M-step: ``surrogate`` (Q); ``log_evidence``
+    (exact with `Enumeration`; the importance-weighted bound with a trained guide); ``elbo`` (the mean of u over the
+    guide's draws, else ``log_evidence``); ``gap`` (``log_likelihood``, else ``log_evidence``, minus ``elbo``);
+    ``grad_norm``; with ``backtrack`` also ``gain``, that of Q, and ``halvings``.  The metrics of a training E-step have
+    the prefix ``e_``.  What the E-step does not estimate is left out.
 
-    :raises ValueError: where E-step and M-step would move each other's parameters, where theta has no part in the
-        model, and for a subsampled plate that does not enclose every site.
-    :raises FloatingPointError: where Q or its gradient is not finite; that step moves nothing.
+    ``fit`` is that of `Trainer`: the learning rates of both optimisers decay to zero, and both are in the checkpoint.
+    When theta changes, a replay buffer of the E-step discards its stored rewards.
 
-    Sources: Neal and Hinton 1998; Hu et al. 2024, Section 3.4; Burda et al. 2016 for the weights.
+    :raises ValueError: where E-step and M-step would change each other's parameters, where the model does not depend on
+        theta, and for a subsampled plate that does not enclose every site.
+    :raises FloatingPointError: where Q or its gradient is not finite; that step changes nothing.
+
+    Sources: Neal and Hinton 1998, "A view of the EM algorithm"; Hu et al. 2024, Section 3.4; Burda et al. 2016 for the
+    weights.
 
     Example::
 
@@ -115,13 +122,13 @@ class VariationalEM(Trainer):
                 _check(name, algorithm, model)
         own = getattr(e_step, "guide", None)
         if guide is not None and own is not None and guide != own:
-            raise ValueError("guide: it is another than the one that e_step was built with")
+            raise ValueError("guide: it differs from the guide that e_step was built with")
         counts = dict(e_steps=e_steps, m_steps=m_steps, num_particles=num_particles, max_particles=max_particles)
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name}: must be at least 1, got {count}")
         if not weighted and not isinstance(e_step, Trainer):
-            raise ValueError("weighted: only the particles of a trained guide can go without their weights")
+            raise ValueError("weighted: False is possible only where e_step is a Trainer")
         super().__init__(
             model, guide or own or model, optimizer=m_optimizer, clip=clip, max_plate_nesting=max_plate_nesting
         )
@@ -131,7 +138,12 @@ class VariationalEM(Trainer):
         self.weighted, self.backtrack = weighted, backtrack
 
     def update(self, query: Query, step: int) -> dict[str, float]:
-        """One round: the E-step's updates if it trains, its posterior, the M-step."""
+        """One round: the updates of a training E-step, its posterior, and the M-step.
+
+        :param query: model, guide and a batch.
+        :param step: the number of the round, from 0.
+        :returns: the metrics of the round.
+        """
         metrics: dict[str, float] = {}
         called = self._called(query)
         sketch = self._sketch(called)
@@ -151,25 +163,25 @@ class VariationalEM(Trainer):
         return metrics | self._ascend(surrogate, parameters_of(sketch))
 
     def _sketch(self, query: Query) -> Trace:
-        """The model's sites with its plates subsampled, the network not asked; checks who moves what on the way."""
+        """The model's trace on its subsamples, without a call of the network; checks who changes which parameters."""
         pair = query.sketch(particles=1)
         q, p = pair.proposal, pair.model
         if isinstance(self.e_step, Trainer):
             theta, phi = _ids(self.parameters), _ids(self.e_step.parameters)
             if (theta & phi) | (theta & _ids(parameters_of(q))):
                 raise ValueError(
-                    "m_optimizer: it holds parameters of the guide, so that the M-step would move q; give the "
+                    "m_optimizer: it holds parameters of the guide, so that the M-step would change q; give the "
                     "likelihood an adapter of its own: lm.with_adapter(config)"
                 )
             if phi & _ids(parameters_of(p)):
                 raise ValueError(
-                    "e_step: its optimizer holds parameters of the model, so that the E-step would move p; give the "
+                    "e_step: its optimizer holds parameters of the model, so that the E-step would change p; give the "
                     "guide an adapter of its own: lm.with_adapter(config)"
                 )
         return p
 
     def _infer(self, algorithm: Any, query: Query) -> Posterior:
-        """The algorithm's posterior for this model and, if it has one, this guide."""
+        """The algorithm's posterior for this model and, if the algorithm has a guide, this guide."""
         algorithm = on(algorithm, query.model, query.guide)
         if isinstance(algorithm, Trainer):
             algorithm = algorithm.sized(self.num_particles)
@@ -178,7 +190,7 @@ class VariationalEM(Trainer):
         return posterior
 
     def _evidence(self, posterior: Posterior, sketch: Trace, query: Query) -> dict[str, float]:
-        """Bounds and estimates of log p(y), summed over the data; what is undefined is left out."""
+        """Bounds and estimates of log p(y), summed over the data; undefined ones are left out."""
 
         def total(x: Tensor) -> float:
             return distributed.total(x.sum().item() * subsampling(sketch, posterior.sites.plates))
@@ -218,7 +230,7 @@ class VariationalEM(Trainer):
 
     @torch.no_grad()
     def _halve(self, surrogate: Surrogate, value: float, before: list[Tensor]) -> tuple[float, int]:
-        """Halve the way from ``before`` until Q is at least ``value``; Q there, and how often that was."""
+        """Halves the step from ``before`` until Q is at least ``value``; returns this Q and the number of halvings."""
         way = [p - old for p, old in zip(self.parameters, before, strict=True)]
         for halvings in range(MOST_HALVINGS):
             found = distributed.total(surrogate.value(self.max_particles))
@@ -233,12 +245,17 @@ class VariationalEM(Trainer):
     # -- as a Trainer --------------------------------------------------------------------------------------------------
 
     def watch(self, query: Query, optimizer: str = "m_optimizer") -> None:
-        """Refuse an E-step's optimiser as the E-step does, and an M-step's that holds a part only of what is to learn.
+        """Refuses a wrong optimiser of the E-step, and an M-step's that holds only a part of what is learned.
 
-        Of an adapter of the model: all of it or nothing; of Pyro's parameters in the model: all.
+        The M-step's optimiser must hold all trainable parameters of an adapter of the model or none of them, and all of
+        Pyro's parameters in the model.
+
+        :param query: model, guide and the arguments that they are called with.
+        :param optimizer: what error messages call the M-step's optimiser.
+        :raises ValueError: with the names of the parameters.
         """
         with torch.no_grad(), torch.random.fork_rng():
-            self._sketch(query)  # refuses what both would move
+            self._sketch(query)  # refuses parameters that both would change
         if isinstance(self.e_step, Trainer):
             self.e_step.watch(query, "e_step: its optimizer")
         theta = _ids(self.parameters)
@@ -252,6 +269,7 @@ class VariationalEM(Trainer):
 
     @property
     def optimizers(self) -> list[Optimizer]:
+        """The M-step's optimiser, and those of a training E-step."""
         return [self.optimizer, *(self.e_step.optimizers if isinstance(self.e_step, Trainer) else [])]
 
     @property
@@ -264,12 +282,19 @@ class VariationalEM(Trainer):
         return self.e_step.arguments(batch, kwargs) if isinstance(self.e_step, Trainer) else batch
 
     def fit(self, batches: Any, steps: int, *, warmup: int = 0, **kwargs: Any) -> list[dict[str, float]]:
-        """``steps`` rounds, each on one batch; everything else as in `Trainer.fit`."""
+        """Makes ``steps`` rounds, each on one batch.
+
+        :param batches: as in `Trainer.fit`.
+        :param steps: how many rounds in all.
+        :param warmup: as in `Trainer.fit`; here 0 by default.
+        :param kwargs: the other arguments of `Trainer.fit`.
+        :returns: the metrics of every round.
+        """
         return super().fit(batches, steps, warmup=warmup, **kwargs)
 
     def on(self, model: Program, guide: Program | None = None) -> VariationalEM:
         other = super().on(model, guide)
-        if self.guide is self.model:  # it has none
+        if self.guide is self.model:  # there is no guide
             other.guide = model
         other.e_step = on(self.e_step, model, guide)
         return other
@@ -280,19 +305,34 @@ class VariationalEM(Trainer):
         return other
 
     def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
-        """The E-step's posterior given ``args``, under the model as it now is."""
+        """The E-step's posterior given these arguments, at the model's present parameters.
+
+        :param args: the arguments of model and guide.
+        :param num_particles: the number of particles; None: the E-step's own.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: a `Posterior`.
+        """
         draws = {} if num_particles is None else {"num_particles": num_particles}
         posterior: Posterior = self.e_step.run(*args, **draws, **kwargs)
         return posterior
 
     @property
     def accumulates(self) -> bool:
+        """False: `fit` does not accumulate batches, because a round makes several updates."""
         return False
 
     def evaluate(
         self, *args: Any, num_particles: int = 64, exact_sample: Any = None, **kwargs: Any
     ) -> dict[str, float]:
-        """The log evidence of these observations, and what a training E-step says of its guide."""
+        """The log evidence of these observations; for a training E-step also the figures of `Trainer.evaluate`.
+
+        :param args: the arguments of model and guide.
+        :param num_particles: draws of a trained guide.
+        :param exact_sample: as in `Trainer.evaluate`.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: ``held_out_log_evidence`` in nats, summed over the observations, and the metrics of
+            `Trainer.evaluate`.
+        """
         if not isinstance(self.e_step, Trainer):
             return {"held_out_log_evidence": distributed.total(self.run(*args, **kwargs).log_evidence.sum().item())}
         found = distributed.total(self.run(*args, num_particles=num_particles, **kwargs).log_evidence.sum().item())
@@ -311,7 +351,7 @@ class VariationalEM(Trainer):
 
     def _tasks(self, batches: Any) -> list[Task]:
         if isinstance(self.e_step, Trainer):
-            self.e_step._tasks(batches)  # whose replay buffer tells them apart
+            self.e_step._tasks(batches)  # its replay buffer needs to know them
         return super()._tasks(batches)
 
 

@@ -1,4 +1,4 @@
-"""`SGLD`: an optimiser whose parameters, after it has burned in, are samples of their posterior."""
+"""`SGLD`: an optimiser whose parameters, after a burn-in, are samples of their posterior."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch.optim import Optimizer
 
 
 class SGLD(Optimizer):
-    r"""Stochastic gradient Langevin dynamics: gradient steps with noise, samples of p(theta | data).
+    r"""Stochastic gradient Langevin dynamics: gradient steps with noise, which sample p(theta | data).
 
     .. math:: \theta \leftarrow \theta - \frac\eta2 \nabla U(\theta) + \sqrt{\eta T} \, \epsilon,
         \quad \epsilon \sim N(0, 1), \qquad
         U(\theta) = loss(\theta) + \frac{|\theta|^2}{2 \sigma^2}
 
-    The loss must be -log p(data | theta) in nats, summed over *all* data (a batch's, times how many batches there are),
-    not clipped and not a mean.  As eta goes to zero samples are the posterior's under the prior
-    :math:`N(0, \sigma^2)` of every parameter; at a fixed eta their variance is too large in the directions that the
-    data tell most of, by 1 / (1 - eta a / 4) in one of curvature a, and where eta a > 4 they diverge.
+    The loss must be -log p(data | theta) in nats, summed over *all* data (the loss of a batch times the number of
+    batches), neither clipped nor a mean.  As eta goes to zero, the samples are those of the posterior under the prior
+    :math:`N(0, \sigma^2)` of every parameter.  At a fixed eta their variance is too large where the data determine the
+    parameters best: by the factor 1 / (1 - eta a / 4) in a direction of curvature a.  Where eta a > 4 they diverge.
 
-    :param params: usually ``lm.trainable_parameters()``, an adapter's.
-    :param lr: eta.  With N(0, sigma^2) alone it takes about :math:`4 \sigma^2 / \eta` steps to forget a sample.
-    :param prior_scale: sigma.
-    :param temperature: T.  1: the posterior.  Below, its power 1 / T, a *cold* posterior: ten thousands of parameters
-        that ten labels say nothing of keep the posterior itself near its prior (Wenzel et al. 2020).
-    :raises ValueError: where one of them is not positive.
+    :param params: the tensors to sample, usually ``lm.trainable_parameters()``, those of an adapter.
+    :param lr: eta, the step size.  Under the prior alone it takes about :math:`4 \sigma^2 / \eta` steps until samples
+        are nearly independent.
+    :param prior_scale: sigma, the standard deviation of the prior.
+    :param temperature: T.  1 gives the posterior.  Less gives its power 1 / T, a *cold* posterior: the posterior of
+        tens of thousands of parameters given ten labels stays near the prior (Wenzel et al. 2020).
+    :raises ValueError: where one of the three numbers is not positive and finite.
 
-    Source: Welling and Teh 2011.
+    Source: Welling and Teh 2011, "Bayesian learning via stochastic gradient Langevin dynamics".
 
     Example::
 
@@ -50,7 +51,10 @@ class SGLD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of every parameter; one without a gradient follows its prior."""
+        """Makes one step of every parameter; a parameter without a gradient follows the prior alone.
+
+        :param closure: None; torch's interface has it.
+        """
         for group in self.param_groups:
             eta, sigma, noise = group["lr"], group["prior_scale"], math.sqrt(group["lr"] * group["temperature"])
             for theta in group["params"]:

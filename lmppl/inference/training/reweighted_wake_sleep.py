@@ -18,28 +18,31 @@ from .trainer import Trainer
 
 
 class ReweightedWakeSleep(Trainer):
-    r"""Trains the guide alone by the inclusive divergence, awake on the observations or asleep on dreams of the model.
+    r"""Trains the guide to minimise KL(p || q): on the observations (wake), on simulated data (sleep), or both.
 
     .. math:: \mathcal L_{wake} = -\sum_n w_n \log q(z_n), \qquad z_n \sim q, \qquad
               w_n = \frac{e^{u(z_n)}}{\sum_m e^{u(z_m)}}
     .. math:: \mathcal L_{sleep} = -\log q(z \mid y'), \qquad (z, y') \sim p
 
-    with the weights detached, for each element of the kept plates by itself; the loss is
-    ``wake * L_wake + sleep * L_sleep``, averaged over them.  The wake phase minimises KL(p(z | y) || q), with a bias of
-    order 1/N from normalising the weights; its gradient vanishes in expectation at the posterior, where all weights are
-    1/N.  An element in which every particle has weight zero teaches nothing.
+    The loss is ``wake * L_wake + sleep * L_sleep``, computed for each element of the kept plates (those that enclose
+    every site) and averaged over them; the weights are detached.  The wake phase minimises KL(p(z | y) || q), with a
+    bias of order 1/N because the weights are normalised.  Its gradient is zero in expectation at the posterior, where
+    all weights are 1/N.  An element in which every particle has weight zero contributes nothing.
 
-    :param model: a Pyro program; its parameters are left alone.
+    :param model: a Pyro program; its parameters are not changed.
     :param guide: a Pyro program with the model's latent sites.
     :param optimizer: a torch optimiser over the guide's trainable parameters.
-    :param num_particles: N.
-    :param wake: weight of the wake phase.
-    :param sleep: weight of the sleep phase.
-    :param simulate: called with the arguments of a step, it answers (arguments with a dreamt observation, the latent
-        values that made it); the sleep phase needs it, because the guide reads y among its arguments.  `dreams` makes
-        one where an observation *is* an argument.
-    :param clip: the largest gradient norm.
-    :param max_plate_nesting: guessed where not given.
+    :param num_particles: N, the draws of the guide for each observation.
+    :param wake: the weight of the wake phase, at least 0.
+    :param sleep: the weight of the sleep phase, at least 0.
+    :param simulate: a function called with the arguments of a step, which returns (arguments with a simulated
+        observation, the latent values that produced it).  The sleep phase needs it, because the guide reads y among its
+        arguments.  `dreams` makes one where each observation is an argument.
+    :param clip: the largest norm of the gradient.
+    :param max_plate_nesting: how many axes the plates of model and guide take; None: found from a run of both that
+        calls no network.
+
+    Metrics: "loss", "grad_norm"; "wake" and "ess" (the effective sample size as a share of N); "sleep".
 
     :raises ValueError: for weights that are negative or both zero, and for a sleep phase without ``simulate``.
 
@@ -47,7 +50,9 @@ class ReweightedWakeSleep(Trainer):
 
     Example::
 
-        ReweightedWakeSleep(model, guide, optimizer=optimizer, wake=0.5, sleep=0.5, simulate=dreams(model))
+        rws = ReweightedWakeSleep(model, guide, optimizer=optimizer, wake=0.5, sleep=0.5, simulate=dreams(model))
+        rws.fit(batches, steps=100)
+        posterior = rws.run(x, y)
     """
 
     def __init__(
@@ -66,9 +71,9 @@ class ReweightedWakeSleep(Trainer):
         super().__init__(model, guide, optimizer=optimizer, clip=clip, max_plate_nesting=max_plate_nesting)
         at_least(1, num_particles=num_particles)
         if wake < 0 or sleep < 0 or wake + sleep == 0:
-            raise ValueError(f"wake, sleep: weights must not be negative nor both zero, got {wake} and {sleep}")
+            raise ValueError(f"wake, sleep: weights must not be negative or both zero, got {wake} and {sleep}")
         if sleep > 0 and simulate is None:
-            raise ValueError("simulate: the sleep phase needs a function that dreams observations, see `dreams`")
+            raise ValueError("simulate: the sleep phase needs a function that simulates observations, see `dreams`")
         self.num_particles, self.wake, self.sleep, self.simulate = num_particles, wake, sleep, simulate
 
     def update(self, query: Query, step: int) -> dict[str, float]:

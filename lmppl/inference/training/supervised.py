@@ -21,31 +21,34 @@ Examples: TypeAlias = Callable[..., tuple[tuple[Any, ...], Mapping[str, Tensor]]
 
 
 class SupervisedFineTuning(Trainer):
-    r"""Trains the guide on latents that somebody wrote down.
+    r"""Trains the guide by maximum likelihood on given latents.
 
     .. math:: \mathcal L = -\log q(z \mid x, y), \qquad (x, z, y) \text{ an example}
 
-    averaged over the guide's kept plates: the cross-entropy of whole texts, longer ones weighing more.  On exact draws
-    of the posterior it converges to it; on data it learns how the data were written, whatever the model says.
+    averaged over the guide's kept plates (those that enclose every site): the cross-entropy of whole texts, so that
+    longer texts weigh more.  On exact draws of the posterior the guide converges to the posterior.  On other data it
+    learns how they were written, independently of the model.
 
-    :param model: a Pyro program; not used in training, only in `run` and `evaluate`.
+    :param model: a Pyro program.  Training does not use it; `run` and `evaluate` do.
     :param guide: a Pyro program with the model's latent sites.
     :param optimizer: a torch optimiser over the guide's trainable parameters.
-    :param examples: called with a batch, it answers (arguments of model and guide, values of the latent sites); by
-        default the last item of a batch is the dict of values, and what comes before it are the arguments.  Values are
-        shaped as the guide would draw them, (*plates, ...), and texts end with their stop.
-    :param clip: the largest gradient norm.
-    :param max_plate_nesting: guessed where not given.
+    :param examples: a function called with a batch, which returns (arguments of model and guide, values of the latent
+        sites by site).  None: the last item of a batch is the dict of values, the items before it are the arguments.
+        Values have the shapes that the guide would draw, (*plates, *event), and texts end with their stop.
+    :param clip: the largest norm of the gradient.
+    :param max_plate_nesting: how many axes the plates of model and guide take; None: found from a run of both that
+        calls no network.
 
-    ``held_out`` of `fit` and what `run` is asked about are arguments of the model, without latents.
+    ``held_out`` of `fit` and the arguments of `run` are arguments of the model, without latents.
 
     :raises ValueError: in a step, for latents without a value, values without a site, impossible values, and a plate
-        that draws which observations it has.
+        that subsamples its observations.
 
     Example::
 
         tuning = SupervisedFineTuning(model, guide, optimizer=optimizer)
         tuning.fit([(x, y, {"z": z})], steps=100, held_out=(x, y))
+        posterior = tuning.run(x, y)
         SupervisedFineTuning(model, guide, optimizer=optimizer, examples=lambda x, z, y: ((x, y), {"z": z}))
         SupervisedFineTuning(model, guide, optimizer=optimizer, examples=dreams(model))  # the sleep phase
     """
@@ -76,25 +79,28 @@ class SupervisedFineTuning(Trainer):
 def _last_is_values(*batch: Any, **kwargs: Any) -> tuple[tuple[Any, ...], Mapping[str, Tensor]]:
     if not batch or not isinstance(batch[-1], Mapping):
         raise ValueError(
-            "examples: the last item of a batch must be a dict of latent values, unless a function tells them apart"
+            "examples: the last item of a batch must be a dict of latent values, unless examples= is a function"
         )
     return batch[:-1], batch[-1]
 
 
 def dreams(model: Program) -> Examples:
-    r"""A function that runs the model forward, :math:`(z, y') \sim p`, and puts the dreamt y' in the place of y.
+    r"""A function that simulates the model, :math:`(z, y') \sim p`, and puts the simulated y' in the place of y.
 
-    It finds each observation among the arguments by identity: an observed site must observe an argument itself, as in
-    ``pyro.sample("y", ..., obs=y)`` of ``model(x, y)``.  A dreamt text is as long as the model lets it be under the
-    arguments given: with ``max_tokens=length(y), stop=None``, as long as the y that it takes the place of.  For several
-    dreams of each observation, repeat the arguments.
+    Use it as ``simulate`` of `ReweightedWakeSleep` or as ``examples`` of `SupervisedFineTuning`.  It finds each
+    observation among the arguments by identity: an observed site must observe an argument itself, as in
+    ``pyro.sample("y", ..., obs=y)`` of ``model(x, y)``.  A simulated text may be as long as the model allows under
+    these arguments: with ``max_tokens=length(y), stop=None`` it is as long as y.  For several simulations of each
+    observation, repeat the arguments.
 
-    :raises ValueError: when called, where an observation is no argument, or the model has a factor: that has no forward
-        run.
+    :param model: a Pyro program.
+    :returns: a function of the model's arguments that returns (arguments with y' for y, latent values by site).
+    :raises ValueError: when called, where an observation is not an argument, or the model has a factor, which cannot be
+        simulated.
 
     Example::
 
-        (x, dreamt), values = dreams(model)(x, y)
+        (x, simulated), values = dreams(model)(x, y)
     """
 
     @torch.no_grad()
@@ -111,8 +117,8 @@ def dreams(model: Program) -> Examples:
             where = [i for i, arg in enumerate(args) if arg is node["infer"]["obs"]]
             if not where:
                 raise ValueError(
-                    f"simulate: what the site {name!r} observes is none of the arguments, or it is a factor, which has "
-                    "no forward run; write a function of your own"
+                    f"simulate: what the site {name!r} observes is none of the arguments, or it is a factor, which "
+                    "cannot be simulated; write a function of your own"
                 )
             for i in where:
                 dreamt[i] = node["value"]

@@ -1,4 +1,4 @@
-"""What the M-step climbs: the expected log joint of particles that are held."""
+"""What the M-step maximises: the expected log joint of fixed particles."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Surrogate:
 
     @classmethod
     def of(cls, query: Query, posterior: Posterior, log_weights: Tensor, scale: float) -> Surrogate:
-        """The particles of weight zero left out: the others first, then repeats of the heaviest, at weight zero.
+        """Leaves out particles of weight zero: the others come first, then repeats of the heaviest, with weight zero.
 
-        A repeat's log p is finite, so that weight zero gives gradient zero and never NaN.
+        The log p of a repeat is finite, so that weight zero gives gradient zero and never NaN.
         """
         weights = log_weights.softmax(0).masked_fill(log_weights.amax(0) == -torch.inf, 0.0)
         weights, order = weights.sort(0, descending=True)
@@ -57,11 +57,11 @@ class Surrogate:
 
     @torch.no_grad()
     def value(self, size: int) -> float:
-        """Q at the parameters as they now are."""
+        """Q at the present parameters."""
         return sum(term.item() for term in self._terms(size))
 
     def backward(self, parameters: list[Tensor], size: int) -> float:
-        """Add the gradient of -Q to these parameters' ``.grad``, and to nothing else's; Q.
+        """Adds the gradient of -Q to the ``.grad`` of these parameters and of no others; returns Q.
 
         :raises ValueError: where Q does not depend on any of them.
         """
@@ -76,14 +76,14 @@ class Surrogate:
 
 
 def subsampling(trace: Trace, plates: Plates) -> float:
-    """full size / size of the kept plates: how often each of their elements counts."""
+    """Full size / size of the kept plates: how often each of their elements counts."""
     frames = {f.name: f for node in programs.scored(trace).values() for f in node["cond_indep_stack"]}
     return math.prod((frames[name].full_size or frames[name].size) / frames[name].size for name in plates.names)
 
 
 @contextmanager
 def frozen_but(parameters: list[Tensor], free: list[Tensor]) -> Iterator[None]:
-    """No graph is built for parameters other than ``free``."""
+    """Builds no graph for the parameters that are not among ``free``."""
     own = {id(p) for p in free}
     frozen = [p for p in parameters if p.requires_grad and id(p) not in own]
     for p in frozen:

@@ -1,4 +1,4 @@
-"""`Trainer`: what every algorithm that trains a guide shares; each says only how to make one update."""
+"""`Trainer`: what every algorithm that trains a guide shares.  A subclass defines one update."""
 
 from __future__ import annotations
 
@@ -48,21 +48,42 @@ logger = logging.getLogger("lmppl")
 
 
 class Trainer(Sampler, ABC):
-    """Updates a guide's parameters; owns the loop, the clipping, the log, the checkpoints and the count of tokens.
+    r"""Trains the parameters of a guide: the base class of `GFlowNet` and all other trainers.
+
+    .. math:: q(z) \to p(z \mid y), \qquad u(z) = \log p(z, y) - \log q(z)
+
+    A subclass defines one update from one batch, `update`.  `fit` makes many, with a learning-rate schedule, clipping,
+    a log and checkpoints.  `run` then returns the posterior, by importance sampling from the trained guide.
 
     :param model: a Pyro program.
-    :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param optimizer: a torch optimiser over all of them, and nothing of the model; what is not to train is frozen,
-        ``parameter.requires_grad_(False)``.
-    :param clip: the largest gradient norm.
-    :param max_plate_nesting: guessed where not given.
+    :param guide: a Pyro program with the model's latent sites.
+    :param optimizer: a torch optimiser over all trainable parameters of the guide, and over none of the model.  Freeze
+        what is not to be trained: ``parameter.requires_grad_(False)``.
+    :param clip: the largest norm of the gradient of an update; a larger gradient is scaled down to it.
+    :param max_plate_nesting: how many axes the plates of model and guide take; None: found from a run of both that
+        calls no network.
 
-    ``training_tokens`` counts the tokens that its steps have sent through the network; ``history`` has the metrics of
-    every step of the last `fit`, also of one that an exception has ended.
+    Attributes: ``training_tokens``, the number of tokens that all steps so far have sent through the network, and
+    ``history``, the metrics of every step of the last `fit` (of one that an exception has ended, too).
+
+    :raises ValueError: for a ``clip`` that is not positive and an optimiser that cannot step by itself (LBFGS); in
+        `step` and `fit`, where the optimiser holds parameters of the model, or not all of the guide's.
+
+    Example::
+
+        class Simple(Trainer):
+            def update(self, query, step):
+                model, guide, args, kwargs = query.given
+                loss = VarGrad(num_particles=8).differentiable_loss(model, guide, *args, **kwargs)
+                return {"loss": loss.item(), "grad_norm": self.descend(loss)}
+
+        trainer = Simple(model, guide, optimizer=optimizer)
+        trainer.fit(batches, steps=100)
+        posterior = trainer.run(x, y, num_particles=64)
     """
 
     guide: Program
-    draws = 64  # particles of an answer, see `sized`
+    draws = 64  # particles of a posterior, see `sized`
 
     def __init__(
         self,
@@ -81,32 +102,42 @@ class Trainer(Sampler, ABC):
         self.max_plate_nesting = max_plate_nesting
         self.training_tokens = 0
         self.history: list[dict[str, float]] = []
-        self._steps = 0  # taken by `step`, one by one: what schedules are asked about
+        self._steps = 0  # updates made by `step`: the argument of schedules
         self._networks: dict[Programs, list[Any]] = {}
         self._dims: dict[Programs, int] = {}
-        self._unchecked: Owners | None = None  # until the optimiser is seen to hold what a loss reaches
-        self._watched: dict[Programs, frozenset[int]] = {}  # with which of Pyro's parameters
+        self._unchecked: Owners | None = None  # None once the optimiser is known to hold what a loss reaches
+        self._watched: dict[Programs, frozenset[int]] = {}  # and the ids of Pyro's parameters then
         self._descent = Descent()
-        self._alike = False  # whether all processes are known to have the same parameters
+        self._alike = False  # whether all processes have the same parameters
 
     @abstractmethod
     def update(self, query: Query, step: int) -> dict[str, float]:
-        """One update of the parameters; its metrics, "loss" among them.
+        """Makes one update of the parameters.  Subclasses define it.
 
-        ``query.args`` are a batch; what model and guide are called with is `arguments` of it.
+        :param query: model, guide and a batch, ``query.args``; `arguments` of the batch is what model and guide are
+            called with.
+        :param step: the number of the update, from 0.
+        :returns: the metrics by name, numbers, "loss" among them.
         """
 
     def arguments(self, batch: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """Of a batch, what model and guide are called with."""
+        """The arguments of model and guide in a batch.
+
+        :param batch: an item of the ``batches`` of `fit`.
+        :param kwargs: the keyword arguments of `step`.
+        :returns: the batch, unless a subclass has batches that hold more.
+        """
         return batch
 
     def descend(self, loss: Tensor) -> float:
-        """One step of the optimiser down this loss; the norm of its gradient before clipping.
+        """Makes one step of the optimiser that lowers this loss.
 
-        In a `fit` that accumulates, down the mean of the losses of several batches: NaN until the last one.
+        In a `fit` with ``accumulate=k`` it lowers the mean of the losses of k batches, at the last of them.
 
-        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then as before.
-        :raises ValueError: where the optimiser does not hold what the loss reaches.
+        :param loss: a scalar with gradient.
+        :returns: the norm of the gradient before clipping; NaN for a batch that only adds its gradient.
+        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then unchanged.
+        :raises ValueError: where the optimiser does not hold all parameters that the loss reaches.
         """
         if self._unchecked is not None:
             self._unchecked.check_loss(loss, self.parameters)
@@ -115,17 +146,18 @@ class Trainer(Sampler, ABC):
 
     @property
     def accumulates(self) -> bool:
-        """Whether an update may be of several batches: whether `update` calls `descend` once."""
+        """Whether `fit` may make one update of several batches: whether `update` calls `descend` once."""
         return True
 
     def watch(self, query: Query, optimizer: str = "optimizer") -> None:
-        """Refuse an optimiser that holds parameters of the model, or not all of the guide's; the next loss tells more.
+        """Refuses an optimiser that holds parameters of the model, or not all of the guide's.
 
-        Of another task's guide than the trainer's own, a warning says what is not held.
+        The next loss is checked, too.  For another task's guide than the trainer's own, a warning names what the
+        optimiser does not hold.
 
-        ``query.args`` are what model and guide are called with; ``optimizer`` is what a message calls it.
-
-        :raises ValueError: with their names.
+        :param query: model, guide and the arguments that they are called with.
+        :param optimizer: what error messages call the optimiser.
+        :raises ValueError: with the names of the parameters.
         """
         owners = Owners.of(query)
         owners.check_target(self.parameters, optimizer)
@@ -137,45 +169,48 @@ class Trainer(Sampler, ABC):
                 raise
             logger.warning("a task does not train: %s", error)
             return
-        sharded = any(distributed.is_sharded(p) for p in self.parameters)  # autograd knows these by what is gathered
+        sharded = any(distributed.is_sharded(p) for p in self.parameters)  # autograd sees the gathered ones
         self._unchecked = None if sharded else owners
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the optimiser holds."""
+        """The tensors that the optimiser holds."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """All whose learning rates `fit` schedules and whose state it saves."""
+        """All optimisers whose learning rates `fit` schedules and whose state it saves."""
         return [self.optimizer]
 
     @property
     def density(self) -> Program:
-        """The program whose density approximates the posterior."""
+        """The program whose density approximates the posterior: the guide."""
         return self.guide
 
     def step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """One update on the observations ``args``; what there is to know of it.
+        """Makes one update, without the schedule, log and checkpoints of `fit`.
 
-        On several processes each has its part of them, as in `fit`.
+        On several processes each takes its part of the observations, as in `fit`.
 
-        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then as before.
+        :param args: a batch: what model and guide are called with, for most trainers.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: the metrics of the update, "loss" and "grad_norm" among them.
+        :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then unchanged.
         :raises ValueError: where the optimiser holds parameters of the model, or not all of the guide's.
         """
         self._steps += 1
         return self._counted(self._query(*args, **kwargs), self._steps - 1)
 
     def _query(self, *args: Any, **kwargs: Any) -> Query:
-        """Of the trainer's own programs."""
+        """The query of the trainer's own programs."""
         return Query(self.model, self.guide, args, kwargs, self.max_plate_nesting)
 
     def _called(self, query: Query) -> Query:
-        """Of a batch, the query with what model and guide are called with."""
+        """The query of a batch, with the arguments that model and guide are called with."""
         return replace(query, args=self.arguments(query.args, dict(query.kwargs)))
 
     def _counted(self, query: Query, step: int) -> dict[str, float]:
-        """`update` with this process's part of a batch, the tokens counted."""
+        """`update` with this process's part of a batch; counts the tokens."""
         query, both = replace(query, max_plate_nesting=self.max_plate_nesting), (query.model, query.guide)
         with distributed.shard(query.args, self._plate(query, self._called)) as own:
             query = replace(query, args=own)
@@ -194,7 +229,7 @@ class Trainer(Sampler, ABC):
             return distributed.average(metrics)
 
     def _held_out(self, args: tuple[Any, ...], draws: int, exact_sample: Any = None) -> dict[str, float]:
-        """`evaluate`, each process on its part."""
+        """`evaluate`, each process on its part of the observations."""
         dim = self._plate(self._query(*args), lambda query: replace(query, args=query.args[: len(args)]))
         given = () if exact_sample is None or distributed.world().size == 1 else (dict(exact_sample),)
         with distributed.shard((*args, *given), dim, few=True) as own:
@@ -202,12 +237,12 @@ class Trainer(Sampler, ABC):
             return distributed.average(self.evaluate(*own[: len(args)], num_particles=draws, **exact))
 
     def _judged(self, args: tuple[Any, ...]) -> dict[str, float]:
-        """`judge`, each process on its part."""
+        """`judge`, each process on its part of the observations."""
         with distributed.shard(args, self._plate(self._query(*args), lambda query: query), few=True) as own:
             return distributed.average(self.judge(*own))
 
     def _plate(self, query: Query, called: Callable[[Query], Query]) -> Callable[[tuple[Any, ...], Part], int]:
-        """What finds the axis of the observations' plate, once for each pair of programs."""
+        """A function that returns the axis of the observations' plate; it is found once for each pair of programs."""
         both = query.model, query.guide
 
         def dim(own: tuple[Any, ...], part: Part) -> int:
@@ -239,61 +274,74 @@ class Trainer(Sampler, ABC):
         trackers: Sequence[Any] | None = None,
         exact_sample: ExactSample | None = None,
     ) -> list[dict[str, float]]:
-        """``steps`` updates: the learning rate rises to what was set in ``warmup`` steps, then falls on a line to zero.
+        """Makes ``steps`` updates, with warm-up and decay of the learning rate, a log, checkpoints and a progress bar.
 
-        A step whose loss or gradient is not finite updates nothing: its metrics are the loss, NaN, and "skipped", 1
-        (in the log null and 1), and a warning says why.  `MOST_SKIPPED` of them in a row end the training.
+        A step whose loss or gradient is not finite updates nothing: its metrics are the loss, NaN, and "skipped", 1 (in
+        the log null and 1), and a warning gives the reason.  After `MOST_SKIPPED` such steps in a row training ends
+        with an error.
 
-        Started by `torchrun`, every process is given the same batches and takes its part of each one's observations,
-        the first axis of every argument; metrics and gradients are those of the whole batch, and the first process
-        alone writes and shows progress (``callback`` is called on all). See docs/scale.md, and docs/training.md for
-        every option.
+        After two steps it tells what all of them will cost, in tokens and time: above the progress bar, and to the
+        logger "lmppl" at the level INFO.  At the end a warning tells where the guide is not the posterior (most of the
+        last training draws were impossible; on ``held_out`` a small ESS, a large k-hat, or mass that the guide misses,
+        all in the log's last line), and what to try.
 
-        :param batches: tuples of arguments, taken in turn; a `DataLoader`, a torch `Dataset` of observations (shuffled,
-            and put together by torch's own collation), or anything else to iterate over, read again when it ends (an
+        When started by `torchrun`, give every process the same batches: each takes its part of the observations, the
+        first axis of every argument.  Metrics and gradients are those of the whole batch.  Only the first process
+        writes and shows progress; ``callback`` is called on all.  See docs/scale.md, and docs/training.md for every
+        option.
+
+        :param batches: tuples of arguments, taken in turn; a `DataLoader`; a torch `Dataset` of observations (shuffled,
+            and collated by torch's ``default_collate``); any other iterable, which is read again when it ends (an
             iterator cannot be); or a function of the step.  Or several ``(model, guide, batches)`` that share the
-            parameters, whose steps take turns.
-        :param warmup: at most half of the steps; without a say where there is a ``scheduler``.
+            parameters: these take turns, one step each.
+        :param steps: how many updates in all, those before the checkpoint that is resumed included.
         :param seed: each step draws from a generator seeded by (seed, step), so that a resumed run repeats an
-            uninterrupted one; the caller's generator is left as it was.
-        :param held_out: arguments on which the guide is judged every ``evaluate_every`` steps, see `evaluate`; its
-            ``verdict`` is "converged", "improving" or "suspect: ", and why.
-        :param log: a file that gets a JSON line every step; a resumed run cuts off what was not saved, so that its log
-            is that of an uninterrupted run.
-        :param checkpoint: a directory, written every ``checkpoint_every`` steps, at the beginning, at the end and on
-            SIGINT or SIGTERM (which then end the program; a second one does so at once), and resumed from where it
-            exists: with everything that the optimisers keep.  Other files in it are left alone.
-        :param callback: called with the step and its metrics before they are logged; what it adds to them (numbers,
-            strings, what JSON can hold) is logged too.  It ends the training by raising `StopTraining` (or
+            uninterrupted one.  The caller's generator is left unchanged.
+        :param warmup: steps in which the learning rate rises to the optimiser's, at most half of all; then it falls
+            linearly to zero.  Without effect where a ``scheduler`` is given.
+        :param held_out: the arguments of model and guide for validation: on them the guide is judged every
+            ``evaluate_every`` steps and at the last one, see `evaluate`.  The metric ``verdict`` is "converged",
+            "improving" or "suspect: " with the reason.
+        :param evaluate_every: steps between two evaluations.
+        :param log: a file that gets a JSON line for every step.  A resumed run first removes the lines after its
+            checkpoint, so that the log is that of an uninterrupted run.
+        :param checkpoint: a directory.  It is written at the beginning, every ``checkpoint_every`` steps, at the end,
+            and on SIGINT or SIGTERM (which then end the program; a second one ends it at once).  Where it holds a
+            checkpoint, training resumes from it, with all state of the optimisers.  Other files in it are left alone.
+        :param checkpoint_every: steps between two checkpoints.
+        :param progress: show steps, rate, time left and figures on standard error: a bar on a terminal and in a
+            notebook, else a plain line every ten seconds.
+        :param callback: a function of the step and its metrics, called before they are logged.  What it adds to them
+            (numbers, strings, what JSON can hold) is logged, too.  It ends training by raising `StopTraining` (or
             StopIteration): the step counts, its checkpoint is written, and `fit` returns.  After any other exception
-            the guide is as the step left it, and the metrics so far are in the log and in ``history``.
-        :param identity: what else the run is of, {"model": "infilling", ...}, numbers and strings.  A checkpoint is
-            taken up by a run of the same identity, trainer and settings, programs by their names, seed, data, language
-            model (base weights that do not train) and optimisers; by any other number of steps.
-        :param batch_size: observations a batch, where a Dataset has them; 8 by default.
-        :param scheduler: one of torch's (transformers' are) over the trainer's optimiser, or one for each of several,
-            stepped after every update, saved and restored; in place of the built-in warm-up and decay.
-        :param accumulate: k batches an update, whose gradient is their mean; a function of the step is then one of the
-            number of the batch.  Metrics are means, too.
+            the guide stays as the step left it, and the metrics so far are in the log and in ``history``.
+        :param identity: what else identifies the run, {"model": "infilling", ...}, numbers and strings.  A checkpoint
+            is resumed only by a run with the same identity, trainer and settings, names of programs, seed, data,
+            language model (base weights that are not trained) and optimisers.  The number of steps may differ.
+        :param batch_size: observations in a batch, where ``batches`` is a Dataset; None: 8.
+        :param scheduler: a learning-rate scheduler of torch (or transformers) over the trainer's optimiser, or one for
+            each of several, in place of the built-in warm-up and decay.  It is stepped after every update, saved and
+            restored.
+        :param accumulate: k: each update takes k batches, and its gradient is their mean; so are the metrics.  Where
+            ``batches`` is a function, its argument is then the number of the batch.
         :param stop: an `EarlyStopping`, or another function like ``callback``, called after it.
-        :param trackers: what shows the metrics, too: names that accelerate knows, ["tensorboard"], whose files go to a
-            folder "trackers" beside the log, or instances of its ``GeneralTracker``.
-        :param exact_sample: latents of ``held_out`` that are exact draws of its posterior, (*plates, ...) by site, the
-            ones that `simulate` drew it with for instance, or an exact `Posterior`: log Z is then bounded from above.
-        :returns: the metrics of every step run by this call.
+        :param trackers: where else to send the metrics: names that accelerate knows, ["tensorboard"], whose files go to
+            a folder "trackers" beside the log, or instances of its ``GeneralTracker``.
+        :param exact_sample: exact draws of the posterior of ``held_out``: latents (*plates, ...) by site, e.g. those
+            from which `simulate` drew the observations, or an exact `Posterior`.  They give an upper bound of log Z.
+        :returns: the metrics of every step made by this call.
 
-        After two steps it says what all of them will cost, in tokens and time: above the progress bar, and to the
-        logger "lmppl" at the level INFO.
-
-        At the end a warning says where the guide is not the posterior (most of the last training draws were impossible;
-        on ``held_out`` a small ESS, a large k-hat, or mass that the guide misses, all in the log's last line), and what
-        to try.
-
-        :raises ValueError: where checkpoint or log are of another run, damaged, or no such files (nothing is changed);
-            where there are no batches; where the optimiser holds parameters of the model, or not all of the guide's.
-        :raises FloatingPointError: where nothing was updated in `MOST_SKIPPED` steps in a row.
+        :raises ValueError: where checkpoint or log belong to another run, are damaged or are other files (nothing is
+            then changed); where there are no batches; where the optimiser holds parameters of the model, or not all of
+            the guide's.
+        :raises FloatingPointError: where `MOST_SKIPPED` steps in a row updated nothing.
         :raises ImportError: for a tracker that is not installed.
-        :raises LockedError: an OSError, where another process trains into them.
+        :raises LockedError: an OSError, where another process writes the same log or checkpoint.
+
+        Example::
+
+            history = gflownet.fit(batches, 1000, held_out=(x, y), log="run.jsonl", checkpoint="run")
+            history[-1]["held_out_sd_u"]  # zero at the posterior
         """
         is_integer(seed=seed)
         at_least(
@@ -309,8 +357,8 @@ class Trainer(Sampler, ABC):
                 raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
         if accumulate > 1 and not self.accumulates:
             raise ValueError(
-                f"accumulate: {type(self).__name__} as it is set makes several updates of one batch, each of its own "
-                "gradient; give larger batches instead"
+                f"accumulate: {type(self).__name__} with these settings makes several updates from one batch, each "
+                "with a new gradient; use larger batches instead"
             )
         held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         stops = Stops(callback, stop, held, held_out is not None)
@@ -347,11 +395,15 @@ class Trainer(Sampler, ABC):
         return self.history
 
     def judge(self, *args: Any) -> dict[str, float]:
-        """How near the guide is to the posterior of these observations, see `verdict.judge`."""
+        """Compares the guide with the posterior by more draws than `evaluate`; `fit` calls it at the end.
+
+        :param args: the arguments of model and guide.
+        :returns: ``held_out_khat``, ``held_out_missed`` and ``held_out_lacking``, see `loop.verdict.judge`.
+        """
         return judge(self._query(*args))
 
     def _refuse(self, tasks: list[Task], seed: int) -> None:
-        """Refuse a wrong optimiser before anything is written."""
+        """Refuses a wrong optimiser before anything is written."""
         with forked():
             for task in tasks:
                 seeded(seed, 0)
@@ -365,39 +417,68 @@ class Trainer(Sampler, ABC):
         return [Task(self.model, self.guide, batches)]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint must hold beside the optimiser and its parameters."""
+        """What a checkpoint must hold beside the optimiser and its parameters.
+
+        :returns: tensors by name, and a dict that JSON can hold.
+        """
         return {}, {}
 
     def restore(self, tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned.
+
+        :param tensors: the tensors by name.
+        :param own: the dict.
+        """
         return None
 
     def evaluate(
         self, *args: Any, num_particles: int = LOOK, exact_sample: ExactSample | None = None, **kwargs: Any
     ) -> dict[str, float]:
-        """How near the guide is to the posterior, from its own draws and half as many of the model's latents.
+        """Compares the guide with the posterior, from N draws of the guide and N/2 draws of the model's latents.
 
-        Means over observations, each name after ``held_out_``:
+        :param args: the arguments of model and guide.
+        :param num_particles: N, the draws of the guide.
+        :param exact_sample: exact draws of the posterior of these observations, as in `fit`; None: there are none.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: means over observations, the names beginning with ``held_out_``:
 
-        - ``sd_u``, zero at the posterior; ``ess``, of N; ``impossible``, the share of the guide's draws of reward zero;
-          ``khat``, the median of Pareto k-hat, absent where undefined;
-        - ``log_z`` in nats, too low on average, by the guide's draws; ``log_z_model``, likewise, by the model's;
-          ``log_z_above``, too high on average, and ``gap``, its distance from ``log_z``, where an exact draw of the
-          posterior is given;
-        - ``missed``, the share of the evidence that the model's draws find and the guide's do not, zero unless sure;
-        - ``length``, the mean number of tokens before the stop, ``stop``, the guide's mean probability of stopping
-          where its texts did stop; both over all texts, and absent where no latent text has a stop.
+            - ``sd_u``, the standard deviation of u, zero at the posterior; ``ess``, the effective sample size as a
+              share of N; ``impossible``, the share of the guide's draws whose reward is zero; ``khat``, the median of
+              Pareto k-hat, absent where it is undefined;
+            - ``log_z``, the log evidence in nats from the guide's draws, too low on average; ``log_z_model``, likewise
+              from the model's draws; with ``exact_sample`` also ``log_z_above``, too high on average, and ``gap``, its
+              distance from ``log_z``;
+            - ``missed``, the share of the evidence that the model's draws find and the guide's do not; zero unless
+              certain;
+            - ``length``, the mean number of tokens before the stop, and ``stop``, the guide's mean probability of
+              stopping where its texts stopped; both over all texts, and absent where no latent text has a stop.
+
+        Example::
+
+            found = gflownet.evaluate(x, y, num_particles=64)
+            found["held_out_sd_u"], found["held_out_log_z"]
         """
         return examine(self._query(*args, **kwargs), num_particles, exact_sample)
 
     def sized(self, num_particles: int) -> Self:
-        """The same trainer, whose answers have this many particles where `run` is not told otherwise."""
+        """The same trainer, whose `run` uses this many particles by default.
+
+        :param num_particles: at least 1.
+        :returns: a copy that shares model, guide and optimiser.
+        """
         at_least(1, num_particles=num_particles)
         other = copy.copy(self)
         other.draws = num_particles
         return other
 
     def run(self, *args: Any, num_particles: int | None = None, **kwargs: Any) -> Posterior:
-        """The posterior given ``args``, by importance sampling from the guide as it now is; 64 particles by default."""
+        """The posterior given these arguments, by importance sampling from the guide with its present parameters.
+
+        :param args: the arguments of model and guide.
+        :param num_particles: the number of particles; None: 64, or that of `sized`.
+        :param kwargs: keyword arguments of model and guide.
+        :returns: a `Posterior` with weighted particles.
+        :raises SiteMismatch: where model and guide have different latent sites.
+        """
         n, nesting = self.draws if num_particles is None else num_particles, self.max_plate_nesting
         return Importance(self.model, self.guide, n, max_plate_nesting=nesting).run(*args, **kwargs)

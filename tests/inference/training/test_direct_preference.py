@@ -127,10 +127,10 @@ def test_choices_go_with_the_observations_that_they_are_of():
     ]
     expected = sum(math.log1p(math.exp(-m)) for m in margin) / 2
     assert numbers.loss(a, b, subsample=indices) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="plate 'data' draws which observations"):
+    with pytest.raises(ValueError, match="plate 'data' subsamples its observations"):
         numbers.loss(a, b, subsample_size=2)
     tuning = SupervisedFineTuning(numbers.model, numbers.guide, optimizer=torch.optim.SGD([numbers.loc], lr=0.1))
-    with pytest.raises(ValueError, match="plate 'data' draws which observations"):
+    with pytest.raises(ValueError, match="plate 'data' subsamples its observations"):
         tuning.step({"z": a}, subsample_size=2)
 
 

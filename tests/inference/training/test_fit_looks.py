@@ -301,7 +301,7 @@ def test_a_resumed_run_gives_the_verdicts_of_an_uninterrupted_one(tmp_path):
 def test_wrong_exact_samples_are_refused():
     task = Task()
     fit = partial(task.gflownet().fit, [task.args], 1, **QUIET)
-    with pytest.raises(ValueError, match="exact_sample: it is one of the posterior of held_out="):
+    with pytest.raises(ValueError, match="exact_sample: it is a sample of the posterior of held_out="):
         fit(exact_sample={"z": task.args[0]})
     with pytest.raises(ValueError, match="exact_sample: expected a Posterior or the latent values"):
         fit(exact_sample=3, held_out=task.args)

@@ -186,15 +186,16 @@ def test_tokens_foretold_are_those_that_are_counted(said, accumulate):
     assert number(line[8]) == pytest.approx(trainer.training_tokens / 12, rel=0.05)
 
 
-def test_it_is_shown_above_the_bar_only_where_there_is_one(said, capsys):
+def test_it_is_shown_beside_the_progress_only_where_there_is_one(said, capsys):
     task = Task()
     task.gflownet(num_particles=4).fit([task.args], 4, progress=False)
-    assert capsys.readouterr().out == "" and len(said()) == 1
+    assert capsys.readouterr() == ("", "") and len(said()) == 1
     task.gflownet(num_particles=4).fit([task.args], 4)
     (line,) = said()
-    assert line.string in capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert out == "" and line.string in err.splitlines()
     task.gflownet(num_particles=4).fit([task.args], 2)  # nothing is left to be said of
-    assert said() == [] and "about" not in capsys.readouterr().out
+    assert said() == [] and "about" not in capsys.readouterr().err
 
 
 def test_a_rule_may_end_it_and_a_resumed_run_has_less_to_do(said, tmp_path):

@@ -1,4 +1,4 @@
-"""The exact posterior, by best-first search of the token tree."""
+"""The exact posterior by best-first search of the token tree."""
 
 from .enumeration import Enumerated, Enumeration
 

@@ -1,4 +1,4 @@
-"""Enumeration: the exact posterior, or as much of it as is asked for, with a certified interval for the evidence."""
+"""Enumeration: the exact posterior, or a chosen share of it, with a certified interval for the evidence."""
 
 from __future__ import annotations
 
@@ -30,26 +30,47 @@ from .token_tree import Texts, dtype_of, explore, most_probable
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Enumerated(Posterior):
-    """The posterior's support with its exact weights: `log_weights` are log p(z, observed), -inf at padding.
+    r"""The posterior of `Enumeration`: every value of the latents that was found, with its exact weight.
 
-    Plate elements with fewer values than the largest repeat their first value, at weight zero.
+    .. math:: \log w(z) = \log p(z, observed)
+
+    There are K particles, the distinct values.  Plate elements with fewer values than the largest are padded: they
+    repeat their first value, with weight zero.
+
+    :param values: the latent values by site, as in `Posterior`.
+    :param log_weights: log p(z, observed), (K, *plates); -inf at padding.
+    :param log_evidence: the log evidence of the values found, (*plates); exact if all were.
+    :param sites: plates, decoders and query of the program.
+    :param unexplored: the prior mass of all other values, (*plates); 0 if the enumeration is complete.
+    :param log_evidence_bounds: the certified lower and upper bound of the log evidence, (*plates) each.
+    :param log_prior: the log prior of each value, (K, *plates); -inf at padding.
+
+    Example::
+
+        exact = Enumeration(model).run(x, y)
+        exact.unexplored  # 0: complete
+        exact.log_prob(lm.encode(["a", "b"], stop="eos"))  # the exact log posterior of one text for each story
+        exact.table("z", index=0)[:5]
     """
 
-    unexplored: Tensor  # (*plates) prior mass of what is not in the support; 0 where the enumeration is complete
-    log_evidence_bounds: tuple[Tensor, Tensor]  # (*plates) each: the log evidence lies in between
-    log_prior: Tensor = field(repr=False)  # (K, *plates), -inf at padding
+    unexplored: Tensor
+    log_evidence_bounds: tuple[Tensor, Tensor]
+    log_prior: Tensor = field(repr=False)
 
     @property
     def khat(self) -> Tensor:
-        """NaN: these are no draws."""
+        """NaN, because the values are not draws."""
         return torch.full_like(self.log_evidence, torch.nan)
 
     def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
-        """Zero: these are no draws.  What the enumeration left out shows in ``log_evidence_bounds``."""
+        """Zero, because the values are not draws; ``log_evidence_bounds`` shows what was left out."""
         return torch.zeros_like(self._deviations(values, index)[0])
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """The evidence of one plate element and, where the enumeration is not complete, its bounds."""
+        """The log evidence of one plate element; for an incomplete enumeration also the unexplored mass and bounds.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found, left = {"log evidence": float(self.log_evidence[element])}, float(self.unexplored[element])
         if left > 0:
@@ -58,10 +79,13 @@ class Enumerated(Posterior):
         return found
 
     def log_prob(self, values: Mapping[str, Tensor] | Tensor) -> Tensor:
-        """The log posterior of given values of every latent site (of the only one, as a tensor).
+        """The exact log posterior of given values of the latent sites.
 
-        Values are shaped as in `samples`, (n, *plates, ...) -> (n, *plates), or without the leading axis.  A value
-        outside the support has -inf where the enumeration is complete and NaN where it is not: it was not looked at.
+        :param values: a dict of values by site, or a tensor if there is only one site.  Their shapes are those of
+            `samples`, (n, *plates, ...), or the same without the first axis.
+        :returns: (n, *plates), or (*plates).  A value that was not found has -inf if the enumeration is complete, and
+            NaN if not.
+        :raises ValueError: for values of other sites, and for shapes that do not fit.
         """
         names = list(self.samples)
         if isinstance(values, Tensor):
@@ -106,27 +130,37 @@ class Enumerated(Posterior):
 
 
 class Enumeration(Algorithm):
-    r"""The exact posterior, by best-first search of the prior's joint token tree.
+    r"""The exact posterior, by enumerating all latent values, the most probable of the prior first.
 
     .. math:: \log w(z) = \log p(z, observed), \qquad \log Z = \log \sum_z w(z)
 
-    Latent sites are taken in program order: a text site is searched token by token, the most probable prefix first; an
-    ordinary site with a finite support multiplies the values found so far.  Plate elements are searched separately.
+    Latent sites are taken in program order.  A text is searched token by token, the most probable prefix first; a site
+    with a finite support multiplies the values found so far.  Plate elements are searched separately.
 
-    :param model: a Pyro program, all of whose latent sites are discrete and lie in the kept plates only.
-    :param max_support: the most values kept for one plate element; the search of a text site gives up after expanding
-        8 times as many prefixes (10,000 at least), and says what it left out.
-    :param mass: how much of the prior to explore; 1: all of it.
-    :param factor_bound: an upper bound of the log of the product of the model's factors and continuous observations,
-        a number or (*plates); without it they may be anything, and the evidence has no upper bound.
-    :param max_plate_nesting: guessed where not given.
+    If the search is not complete, the result says what is missing: ``unexplored`` is the prior mass left out, and
+    ``log_evidence_bounds`` a certified interval of the log evidence.  With scales :math:`s \ge 1` on the latent sites
+    the rest adds at most :math:`e^{bound}\,unexplored^{\min s}` to the evidence, since
+    :math:`\sum p^s \le (\sum p)^s`; with s < 1 there is no bound.
 
-    The result's ``unexplored`` is the prior mass left out, ``log_evidence_bounds`` a certified interval: with scales
-    :math:`s \ge 1` on the latent sites what was left out adds at most :math:`e^{bound}\,unexplored^{\min s}`, since
-    :math:`\sum p^s \le (\sum p)^s`; with s < 1 it may add anything.
+    :param model: a Pyro program whose latent sites are all discrete, in no plates other than those that enclose every
+        latent, observation and factor.
+    :param max_support: the most values kept for one plate element.  The search of a text stops after 8 times as many
+        prefixes (at least 10,000).
+    :param mass: the share of the prior to explore, in (0, 1]; 1 is all of it.
+    :param factor_bound: an upper bound of the log of the product of the model's factors and continuous observations, a
+        number or (*plates).  None: there is none, and then a model that has them has no upper bound of the evidence.
+    :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
 
-    ``run(*args)`` raises ValueError for a latent site that is continuous or has an infinite support, a latent site in
-    a plate that does not enclose every site, and a subsampled plate of that kind.
+    ``run(*args)`` passes its arguments to the model, and returns `Enumerated`, a `Posterior` with exact weights.  It
+    raises ValueError for a latent site that is continuous or has an infinite support, for a latent site in a plate that
+    does not enclose every site, and for a subsampled plate of that kind.
+
+    Example::
+
+        exact = Enumeration(model).run(x, y)  # feasible for short texts
+        exact.log_evidence, exact.unexplored  # exact where nothing is unexplored
+        most = Enumeration(model, mass=0.9).run(x, y)  # only the most probable texts of the prior
+        low, high = most.log_evidence_bounds  # certified
     """
 
     def __init__(
@@ -147,7 +181,7 @@ class Enumeration(Algorithm):
 
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> Enumerated:
-        """The exact posterior for these arguments."""
+        """The exact posterior for these arguments of the model."""
         query = Query(self.model, None, args, kwargs, self.max_plate_nesting)
         sketch = query.trace(self.model, Sketch(), particles=1)
         plates = kept_plates([sketch], query.nesting, subsampling=False)
@@ -172,7 +206,7 @@ class Enumeration(Algorithm):
         log_weights = log_density(trace, plates, known=known | _observed_texts(trace, plates, real))
         for name, node in latents.items():
             if node["mask"] is not None:
-                # Masked: the site's density does not count, its values still come from the prior.
+                # A masked site's density does not count, but its values come from the prior.
                 log_prior = plates.reduce(support.log_probs[name])
                 log_weights = log_weights + log_prior - site_log_prob(node, plates, known[name], scaled=False)
         log_weights = log_weights.expand(1, *real.shape)[0].masked_fill(~real, -torch.inf)
@@ -193,14 +227,14 @@ class Enumeration(Algorithm):
         )
 
     def _rest(self, trace: Trace) -> Tensor | float:
-        """A bound of the log of everything but the latent sites: probabilities are at most 1."""
+        """An upper bound of the log of everything but the latent sites; 0 if all of it are probabilities."""
         if all(_is_probability(n) for n in programs.scored(trace).values() if n["is_observed"]):
             return 0.0
         return torch.inf if self.factor_bound is None else torch.as_tensor(self.factor_bound)
 
 
 class Support:
-    """Joint values of the latent sites met so far, for every plate element (*cell*), with their prior."""
+    """The joint values of the latent sites met so far, for every plate element (*cell*), with their prior."""
 
     def __init__(self, plates: Plates, device: torch.device | None = None):
         self.plates = plates
@@ -216,7 +250,7 @@ class Support:
         return len(self.log_joint)
 
     def extend(self, name: str, fn: Any, allowance: Tensor, max_support: int) -> None:
-        """Add a site: every value found so far goes on with each of its own."""
+        """Adds a site: combines every value found so far with each value of the site."""
         site = text_of(fn)
         if site is not None and site.stacked:
             raise ValueError(
@@ -232,7 +266,7 @@ class Support:
             event_dim, dtype = fn.event_dim, found[0].log_p.dtype
         sizes = torch.tensor([len(f.root) for f in found], device=log_root.device)
         size, cells = max(int(sizes.max()), 1), len(found)
-        row = torch.arange(size, device=log_root.device)[:, None]  # cells with fewer values repeat their first one
+        row = torch.arange(size, device=log_root.device)[:, None]  # cells with fewer values repeat their first value
         real = row < sizes  # (size, cells)
         filler = torch.where(real, row, 0).unbind(1)
         root, value, log_p, joint = (
@@ -252,14 +286,14 @@ class Support:
 
 
 def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
-    """Every root with every value of an ordinary site's finite support."""
+    """Every root combined with every value of a site with a finite support."""
     try:
         if not fn.has_enumerate_support:
             raise NotImplementedError
         support = fn.enumerate_support(expand=False)  # (S, 1, ..., *event)
     except NotImplementedError:
         raise ValueError(
-            f"site {name!r}: {type(fn).__name__} has no finite support, so that it cannot be enumerated; observe it, "
+            f"site {name!r}: {type(fn).__name__} has no finite support, so it cannot be enumerated; observe it, "
             "or use Importance or SMC"
         ) from None
     count, cells = len(support), log_root.shape[1]
@@ -277,7 +311,7 @@ def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_suppo
 
 
 def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Tensor]:
-    """log p of observed texts, (K, *plate axes), at real values only and those of one length together: far cheaper."""
+    """log p of observed texts, (K, *plate axes), without the padding, sorted by the prompts' lengths to save work."""
     known: dict[str, Tensor] = {}
     for name, node in programs.scored(trace).items():
         fn, value = node["fn"], node["value"]
@@ -303,7 +337,7 @@ def _observed_texts(trace: Trace, plates: Plates, real: Tensor) -> dict[str, Ten
 
 
 def _first_or(x: Tensor, index: Tensor) -> Tensor:
-    """``x[index]``; zeros where there is nothing at all."""
+    """``x[index]``; zeros if ``x`` is empty."""
     return x[index] if len(x) else x.new_zeros(len(index), *x.shape[1:])
 
 
@@ -319,7 +353,7 @@ def _refuse_other_plates(trace: Trace, plates: Plates) -> None:
 
 
 def _smallest_scale(latents: dict[str, Node], plates: Plates) -> float:
-    """min(s) over the latent sites; a masked site keeps its prior, s = 1."""
+    """min(s) over the latent sites; a masked site has s = 1, because its values follow the prior."""
     smallest = torch.inf
     for node in latents.values():
         s = float(torch.as_tensor(scale(node, plates), dtype=torch.float64).min())
@@ -328,5 +362,5 @@ def _smallest_scale(latents: dict[str, Node], plates: Plates) -> float:
 
 
 def _is_probability(node: Node) -> bool:
-    """Whether a site's density is a probability, at most 1."""
+    """Whether a site's density is a probability, so at most 1."""
     return not isinstance(node["fn"], Unit) and bool(node["fn"].support.is_discrete)

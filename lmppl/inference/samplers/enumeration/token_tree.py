@@ -1,8 +1,8 @@
-"""Best-first search of a text site's token tree: the most probable texts of a prior, and the mass of all the others.
+"""Best-first search of a text site's token tree: the most probable texts of a prior, and the mass of all others.
 
 A *node* is an unfinished text; its children are its continuations by one token.  The most probable nodes of all trees
-are expanded together, one network pass for each batch, so that after every pass the finished texts above the most
-probable node left are the most probable of all texts.
+are expanded together, with one pass of the network for each batch.  So after every pass, the finished texts that are
+more probable than every remaining node are the most probable of all texts.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from ...core.sites import Site, lm_of
 class Texts(NamedTuple):
     """The texts found for one plate element, the most probable first."""
 
-    root: Tensor  # (n,) which root each text continues
+    root: Tensor  # (n,) the root that each text continues
     value: Tensor  # (n, *event)
     log_p: Tensor  # (n,) log p(text | root), in double precision
-    joint: Tensor  # (n,) the same with the root's own log-probability
-    left_out: float  # the mass of all texts of these roots that are not among them
+    joint: Tensor  # (n,) the same plus the root's log-probability
+    left_out: float  # the mass of all other texts of these roots
 
 
 class Growth(NamedTuple):
-    """Children of expanded nodes: which node (an index into a tree's pool), by which token, at what joint log p."""
+    """Children of expanded nodes: the parent (an index into a tree's pool), the token, and the joint log p."""
 
     parent: Tensor
     token: Tensor
@@ -42,16 +42,16 @@ class Growth(NamedTuple):
 
 
 def dtype_of(site: Site) -> torch.dtype:
-    """Of the log-probabilities of a text."""
+    """The dtype of a text's log-probabilities."""
     lm = lm_of(site.fn)
     return torch.float64 if lm is None else torch.promote_types(lm.dtype, torch.float32)
 
 
 def explore(site: Site, log_root: Tensor, allowance: Tensor, max_support: int) -> list[Texts]:
-    """The texts of a text site for each plate element, until what is left out is within the ``allowance``.
+    """The texts of a text site for each plate element, found until the mass left out is within the ``allowance``.
 
-    The site's flattened batch is (K * cells); ``log_root`` (K, cells) is each root's log-probability (-inf: none);
-    ``allowance`` (cells) the mass that may be left out.
+    The site's flattened batch is (K * cells).  ``log_root`` (K, cells) is each root's log-probability, -inf for none;
+    ``allowance`` (cells) is the mass that may be left out.
     """
     network = Network(site) if isinstance(site.fn, Completion) else Stepped(site)
     cells = log_root.shape[1]
@@ -66,8 +66,8 @@ def explore(site: Site, log_root: Tensor, allowance: Tensor, max_support: int) -
 class Tree:
     """The token tree of one plate element.
 
-    Invariant: mass of all roots = finished texts + nodes waiting + pruned mass (+ dead ends of a constraint).
-    A node's tokens are those of its parent in the pool of expanded nodes, and one more (PAD for a root).
+    Invariant: mass of all roots = finished texts + waiting nodes + pruned mass (+ dead ends of a constraint).  A node's
+    tokens are those of its parent in the pool of expanded nodes, and one more (PAD for a root).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Tree:
         self.network, self.log_root, self.cell, self.cells = network, log_root, cell, cells
         self.allowance, self.max_support = allowance, max_support
         self.capacity = max(4 * max_support, TUNING.waiting // cells)
-        # Nodes below the floor are not kept, only their mass.  Lowered if that mass turns out to be needed.
+        # Of nodes below the floor only the mass is kept.  The floor is lowered if these nodes turn out to be needed.
         self.floor = math.log(allowance) + math.log(TUNING.least) if allowance > 0 else -math.inf
         self.capped = False
         self._start()
@@ -84,7 +84,7 @@ class Tree:
     def _start(self) -> None:
         device = self.log_root.device
         roots = (self.log_root > -torch.inf).nonzero()[:, 0]
-        self.row = roots * self.cells + self.cell  # (E,) pool: which row of the batch each expanded node continues
+        self.row = roots * self.cells + self.cell  # (E,) pool: the row of the batch that each expanded node continues
         self.prefix = torch.full((len(roots), self.network.limit), text.PAD, device=device)  # (E, W)
         self.depth = torch.zeros_like(roots)
         self.state = torch.zeros_like(roots)  # (E,) of the stop strings
@@ -98,7 +98,7 @@ class Tree:
 
     @property
     def finished(self) -> bool:
-        """Whether the rest is within the allowance, or the support is full: `max_support` texts beat every node."""
+        """Whether the rest is within the allowance, or `max_support` texts are more probable than every node."""
         log_p = self.waiting.log_p
         if not len(log_p) or self.full:
             return True
@@ -109,10 +109,10 @@ class Tree:
         return sum(int((d.log_p >= best).sum()) for d in self.done) >= self.max_support
 
     def take(self) -> Growth:
-        """Remove the most probable nodes from those waiting: what the allowance cannot cover, at least a few."""
+        """Removes the most probable waiting nodes: those that the allowance cannot cover, at least 64."""
         log_p, order = self.waiting.log_p.sort(descending=True)
         if self.allowance > 0:
-            beyond = log_p.exp().flip(0).cumsum(0).flip(0) + self.pruned  # mass that this node and all below it hold
+            beyond = log_p.exp().flip(0).cumsum(0).flip(0) + self.pruned  # the mass of this node and all after it
             needed = max(int((beyond > 0.5 * self.allowance).sum()), 64)
         else:
             needed = max(self.max_support // 4, 64)
@@ -122,7 +122,7 @@ class Tree:
         return nodes
 
     def expand(self, nodes: Growth) -> Tensor:
-        """Move nodes to the pool; their indices there."""
+        """Moves nodes to the pool; returns their indices there."""
         prefix, depth = self.prefix[nodes.parent], self.depth[nodes.parent]
         grown = (nodes.token != text.PAD).nonzero()[:, 0]
         prefix[grown, depth[grown]] = nodes.token[grown]
@@ -135,7 +135,7 @@ class Tree:
         return torch.arange(first, len(self.row), device=prefix.device)
 
     def add(self, growth: Growth) -> None:
-        """Sort children into finished texts, nodes worth keeping, and pruned mass."""
+        """Adds children, as finished texts or as waiting nodes."""
         depth = self.depth[growth.parent] + (growth.token != text.PAD)
         state = self.network.state(self.state[growth.parent], growth.token)
         over = self.network.is_over(self.row[growth.parent], growth.token, depth, state)
@@ -149,7 +149,7 @@ class Tree:
             self._start()
 
     def _forget(self) -> None:
-        """Too many nodes to hold: drop the less probable half, keeping its mass; it is not looked for again."""
+        """Drops the less probable half of the waiting nodes for good, to save memory; their mass is kept."""
         log_p, order = self.waiting.log_p.sort(descending=True)
         kept = self.capacity // 2
         self.pruned += float(log_p[kept:].exp().sum())
@@ -157,7 +157,7 @@ class Tree:
         self.waiting = Growth(*(x[order[:kept]] for x in self.waiting))
 
     def texts(self, log_root: Tensor) -> Texts:
-        """The finished texts: the most probable first, as many as the allowance asks for, at most `max_support`."""
+        """The finished texts, the most probable first: as many as the allowance needs, at most `max_support`."""
         done = Growth(*(torch.cat(parts) for parts in zip(*self.done, strict=True)))
         left = float(self.waiting.log_p.exp().sum()) + self.pruned
         kept, left = most_probable(done.log_p, self.allowance, self.max_support, left)
@@ -173,34 +173,34 @@ class Tree:
 
 
 class Next:
-    """What a text distribution says of the next token after many prefixes."""
+    """The next-token probabilities of a text distribution, for many prefixes at once."""
 
-    certain_stop = False  # the stop after the last token is certain: nothing to ask
+    certain_stop = False  # whether the stop after the last token is certain, so that the network is not needed
 
     def __init__(self, site: Site):
         self.site = site
         self.stop, self.strings = site.stops
         self.width, self.vocab_size = site.width, site.fn.vocab_size
         self.max_tokens = site.max_tokens.expand(site.shape).flatten()
-        self.limit = int(self.max_tokens.max())  # tokens of the longest prefix
+        self.limit = int(self.max_tokens.max())  # the length of the longest prefix
 
     @abstractmethod
     def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
-        """log p(v | prefix) for each node and token v, (n, V) in double precision; ``row`` of the flattened batch."""
+        """log p(v | prefix) of each node and token v, (n, V) in double precision; ``row`` is in the flattened batch."""
 
     def state(self, before: Tensor, token: Tensor) -> Tensor:
-        """The stop strings' states after one token more."""
+        """The states of the stop strings after one more token."""
         return before if self.strings is None else self.strings.after(before, token)
 
     def is_over(self, row: Tensor, token: Tensor, depth: Tensor, state: Tensor) -> Tensor:
-        """Whether texts of ``depth`` tokens, the last one ``token``, are finished."""
+        """Whether texts of ``depth`` tokens whose last is ``token`` are finished."""
         over = torch.isin(token, self.stop) if self.stop.numel() else torch.zeros_like(token, dtype=torch.bool)
         if self.certain_stop or not self.stop.numel():
             over = over | (depth >= self.max_tokens[row])
         return over if self.strings is None else over | self.strings.final[state]
 
     def with_stop(self, value: Tensor, last: Tensor, length: Tensor, state: Tensor) -> Tensor:
-        """The certain stop appended to texts that end without one."""
+        """Texts with the certain stop appended where it is missing."""
         if self.certain_stop:
             open_ended = last != self.stop[0]
             short = (open_ended if self.strings is None else open_ended & ~self.strings.final[state]).nonzero()[:, 0]
@@ -208,7 +208,7 @@ class Next:
         return value
 
     def grow(self, trees: list[Tree], batches: list[Growth]) -> list[Growth]:
-        """The children of a batch of nodes of each tree; those below a tree's floor are pruned."""
+        """The children of a batch of nodes of each tree; children below a tree's floor are pruned."""
         pools = [tree.expand(nodes) for tree, nodes in zip(trees, batches, strict=True)]
         sizes = [len(pool) for pool in pools]
         row = torch.cat([tree.row[pool] for tree, pool in zip(trees, pools, strict=True)])
@@ -216,7 +216,7 @@ class Next:
         depth = torch.cat([tree.depth[pool] for tree, pool in zip(trees, pools, strict=True)])
         log_p = torch.cat([nodes.log_p for nodes in batches])
         floor = torch.cat([log_p.new_full((n,), tree.floor) for n, tree in zip(sizes, trees, strict=True)])
-        # A pass over one tree's nodes shares its prompt; a few nodes are cheaper all together.
+        # The nodes of one tree share their prompt in a pass; few nodes are cheaper in one pass for all trees.
         groups = [len(row)] if len(row) <= TUNING.pooled else sizes
         found, lost, first = [], torch.zeros_like(log_p), 0
         for size in groups:
@@ -242,7 +242,7 @@ class Next:
 
 
 class Network(Next):
-    """That of a `Completion`, many prefixes in a pass."""
+    """Next-token probabilities of a `Completion`, many prefixes in one pass."""
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -250,18 +250,18 @@ class Network(Next):
         self.lm, self.rules = fn.lm, fn.rules(site.shape)
         batch = fn.prompt.shape[:-1]
         prompts = fn.prompt.reshape(batch.numel(), fn.prompt.shape[-1])
-        # An empty prompt gets its bos here: with a prefix behind it, it would not look empty.
+        # An empty prompt gets its bos here, because with a prefix after it, it would not look empty.
         self.prompts = prompts if self.lm.adds_bos else with_bos(self.lm, prompts)
-        # Which prompt each row of the flattened batch continues.
+        # The prompt that each row of the flattened batch continues.
         self.prompt = torch.arange(batch.numel(), device=fn.prompt.device).view(batch).expand(site.shape).flatten()
-        # With one stop and no constraint it is certain after the last token.
+        # A single stop without a constraint is certain after the last token.
         self.certain_stop = self.stop.numel() == 1 and self.rules.allowed is None
 
     def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
         depth, order = depth.sort(stable=True)  # so that passes hold texts of one length
         row, prefix = row[order], prefix[order]
         context = text.cat(self.prompts[self.prompt[row]], prefix)
-        next_token = context.new_zeros(1)  # stands for the token to come; its value does not matter
+        next_token = context.new_zeros(1)  # a placeholder for the next token; its value is not used
 
         def head(logits: Tensor, rows: Tensor) -> Tensor:
             own = logits[:, 0]  # (r, V)
@@ -280,7 +280,7 @@ class Network(Next):
 
 
 class Stepped(Next):
-    """That of any other text that is drawn token by token."""
+    """Next-token probabilities of any other text that is drawn token by token."""
 
     def log_probs(self, row: Tensor, prefix: Tensor, depth: Tensor) -> Tensor:
         result = torch.empty(len(row), self.vocab_size, dtype=torch.float64, device=prefix.device)
@@ -298,13 +298,13 @@ class Stepped(Next):
 def most_probable(log_p: Tensor, allowance: float, max_support: int, left: float = 0.0) -> tuple[Tensor, float]:
     """Indices of the fewest entries that leave out at most ``allowance``, most probable first, and the mass left out.
 
-    ``left`` is the mass that is out already.
+    ``left`` is mass that is left out already.
     """
     order = log_p.argsort(descending=True, stable=True)
     p = log_p[order].exp()
     n = len(order)
     if allowance > 0:
-        beyond = p.flip(0).cumsum(0).flip(0) + left  # left out if the list ended before this entry
+        beyond = p.flip(0).cumsum(0).flip(0) + left  # the mass left out if the list ended before this entry
         n = max(int((beyond > allowance).sum()), 1)
     n = min(n, max_support)
     return order[:n], left + float(p[n:].sum())

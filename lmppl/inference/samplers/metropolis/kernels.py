@@ -1,28 +1,27 @@
-r"""Metropolis kernels on latent texts: a proposal, and its acceptance, for all chains side by side.
+r"""Metropolis kernels on latent texts: a proposal and its acceptance, for all chains at once.
 
 A proposal z' of density :math:`k(z' \mid z)` is accepted with probability
 
 .. math:: \alpha = \min\Big(1, \frac{\pi(z')}{\pi(z)} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
 
-for every chain and element of the kept plates by itself.  From a state of probability zero everything is accepted.
+separately for every chain and element of the kept plates.  From a state of probability zero, everything is accepted.
 
-- *Regrowth* of one text site, the others held.  The text z has |z| tokens, its stop included; a cut t is uniform over
-  0 .. |z| - 1, and what follows z_1..z_t is drawn anew from q, the guide's site (the model's own without a guide).  At
-  the last cut the stop alone is redrawn.  Old and new text share the cut, so that
+- *Regrowth* changes one text site.  The text z has |z| tokens with its stop; a cut t is uniform over 0 .. |z| - 1, and
+  the tokens after z_1..z_t are drawn again from q, the guide's site (or the model's if there is no guide).  At the last
+  cut only the stop is drawn again.  Old and new text have the same cut, so that
 
   .. math:: \frac{k(z \mid z')}{k(z' \mid z)} =
       \frac{|z|}{|z'|} \cdot \frac{q(z_{>t} \mid z_{\le t})}{q(z'_{>t} \mid z_{\le t})}
 
-  is in detailed balance at each t, hence on average.  Texts of one site in plates that are not kept have a cut each and
-  move together: the ratio is a product over them.  A latent site that is no text is redrawn from q whole.
-- *Branch*: regrowth of one site, after which all latent sites that follow it in the program are drawn from q whole.
-  Old and new values share what comes before them, so that the ratio gets the factor q(z later) / q(z' later), each
-  under what it follows from.  Where a site says which others there are (a number of steps or of children), they change
-  together.
-- *Independence*: all latent sites are drawn from the guide, and the ratio is q(z) / q(z').
+  is in detailed balance for each t, and so on average.  Texts of one site in plates that are not kept have a cut each,
+  and move together: the ratio is a product over them.  A latent site that is no text is drawn again completely.
+- *Branch* is a regrowth of one site, after which all later latent sites of the program are drawn again from q.  Old and
+  new values share everything before them, so the ratio gets the factor q(z later) / q(z' later), each given the values
+  before it.  It is for sites that say which other sites exist (a number of steps or children): they change together.
+- *Independence* draws all latent sites from the guide; the ratio is q(z) / q(z').
 
-A text that the model masks does not count in p: it follows q.  Under importance weights it does so where the guide
-masks it too, and has the weight 1 / q where it does not.
+A text that the model masks does not count in p, and follows q.  Importance weights treat it in the same way if the
+guide masks it too; if the guide does not, they give it the weight 1 / q.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ class Density(NamedTuple):
         return self.prior + self.likelihood
 
     def tempered(self, beta: Tensor) -> Tensor:
-        """log of prior x likelihood^beta; ``beta`` (chain, 1, ..), and 0^0 = 1."""
+        """log of prior x likelihood^beta, with 0^0 = 1; ``beta`` (chain, 1, ..)."""
         return self.prior + torch.where(beta == 0, 0.0, beta * self.likelihood)
 
     def where(self, accepted: Tensor, other: Density) -> Density:
-        """This density where ``accepted`` (chain, *kept), else the other's."""
+        """This density where ``accepted`` (chain, *kept) is true, the other elsewhere."""
         return Density(*(torch.where(accepted, a, b) for a, b in zip(self, other, strict=True)))
 
 
@@ -74,24 +73,24 @@ class Proposal:
     density: Density
     log_ratio: Tensor  # (chain, *kept)
     plates: Plates
-    log_q: Tensor | None = None  # (chain, *kept) of all latent values, where it is known
+    log_q: Tensor | None = None  # (chain, *kept) of all latent values, if it is known
 
 
 class Redraw(Messenger):
-    """Draws one latent site anew given the others: a text from a uniform cut on, anything else whole."""
+    """Draws one latent site again: the tokens of a text after a uniform cut, any other site completely."""
 
     def __init__(self, site: str, old: Tensor):
         super().__init__()
         self.site, self.old = site, old
         self.log_ratio = torch.zeros(())  # (chain, *plate axes): log k(old | new) - log k(new | old)
-        self.known: Values = {}  # log q(new), where it comes for free
+        self.known: Values = {}  # log q(new), if drawing computes it
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] != self.site:
             return
         site, fn = text_of(msg["fn"]), msg["fn"]
         if site is not None and site.regrowable:
-            count = text.length(self.old)  # (chain, *plate axes, *stacked), the stop included
+            count = text.length(self.old)  # (chain, *plate axes, *stacked), with the stop
             keep = (randomness.uniform(count.shape, device=count.device) * count).long()
             keep = keep.minimum(count - 1).clamp(min=0)
             new, log_new = site.regrow(self.old, keep)
@@ -108,10 +107,10 @@ class Redraw(Messenger):
 
 
 def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str, later: Collection[str] = ()) -> Proposal:
-    """Propose new endings for the texts of ``site``, or new values where they are no texts; the other sites held.
+    """Proposes new ends for the texts of ``site``, or new values if it is no text; the other sites are fixed.
 
-    The sites ``later``, all that follow it or none, are drawn anew.  Here and below, ``n`` is how many particles or
-    chains the values have.
+    The sites ``later``, all that follow it or none, are drawn again.  Here and below, ``n`` is the number of particles
+    or chains.
     """
     fresh, redraw = Draw(), Redraw(site, values[site])
     held = Substitute({name: v for name, v in values.items() if name != site and name not in later})
@@ -129,7 +128,7 @@ def regrowth(query: Query, n: int, values: Mapping[str, Tensor], site: str, late
 
 
 def independence(query: Query, n: int, values: Values, log_q: Tensor | None, subsamples: Values) -> Proposal:
-    """Propose new values of all latent sites; ``log_q`` of the old ones is computed where it is not known."""
+    """Proposes new values of all latent sites; ``log_q`` of the old ones is computed if it is None."""
     drawn = draw(query, n, subsamples)[1]
     if log_q is None:
         log_q = _log_q(query.trace(query.proposal, Substitute(values | subsamples), particles=n), drawn.plates, {})
@@ -138,7 +137,7 @@ def independence(query: Query, n: int, values: Values, log_q: Tensor | None, sub
 
 
 def draw(query: Query, n: int, subsamples: Values) -> tuple[Pair, Proposal]:
-    """Values of all latent sites from what proposes, with the traces of both programs."""
+    """Draws all latent sites from the proposal; returns the traces of both programs, and the values as a `Proposal`."""
     handler = Draw()
     pair = query.run(handler, Substitute(subsamples), particles=n)
     plates = pair.plates()
@@ -149,7 +148,7 @@ def draw(query: Query, n: int, subsamples: Values) -> tuple[Pair, Proposal]:
 
 
 def density(query: Query, n: int, values: Values) -> Density:
-    """The density of given values of all latent sites, subsamples among them."""
+    """The density of given values of all latent sites and subsamples."""
     pair = query.at(values, particles=n)
     return _density(pair, pair.plates(), {})
 
@@ -162,11 +161,11 @@ def accept(log_old: Tensor, log_new: Tensor, log_ratio: Tensor) -> Tensor:
 
 
 def select(plates: Plates, accepted: Tensor, new: Values, old: Values) -> Values:
-    """The values ``new`` where ``accepted`` (chain, *kept), else the old ones; sites not in ``new`` as they were."""
+    """The ``new`` values where ``accepted`` (chain, *kept) is true, else the old ones; other sites are unchanged."""
     chosen, spread = dict(old), plates.spread(accepted)
     for name, a in new.items():
         b = old[name]
-        if a.shape[-1:] != b.shape[-1:]:  # texts whose limit depends on other sites
+        if a.shape[-1:] != b.shape[-1:]:  # texts whose max_tokens depends on other sites
             width = max(a.shape[-1], b.shape[-1])
             a, b = text.pad(a, width), text.pad(b, width)
         chosen[name] = torch.where(spread.view(*spread.shape, *[1] * (a.dim() - spread.dim())), a, b)
@@ -177,10 +176,10 @@ def _density(pair: Pair, plates: Plates, known: Values) -> Density:
     proposal, target = pair.proposal, pair.model
     latent = programs.latents(target)
     if not latent:
-        raise ValueError("model: it has no latent site, so that there is nothing to sample")
+        raise ValueError("model: it has no latent site, so there is nothing to sample")
     known = text_log_probs(programs.scored(target), besides=known) | known
     prior = log_density(only(target, set(latent)), plates, known=known)
-    for name, node in latent.items():  # a row that the model masks follows q
+    for name, node in latent.items():  # an element that the model masks follows q
         site = text_of(node["fn"])
         mask = node["mask"] if site is None else site.there(node["mask"])
         if mask is not None and bool((out := torch.as_tensor(mask).logical_not()).any()):
@@ -201,7 +200,7 @@ def _log_q(proposal: Trace, plates: Plates, known: Values) -> Tensor:
 
 
 def _log_q_of(node: Node, mask: Tensor | None = None) -> Tensor:
-    """log q of a site's value, masked or not, or of what ``mask`` picks (of a text site, text by text)."""
+    """log q of a site's value, masked or not, or only of the elements in ``mask`` (the texts of a text site)."""
     site = text_of(node["fn"])
     if site is None:
         return scale_and_mask(node["fn"].log_prob(node["value"]), 1.0, mask)
@@ -209,7 +208,7 @@ def _log_q_of(node: Node, mask: Tensor | None = None) -> Tensor:
 
 
 class Moved(NamedTuple):
-    """Particles after a move."""
+    """The particles after a move."""
 
     values: Values
     log_p: Tensor  # log p(z, observed), (particle, *kept)
@@ -220,9 +219,9 @@ class Moved(NamedTuple):
 def regrow(query: Query, values: Values, log_p: Tensor, *, site: str | None = None, temperature: float = 1.0) -> Moved:
     r"""One regrowth move of every particle, with the target :math:`p(z, observed)^{1/T}`.
 
-    :param values: (particle, *plate axes, *event) of every latent site, with subsamples if there are any.
-    :param log_p: log p(z, observed) of these values, (particle, *kept): ``density(...).joint``, or an earlier move's.
-    :param site: which site to move; None: any latent site of the guide, evenly.
+    :param values: (particle, *plate axes, *event) of every latent site, and of subsamples if there are any.
+    :param log_p: log p(z, observed) of these values, (particle, *kept), from ``density(...).joint`` or the last move.
+    :param site: the site to move; None: one of the guide's latent sites, chosen uniformly.
     :param temperature: T.
     """
     n = len(log_p)

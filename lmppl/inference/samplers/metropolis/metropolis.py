@@ -29,23 +29,40 @@ MOVES = ("regrowth", "branch", "independence")
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MarkovChains(Posterior):
-    """Equally weighted draws of several Markov chains: N = chains x draws, one chain after another.
+    """The posterior of `MetropolisHastings`: equally weighted draws of several Markov chains.
 
-    ``log_evidence`` is NaN: Metropolis does not estimate it.  A draw of probability zero has weight zero; where all
-    are, log_evidence is -inf and there is no posterior to speak of.
+    There are N = chains x draws particles, one chain after another.  ``log_evidence`` is NaN, because Metropolis does
+    not estimate it.  A draw of probability zero has weight zero; if all draws have, ``log_evidence`` is -inf and
+    `Posterior.table` raises ZeroEvidence.
+
+    :param values: the latent values by site, as in `Posterior`.
+    :param log_weights: log weights, (N, *plates).
+    :param log_evidence: NaN, (*plates).
+    :param sites: plates, decoders and query of the program.
+    :param log_joint: log p(z, observed) of the draws, (chain, draw, *plates).
+    :param acceptance: the share of proposals accepted after warm-up, (*plates), by move; "swap" is that of exchanges
+        between temperatures.
+
+    Example::
+
+        chains = MetropolisHastings(model, guide, num_chains=4, num_samples=500).run(x, y)
+        chains.rhat["log_joint"]  # (*plates): above 1.01 the chains have not mixed
+        chains.ess, chains.acceptance["regrowth"]  # (*plates) each
     """
 
-    log_joint: Tensor = field(repr=False)  # (chain, draw, *plates): log p(z, observed)
-    acceptance: dict[str, Tensor]  # by move, (*plates): the share accepted after warm-up; "swap" among temperatures
+    log_joint: Tensor = field(repr=False)
+    acceptance: dict[str, Tensor]
 
     @property
     def num_chains(self) -> int:
+        """The number of chains."""
         return self.log_joint.shape[0]
 
     @cached_property
     def statistics(self) -> dict[str, Tensor]:
-        """What diagnostics look at, (chain, draw, *plates, ...): the log joint, every text's tokens, stop included, and
-        the sites that are numbers, whole.
+        """The numbers that diagnostics use, (chain, draw, *plates, ...) each, by name.
+
+        They are ``log_joint``, ``length(z)`` of every text z, in tokens with its stop, and the sites that are numbers.
         """
         chains = self.log_joint.shape[:2]
         found = {"log_joint": self.log_joint}
@@ -59,22 +76,23 @@ class MarkovChains(Posterior):
 
     @cached_property
     def rhat(self) -> dict[str, Tensor]:
-        """arviz's rank-normalised split R-hat of each statistic, (*plates, ...); above 1.01 the chains have not mixed.
+        """The rank-normalised split R-hat of each statistic, (*plates, ...), by arviz.
 
-        NaN with fewer than two chains of four draws, and for a statistic that never changes; inf where chains are
-        stuck at different values.
+        Above 1.01 the chains have not mixed.  It is NaN for fewer than two chains or four draws, and for a statistic
+        that never changes, and inf if each chain stays at a value of its own.
         """
         return {name: _arviz("rhat", x) for name, x in self.statistics.items()}
 
     @cached_property
     def mcmc_ess(self) -> dict[str, Tensor]:
-        """arviz's bulk effective sample size of each statistic, (*plates, ...): what they are worth in draws."""
+        """The bulk effective sample size of each statistic, (*plates, ...), by arviz."""
         return {name: _arviz("ess", x) for name, x in self.statistics.items()}
 
     @property
     def ess(self) -> Tensor:
-        """The smallest `mcmc_ess`, (*plates): the weights are equal and say nothing of autocorrelation; 0 where all
-        draws have probability zero.
+        """The smallest `mcmc_ess`, (*plates); 0 where all draws have probability zero.
+
+        Unlike in other posteriors it is not computed from the weights, which are equal and do not show autocorrelation.
         """
         kept = self.log_evidence.dim()
         found = [
@@ -87,7 +105,7 @@ class MarkovChains(Posterior):
 
     @property
     def khat(self) -> Tensor:
-        """NaN: the weights are equal."""
+        """NaN, because the weights are equal."""
         return torch.full_like(self.log_evidence, torch.nan)
 
     def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
@@ -95,8 +113,11 @@ class MarkovChains(Posterior):
 
         .. math:: \mathrm{sd}(f) / \sqrt{\mathrm{ESS}(f)}
 
-        with arviz's effective sample size of the mean of f over all chains; NaN with fewer than four draws a chain, and
-        where f never changes.
+        with arviz's effective sample size of the mean of f over all chains.  It is NaN for fewer than four draws per
+        chain, and if f never changes.
+
+        :param values: one number, or several, for each draw of one element of the kept plates.
+        :param index: the element; None: there is only one.
         """
         element = plate_element(index, self.log_weights.shape[1:])
         deviations = self._deviations(values, element)
@@ -107,7 +128,10 @@ class MarkovChains(Posterior):
         return (variance / ess.to(variance.device)).sqrt()
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """The smallest ESS and the largest R-hat of the `statistics` of one plate element."""
+        """The smallest ESS and the largest R-hat of the `statistics` of one plate element, by name.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         found = super().summary(element)
         rhat = torch.cat([x[element].flatten() for x in self.rhat.values()])
@@ -115,33 +139,40 @@ class MarkovChains(Posterior):
         return found | ({"R-hat": float(rhat.max())} if len(rhat) else {})
 
     def take(self, chosen: Tensor) -> Posterior:
-        """Draws ``chosen`` (n, *plates), equally weighted and no longer chains."""
+        """The draws of these indices, ``chosen`` (n, *plates), as an equally weighted `Posterior` without chains."""
         return Posterior(self.values, self.log_weights, self.log_evidence, self.sites).take(chosen)
 
 
 class MetropolisHastings(Sampler):
-    r"""Metropolis-Hastings with all chains in one vectorised run; the moves are in `metropolis.kernels`.
+    r"""Metropolis-Hastings: Markov chains whose moves draw the end of a text again, all chains in one vectorised run.
 
-    The target is p(z, observed), scales, masks and factors included; every chain and element of the kept plates accepts
-    or rejects by itself.  Chains start from the guide (or the prior), and their first ``warmup`` moves are forgotten.
+    .. math:: \alpha = \min\Big(1, \frac{p(z', observed)}{p(z, observed)} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
+
+    is the probability that a proposal z' of density k is accepted, separately in every chain and plate element.  The
+    target includes scales, masks and factors.  Chains start from the guide, or from the prior if there is no guide.
 
     :param model: a Pyro program.
-    :param guide: what proposes, with the model's latent sites; None: the model's own latent sites.
-    :param num_chains: independent chains.
-    :param num_samples: draws kept of each chain, one every ``thin`` moves; N = num_chains x num_samples.
-    :param moves: "regrowth" (one latent site a move, each as often), "branch" (one and all that follow it, for programs
-        in which it says what follows), "independence" (all of them), or a dict of their probabilities.
-    :param temperatures: None, or 1 = T_1 < T_2 < ..., parallel tempering: every chain has a copy at each temperature,
+    :param guide: a Pyro program that samples the model's latent sites and proposes their new values; None: the model's
+        own latent sites propose.
+    :param num_chains: the number of independent chains.
+    :param num_samples: draws kept of each chain; N = num_chains x num_samples.
+    :param warmup: moves of each chain before the first draw, which are discarded.
+    :param thin: moves between two draws.
+    :param moves: "regrowth" changes one latent site, chosen uniformly: of a text the tokens after a uniform cut.
+        "branch" does so and draws all later sites again, for programs in which one site says which others exist.
+        "independence" draws all latent sites again.  Or a dict of moves with their probabilities.
+    :param temperatures: None, or 1 = T_1 < T_2 < ... for parallel tempering.  Every chain then has a copy at each
+        temperature,
 
         .. math:: \pi_k(z) \propto p(z)\, p(observed \mid z)^{1/T_k}
 
-        and after each move neighbours try to exchange their states; draws come from T_1.  Only observations and factors
-        are tempered: a language model's own temper leads into gibberish of any length, while T = inf is the prior,
-        which a proposal from the prior draws exactly.
-    :param max_plate_nesting: guessed where not given.
+        and neighbours try to exchange their states after each move; draws come from T_1.  T = inf is the prior.  Only
+        observations and factors are tempered, because a tempered language model writes long nonsense.
+    :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
 
-    ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
-    not enclose every site.
+    ``run(*args)`` passes its arguments to model and guide, and returns `MarkovChains`, a `Posterior` with diagnostics.
+    It raises SiteMismatch if model and guide do not fit together, and ValueError for a subsampled plate that does not
+    enclose every site.
 
     Source: Hastings 1970; tempering: Geyer 1991.
 
@@ -178,7 +209,7 @@ class MetropolisHastings(Sampler):
         self.max_plate_nesting = max_plate_nesting
 
     def sized(self, num_particles: int) -> Self:
-        """The same algorithm with this many draws, as many or fewer chains, after as large a share of warm-up."""
+        """A copy with ``num_particles`` draws in all, in at most as many chains, with the same share of warm-up."""
         at_least(1, num_particles=num_particles)
         other = copy.copy(self)
         other.num_chains = min(self.num_chains, num_particles)
@@ -188,7 +219,7 @@ class MetropolisHastings(Sampler):
 
     @torch.no_grad()
     def run(self, *args: Any, **kwargs: Any) -> MarkovChains:
-        """The chains' draws for these arguments."""
+        """The draws of the chains for these arguments of model and guide."""
         state = _State(self, args, kwargs)
         for _ in range(self.warmup):
             state.step()
@@ -219,7 +250,7 @@ class MetropolisHastings(Sampler):
 
 
 class _State:
-    """The chains between two moves; chain c at temperature k is particle ``k * num_chains + c``."""
+    """The state of the chains between two moves; chain c at temperature k is particle ``k * num_chains + c``."""
 
     def __init__(self, algorithm: MetropolisHastings, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.algorithm = algorithm
@@ -234,11 +265,11 @@ class _State:
         self.texts = {n for n, node in programs.latents(self.proposal).items() if is_text(node["fn"])}
         beta = 1 / torch.tensor(ladder, dtype=torch.float64, device=self.density.joint.device)
         self.beta = beta.repeat_interleave(algorithm.num_chains).view(-1, *[1] * len(self.plates.sizes))
-        self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many accepted (*kept), how many tried
+        self.tally: dict[str, tuple[Tensor, int]] = {}  # by move: how many were accepted (*kept), how many tried
         check_axes(pair)
 
     def score(self, values: Values) -> dict[str, Tensor]:
-        """log p of texts under the model, (N, *plate axes) each."""
+        """log p of the texts under the model, (N, *plate axes) each."""
         n = len(next(iter(values.values())))
         trace = self.query.trace(self.query.model, Substitute(values | self.subsamples), particles=n)
         return scorer(trace, list(self.texts))()
@@ -262,7 +293,7 @@ class _State:
         accepted = accept(log_old, log_new, new.log_ratio)
         self.values = select(self.plates, accepted, new.values, self.values)
         self.density = new.density.where(accepted, self.density)
-        # An independence move knows q of all sites, before and after; a regrowth of one site does not.
+        # An independence move computes q of all sites before and after; a regrowth of one site does not.
         self.log_q = None if new.log_q is None else torch.where(accepted, new.log_q, new.log_q + new.log_ratio)
         self._count(move, accepted[: self.algorithm.num_chains])
 
@@ -271,9 +302,11 @@ class _State:
         self.tally[move] = total + accepted.sum(0), tried + len(accepted)
 
     def _swap(self) -> None:
-        r"""Neighbours k, k+1 exchange states with probability
-        :math:`\min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))`:
-        first the pairs (0, 1), (2, 3), .., then (1, 2), (3, 4), ..
+        r"""Exchanges the states of neighbouring temperatures k and k+1 with the probability
+
+        .. math:: \min(1, \exp((\beta_k - \beta_{k+1}) (\log p(observed \mid z_{k+1}) - \log p(observed \mid z_k))))
+
+        for the pairs (0, 1), (2, 3), .. first, then for (1, 2), (3, 4), ..
         """
         K, C = len(self.algorithm.temperatures), self.algorithm.num_chains
         beta = self.beta.unflatten(0, (K, C))
@@ -292,7 +325,7 @@ class _State:
             self._count("swap", swapped.flatten(0, 1))
 
     def _reorder(self, chosen: Tensor) -> None:
-        """Particle n becomes particle ``chosen[n]``, (particle, *kept)."""
+        """Replaces particle n by particle ``chosen[n]``, (particle, *kept)."""
         self.values = {name: self.plates.take(v, chosen) for name, v in self.values.items()}
         self.density = Density(*(x.gather(0, chosen) for x in self.density))
         self.log_q = None if self.log_q is None else self.log_q.gather(0, chosen)
@@ -307,14 +340,14 @@ def _stack(values: list[Tensor], is_text: bool) -> Tensor:
 
 
 def _arviz(name: str, statistic: Tensor, **options: Any) -> Tensor:
-    """A diagnostic of (chain, draw, *plates) by arviz, (*plates); NaN for what never changes."""
+    """A diagnostic of (chain, draw, *plates) by arviz, (*plates); NaN for a statistic that never changes."""
     chains, draws = statistic.shape[:2]
     if draws < 4 or (chains < 2 and name == "rhat"):
         return torch.full(statistic.shape[2:], torch.nan, dtype=torch.float64)
     import arviz  # slow to import, and only needed here
 
     with warnings.catch_warnings():
-        # Division by a variance of zero; and more chains than draws are no mistake here.
+        # arviz warns of a variance of zero, and of more chains than draws; both are allowed here.
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", UserWarning)
         dataset = arviz.convert_to_dataset({"x": statistic.double().cpu().numpy()})

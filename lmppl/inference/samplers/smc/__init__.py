@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo inside texts: twists, ancestry, and bounds of the evidence from both sides."""
+"""Sequential Monte Carlo, token by token: `SMC`, twists, ancestry, and lower and upper bounds of the evidence."""
 
 from .ancestry import Resampling, lineages, plot_ancestry, survivors
 from .bounds import Bounds, Divergences, Sandwich, Simulated, divergences, simulate

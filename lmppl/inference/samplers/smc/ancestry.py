@@ -1,4 +1,4 @@
-"""Particle ancestry: which particle of SMC descends from which, and a plot of the lines of descent."""
+"""Particle ancestry: which particle of SMC descends from which, and a plot of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 
 
 class Resampling(NamedTuple):
-    """Before token ``token`` (from 0) of ``site``, particle n became particle ``chosen[n]``, all (N, *plates).
+    """One resampling of SMC: before a token, particle n was replaced by particle ``chosen[n]``.
 
-    A site that is no text has token 0 alone.  Plate elements that were not resampled have ``chosen[n] = n``.
-    ``log_scores`` are the log W psi by which it was done; where psi is the optimal twist, their sum over particles
-    estimates the evidence already.  ``twisted``: there was a psi, and W alone had the other half of the say.
+    `Sequential.ancestry` is a tuple of these.
+
+    :param site: the site that was about to be drawn.
+    :param token: the index of its token, from 0; 0 for a site that is no text.
+    :param chosen: particle indices, (N, *plates); ``chosen[n] = n`` in plate elements that were not resampled.
+    :param log_scores: the log W psi by which particles were chosen, (N, *plates); with the optimal twist their sum over
+        particles already estimates the evidence.
+    :param twisted: whether there was a twist psi, so that particles were chosen half by W psi and half by W.
+
+    Example::
+
+        posterior = SMC(model, guide, num_particles=32, ess_threshold=1.0).run(x, y)
+        for event in posterior.ancestry:
+            print(event.site, event.token, event.resampled)  # which stories were resampled before this token
     """
 
     site: str
@@ -32,7 +43,7 @@ class Resampling(NamedTuple):
 
     @property
     def resampled(self) -> Tensor:
-        """The plate elements in which particles were, (*plates)."""
+        """The plate elements in which particles were resampled, BoolTensor (*plates)."""
         return (self.chosen.diff(dim=0) != 1).any(0) | (self.chosen[0] != 0)
 
 
@@ -40,11 +51,21 @@ Ancestry: TypeAlias = tuple[Resampling, ...]
 
 
 def lineages(ancestry: Ancestry) -> Tensor:
-    """Each final particle's ancestor before every resampling, (R, N, *plates); row r indexes that time's particles.
+    """The ancestor of each final particle before every resampling.
 
     .. math:: A_R(n) = chosen_R(n), \\qquad A_r(n) = chosen_r(A_{r+1}(n))
 
-    The distinct entries of row r are the ancestors that survive.  Raises ValueError where nothing was resampled.
+    :param ancestry: ``posterior.ancestry`` of a run of `SMC`, with R resamplings.
+    :returns: particle indices, (R, N, *plates).  Row r refers to the particles just before resampling r; its distinct
+        entries are the ancestors that survive.
+    :raises ValueError: if nothing was resampled.
+
+    Example::
+
+        >>> event = Resampling("z", 1, torch.tensor([0, 0, 2]), torch.zeros(3))
+        >>> again = Resampling("z", 2, torch.tensor([1, 1, 2]), torch.zeros(3))
+        >>> lineages((event, again)).tolist()
+        [[0, 0, 2], [1, 1, 2]]
     """
     if not ancestry:
         raise ValueError("ancestry: nothing was resampled, so every particle is its own ancestor")
@@ -56,16 +77,28 @@ def lineages(ancestry: Ancestry) -> Tensor:
 
 
 def survivors(ancestry: Ancestry) -> Tensor:
-    r"""How many particles of the time before each resampling have a descendant at the end, (R, *plates).
+    r"""The number of particles before each resampling that have a descendant at the end.
 
-    .. math:: |\{A_r(n) : n = 1, \dots, N\}|, \text{ with A as in `lineages`}
+    .. math:: |\{A_r(n) : n = 1, \dots, N\}|
+
+    with A as in `lineages`.
+
+    :param ancestry: ``posterior.ancestry`` of a run of `SMC`, with R resamplings.
+    :returns: counts, (R, *plates).
+    :raises ValueError: if nothing was resampled.
+
+    Example::
+
+        >>> event = Resampling("z", 1, torch.tensor([0, 0, 2]), torch.zeros(3))
+        >>> survivors((event,)).tolist()  # particles 0 and 2
+        [2]
     """
     ordered, _ = lineages(ancestry).sort(1)
     return 1 + (ordered.diff(dim=1) != 0).sum(1)
 
 
 def ess_of_scores(ancestry: Ancestry) -> Tensor:
-    r"""The effective sample size of the scores at each resampling, (R, *plates); inf where there was none.
+    r"""The effective sample size of the scores at each resampling, (R, *plates); inf if nothing was resampled there.
 
     .. math:: (\sum_n W^n \psi^n)^2 / \sum_n (W^n \psi^n)^2
     """
@@ -73,7 +106,7 @@ def ess_of_scores(ancestry: Ancestry) -> Tensor:
 
 
 def khat_of_scores(ancestry: Ancestry) -> Tensor:
-    """Pareto k-hat of the scores at each resampling, (R, *plates); NaN where there was none, or too few particles."""
+    """Pareto k-hat of the scores at each resampling, (R, *plates); NaN for no resampling or too few particles."""
     rows = []
     for event in ancestry:
         scores, resampled = event.log_scores.reshape(len(event.log_scores), -1), event.resampled.flatten()
@@ -88,14 +121,17 @@ def plot_ancestry(
     index: int | tuple[int, ...] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the lines of descent of one plate element, and return the matplotlib axes.
+    """Draws the lines of descent of one plate element.
 
-    A column holds the particles before a resampling (the last: at the end); lines with a descendant at the end are
-    bold.
+    Each column has the particles before a resampling; the last column has them at the end.  Lines that lead to a
+    particle at the end are bold.
 
-    :param path: where to write a PNG, whole or not at all; None: nowhere, a notebook shows the figure.
-    :param index: a plate element, needed where there is more than one.
+    :param ancestry: ``posterior.ancestry`` of a run of `SMC`.
+    :param path: a PNG to write, completely or not at all; None: a notebook shows the figure.
+    :param index: a plate element, an integer or a tuple; None: there is only one.
     :param ax: where to draw; None: a new figure.
+    :returns: the matplotlib axes.
+    :raises ValueError: if nothing was resampled, and for an index that names no element.
 
     Example::
 

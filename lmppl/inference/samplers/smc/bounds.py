@@ -1,12 +1,12 @@
-r"""Bounds of the evidence from both sides, and of the divergences of a guide, where nothing can be enumerated.
+r"""Lower and upper bounds of the evidence, and of the divergences of a guide, where enumeration is impossible.
 
-For an unbiased estimate of the evidence, and for the same estimator with one particle held to a draw of the posterior,
+An unbiased estimate of the evidence, and the same estimator with one particle kept at a draw z from the posterior, give
 
-.. math:: E[\log \hat Z] \le \log Z \le E_{z \sim p(z \mid y)}[\log \hat Z(z)],
+.. math:: E[\log \hat Z] \le \log Z \le E_{z \sim p(z \mid y)}[\log \hat Z(z)].
 
-the latter because conditional SMC has :math:`E[1 / \hat Z(z)] = P(\hat Z > 0) / Z \le 1 / Z`: it is 1 / Z unless
-hard factors let a run find nothing possible.  Source: Grosse et al. 2015 (bidirectional
-Monte Carlo); with twisted SMC: Zhao et al. 2024.
+The upper bound holds because conditional SMC has :math:`E[1 / \hat Z(z)] = P(\hat Z > 0) / Z \le 1 / Z`; it is 1 / Z
+unless hard factors can leave a run without a possible particle.  Source: Grosse et al. 2015 (bidirectional Monte
+Carlo); with twisted SMC: Zhao et al. 2024.
 """
 
 from __future__ import annotations
@@ -37,29 +37,47 @@ ExactSample = Posterior | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Bounds:
-    """Estimates of log Z that are too low on average (``lowers``) and too high (``uppers``), (repetition, *plates)."""
+    r"""Lower and upper bounds of the log evidence log Z, in nats.
+
+    .. math:: E[lower] \le \log Z \le E[upper]
+
+    `Sandwich.run` returns it.
+
+    :param lowers: estimates that are too low on average, (repetition, *plates).
+    :param uppers: estimates that are too high on average, (repetition, *plates).
+
+    Example::
+
+        exact = Enumeration(model).run(x, y)
+        bounds = Sandwich(model, guide, num_particles=64, repetitions=4).run(x, y, exact_sample=exact)
+        bounds.lower, bounds.upper, bounds.gap  # (*plates) each
+        bounds.standard_errors  # of lower and of upper
+    """
 
     lowers: Tensor
     uppers: Tensor
 
     @property
     def lower(self) -> Tensor:
-        """Their mean, (*plates), in nats: an unbiased estimate of a lower bound."""
+        """The mean of ``lowers``, (*plates), in nats: an unbiased estimate of a lower bound."""
         return self.lowers.mean(0)
 
     @property
     def upper(self) -> Tensor:
-        """Their mean, (*plates), in nats: an unbiased estimate of an upper bound; inf where q(z) = 0 there."""
+        """The mean of ``uppers``, (*plates), in nats: an unbiased estimate of an upper bound.
+
+        It is inf if an exact sample has q(z) = 0.
+        """
         return self.uppers.mean(0)
 
     @property
     def gap(self) -> Tensor:
-        """upper - lower: what log Z is known to, up to the bounds' own standard errors."""
+        """upper - lower, (*plates), in nats: how precisely log Z is known, apart from the standard errors."""
         return self.upper - self.lower
 
     @property
     def standard_errors(self) -> tuple[Tensor, Tensor]:
-        """Of lower and upper over the repetitions, (*plates) each; NaN for a single one."""
+        """The standard errors of lower and of upper over the repetitions, (*plates) each; NaN for one repetition."""
         n = len(self.lowers)
         if n == 1:
             return (torch.full_like(self.lower, torch.nan),) * 2
@@ -67,25 +85,34 @@ class Bounds:
 
 
 class Sandwich:
-    """Lower bounds of the log evidence by SMC, upper bounds by conditional SMC from an exact posterior sample.
+    r"""Bounds of the log evidence: lower ones by SMC, upper ones by conditional SMC from an exact posterior sample.
 
-    The arguments are those of `SMC`; ``ess_threshold=0`` is importance sampling, and with ``num_particles=1`` too the
-    bounds are the ELBO, E_q u, and the EUBO, E_p u.  Conditional runs resample multinomially.  The gap closes as
-    ``num_particles`` grows, and is zero for the posterior as guide.
+    .. math:: E[\log \hat Z] \le \log Z \le E_{z \sim p(z \mid y)}[\log \hat Z(z)]
 
-    :param repetitions: independent pairs of runs to average over.
+    The gap closes as ``num_particles`` grows, and is zero if the guide is the posterior.  ``ess_threshold=0`` is
+    importance sampling; with ``num_particles=1`` as well, the bounds are the ELBO, E_q u, and the EUBO, E_p u.
 
-    ``run(*args, exact_sample=...)`` takes a `Posterior` that is exact (`Enumeration`), of which each repetition draws
-    anew, or the values of every latent site by name, (*plates, ...): those of `simulate`.  The upper bound holds on
-    average over exact samples: for one simulated sample, average over data sets too.  It is inf where the guide cannot
-    draw the sample, a text that is longer than the guide's among them.  It raises ValueError where a
-    latent site has no value, auxiliary sites of the guide included, and for a subsampled plate.
+    The exact sample comes from one of two sources.  `Enumeration` gives it where the latents can be enumerated.
+    Otherwise `simulate` draws latents and observations together: then the latents are an exact sample given those
+    observations.  The upper bound holds on average over exact samples, so with `simulate` average over data sets too.
+
+    :param model: a Pyro program.
+    :param guide: a Pyro program that samples the model's latent sites; None: the model proposes them itself.
+    :param num_particles: N, the number of particles per plate element.
+    :param ess_threshold: from 0 (never resample) to 1 (resample whenever weights differ).
+    :param resampling: "systematic", "stratified", "multinomial" or "residual"; conditional runs use multinomial.
+    :param twist: None, "stop", "flow" or a function, as in `SMC`.
+    :param repetitions: the number of independent pairs of runs to average over.
+    :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
+
+    Source: Grosse et al. 2015; with twisted SMC: Zhao et al. 2024.
 
     Example::
 
-        values, observed = simulate(model, x, y)  # of y no more than its shape is used
+        values, observed = simulate(model, x, y)  # y gives only the shape
         sandwich = Sandwich(model, guide, num_particles=64, twist="flow")
         bounds = sandwich.run(x, observed["y"], exact_sample=values)
+        bounds.lower, bounds.upper
     """
 
     def __init__(
@@ -107,19 +134,30 @@ class Sandwich:
         )
 
     def on(self, model: Program, guide: Program | None = None) -> Sandwich:
-        """The same bounds of another model, and where there is a guide by another; None: its own."""
+        """The same settings for another model, and for another guide if there is one.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program; None: the guide is unchanged.
+        """
         other = copy.copy(self)
         other.smc = self.smc.on(model, guide)
         return other
 
     def sized(self, num_particles: int) -> Sandwich:
-        """The same bounds by this many particles."""
+        """The same settings with ``num_particles`` particles."""
         other = copy.copy(self)
         other.smc = self.smc.sized(num_particles)
         return other
 
     def run(self, *args: Any, exact_sample: ExactSample, **kwargs: Any) -> Bounds:
-        """The bounds for these arguments."""
+        """The bounds for these arguments of model and guide.
+
+        :param exact_sample: an exact `Posterior` (`Enumeration`), from which each repetition draws a sample, or the
+            values of every latent site by name, (*plates, ...) each, from `simulate`.
+        :raises ValueError: if a latent site has no value, auxiliary sites of the guide included, and for a subsampled
+            plate.
+        :raises SiteMismatch: if model and guide do not fit together.
+        """
         lowers, uppers = [], []
         for _ in range(self.repetitions):
             lowers.append(run(self.smc, args, kwargs).log_evidence)
@@ -128,7 +166,18 @@ class Sandwich:
 
 
 class Simulated(NamedTuple):
-    """A joint draw from a model: an exact posterior sample of its latents, given the observations drawn with it."""
+    """A joint draw of a model's latents and observations: an exact posterior sample, given these observations.
+
+    `simulate` returns it.
+
+    :param values: the latent values by site, as the model draws them.
+    :param observed: the observed values by site.
+
+    Example::
+
+        simulated = simulate(model, x, y)
+        lm.decode(simulated.values["z"]), lm.decode(simulated.observed["y"])
+    """
 
     values: dict[str, Tensor]
     observed: dict[str, Tensor]
@@ -136,14 +185,23 @@ class Simulated(NamedTuple):
 
 @torch.no_grad()
 def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulated:
-    r"""Draw (z, y) jointly from the model, its observed sites drawn too.
+    r"""Draws latents and observations of a model together.
 
     .. math:: (z, y) \sim p(z, y) \quad\Rightarrow\quad z \sim p(z \mid y)
 
-    ``model`` conditioned on ``observed`` is ``pyro.condition(poutine.uncondition(model), data=observed)``, or the model
-    called with them where it takes its observations as arguments.
+    So the latents are an exact posterior sample given the drawn observations.  To condition the model on these, call it
+    with them, or use ``pyro.condition(poutine.uncondition(model), data=simulated.observed)``.
 
-    :raises ValueError: for a factor, a tempered (scaled) or a masked site: such a model has no forward simulation.
+    :param model: a Pyro program; its observed sites are drawn too.
+    :param args: its arguments, and ``kwargs``.  Given observations are replaced; only their shapes are used.
+    :param kwargs: its keyword arguments.
+    :returns: a `Simulated`, a pair of dicts (values, observed).
+    :raises ValueError: for a factor, and for a scaled or masked site, with which a model cannot be simulated.
+
+    Example::
+
+        values, observed = simulate(model, x, y)
+        posterior = Importance(model, guide).run(x, observed["y"])  # the answer is known: values["z"]
     """
     with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"), programs.Unmasked():
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
@@ -154,16 +212,33 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulated:
         tempered = not bool((torch.as_tensor(scale(node, plates), dtype=torch.float64) - 1).abs().max() < 1e-9)
         if isinstance(node["fn"], Unit) or masked or tempered:
             what = "a factor" if isinstance(node["fn"], Unit) else "masked" if masked else "scaled"
-            raise ValueError(f"model: the site {name!r} is {what}, so that the model cannot be simulated forward")
+            raise ValueError(f"model: the site {name!r} is {what}, so the model cannot be simulated forward")
     observed = {n: node["value"] for n, node in nodes.items() if node["infer"].get("was_observed")}
     return Simulated({n: node["value"] for n, node in nodes.items() if n not in observed}, observed)
 
 
 class Divergences(NamedTuple):
-    """Intervals (lower, upper) of both divergences of a guide from the posterior, in nats, (*plates) each."""
+    r"""Intervals (lower, upper) of both KL divergences between a guide and the posterior, in nats, (*plates) each.
 
-    reverse_kl: tuple[Tensor, Tensor]  # KL(q || p)
-    forward_kl: tuple[Tensor, Tensor]  # KL(p || q)
+    The function `divergences` returns it.
+
+    :param reverse_kl: the interval of :math:`KL(q \| p) = \log Z - E_q u`, which is large if the guide draws what the
+        posterior excludes.
+    :param forward_kl: the interval of :math:`KL(p \| q) = E_p u - \log Z`, which is large if the guide misses mass of
+        the posterior.
+    :param elbo: the estimate of :math:`E_q u`.
+    :param eubo: the estimate of :math:`E_p u`.
+
+    Example::
+
+        exact = Enumeration(model).run(x, y)
+        bounds = Sandwich(model, guide).run(x, y, exact_sample=exact)
+        found = divergences(model, guide, x, y, bounds=bounds, exact_sample=exact, num_particles=100)
+        low, high = found.forward_kl  # (*plates) each
+    """
+
+    reverse_kl: tuple[Tensor, Tensor]
+    forward_kl: tuple[Tensor, Tensor]
     elbo: Tensor
     eubo: Tensor
 
@@ -178,15 +253,28 @@ def divergences(
     num_particles: int = 1000,
     **kwargs: Any,
 ) -> Divergences:
-    r"""How far a guide is from the posterior, from bounds of the evidence.
+    r"""The KL divergences between a guide and the posterior in both directions, from bounds of the evidence.
 
     .. math:: KL(q \| p) = \log Z - E_q u, \qquad KL(p \| q) = E_p u - \log Z
 
-    :param bounds: of the log evidence, by a `Sandwich` with any (better) guide.
-    :param exact_sample: as for `Sandwich`; a Posterior gives ``num_particles`` draws, values one.
-    :param num_particles: draws of the guide.
+    The intervals have the Monte Carlo error of the ELBO, the EUBO and the bounds, and are cut off at zero.
 
-    The intervals carry the Monte Carlo error of the ELBO, the EUBO and the bounds, and are cut off at zero.
+    :param model: a Pyro program.
+    :param guide: the guide q to judge; None: the model's own latent sites.
+    :param args: the arguments of model and guide, and ``kwargs``.
+    :param kwargs: their keyword arguments.
+    :param bounds: bounds of the log evidence from a `Sandwich`, whose guide may be another, better one.
+    :param exact_sample: as in `Sandwich.run`; a Posterior gives ``num_particles`` draws, given values count as one.
+    :param num_particles: the number of draws from the guide.
+    :returns: `Divergences`, in nats.
+    :raises ValueError: if a latent site has no value in ``exact_sample``.
+
+    Example::
+
+        values, observed = simulate(model, x, y)
+        bounds = Sandwich(model, guide).run(x, observed["y"], exact_sample=values)
+        found = divergences(model, guide, x, observed["y"], bounds=bounds, exact_sample=values, num_particles=100)
+        found.reverse_kl  # (lower, upper)
     """
     at_least(1, num_particles=num_particles)
     query = Query(model, guide, args, kwargs)
@@ -205,7 +293,7 @@ def divergences(
 
 @torch.no_grad()
 def upper_bound(query: Query, u: Tensor, exact_sample: ExactSample) -> Tensor:
-    """Of log Z, (*plates), too high on average: an exact sample in the place of one of the proposal's N draws.
+    """An upper bound of log Z on average, (*plates): an exact sample replaces one of the proposal's N draws.
 
     ``u`` (N, *plates) are the log weights of the draws.
     """

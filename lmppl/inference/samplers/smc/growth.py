@@ -1,4 +1,4 @@
-"""One text site of all particles, grown token by token under the guide and weighed by the model."""
+"""One text site of all particles, drawn token by token from the guide and weighted by the model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ...core.weights import log_ratio, term
 class Growth:
     r"""Unfinished texts of one site, (particle, *plate axes), drawn from the guide's site and scored by the model's.
 
-    A token's log increment is :math:`scale \cdot \log p(token) - \log q(token)`, summed over the rows of a particle.  A
-    text that has ended stays as it is, with increment 0; one that is impossible under the model gets -inf, and so does
-    one that the guide can neither go on with nor stop, which ends there without a stop.  With
-    ``retained`` texts by site (1, *plate axes, L), particle 0 gets its tokens from there: +inf where q has none of it.
+    The log increment of a token is :math:`scale \cdot \log p(token) - \log q(token)`, summed over the texts of a
+    particle.  A text that has ended has the increment 0.  A text that is impossible in the model has -inf, and so has a
+    text at a dead end, which the guide can neither continue nor stop: it ends there without a stop.  With ``retained``
+    texts by site (1, *plate axes, L), particle 0 takes its tokens from these; the increment is +inf where q = 0.
     """
 
     def __init__(self, model: Node, guide: Node, plates: Plates, retained: Mapping[str, Tensor] | None = None):
@@ -40,10 +40,10 @@ class Growth:
         self.width = self.texts.width
         self.q = self.texts.steps()
         tempered = not bool(torch.as_tensor(guide["scale"]).eq(1).all())
-        self.exact = retained is not None or (model is guide and tempered)  # log q is more than a weight's divisor
-        # One and the same site proposes and is weighed: its steps serve as both.
+        self.exact = retained is not None or (model is guide and tempered)  # log q itself is needed, not only log p/q
+        # If the same site proposes and is weighted, its steps are used for both.
         self.p = self.q if model is guide else self.model.texts.steps(share=self.q)
-        self.log_psi: Tensor | None = None  # the twist's last (particle, *kept), where it is "stop" or "flow"
+        self.log_psi: Tensor | None = None  # the last log psi (particle, *kept) of the twist "stop" or "flow"
         self.retained: Tensor | None = None
         if retained is not None:
             nothing = torch.full((*self.shape, self.width), text.PAD, device=self.q.prefix.device)
@@ -65,14 +65,14 @@ class Growth:
 
     @property
     def inserting(self) -> Tensor:
-        """Whether a tool is writing a text of the particle, (particle, *kept)."""
+        """Whether a tool is writing in a text of the particle, (particle, *kept)."""
         rows = inserting(self.p) | inserting(self.q)
         return self.plates.reduce(self.texts.total(rows.view(self.shape).double()))[0] > 0
 
     def step(self) -> Tensor:
-        """Draw a token for every text; the particles' log increments, (particle, *kept)."""
+        """Draws a token for every text; returns the log increments of the particles, (particle, *kept)."""
         p, q = self.p, self.q
-        ended, gone = q.ended, p.ended  # gone, not ended: the text goes on after a stop of the model's
+        ended, gone = q.ended, p.ended  # gone and not ended: the guide continues after a stop of the model
         uniform = randomness.uniform(self.shape, device=ended.device).flatten()
         token, log_q = q.draw(uniform) if self.exact else propose(q, uniform)  # both (row,)
         if self.retained is not None:
@@ -82,12 +82,12 @@ class Growth:
         if p is not q:
             p.append(token)
             dead = (token == text.PAD) & ~ended
-            gone = gone | dead | (q.ended > p.ended)  # it has ended, but not for the model
+            gone = gone | dead | (q.ended > p.ended)  # ended in the guide, but not in the model
             log_p = log_p.masked_fill(gone, -torch.inf).masked_fill(ended, 0.0)
         return self._ratio(log_p, log_q)
 
     def _retain(self, token: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        """The same draws, but for the rows of particle 0."""
+        """The draws with the retained tokens in the rows of particle 0."""
         assert self.retained is not None
         held = torch.arange(len(token), device=token.device) < self.shape[1:].numel()
         own = self.retained[:, self.q.prefix.shape[1]]
@@ -97,8 +97,10 @@ class Growth:
         return token, torch.where(held, log_own, log_q)
 
     def stop(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The texts ended here by the model's likeliest stop, like `value`, with the logarithms of p(stop)^scale and
-        q(stop), (particle, *kept): -inf where they cannot end, 0 where they have ended.
+        """The texts, ended here by the model's most probable stop token, with log p(stop)^scale and log q(stop).
+
+        The texts have the shape of `value`, the logarithms (particle, *kept): -inf where a text cannot end, 0 where it
+        has ended.
         """
         ended, stops = self.q.ended, self.model.texts.fn.stop
         if stops.numel():
@@ -110,7 +112,7 @@ class Growth:
             token = torch.full_like(self.q.ended, text.PAD, dtype=torch.long)
             log_p = log_q = torch.full(token.shape, -torch.inf, device=token.device)
         value = torch.cat([self.q.prefix, token.masked_fill(ended, text.PAD)[:, None]], 1)
-        value = value[:, : self.width]  # without a stop, a column of padding too many
+        value = value[:, : self.width]  # without a stop there is one column of padding too many
         log_p, log_q = log_p.masked_fill(ended, 0.0), log_q.masked_fill(ended, 0.0)
         return (
             text.pad(value, self.width).view(*self.shape, -1),
@@ -119,7 +121,7 @@ class Growth:
         )
 
     def select(self, chosen: Tensor) -> None:
-        """Particle n becomes particle ``chosen[n]``, (particle, *kept)."""
+        """Replaces particle n by particle ``chosen[n]``, (particle, *kept)."""
         rows = torch.arange(self.shape.numel(), device=chosen.device).view(self.shape)
         index = self.plates.take(rows, chosen).flatten()
         self.q.select(index)
@@ -135,21 +137,21 @@ class Growth:
 
 @dataclass(frozen=True)
 class Term:
-    """How the log-probabilities of a site's texts enter the weights: under its masks and its scale."""
+    """Turns the log-probabilities of a site's texts into a term of the weights, with the site's masks and scale."""
 
     node: Node
     texts: Site
-    mask: Any  # which texts count, broadcasting with their shape; None: all
+    mask: Any  # which texts count; broadcasts with their shape; None: all
 
     @classmethod
     def of(cls, node: Node) -> Term:
         texts = text_of(node["fn"])
         if texts is None or not texts.stepwise:
-            raise SiteMismatch(f"guide: site {node['name']!r} is a text that grows, and none in the model")
+            raise SiteMismatch(f"guide: site {node['name']!r} is drawn token by token, but not in the model")
         return cls({**node, "mask": None}, texts, texts.there(node["mask"]))
 
     def of_site(self, log_prob: Tensor, plates: Plates, *, scaled: bool = True) -> Tensor:
-        """(particle, *kept), from log-probabilities (row,)."""
+        """The term (particle, *kept) of log-probabilities (row,)."""
         each = scale_and_mask(log_prob.view(1, *self.texts.shape), 1.0, self.mask)
         return term(self.node, plates, self.texts.total(each), scaled=scaled)[0]
 
@@ -158,7 +160,7 @@ class Term:
         batch = shape[: len(shape) - self.texts.stacked]
 
         def moved(x: Any, shape: torch.Size) -> Any:
-            same = not isinstance(x, Tensor) or x.dim() < len(shape)  # for all particles
+            same = not isinstance(x, Tensor) or x.dim() < len(shape)  # the same for all particles
             return x if same else plates.take(x.expand(shape), chosen)
 
         return replace(

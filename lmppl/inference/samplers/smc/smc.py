@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo, token by token inside the text sites of a program."""
+"""Sequential Monte Carlo over the tokens of a program's text sites."""
 
 from __future__ import annotations
 
@@ -22,17 +22,30 @@ from .twists import Twist, checked
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Sequential(Posterior):
-    r"""Weighted particles with their ``ancestry``: every resampling on their way, see `samplers.smc.ancestry`.
+    r"""The posterior of `SMC`: weighted particles with their ancestry.
 
-    The ESS and k-hat of the final weights say nothing of what was lost on the way: after the last resampling weights
-    are alike.  `min_ess`, `survival` and `score_khat` do, and `suspect` is their verdict.
+    After a resampling all weights are equal, so the ESS and k-hat of the final weights do not show what was lost
+    before.  `min_ess`, `survival` and `score_khat` do; `suspect` combines them.
+
+    :param values: the latent values by site, as in `Posterior`.
+    :param log_weights: unnormalised log weights, (N, *plates).
+    :param log_evidence: the log evidence, (*plates).
+    :param sites: plates, decoders and query of the program.
+    :param ancestry: every resampling of the run, a tuple of `Resampling`.
+
+    Example::
+
+        posterior = SMC(model, guide, num_particles=64).run(x, y)
+        posterior.min_ess, posterior.survival  # (*plates) each
+        if posterior.suspect.any():
+            posterior = SMC(model, guide, num_particles=640).run(x, y)
     """
 
     ancestry: Ancestry = field(repr=False)
 
     @property
     def min_ess(self) -> Tensor:
-        r"""The smallest effective sample size along the way, of the scores W psi and of the final weights, (*plates).
+        r"""The smallest effective sample size of the run, of the scores W psi or the final weights, (*plates).
 
         .. math:: \min_r (\sum_n W_r^n \psi_r^n)^2 / \sum_n (W_r^n \psi_r^n)^2
         """
@@ -42,17 +55,14 @@ class Sequential(Posterior):
 
     @property
     def survival(self) -> Tensor:
-        """The share of the particles before the first resampling that have a descendant at the end, (*plates)."""
+        """The smallest share of particles before a resampling that have a descendant at the end, (*plates)."""
         if not self.ancestry:
             return torch.ones_like(self.log_evidence)
         return survivors(self.ancestry).amin(0) / self.num_particles
 
     @property
     def score_khat(self) -> Tensor:
-        """The largest Pareto k-hat of the scores W psi at any resampling, (*plates); NaN where none is defined.
-
-        At each resampling: `samplers.smc.ancestry.khat_of_scores`.
-        """
+        """The largest Pareto k-hat of the scores W psi at any resampling, (*plates); NaN if none is defined."""
         if not self.ancestry:
             return torch.full_like(self.log_evidence, torch.nan)
         khat = khat_of_scores(self.ancestry)
@@ -60,17 +70,21 @@ class Sequential(Posterior):
 
     @property
     def suspect(self) -> Tensor:
-        r"""Whether few particles speak for all, (*plates): fewer than min(10, N/8) of
+        r"""Whether the result depends on too few particles, BoolTensor (*plates).
 
-        - the final weights' ESS,
-        - the particles before the first resampling that have a descendant at the end, or
-        - the ESS of the weights at a resampling by weights alone; or a k-hat of 1 or more there, an infinite mean.
+        It is true if any of these numbers is less than min(10, N/8):
 
-        An ESS of E adds 1/E - 1/N to the relative variance of the evidence, so that 10 is a standard deviation of 0.3.
-        Resampling at ESS < N/2 is as it should be, hence N/8 for a small N: weights of relative variance 7.  Where a
-        twist has one half of the say, the other half bounds what its scores can do.  Lines of descent meet in the
-        healthiest run: some N / (1 + r/2) are left after r resamplings, so that more than about 14 of them, or N/5,
-        leave the first sites to fewer draws than this; more particles help.
+        - the ESS of the final weights,
+        - the number of particles before a resampling that have a descendant at the end,
+        - the ESS of the weights at a resampling without a twist,
+
+        or if the k-hat of the weights at a resampling without a twist is at least 1, an infinite mean.
+
+        An ESS of E adds 1/E - 1/N to the relative variance of the evidence; for E = 10 this is a standard deviation of
+        about 0.3.  Resampling at an ESS below N/2 is normal, so the limit is N/8 for a small N.  Resamplings with a
+        twist are left out, because particles are then chosen half by their weights alone, which bounds the loss.  Lines
+        of descent also merge in a good run: about N / (1 + r/2) are left after r resamplings.  So more than about 14
+        resamplings, or N/5, make a run suspect; use more particles then.
         """
         few = min(10.0, self.num_particles / 8)
         found = (self.ess < few) | (self.survival * self.num_particles < few)
@@ -84,9 +98,12 @@ class Sequential(Posterior):
 
         .. math:: \sqrt{\sum_e \Big(\sum_{n: e(n) = e} w_n \, (f_n - \bar f)\Big)^2}
 
-        with e(n) the particle before the first resampling from which n descends: what has an ancestor in common is not
-        independent.  It is too small where few ancestors survive, see `survival`; NaN where all particles have one
-        ancestor.
+        with e(n) the particle before the first resampling from which n descends, because particles with a common
+        ancestor are not independent.  It is too small if few ancestors survive (see `survival`), and NaN if all
+        particles have the same ancestor.
+
+        :param values: one number, or several, for each particle of one element of the kept plates.
+        :param index: the element; None: there is only one.
 
         Source: Chan and Lai 2013; Lee and Whiteley 2018.
         """
@@ -99,14 +116,17 @@ class Sequential(Posterior):
         return torch.full_like(error, torch.nan) if len(first.unique()) == 1 else error
 
     def summary(self, index: Index = None) -> dict[str, float]:
-        """As `Posterior.summary`, with what was lost on the way."""
+        """The figures of `Posterior.summary`, with `min_ess`, `survival` and `suspect`.
+
+        :param index: the element; None: there is only one.
+        """
         element = plate_element(index, self.log_weights.shape[1:])
         one = self._of(element)
         way = {"least ESS": float(one.min_ess), "survival": float(one.survival), "suspect": float(one.suspect)}
         return super().summary(element) | way
 
     def _of(self, element: tuple[int, ...]) -> Sequential:
-        """The weights and the ancestry of one plate element; the values stay those of all."""
+        """This posterior with the weights and the ancestry of one plate element; the values are unchanged."""
         at = all_particles(element)
         ancestry = tuple(e._replace(chosen=e.chosen[at], log_scores=e.log_scores[at]) for e in self.ancestry)
         weights, evidence = self.log_weights[at], self.log_evidence[element]
@@ -114,38 +134,61 @@ class Sequential(Posterior):
 
 
 class SMC(Sampler):
-    r"""Particles that grow token by token, weighed and resampled on the way.
+    r"""Sequential Monte Carlo: particles grow token by token, are weighted after each token, and resampled when needed.
 
     .. math:: W_t = W_{t-1} \, p(z_t \mid z_{<t})^{scale} / q(z_t \mid z_{<t}), \qquad \hat Z = \sum_n W^n
 
-    The weights W target the untwisted prefix and carry the evidence.  Before each token of a text, and before every
-    other latent site, the particles of a plate element are resampled in proportion to V, if the effective sample size
-    of W psi is below ``ess_threshold * N``; then V is divided out, :math:`W^n = \frac1N \sum_m V^m \, W^n / V^n`, so
-    that :math:`E[\hat Z] = Z` for any positive psi.  Without a twist V is W; with one, V is half W psi and half W, each
-    normalised, so that no psi makes it much worse than none (`twists.defended`).  An observation or factor enters when
-    the program reaches it, once all particles have ended the text before it.
+    Before each token of a text, and before every other latent site, the particles of a plate element are resampled if
+    the effective sample size of W psi is below ``ess_threshold * N``.  They are chosen in proportion to V and V is
+    divided out, :math:`W^n = \frac1N \sum_m V^m \, W^n / V^n`, so that :math:`E[\hat Z] = Z` for every positive psi.
+    Without a twist, V is W.  With "stop" and "flow", V is half W psi and half W, each normalised; with a function psi
+    it is W psi, or this mixture where the effective sample size of W psi is below N / 2.  So even a bad psi makes the
+    result little worse than no twist.  An observation or factor enters the weights when the program reaches it, which
+    is after all particles have ended the text before it.
 
-    Latent sites that are no texts are drawn whole.  A program whose particles were resampled is run again, with the
-    values so far, up to where it was; nothing is scored twice.  With a twist, particles wait for the next text where
-    one is still to come, because psi is known there.  No site may depend on a latent value through Python (``if k``,
-    ``range(k)``): loop over all that there can be, under ``pyro.poutine.mask(mask=i < k)``.
+    The twist psi scores unfinished texts by what is still to come; weights never contain it:
+
+    - None: no twist.
+    - "stop": p(stop | prefix)^scale times the factors and observations that follow if the text stops here.
+    - "flow": the same divided by the guide's q(stop | prefix), for a guide trained as a GFlowNet.
+    - a function of the prefix, token ids (N, *plates, t), that returns log psi (N, *plates); with a second parameter it
+      also gets a dict of the latent values before this site.  -inf takes the smallest positive psi of its plate
+      element; NaN and +inf raise ValueError.
+
+    "stop" and "flow" about double the tokens that the network reads.
+
+    Latent sites that are no texts are drawn in one step.  After a resampling the program is run again up to the same
+    place with the values so far; nothing is scored twice.  Sites must not depend on a latent value through Python
+    (``if k``, ``range(k)``): loop over all possible values under ``pyro.poutine.mask(mask=i < k)``.
 
     :param model: a Pyro program.
-    :param guide: another, with the model's latent sites, its texts in the model's order; None: the model proposes.
-    :param num_particles: N.
-    :param ess_threshold: between 0 (never resample) and 1 (whenever weights differ).
+    :param guide: a Pyro program that samples the model's latent sites, with its texts in the same order; None: the
+        model proposes them itself.
+    :param num_particles: N, the number of particles per plate element.
+    :param ess_threshold: from 0 (never resample, which is importance sampling) to 1 (resample whenever weights differ).
     :param resampling: "systematic", "stratified", "multinomial" or "residual".
-    :param twist: psi, see `samplers.smc.twists`: None, "stop", "flow" or a function prefix -> log psi.
-    :param max_plate_nesting: guessed where not given.
+    :param twist: psi, see above.
+    :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
 
-    ``run(*args)`` raises SiteMismatch where model and guide do not fit, and ValueError for a subsampled plate that does
-    not enclose every site.
+    ``run(*args)`` passes its arguments to model and guide, and returns a `Sequential`: a `Posterior` with its ancestry.
+    It raises SiteMismatch if model and guide do not fit together, and ValueError for a subsampled plate that does not
+    enclose every site.
 
-    Source: Chopin and Papaspiliopoulos 2020, ch. 10; twists: Zhao et al. 2024.
+    Source: Chopin and Papaspiliopoulos 2020, ch. 10; twists: Zhao et al. 2024; the flow: Hu et al. 2024.
 
     Example::
 
-        posterior = SMC(model, guide, num_particles=64, twist="flow").run(x, y)
+        posterior = SMC(model, guide, num_particles=64).run(x, y)
+        posterior.log_evidence  # (*plates): here one for each story
+        posterior.table("z", index=0)[:5]  # the most probable texts of the first story
+        posterior.suspect  # whether too few particles survived
+
+
+        def few_words(prefix):  # prefers short prefixes, (N, *plates)
+            return -0.1 * text.length(prefix)
+
+
+        SMC(model, guide, num_particles=64, twist=few_words).run(x, y)
     """
 
     def __init__(
@@ -168,7 +211,7 @@ class SMC(Sampler):
         self.max_plate_nesting = max_plate_nesting
 
     def run(self, *args: Any, **kwargs: Any) -> Sequential:
-        """The weighted particles for these arguments, with their ancestry."""
+        """The weighted particles for these arguments of model and guide, with their ancestry."""
         return run(self, args, kwargs)
 
 
@@ -176,11 +219,12 @@ class SMC(Sampler):
 def run(
     smc: SMC, args: tuple[Any, ...], kwargs: dict[str, Any], retained: Mapping[str, Tensor] | None = None
 ) -> Sequential:
-    """SMC, or with ``retained`` values of every latent site (1, *plate axes, *event) conditional SMC.
+    """SMC; or, with ``retained`` values of every latent site (1, *plate axes, *event), conditional SMC.
 
-    Conditional SMC (Andrieu et al. 2010) holds particle 0 to the retained values, through multinomial resamplings
-    that keep it: if they are a draw of the posterior, then :math:`E[1 / \\hat Z] = P(\\hat Z > 0) / Z`, with the
-    probability that a run of SMC finds anything possible: 1 but for hard factors.
+    Conditional SMC (Andrieu et al. 2010) keeps particle 0 at the retained values, through multinomial resamplings.  If
+    these values are a draw from the posterior, then :math:`E[1 / \\hat Z] = P(\\hat Z > 0) / Z`, where
+    :math:`P(\\hat Z > 0)` is the probability that a run of SMC has a particle of positive weight.  It is 1 unless there
+    are hard factors.
     """
     state = State(smc, args, kwargs, retained)
     while site := state.next_text():

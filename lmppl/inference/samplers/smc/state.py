@@ -1,4 +1,4 @@
-"""The particles of SMC in the middle of a run, and the programs that are run again when they have been resampled."""
+"""The state of a run of SMC: its particles, and the programs, which are run again after a resampling."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .ancestry import Resampling
 from .growth import Growth
 from .twists import Twist, defended, log_twist
 
-EQUAL = 1e-5  # rounding: how far weights that are equal may be from an ESS of N
+EQUAL = 1e-5  # tolerance for rounding: equal weights have an ESS of N up to this
 
 
 class Settings(Protocol):
-    """What a run needs to know of `SMC`."""
+    """The attributes of `SMC` that a run uses."""
 
     model: Program
     guide: Program | None
@@ -40,12 +40,12 @@ class Settings(Protocol):
 
 
 class State:
-    """Particles in the middle of a run: ``values`` of the sites met so far, and log N W (particle, *kept).
+    """The particles of a run: ``values`` of the sites met so far, and log N W, (particle, *kept).
 
-    A Python frame cannot be resampled.  So a program runs on for as long as its particles stay as they are; once they
-    were resampled it is left, and run again under ``values``.  Each site enters the weights once: ``seen`` are those
-    that have.  A guide runs ahead of the model; what it drew beyond the site at which particles are resampled has
-    entered no weight, and is drawn anew.
+    A running Python program cannot be resampled.  So a program runs until its particles are resampled; then it is left,
+    and run again with ``values``.  Each site enters the weights once: ``seen`` are the sites that have.  The guide runs
+    ahead of the model; sites that it drew beyond the place of a resampling have not entered the weights, and are drawn
+    again.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class State:
         self.moved = False
 
     def next_text(self) -> tuple[Node, Node] | None:
-        """Take in everything before the next text site; that site in the model and in the guide, None at the end."""
+        """Weighs everything before the next text site; returns this site in model and guide, or None at the end."""
         while True:
             self.moved = False
             pause = self._pause if self.smc.guide is None else None
@@ -84,12 +84,12 @@ class State:
                 return None if site is None or met is None else (met, site)
             if is_grown(met):
                 raise SiteMismatch(_mismatch(site, met, target))
-            # The guide draws a text before another latent on which the model's text depends: it is drawn whole.
+            # The guide has a text before a latent that comes first in the model: the text is drawn in one step.
             value = texts_of(site).draw()[0]
             self.values[site["name"]] = keep_first(self.retained, site["name"], site["fn"], value)
 
     def grow(self, model: Node, guide: Node) -> None:
-        """Grow a text in every particle, resampling on the way."""
+        """Grows a text in every particle, token by token, with resampling."""
         growth = Growth(model, guide, self.plates, self.retained)
         self._miss(growth.name, guide["fn"])
 
@@ -109,7 +109,7 @@ class State:
         self.seen.add(growth.name)
 
     def _before(self) -> dict[str, Tensor]:
-        """The latent sites before the one that is being grown, (particle, *kept, ...)."""
+        """The values of the latent sites before the growing text, (particle, *kept, ...)."""
         nodes = programs.latents(self.proposal).items()
         return {name: self.plates.lead(node["value"], node["fn"].event_dim) for name, node in nodes}
 
@@ -132,9 +132,9 @@ class State:
         )
 
     def _pause(self, name: str, target: Trace) -> bool:
-        """Take in what the model has met before its latent site ``name``; whether particles were resampled there.
+        """Weighs what the model has met before its latent site ``name``; returns whether particles were resampled.
 
-        With a twist they wait for the next text, where scores are known, as long as there is one.
+        With a twist, resampling waits for the next text, if there is one, because psi is known only there.
         """
         if name in self.seen:
             return False
@@ -157,9 +157,9 @@ class State:
         return self.moved
 
     def _take_in(self, target: Trace, drawn: set[str]) -> bool:
-        """Multiply the weights by p/q of the sites that the model has met since; whether that changed any.
+        """Multiplies the weights by p/q of the sites that the model has met since; returns whether any changed.
 
-        ``drawn``: the guide's latent sites up to there; of its auxiliary ones it is 1/q.
+        ``drawn``: the guide's latent sites up to this place; its auxiliary sites contribute 1/q.
         """
         self.target = target
         auxiliary = {n for n in drawn if self.proposal.nodes[n]["infer"].get("is_auxiliary")}
@@ -176,20 +176,20 @@ class State:
         return self._add(increment)
 
     def _add(self, increment: Tensor) -> bool:
-        """Multiply the weights; whether that changed any.  An infinite one, of what no guide draws, stays so."""
+        """Multiplies the weights; returns whether any changed.  An infinite weight (q = 0) stays infinite."""
         sum_ = self.log_weights + increment.to(self.log_weights.device)
         self.log_weights = sum_.masked_fill(self.log_weights == torch.inf, torch.inf)
         return bool((increment != 0).any())
 
     def _miss(self, name: str, fn: Any) -> None:
-        """The guide writes no text that is as long as the retained one: it has q = 0, and the weight is infinite."""
+        """Makes a weight infinite where the retained text is longer than any text of the guide, so that q = 0."""
         longer = too_long(self.retained, name, fn)
         if longer is not None:
             first = self.plates.reduce(longer.double())[0] > 0  # (1, *kept)
             self.log_weights = torch.cat([self.log_weights[:1].masked_fill(first, torch.inf), self.log_weights[1:]])
 
     def _resample(self, site: str, token: int, log_psi: Tensor | None = None) -> Tensor | None:
-        """Resample where it is due; who became whom (particle, *kept), None where nobody was."""
+        """Resamples plate elements of a low ESS; returns the chosen indices (particle, *kept), or None if all stay."""
         n = self.smc.num_particles
         score = self.log_weights if log_psi is None else self.log_weights + log_psi  # (particle, *kept)
         weights = score.softmax(0)  # NaN where all are zero
@@ -209,13 +209,13 @@ class State:
         return chosen
 
     def check(self) -> None:
-        """Raise where the programs' last run contradicts what was taken for granted before."""
+        """Raises an error if the last run of the programs contradicts the assumptions of the run."""
         if self.smc.guide is not None:
             programs.match(self.target, self.proposal)
         nodes = programs.scored(self.target).values()
         subsampled = any(f.full_size not in (None, f.size) for node in nodes for f in node["cond_indep_stack"])
         if self.retained is not None and subsampled:
-            raise ValueError("model: a plate is subsampled; run it in full, so that the exact sample is of these data")
+            raise ValueError("model: a plate is subsampled; run it in full, because the exact sample is of all data")
         if kept_plates([self.target, self.proposal], self.query.nesting, subsampling=False) != self.plates:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
         check_axes(Pair(self.query, self.proposal, self.target, len(self.log_weights)))
@@ -226,7 +226,7 @@ def _mismatch(site: Node | None, met: Node | None, target: Trace) -> str:
         assert met is not None
         return f"guide: it does not sample {met['name']!r}, a latent site of the model"
     if met is not None:
-        return f"guide: it comes to {site['name']!r} where the model comes to {met['name']!r}; keep texts in one order"
+        return f"guide: it samples {site['name']!r} where the model samples {met['name']!r}; keep texts in one order"
     node = target.nodes.get(site["name"])
     observed = node is not None and node["is_observed"]
     return f"guide: it samples {site['name']!r}, but the model {'observes' if observed else 'does not have'} that site"

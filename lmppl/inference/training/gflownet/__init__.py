@@ -1,6 +1,6 @@
-"""GFlowNet objectives, one a file, the divergences they compare by, their exploration, and their trainer.
+"""GFlowNet objectives, one in each file, their divergences and explorations, and the trainer.
 
-What is listed here is public in `lmppl.inference`.
+All names listed here are public in `lmppl.inference`.
 """
 
 from .detailed_balance import DetailedBalance

@@ -1,4 +1,4 @@
-"""A question to a server over HTTP and its answer, within a time and a size; all that goes wrong: ConnectionError."""
+"""Posts a request to an HTTP server, with limits on time and size; every failure is a ConnectionError."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException, IncompleteRead
 from typing import Any, Self
 
-PAUSES = 0.05, 0.2, 0.8  # seconds before trying again
-PASSING = {429, 500, 502, 503, 504}  # statuses that may be others in a moment
-LONGEST = 2e6  # seconds, 23 days: more than this no socket can wait
-PIECE, SHOWN = 2**16, 300  # bytes read at once, and of an error shown
+PAUSES = 0.05, 0.2, 0.8  # seconds before the next try
+PASSING = {429, 500, 502, 503, 504}  # statuses that may soon change
+LONGEST = 2e6  # seconds, 23 days: the longest wait of a socket
+PIECE, SHOWN = 2**16, 300  # bytes read at once; bytes of an error message shown
 
 
 class BadAnswer(ConnectionError, ValueError):
-    """An answer that came, and cannot be what was asked for."""
+    """The server answered, but not what was requested."""
 
 
 class _Passing(ConnectionError):
-    """What may be otherwise in a moment."""
+    """A failure that may soon pass."""
 
 
 def ask(url: str, content: Any, *, api_key: str | None = None, timeout: float = 300.0, max_bytes: int = 2**26) -> bytes:
-    """What ``url`` answers to ``content``, posted as JSON.
+    """Posts ``content`` as JSON to ``url`` and returns the body of the answer.
 
-    A server error (500, 502, 503, 504), 429 and a connection that is reset are tried again, up to three times and
-    within the timeout.  Redirects are not followed: they would take the content, and the key, elsewhere.
+    A server error (500, 502, 503, 504), 429 and a reset connection are tried again, up to three times and within the
+    timeout.  Redirects are not followed, because they would send the content and the key to another server.
 
-    :param timeout: seconds for all of it, however slowly the server goes on.
-    :param max_bytes: of the answer.
+    :param timeout: seconds for everything, even if the server is slow.
+    :param max_bytes: the longest answer.
     :raises ConnectionError: naming ``url``, where there is no answer, an error, or too long an answer.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
@@ -73,7 +73,7 @@ def _read(answer: Any, url: str, max_bytes: int, watched: _Watched) -> bytes:
         found += piece
         if len(found) > max_bytes:
             raise BadAnswer(f"url: the answer of {url} is longer than {max_bytes:,} bytes")
-    if watched.is_late or answer.length:  # bytes that were announced and did not come
+    if watched.is_late or answer.length:  # announced bytes that did not arrive
         raise IncompleteRead(bytes(found), answer.length)
     return bytes(found)
 
@@ -82,7 +82,7 @@ def _refusal(error: urllib.error.HTTPError, url: str) -> ConnectionError:
     if 300 <= error.code < 400:
         where = _line(error.headers.get("Location") or "nowhere")
         error.close()
-        return ConnectionError(f"url: {url} redirects to {where}, which is not followed; give that as url, if right")
+        return ConnectionError(f"url: {url} redirects to {where}, which is not followed; pass that url if right")
     try:
         with error:
             said = _line(error.read(SHOWN).decode(errors="replace"))
@@ -103,7 +103,7 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 
 
 class _Watched(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
-    """Opens connections that are shut down after so many seconds: a timeout of a socket is one of each read."""
+    """Opens connections that are shut down after some seconds: a socket's own timeout is one of each read."""
 
     def __init__(self, seconds: float):
         super().__init__()
@@ -138,7 +138,7 @@ class _Watched(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     def _shut(self) -> None:
         self.is_late = True
         if self.socket is not None:
-            try:  # of the plain socket, below TLS
+            try:  # the plain socket, below TLS
                 socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
             except OSError:  # it is closed already
                 return

@@ -1,24 +1,26 @@
-r"""Divergences: how an objective compares two values of u, each a convex g of their difference.
+r"""Divergences: how an objective compares two values of u, each by a convex function g of their difference.
 
-A divergence is a convex f with f(1) = 0, :math:`D_f(p, q) = E_q f(p/q)`; its loss is the convex g with g(0) = g'(0) = 0
-and, at :math:`r = e^\delta`,
+An f-divergence is :math:`D_f(p, q) = E_q f(p/q)`, f convex with f(1) = 0.  Its loss is the convex g with g(0) = g'(0) =
+0 and, at :math:`r = e^\delta`,
 
 .. math:: g'(\delta) = r f'(r) - f(r) + f(1) - f'(1), \qquad g''(\delta) = r^2 f''(r) \ge 0
 
-Let :math:`u(z) = \log p(z, y) - \log q(z)`, so that :math:`e^{u - c}` is p(z | y) / q(z) at c = log Z.  With the
-samples not differentiated, on-policy,
+Let :math:`u(z) = \log p(z, y) - \log q(z)`, so that :math:`e^{u - c}` is p(z | y) / q(z) at c = log Z.  On-policy, with
+samples that carry no gradient,
 
 .. math:: \nabla E_q\, g(u - \log Z) = E_q [ -g'(u - \log Z) \nabla \log q ] = E_q [ (f(r) - r f'(r)) \nabla \log q ]
           = \nabla D_f(p(\cdot \mid y), q)
 
-since constants times :math:`\nabla \log q` vanish in expectation.  On samples from anywhere else g is a loss still,
-zero where u = c.  Without log Z there is the c that fits the samples best: the loss is then
-:math:`\min_c \sum_n w_n g(u_n - c) / \sum_n w_n`, which does not change where u does by a constant.  At the minimum
-:math:`\sum_n w_n g'(u_n - c) = 0`, so that no gradient through c is needed.  On-policy, with ever more samples, that
-descends :math:`D_f` still, but for a positive factor, if g is squared or of the alpha family; of the others c is log Z
-only near balance, and far from it what is descended is no :math:`D_f`.
+because constants times :math:`\nabla \log q` vanish in expectation.  On samples from any other distribution g is still
+a loss, zero where u = c.
 
-Every g but |x| has g''(0) = 2: near balance all of them are the squared loss.
+If log Z is unknown, c is the number that fits the samples best, and the loss is :math:`\min_c \sum_n w_n g(u_n - c) /
+\sum_n w_n`.  It does not change when a constant is added to u.  At the minimum :math:`\sum_n w_n g'(u_n - c) = 0`, so
+that no gradient through c is needed.  On-policy, as the number of samples grows, this loss still minimises :math:`D_f`,
+up to a positive factor, if g is squared or of the alpha family.  For the others c is log Z near balance only, and far
+from it the loss minimises no :math:`D_f`.
+
+Every g but :math:`|x|` has g''(0) = 2: near balance all of them are the squared loss.
 
 Source: Fawkes and Hartford 2026, "f-trajectory balance", arXiv 2605.15417.
 """
@@ -34,35 +36,68 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-HALVINGS = 50  # of the interval in which the best c lies
+HALVINGS = 50  # of the interval that contains the best c
 
 
 class Divergence(ABC):
-    r"""A convex g; a subclass says g, and the f it comes from.
+    r"""How an objective compares two values of u: a convex loss g of their difference.  A subclass defines `f` and `g`.
 
-    ``at_most``: a reward of zero asks q for its floor *at most*, less is as good; else for just that.
+    .. math:: D_f(p, q) = E_q f(p/q), \qquad g'(\delta) = r f'(r) - f(r) + f(1) - f'(1) \text{ at } r = e^\delta
 
-    docs/extending.md writes a new one.
+    The class attribute ``at_most`` tells how a reward of zero counts.  True: q should be at most at the floor, and less
+    costs nothing; False: q should be at the floor exactly.
+
+    Source: Fawkes and Hartford 2026, "f-trajectory balance"; docs/objectives.md.
+
+    Example::
+
+        class Huber(Divergence):  # the squared loss up to a nat, linear beyond
+            def f(self, r):
+                left, right = 2 - 3.437 * r, 1.264 * r - 2
+                return torch.where(r < 0.368, left, torch.where(r > 2.718, right, 2 * (r - 1 - r.log())))
+
+            def g(self, delta):
+                near = delta.clamp(-1, 1)
+                return near**2 + 2 * (delta - near).abs()
+
+        GFlowNet(model, guide, VarGrad(divergence=Huber()), optimizer=optimizer).fit(batches, steps=100)
     """
 
     at_most = True
 
     @abstractmethod
     def f(self, r: Tensor) -> Tensor:
-        """f of the ratio p/q, f(1) = 0; on-policy, the objective descends E_q f."""
+        """The function of the f-divergence; on-policy the objective minimises E_q f(p/q).
+
+        :param r: ratios p/q, of any shape.
+        :returns: f(r), of the same shape, with f(1) = 0.
+        """
 
     @abstractmethod
     def g(self, delta: Tensor) -> Tensor:
-        """The loss at a difference of u, of the same shape: finite, with its gradient, at any finite difference."""
+        """The loss at a difference of u.
+
+        :param delta: differences, nats, of any shape.
+        :returns: g(delta), of the same shape; it and its gradient must be finite at any finite difference.
+        """
 
     def slope(self, delta: Tensor) -> Tensor:
-        """g', without gradient."""
+        """The derivative g', without gradient; by autograd where a subclass does not define it.
+
+        :param delta: differences, nats, of any shape.
+        :returns: g'(delta), of the same shape.
+        """
         with torch.enable_grad():
             delta = delta.detach().requires_grad_()
             return torch.autograd.grad(self.g(delta).sum(), delta)[0]
 
     def fit(self, u: Tensor, weight: Tensor) -> Tensor:
-        """The c that fits best, (n, ...) -> (...); by bisection, where the weighted mean of g'(u - c) changes sign."""
+        """The c that fits best: where the weighted mean of g'(u - c) is zero, found by bisection.
+
+        :param u: (n, ...), nats.
+        :param weight: (n, ...), not negative.
+        :returns: c, (...).
+        """
         u, there = u.detach(), weight > 0
         low = u.masked_fill(~there, torch.inf).amin(0)
         low, high = low.nan_to_num(posinf=0.0), u.masked_fill(~there, -torch.inf).amax(0).nan_to_num(neginf=0.0)
@@ -73,24 +108,38 @@ class Divergence(ABC):
         return (low + high) / 2
 
     def spread(self, u: Tensor, weight: Tensor) -> Tensor:
-        """The weighted mean of g(u - c) at the c that fits best: (n, ...) -> (...)."""
+        """The weighted mean of g(u - c) at the best c.
+
+        :param u: (n, ...), nats.
+        :param weight: (n, ...), not negative.
+        :returns: (...).
+        """
         return mean(self.g(u - self.fit(u, weight)), weight)
 
     def pair(self, delta: Tensor) -> Tensor:
-        """The loss at a difference of which no side is the reference: (g(x) + g(-x)) / 2."""
+        """The loss at a difference of two u of which neither is the reference, (g(x) + g(-x)) / 2.
+
+        :param delta: differences, nats, of any shape.
+        :returns: of the same shape.
+        """
         return (self.g(delta) + self.g(-delta)) / 2
 
     def pairs(self, u: Tensor, valid: Tensor) -> Tensor:
-        """The mean of `pair` over all pairs, (n, ...) -> (...); 0 where there is none."""
+        """The mean of `pair` over all pairs.
+
+        :param u: (n, ...), nats.
+        :param valid: (n, ...), which u count.
+        :returns: (...); 0 where there is no pair.
+        """
         i, j = torch.triu_indices(len(u), len(u), 1, device=u.device)
         both = valid[i] & valid[j]
         return (self.pair(u[i] - u[j]) * both).sum(0) / both.sum(0).clamp(min=1)
 
 
 class Squared(Divergence):
-    r"""g = x^2, which is twice KL(q, p); the best c is the mean, the spread the variance.
+    """g = x^2, from f = 2 (r - 1 - log r): twice KL(q, p).  The best c is the mean of u, the spread its variance.
 
-    A reward of zero asks for its floor exactly.
+    A reward of zero asks q for the floor exactly.
     """
 
     at_most = False
@@ -111,7 +160,7 @@ class Squared(Divergence):
         return delta**2
 
     def pairs(self, u: Tensor, valid: Tensor) -> Tensor:
-        """Twice the unbiased variance: no double loop."""
+        """Twice the unbiased variance, which needs no double loop."""
         count = valid.sum(0)
         average = (u * valid).sum(0) / count.clamp(min=1)
         return 2 * ((u - average) ** 2 * valid).sum(0) / (count - 1).clamp(min=1)
@@ -119,17 +168,24 @@ class Squared(Divergence):
 
 @dataclass(frozen=True)
 class AlphaDivergence(Divergence):
-    r"""The alpha-divergences: 1 is KL(p, q), whose g is Linex; 2 is chi-square; 1/2 is Hellinger's; 0 would be squared.
+    r"""An alpha-divergence: alpha = 1 is KL(p, q), whose g is Linex; 2 is chi-square, 1/2 Hellinger's.
 
     .. math:: f = 2 \frac{r^\alpha - \alpha r + \alpha - 1}{\alpha (\alpha - 1)}, \qquad
               g = \frac{2}{\alpha^2} (e^{\alpha x} - \alpha x - 1), \qquad
               \min_c \overline{g(u - c)} = \frac2\alpha \Big(\frac1\alpha \log \overline{e^{\alpha u}} - \bar u\Big)
 
-    At alpha = 1, f is 2 (r log r - r + 1).  The best c is the log of a mean, :math:`\frac1\alpha \log
-    \overline{e^{\alpha u}}`; the slope of the minimum in u_n, a softmax less 1/N, is bounded whatever u is.  Where c is
-    not fitted, g goes on as its tangent beyond :math:`\alpha x = 20`, where its slope is 1e9 / alpha.
+    At alpha = 1, f is 2 (r log r - r + 1); the limit alpha = 0 is the squared divergence.  The best c is the log of a
+    mean, :math:`\frac1\alpha \log \overline{e^{\alpha u}}`.  The slope of the minimum in u_n is :math:`2/\alpha` times
+    a softmax less 1/N, so it is bounded whatever u is.  Where c is not fitted, g continues as its tangent beyond
+    :math:`\alpha x = 20`, where its slope is 1e9 / alpha.
 
     :param alpha: at least 0.01.
+    :raises ValueError: for a smaller alpha, or an infinite one.
+
+    >>> AlphaDivergence(1.0).g(torch.tensor([-1.0, 0.0, 1.0]))  # 2 (e^x - x - 1)
+    tensor([0.7358, 0.0000, 1.4366])
+    >>> DIVERGENCES["forward_kl"] == AlphaDivergence(1.0)
+    True
     """
 
     alpha: float
@@ -164,10 +220,12 @@ LARGEST_EXPONENT = 20.0
 
 
 class JensenShannon(Divergence):
-    r"""g' = 4 log((1 + e^x) / 2), eight times the Jensen-Shannon divergence: g is linear on the left, squared right.
+    r"""g' = 4 log((1 + e^x) / 2), from eight times the Jensen-Shannon divergence.
 
     .. math:: f = 4 \Big(r \log \frac{2r}{1 + r} + \log \frac{2}{1 + r}\Big), \qquad
               g = 4 \Big(-\mathrm{Li}_2(-e^x) - \frac{\pi^2}{12} - x \log 2\Big)
+
+    g is linear for x << 0 and squared for x >> 0.
     """
 
     def f(self, r: Tensor) -> Tensor:
@@ -186,7 +244,7 @@ def softplus_integral(x: Tensor) -> Tensor:
     For x <= 0, with w = log(1 + e^x) <= log 2 and Bernoulli's numbers B,
     :math:`\sum_n B_n w^{n+1} / (n+1)! + w^2/2`; for x > 0 by inversion, :math:`\pi^2/6 + x^2/2` less that at -x.
     """
-    w = torch.where(x > 0, -x, x).exp().log1p()  # not -|x|, whose slope at 0 is none
+    w = torch.where(x > 0, -x, x).exp().log1p()  # not -|x|: torch has slope 0 for it at 0
     square, value = w**2, torch.zeros_like(w)
     for b in reversed(BERNOULLI):
         value = value * square + b
@@ -200,9 +258,10 @@ BERNOULLI = [  # B_n / (n + 1)! for n = 2, 4, .., 14
 
 
 class TotalVariation(Divergence):
-    r"""g = |x|, which is twice the total variation, :math:`\sum_z |p(z) - q(z)|`; the best c is the median.
+    r"""g = abs(x), from twice the total variation, :math:`\sum_z |p(z) - q(z)|`; the best c is the median of u.
 
-    Its slope knows the sign of x alone: the loss vanishes at the posterior, but steps of one size do not settle there.
+    The slope depends on the sign of x only.  The loss is zero at the posterior, but steps of constant size do not
+    converge.
     """
 
     def f(self, r: Tensor) -> Tensor:
@@ -212,7 +271,7 @@ class TotalVariation(Divergence):
         return delta.abs()
 
     def fit(self, u: Tensor, weight: Tensor) -> Tensor:
-        """The median under the weights, one of the u, *with* gradient: its share is what balances the other slopes."""
+        """The weighted median, one of the u, *with* its gradient, which balances the slopes of the other u."""
         order = u.detach().argsort(0)
         below = weight.gather(0, order).cumsum(0)
         middle = (below >= below[-1:] / 2).int().argmax(0, keepdim=True)
@@ -220,7 +279,7 @@ class TotalVariation(Divergence):
 
 
 class LogCosh(Divergence):
-    r"""g = 2 log cosh x, a smooth total variation: squared near 0, 2|x| - 2 log 2 far from it.
+    r"""g = 2 log cosh x, a smooth total variation: squared near 0, 2 abs(x) - 2 log 2 far from it.
 
     .. math:: f = 2 (1 - r) + 4 r (\arctan r - \pi/4), \qquad g' = 2 \tanh x
     """
@@ -236,12 +295,13 @@ class LogCosh(Divergence):
 
 
 def mean(x: Tensor, weight: Tensor) -> Tensor:
-    """The weighted mean over the first axis; 0 where there is no weight."""
+    """The weighted mean over the first axis; 0 where all weights are zero."""
     return (weight * x).sum(0) / weight.sum(0).clamp(min=1e-30)
 
 
 SQUARED, LINEX = Squared(), AlphaDivergence(1.0)
 
+#: The divergences by the names that an objective's ``divergence=`` takes.
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
     {
         "squared": SQUARED,
@@ -258,7 +318,7 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
 
 
 def named(divergence: Divergence | str) -> Divergence:
-    """A divergence as it is, or by its name in `DIVERGENCES`."""
+    """The divergence itself, or the one of this name in `DIVERGENCES`."""
     if isinstance(divergence, str) and divergence in DIVERGENCES:
         return DIVERGENCES[divergence]
     if not isinstance(divergence, Divergence):

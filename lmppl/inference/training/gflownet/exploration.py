@@ -1,4 +1,4 @@
-"""What to draw training samples from instead of the guide: u may be evaluated on any z."""
+"""What to draw training samples from instead of the guide: u may be computed at any z."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ from ..loop.schedules import Schedule, at, checked
 
 @dataclass
 class Memory:
-    """What an objective remembers of its steps: a part of a training's state."""
+    """What an objective remembers of its steps; a part of the state of a training run."""
 
-    impossible: float = 0.0  # the largest share of reward zero among a step's draws; 1 if an observation had no others
+    impossible: float = 0.0  # largest share of reward zero in the draws of a step; 1 if an observation had no other
     fruitless: int = 0  # searches in a row that found nothing
     rest: int = 0  # steps until the next search
 
 
 @dataclass(frozen=True)
 class Source(Query):
-    """What samples can be drawn from: the programs, their arguments, the step of the training and what is remembered.
+    """What an exploration draws from: the programs, their arguments, the step of the training and what is remembered.
 
     All draws for one loss share one subsample.
+
+    :param guide: a Pyro program with the model's latent sites.
+    :param step: the number of the training step.
+    :param subsamples: the subsamples of plates, by name.
+    :param memory: what the objective remembers.
     """
 
     guide: Program
@@ -41,11 +46,17 @@ class Source(Query):
     memory: Memory = field(default_factory=Memory)
 
     def draw(self, program: Program, num_particles: int, temper: Temper | None = None) -> Values:
-        """Latent values (particle, *plate axes, *event) of one run of ``program``."""
+        """Latent values of one run of ``program``.
+
+        :param program: a Pyro program, called with the source's arguments.
+        :param num_particles: how many values of each latent.
+        :param temper: None, or a function from a text site to the distribution that draws it.
+        :returns: by site, (particle, *plate axes, *event).
+        """
         return self.drawn(program, num_particles, Draw(temper))[1]
 
     def drawn(self, program: Program, num_particles: int, draw: Draw) -> tuple[Trace, Values]:
-        """One run of ``program``, and its latent values."""
+        """The trace of one run of ``program``, and its latent values."""
         run = self.trace(program, draw, Substitute(self.subsamples), particles=num_particles)
         latents = {name: node["value"] for name, node in programs.latents(run).items()}
         self.subsamples.update({n: v for n, v in programs.values(run).items() if n not in latents})
@@ -53,33 +64,69 @@ class Source(Query):
 
 
 class Exploration(ABC):
-    """A way to draw training samples."""
+    """A way to draw training samples.  A subclass defines `draw`.
+
+    Off-policy samples are allowed, because u is the same number for every z at the posterior: any distribution of z
+    will do, and log q is always that of the guide.
+
+    Example::
+
+        class HalfAndHalf(Exploration):  # half from the guide, half from the prior: Mixture does it, too
+            def draw(self, source, num_particles):
+                return Mixture((OnPolicy(), 0.5), (Prior(), 0.5)).draw(source, num_particles)
+
+        GFlowNet(model, guide, optimizer=optimizer, exploration=HalfAndHalf()).fit(batches, steps=100)
+    """
 
     @abstractmethod
     def draw(self, source: Source, num_particles: int) -> Values:
-        """``num_particles`` values of every latent site."""
+        """Draws values of every latent site.
+
+        :param source: model, guide, their arguments, and the step of the training; ``source.draw(program, n)`` runs
+            one.
+        :param num_particles: how many values of each.
+        :returns: values by site, (particle, *plate axes, *event).
+        """
 
 
 class OnPolicy(Exploration):
-    """The guide itself: z ~ q."""
+    r"""Draws from the guide, :math:`z \sim q`.
+
+    Example::
+
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=OnPolicy())
+        trainer.fit(batches, steps=100)
+    """
 
     def draw(self, source: Source, num_particles: int) -> Values:
         return source.draw(source.guide, num_particles)
 
 
 class Prior(Exploration):
-    """The model's own latent sites, unconditioned: z ~ p(z)."""
+    r"""Draws from the model's latent sites, unconditioned: :math:`z \sim p(z)`.
+
+    Example::
+
+        exploration = Mixture((OnPolicy(), 0.75), (Prior(), 0.25))
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
+    """
 
     def draw(self, source: Source, num_particles: int) -> Values:
         return source.draw(source.model, num_particles)
 
 
 class Proposal(Exploration):
-    """Any program with the guide's latent sites, called with the same arguments.
+    """Draws from any program with the guide's latent sites, called with the same arguments.
+
+    :param program: a Pyro program, such as a guide masked token by token.
+    :raises ValueError: for what is not a function.
 
     Example::
 
-        GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((OnPolicy(), 0.5), (Proposal(masked), 0.5)))
+        exploration = Mixture((OnPolicy(), 0.5), (Proposal(masked), 0.5))
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, program: Program):
@@ -91,7 +138,7 @@ class Proposal(Exploration):
 
 
 class _Broadened(Exploration):
-    """The guide, its texts drawn more broadly in the last ``fraction`` of the particles."""
+    """The guide, with broader distributions of its texts in the last ``fraction`` of the particles."""
 
     def __init__(self, amount: Schedule, fraction: Schedule):
         self.amount = amount
@@ -105,7 +152,7 @@ class _Broadened(Exploration):
         """The distribution ``fn`` of a text, broader by ``amount`` (particle, *1s)."""
 
     def draw(self, source: Source, num_particles: int) -> Values:
-        amount = torch.full((num_particles,), self.neutral)  # goes where the text is drawn
+        amount = torch.full((num_particles,), self.neutral)  # on the CPU; moved to where the text is drawn
         kept = num_particles - round(at(self.fraction, source.step) * num_particles)
         amount[kept:] = at(self.amount, source.step)
         amount = amount.view(-1, *[1] * source.nesting)  # (particle, *plate axes)
@@ -118,11 +165,19 @@ class _Broadened(Exploration):
 
 
 class Tempered(_Broadened):
-    r"""The last ``fraction`` of the particles are drawn with every token's temperature raised to ``temperature``.
+    r"""Draws from the guide; the last ``fraction`` of the particles at a higher temperature of every token.
 
     .. math:: z_t \sim q(z_t \mid z_{<t})^{1/T} / \textstyle\sum_v q(v \mid z_{<t})^{1/T}
 
+    :param temperature: T > 0; 1 changes nothing.  A number or a function of the step.
+    :param fraction: in [0, 1], of the particles.  A number or a function of the step.
     :raises ValueError: for a fraction outside [0, 1] or a temperature that is not positive.
+
+    Example::
+
+        exploration = Tempered(temperature=1.5, fraction=0.25)
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
     """
 
     neutral = 1.0
@@ -136,11 +191,20 @@ class Tempered(_Broadened):
 
 
 class EpsilonUniform(_Broadened):
-    r"""The last ``fraction`` of the particles draw each token, with probability ``epsilon``, evenly from those allowed.
+    r"""Draws from the guide; the last ``fraction`` of the particles with uniform tokens mixed in.
 
     .. math:: z_t \sim (1 - \epsilon) \, q(z_t \mid z_{<t}) + \epsilon / |allowed|
 
+    :param epsilon: in [0, 1], the probability that a token is drawn uniformly from the allowed ones.  A number or a
+        function of the step.
+    :param fraction: in [0, 1], of the particles.  A number or a function of the step.
     :raises ValueError: for an epsilon or a fraction outside [0, 1].
+
+    Example::
+
+        exploration = EpsilonUniform(epsilon=0.05)
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, epsilon: Schedule = 0.05, fraction: Schedule = 1.0):
@@ -152,14 +216,17 @@ class EpsilonUniform(_Broadened):
 
 
 class Mixture(Exploration):
-    """Several explorations, each for its share of the particles.
+    """Draws from several explorations, each for a share of the particles.
 
-    :param parts: pairs (exploration, weight); weights need not sum to one, and may be schedules.  Shares are rounded so
-        that their number is exact.
+    :param parts: pairs (exploration, weight).  A weight is a number or a function of the step, not negative; weights
+        need not sum to one.  Shares are rounded so that they add up to the number of particles.
+    :raises ValueError: for what are not such pairs; when it draws, for weights that are all zero.
 
     Example::
 
-        Mixture((OnPolicy(), 0.5), (Tempered(2.0, fraction=1.0), 0.25), (Prior(), 0.25))
+        exploration = Mixture((OnPolicy(), 0.5), (Tempered(2.0, fraction=1.0), 0.25), (Prior(), 0.25))
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, *parts: tuple[Exploration, Schedule]):

@@ -1,4 +1,4 @@
-"""Linex: balance by a loss that is linear where q is too large and exponential where it is too small."""
+"""Linex: a loss that is linear where q is too large and exponential where it is too small."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from .var_grad import VarGrad
 
 
 class Linex(VarGrad):
-    r"""The linear-exponential loss of u against the log Z that fits the samples of one observation best.
+    r"""The linear-exponential loss of u at the log Z that fits the samples of one observation best.
 
     .. math:: \mathcal L = \min_{\log Z} \frac1N \sum_n e^{t_n} - t_n - 1
               = \log \frac1N \sum_n e^{u_n} - \frac1N \sum_n u_n, \qquad t_n = u_n - \log Z
 
-    Its slope in u_n is :math:`w_n - 1/N`, w being the normalised :math:`e^u`; near balance it is half of `VarGrad`.
-    It is half of ``VarGrad(divergence="forward_kl")``, and takes no divergence itself.
-    Far from it, `VarGrad` pushes hardest at what q should not have, the harder the smaller the reward; here that counts
-    1/N however small the reward is, and what q has lost counts up to 1: a guide of limited precision blurs an edge
-    rather than lose what lies inside.  On-policy it descends KL(p, q), with a bias of order 1/N; `VarGrad` KL(q, p).
+    It is half of ``VarGrad(divergence="forward_kl")``, and near balance half of `VarGrad`.  Its slope in u_n is
+    :math:`w_n - 1/N`, where w is the normalised :math:`e^u`.  So a value that q should not have counts at most 1/N,
+    however small its reward, and a value that q has lost counts up to 1.  `VarGrad` counts the first kind most, the
+    more the smaller the reward.  A guide of limited precision therefore blurs an edge rather than lose what lies
+    inside.  On-policy `Linex` minimises KL(p, q), with a bias of order 1/N; `VarGrad` minimises KL(q, p).
 
-    A reward of zero asks q for at most ``floor`` nats below the group's largest: less is as good.  Groups in which all
-    rewards are zero teach nothing.
+    A reward of zero asks q for *at most* ``floor`` nats below the group's largest; less costs nothing.  Groups in which
+    all rewards are zero contribute nothing.
+
+    :param kwargs: the arguments of `Objective`: ``num_particles``, ``exploration``, ``reward_temperature``, ``floor``,
+        ``max_plate_nesting``.
+    :raises TypeError: for a ``divergence``.
+    :raises ValueError: as `VarGrad`.
 
     Source: R. Hu et al. 2025, "Beyond squared error: exploring loss design for enhanced training of generative flow
-    networks", Linex(1); there against a learned log Z.
+    networks", Linex(1); there with a learned log Z.
+
+    Example::
+
+        trainer = GFlowNet(model, guide, Linex(num_particles=32), optimizer=optimizer)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, **kwargs: Any):

@@ -1,4 +1,4 @@
-"""Local search: training samples moved towards higher rewards."""
+"""Local search: moves training samples towards higher rewards."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from .exploration import Exploration, OnPolicy, Source
 
 
 class LocalSearch(Exploration):
-    r"""Another exploration, the last ``fraction`` of its particles moved by Metropolis, target p(z, observed)^(1/T).
+    r"""Draws from another exploration, then moves the last ``fraction`` of the particles by Metropolis-Hastings.
 
-    A move drops the end of one latent text, from a uniform place on, lets the guide grow another (an ordinary latent is
-    redrawn whole), and accepts with probability
+    The target of the moves is p(z, observed)^(1/T).  A move cuts off the end of one latent text, from a uniform
+    position on, and lets the guide write another end (an ordinary latent is redrawn whole).  It is accepted with
+    probability
 
     .. math:: \min\Big(1, \Big(\frac{p(z', y)}{p(z, y)}\Big)^{1/T} \frac{k(z \mid z')}{k(z' \mid z)}\Big)
 
-    for every particle and observation by itself; see `metropolis.kernels`.  Each costs about what a fresh draw and
-    its reward cost; the moves' rewards are used for acceptance only.
+    separately for every particle and observation; see `metropolis.kernels`.  A move costs about as much as a fresh draw
+    and its reward.  The rewards found by the moves are used for acceptance only.
 
-    :param base: what the particles start from; default the guide.
-    :param moves: of each particle.
-    :param fraction: of the particles that move, a number or a function of the step.
-    :param temperature: T, likewise.
+    :param base: the exploration whose draws are moved; None: the guide.
+    :param moves: moves of each particle, at least 1.
+    :param fraction: in [0, 1], of the particles that move.  A number or a function of the step.
+    :param temperature: T > 0.  A number or a function of the step.
     :raises ValueError: for moves < 1, a fraction outside [0, 1], a temperature that is not positive; when it draws, for
         a subsampled plate that does not enclose every site.
 
@@ -32,7 +33,8 @@ class LocalSearch(Exploration):
 
     Example::
 
-        GFlowNet(model, guide, optimizer=optimizer, exploration=LocalSearch(Tempered(), moves=2))
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=LocalSearch(Tempered(), moves=2))
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(

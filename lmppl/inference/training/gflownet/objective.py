@@ -30,21 +30,36 @@ log = logging.getLogger("lmppl")
 class Objective(pyro.infer.ELBO):
     r"""A loss that is zero, for every set of samples, if and only if the guide is the posterior.
 
-    With :math:`u(z) = \log p(z, observed) - \log q(z)`, q is the posterior exactly where u is the same number, log Z,
-    for every z.  An objective is a *balance* and a *divergence*: its class says which u of *one* observation are
-    compared (`reduce`), the divergence how.  Squared, it is a variance of u.
+    .. math:: u(z) = \log p(z, observed) - \log q(z), \qquad
+              q = p(z \mid observed) \iff u(z) = \log Z \text{ for every } z
 
-    Use it as the ``loss`` of `pyro.infer.SVI`, as a module ``objective(model, guide)`` whose call gives a
-    differentiable loss, or in `GFlowNet`.
+    An objective is a *balance* and a *divergence*.  The balance, its class, defines which u of *one* observation are
+    compared (`reduce`); the divergence defines how.  With the squared divergence the loss is a variance of u.
+    Gradients flow through log q only.
 
-    :param num_particles: samples per observation.
-    :param prefixes: "all", or how many prefixes of each text to use; the first possible and the whole text always are.
-    :param exploration: what to draw from instead of the guide (off-policy is free); None: the guide.
-    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`; a function of the step anneals it.
-    :param floor: a reward of zero counts as this many nats below the group's largest.
-    :param max_plate_nesting: guessed where infinite, as in Pyro.
-    :param divergence: how two u are compared: "squared", "forward_kl" or another name in `DIVERGENCES`, or a
-        `Divergence`.  Near balance all are the squared loss.
+    There are three ways to use it: in `GFlowNet`; as the ``loss`` of `pyro.infer.SVI`; or called as ``objective(model,
+    guide)``, a module whose call with the programs' arguments returns a differentiable loss.
+
+    :param num_particles: samples for each observation.
+    :param prefixes: "all", or how many prefixes of each text to use, at least 2; the first possible one and the whole
+        text are always among them.  Only objectives that compare prefixes use it.
+    :param exploration: the `Exploration` that draws the samples; None: the guide itself.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`, a number or a function of the step.
+    :param floor: nats.  A reward of zero counts as this much below the largest reward of its observation.
+    :param max_plate_nesting: how many axes the plates of model and guide take; infinite, as in Pyro: found from a run
+        of both that calls no network.
+    :param divergence: how two u are compared: a name in `DIVERGENCES`, such as "squared" or "forward_kl", or a
+        `Divergence`.  Near balance all of them are the squared loss.
+    :raises ValueError: naming the argument that is out of its range.
+
+    Example::
+
+        objective = VarGrad(num_particles=8)  # or SubTB(), TrajectoryBalance(divergence="forward_kl"), ...
+        optimizer.zero_grad()
+        objective.differentiable_loss(model, guide, x, y).backward()
+        optimizer.step()
+
+    docs/extending.md shows how to write one.
     """
 
     def __init__(
@@ -70,8 +85,8 @@ class Objective(pyro.infer.ELBO):
         self.reward_temperature = checked(reward_temperature, "reward_temperature", lambda t: t > 0, "must be positive")
         self.floor = floor
         self.divergence = named(divergence)
-        self.training_step = 0  # what schedules are asked about
-        self.memory = Memory()  # what the next draws are to know of the last ones
+        self.training_step = 0  # the argument of schedules
+        self.memory = Memory()  # what the next draws know of the earlier ones
         self._told: set[str] = set()
         self._guessed: tuple[Program, Program, int] | None = None
 
@@ -81,18 +96,21 @@ class Objective(pyro.infer.ELBO):
 
     @abstractmethod
     def reduce(self, u: Tensor, balance: Balance) -> Tensor:
-        """The loss of one site, (*kept), from u (prefix, particle, *kept).
+        """The loss of one site.  Subclasses define it.
 
-        ``balance.identifies`` says whether pairs within one sample suffice: every latent, on every process, is a text
-        whose empty prefix is kept and possible.
+        :param u: (prefix, particle, *kept), with one prefix where whole samples are compared.
+        :param balance: what belongs to u, in its shape: ``valid``, ``at``, ``last``, ``stop``, ``log_p``.
+            ``balance.identifies`` tells whether pairs within one sample suffice: every latent, on every process, is a
+            text whose empty prefix is kept and possible.
+        :returns: the loss of each element of the kept plates, (*kept).
         """
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What the objective itself has to learn; most have nothing."""
+        """The parameters of the objective itself, such as those of log Z; most have none."""
         return iter(())
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """`parameters` for a torch optimiser, with their options; `GFlowNet` adds them to its own."""
+        """`parameters` as groups for a torch optimiser, with their options; `GFlowNet` adds them to its optimiser."""
         own = list(self.parameters())
         return [{"params": own, "weight_decay": 0.0}] if own else []
 
@@ -105,7 +123,16 @@ class Objective(pyro.infer.ELBO):
         num_particles: int | None = None,
         subsamples: Values | None = None,
     ) -> Values:
-        """Training samples: the values of every latent (and of subsamples, perhaps given), particles leading."""
+        """Draws training samples.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :param num_particles: samples for each observation; None: the objective's.
+        :param subsamples: the subsamples of plates, by name, where they are fixed.
+        :returns: the values of every latent, and of subsamples, by site, (particle, *plate axes, *event).
+        """
         nesting = self.nesting(model, guide, args, kwargs)
         own = dict(subsamples or {})
         source = Source(model, guide, args, kwargs, nesting, self.training_step, own, self.memory)
@@ -116,7 +143,16 @@ class Objective(pyro.infer.ELBO):
     def balances(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> list[Balance]:
-        """u at these values: a `Balance` for each text site, one site cut at a time."""
+        """Computes u at these values.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :param values: the values of every latent by site, as `draw` returns them.
+        :returns: a `Balance` for each text site that is cut, one site at a time; one in all where whole samples are
+            compared.
+        """
         query, n = Query(model, guide, args, kwargs, self.nesting(model, guide, args, kwargs)), self.num_particles
         with torch.no_grad():
             drawn = query.trace(guide, Substitute(values), particles=n)
@@ -126,7 +162,13 @@ class Objective(pyro.infer.ELBO):
         return [balance(query, drawn, n, site, self.prefixes) for site in sites]
 
     def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """How many axes the plates take: as given, or guessed once for each pair of programs."""
+        """How many axes the plates take: as given, or found once for each pair of programs.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        """
         if (given := programs.given_nesting(self.max_plate_nesting)) is not None:
             return given
         if self._guessed is None or self._guessed[0] is not model or self._guessed[1] is not guide:
@@ -134,10 +176,13 @@ class Objective(pyro.infer.ELBO):
         return self._guessed[2]
 
     def residual(self, b: Balance) -> Tensor:
-        """u of the tempered target; gradients through log q only. Where there is no balance term, it is 0.
+        r"""u of the tempered target, :math:`\frac1T \log p - \log q`; gradients flow through log q only.
 
-        A reward of zero counts as ``floor`` nats below the group's largest (or as its smallest positive one, if that is
-        less); positive rewards count as they are, however small, so that the posterior is where the loss vanishes.
+        A reward of zero counts as ``floor`` nats below the group's largest, or as the group's smallest positive reward,
+        if that is less.  Positive rewards are unchanged, however small, so that the loss is zero at the posterior.
+
+        :param b: the balance.
+        :returns: (prefix, particle, *kept); 0 where there is no balance term.
         """
         log_p = (b.log_p / at(self.reward_temperature, self.training_step)).masked_fill(~b.valid, -torch.inf)
         return (floored(log_p, self.floor, (0, 1)) - b.log_q).masked_fill(~b.valid, 0.0)
@@ -145,7 +190,16 @@ class Objective(pyro.infer.ELBO):
     def loss_at(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], values: Values
     ) -> tuple[Tensor, list[Balance]]:
-        """The differentiable loss of these samples, averaged over samples, plates and sites, and the u it came from."""
+        """The loss of these samples.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :param values: the values of every latent by site, as `draw` returns them.
+        :returns: the differentiable loss, averaged over samples, plates and sites, and the balances it was computed
+            from.
+        """
         found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
         self._remember(found)
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
@@ -154,32 +208,59 @@ class Objective(pyro.infer.ELBO):
         return torch.stack(losses).mean(), found
 
     def _remember(self, found: list[Balance]) -> None:
-        """How hard it is to draw what is possible."""
+        """Keeps the share of draws that are impossible."""
         dead = [whole(b) == -torch.inf for b in found]
         share = distributed.total(distributed.share() * sum(d.double().mean().item() for d in dead) / len(dead))
-        if not distributed.everywhere(not any(bool(d.all(0).any()) for d in dead)):  # an observation without any
+        if not distributed.everywhere(not any(bool(d.all(0).any()) for d in dead)):  # one has no possible draw
             share = 1.0
         self.memory.impossible = max(self.memory.impossible, share)
 
     def loss_and_balances(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, list[Balance]]:
-        """`loss_at` samples drawn for the occasion."""
+        """`loss_at` of samples drawn by `draw`.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :returns: the differentiable loss, and the balances it was computed from.
+        """
         return self.loss_at(model, guide, args, kwargs, self.draw(model, guide, args, kwargs))
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a tensor; call ``.backward()`` on it."""
+        """The loss as a tensor; call ``.backward()`` on it.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :returns: a scalar with gradient.
+        """
         return self.loss_and_balances(model, guide, *args, **kwargs)[0]
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number."""
+        """The loss as a number, without gradient.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :returns: the loss.
+        """
         with torch.no_grad():
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """The loss as a number, its gradient added to the parameters (what `pyro.infer.SVI` calls).
+        """The loss as a number; its gradient is added to the parameters.  `pyro.infer.SVI` calls it.
 
-        SVI is shown the objective's own parameters, too.
+        The objective's own parameters are registered with Pyro, so that SVI trains them, too.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :returns: the loss.
         """
         programs.register("objective", self.parameters())
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
@@ -197,10 +278,10 @@ class Objective(pyro.infer.ELBO):
 
 
 def among(divergence: Divergence, u: Tensor, balance: Balance, weight: Tensor) -> Tensor:
-    """The weighted mean of g(u - c) at the c that fits best, of u (prefix, particle, *kept): (*kept).
+    """The weighted mean of g(u - c) at the best c, of u (prefix, particle, *kept): (*kept).
 
-    Where the divergence asks for at most the floor, c is that of the positive rewards alone, and what q has less of an
-    impossible value than asked for costs nothing.  A group without any positive reward has the loss 0.
+    Where the divergence asks for at most the floor, c is that of the positive rewards only, and an impossible value to
+    which q gives less than the floor costs nothing.  A group without any positive reward has the loss 0.
     """
     positive = balance.log_p > -torch.inf
     if divergence.at_most:
@@ -213,7 +294,10 @@ def among(divergence: Divergence, u: Tensor, balance: Balance, weight: Tensor) -
 
 
 def against(divergence: Divergence, u: Tensor, c: Tensor, balance: Balance, weight: Tensor) -> Tensor:
-    """The weighted mean of g(u - c), of u (prefix, particle, *kept) and c (*kept): (*kept); zero rewards as `among`."""
+    """The weighted mean of g(u - c), of u (prefix, particle, *kept) and c (*kept): (*kept).
+
+    Zero rewards count as in `among`.
+    """
     delta = u - c
     if divergence.at_most:
         delta = torch.where(balance.log_p > -torch.inf, delta, delta.clamp(max=0.0))
@@ -230,16 +314,16 @@ def floored(log_p: Tensor, floor: float, dims: tuple[int, ...]) -> Tensor:
 
 
 def whole(b: Balance) -> Tensor:
-    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide says they are impossible."""
+    """log p(z, observed) of the whole samples, (particle, *kept); -inf where the guide cannot draw them."""
     return b.log_p.detach().masked_fill(~b.last, -torch.inf).amax(0)
 
 
 def _with_rewards(b: Balance) -> Balance:
-    """Without the observations of which every draw has reward zero: what all lack says nothing, and teaches nothing."""
+    """Leaves out the observations of which every draw has reward zero: they carry no information."""
     some = (b.valid & (b.log_p > -torch.inf)).any(0).any(0)  # (*kept)
     return b if bool(some.all()) else replace(b, valid=b.valid & some)
 
 
 def _empty_is_possible(b: Balance) -> bool:
-    """Whether the model, too, gives every sample's empty prefix a positive reward."""
+    """Whether the model, too, gives the empty prefix of every sample a positive reward."""
     return not bool((b.valid & (b.at == 0) & (b.log_p == -torch.inf)).any())

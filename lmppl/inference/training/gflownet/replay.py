@@ -1,4 +1,4 @@
-"""Replay: training values met before, kept for each observation and used again."""
+"""Replay: keeps training values for each observation and uses them again."""
 
 from __future__ import annotations
 
@@ -30,40 +30,45 @@ class Entry:
     """One value of all latents of one observation."""
 
     values: Values  # (*other plate axes, *event) by site, on the CPU
-    log_p: float  # log p(z, observed); NaN where the model has changed since
+    log_p: float  # log p(z, observed); NaN if the model has changed since
 
 
 class Replay:
-    r"""A buffer of latent values for each observation, a ``fraction`` of every batch of particles drawn from it.
+    r"""A buffer of latent values for each observation, from which a ``fraction`` of every batch of particles is drawn.
 
-    Off-policy is free: u may be evaluated on any z, so that what was once found can be trained on again.  Of N
-    particles, ``r = min(round(fraction * N), N - 1, what every observation of the batch has stored)`` are replayed; the
-    others are drawn afresh, and stored once their log p(z, observed) is known.  It is known from the loss: storing
-    costs no pass through the network, and replayed values have theirs computed anew, so that rewards are never stale.
+    Off-policy samples are allowed, because u may be computed at any z: a value that was found once can be trained on
+    again.  Of N particles, :math:`\min(round(fraction \cdot N), N - 1, stored)` are replayed, where *stored* is the
+    smallest number of values that an observation of the batch has.  The others are drawn afresh, and stored with their
+    log p(z, observed), which the loss has computed: storing costs no pass through the network.  The rewards of replayed
+    values are always computed anew.
 
-    :param capacity: values per observation.
-    :param fraction: of the particles, a number or a function of the step.
-    :param priority: "reward": drawn without replacement in proportion to p(z, observed)^(1/temperature), the smallest
-        leaves first; "recency": the newest are drawn, the oldest leaves first; "both": half and half.
-    :param temperature: of the priority by reward; a number or a function of the step.
-    :param min_distance: a value as near as this to a better one is dropped; normalised edit distance between the tokens
-        of all texts, in which a number of an ordinary latent counts as a token.  0: duplicates only.
-    :param key: what identifies an observation.  None: a hash of the prompts of model and guide that depend on no latent
-        and of the observed values, for each element of the kept plates.  Or a function of the program's arguments that
-        answers a sequence of strings or numbers, one for each plate element in row-major order.
-    :param max_observations: how many observations are remembered; the one unseen for longest is forgotten.
+    :param capacity: the largest number of values for each observation.
+    :param fraction: in [0, 1], of the particles.  A number or a function of the step.
+    :param priority: "reward": values are drawn without replacement in proportion to p(z, observed)^(1/temperature), and
+        the smallest is removed first; "recency": the newest are drawn, and the oldest is removed first; "both": half of
+        each.
+    :param temperature: of the priority by reward, > 0.  A number or a function of the step.
+    :param min_distance: in [0, 1).  A value this close to a better one is not stored.  It is the normalised edit
+        distance between the tokens of all texts, where a number of an ordinary latent counts as a token.  0: duplicates
+        only.
+    :param key: what identifies an observation.  None: for each element of the kept plates (those that enclose every
+        site), a hash of the observed values and of the prompts that depend on no latent.  Or a function of the
+        program's arguments that returns a sequence of strings or numbers, one for each plate element in row-major
+        order.
+    :param max_observations: how many observations are remembered; the one unseen for longest is removed first.  None:
+        all.
 
-    On several processes every one has the whole buffer: what each found is told to all.
+    ``len(replay)`` is the number of stored values.  On several processes each has the whole buffer, and every new value
+    goes to all.  When parameters of the model change, the stored rewards are discarded: a value with an unknown reward
+    is drawn like the average one, and removed first.
 
-    Priorities by reward are forgotten when parameters of the model change: values whose log p is unknown are as likely
-    as the average one, and leave first.
-
-    :raises ValueError: naming the argument that is out of range.
+    :raises ValueError: naming the argument that is out of its range.
 
     Example::
 
         gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay(capacity=64, min_distance=0.1))
         gflownet.demonstrate(x, y, values={"z": " He took the bread."})
+        gflownet.fit(batches, steps=100)
     """
 
     def __init__(
@@ -90,14 +95,17 @@ class Replay:
         self.key, self.max_observations = key, max_observations
         self._stored: dict[str, dict[Tokens, Entry]] = {}  # both oldest first
         self._texts: set[str] = set()  # the sites that are texts
-        self._parameters: dict[int, tuple[list[Tensor], list[int]]] = {}  # of each task's model, and their versions
+        self._parameters: dict[int, tuple[list[Tensor], list[int]]] = {}  # of each task's model, with their versions
 
     def __len__(self) -> int:
-        """How many values are stored, of all observations."""
+        """How many values are stored, over all observations."""
         return sum(map(len, self._stored.values()))
 
     def invalidate(self, task: int | None = None) -> None:
-        """Forget how good the stored values are (of one task, or of all); the values stay."""
+        """Discards the rewards of the stored values, not the values.
+
+        :param task: the task whose values are meant; None: all tasks.
+        """
         for key, entries in self._stored.items():
             if task is None or key.startswith(f"{task}:"):
                 for entry in entries.values():
@@ -112,7 +120,17 @@ class Replay:
         nesting: int,
         task: int = 0,
     ) -> Observations:
-        """The keys of a batch's observations, found without asking the network."""
+        """The keys of a batch's observations, found without a call of the network.
+
+        :param model: a Pyro program.
+        :param guide: a Pyro program with the model's latent sites.
+        :param args: the arguments of both.
+        :param kwargs: their keyword arguments.
+        :param nesting: how many axes their plates take.
+        :param task: the number of the task; tasks do not share values.
+        :returns: the observations, which the other methods take.
+        :raises ValueError: where ``key`` returns another number of keys than the batch has observations.
+        """
         seen, target = observe(Query(model, guide, args, kwargs, nesting), task, self.key)
         self._notice(task, target)
         keys, rank = distributed.gather(seen.keys), distributed.world().rank
@@ -121,15 +139,26 @@ class Replay:
         return seen
 
     def available(self, seen: Observations, num_particles: int, step: int) -> int:
-        """How many of the particles can be replayed."""
+        """How many of the particles can be replayed.
+
+        :param seen: the observations of the batch.
+        :param num_particles: particles for each observation.
+        :param step: the number of the step, for schedules.
+        """
         before, after = seen.elsewhere
         stored = min((len(self._stored.get(key, ())) for key in before + seen.keys + after), default=0)
         return min(round(at(self.fraction, step) * num_particles), num_particles - 1, stored)
 
     def draw(self, seen: Observations, num_particles: int, step: int) -> Values:
-        """Stored values of every latent, (particle, *plate axes, *event), no two alike in one plate element."""
+        """Draws stored values of every latent, no value twice for one observation.
+
+        :param seen: the observations of the batch.
+        :param num_particles: how many values for each observation, at most `available`.
+        :param step: the number of the step, for schedules.
+        :returns: by site, (particle, *plate axes, *event).
+        """
         temperature = at(self.temperature, step)
-        before, after = seen.elsewhere  # chosen for them too, so that the random numbers are those of one process
+        before, after = seen.elsewhere  # drawn for them too: the random numbers are those of one process
         every = before + seen.keys + after
         chosen = [self._choose(list(self._stored[key].values()), num_particles, temperature) for key in every]
         chosen = chosen[len(before) : len(before) + len(seen.keys)]
@@ -148,14 +177,19 @@ class Replay:
         known = logits[~logits.isnan()]
         average = known.logsumexp(0) - torch.tensor(len(known)).log() if len(known) else torch.tensor(0.0)
         logits = torch.where(logits.isnan(), average, logits)
-        gumbel = -torch.empty_like(logits).exponential_().log()  # the n largest: draws without replacement
+        gumbel = -torch.empty_like(logits).exponential_().log()  # the n largest are draws without replacement
         return recent + [others[i] for i in (logits + gumbel).topk(n - newest).indices.tolist()]
 
     def add(self, seen: Observations, values: Values, log_p: Tensor, guide: Trace | None = None) -> None:
-        """Store values (n, *plate axes, *event) with their log p(z, observed) (n, *kept), or refresh what is known.
+        """Stores values with their log p(z, observed), or updates what is stored.
 
-        A value that is stored already gets its new log p and keeps its age; one of probability zero is removed.  In
-        ``guide``, a trace at these values, masks say which sites a particle has: masked ones do not tell values apart.
+        A stored value gets its new log p and keeps its age; a value of probability zero is removed.
+
+        :param seen: the observations of the batch.
+        :param values: by site, (n, *plate axes, *event).
+        :param log_p: log p(z, observed), (n, *kept).
+        :param guide: a trace at these values.  Its masks tell which sites a particle has; masked sites do not
+            distinguish values.  None: there are no masks.
         """
         parts = {name: split(values[name], seen.plates, event_dim).cpu() for name, (event_dim, _) in seen.sites.items()}
         told = [
@@ -182,7 +216,7 @@ class Replay:
         ]
         for key, rows in [pair for of_process in distributed.gather(found) for pair in of_process]:
             entries = self._stored.pop(key, {})
-            self._stored[key] = entries  # the newest observation
+            self._stored[key] = entries  # now the newest observation
             for tokens, value, reward in rows:
                 self._insert(entries, tokens, value, reward)
             self._evict(entries)
@@ -211,14 +245,14 @@ class Replay:
         order = list(entries)  # the oldest first
         if self.priority != "recency":
             safe = self.capacity // 2 if self.priority == "both" else 0
-            order = order[: len(order) - safe]  # the newest stay, whatever their reward
+            order = order[: len(order) - safe]  # the newest stay, whatever their rewards
             log_p = {t: entries[t].log_p for t in order}
             order.sort(key=lambda t: log_p[t] if log_p[t] == log_p[t] else -float("inf"))
         for tokens in order[:excess]:
             del entries[tokens]
 
     def _notice(self, task: int, model: Trace) -> None:
-        """Invalidate a task's rewards where parameters of its model have changed since it was last looked at."""
+        """Discards a task's rewards where parameters of its model have changed since the last call."""
         parameters = parameters_of(model)
         versions = [p._version for p in parameters]
         before = self._parameters.get(task)
@@ -233,7 +267,10 @@ class Replay:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What is stored, as tensors and as what JSON can hold."""
+        """What is stored, for a checkpoint.
+
+        :returns: tensors by name, and a dict that JSON can hold.
+        """
         for task, (parameters, versions) in self._parameters.items():
             if [p._version for p in parameters] != versions:
                 self.invalidate(task)
@@ -246,7 +283,11 @@ class Replay:
         return tensors, {"keys": list(self._stored), "tokens": tokens, "texts": sorted(self._texts)}
 
     def restore(self, tensors: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned.
+
+        :param tensors: the tensors by name.
+        :param own: the dict.
+        """
         self._stored, self._parameters, self._texts = {}, {}, set(own["texts"])
         for i, key in enumerate(own["keys"]):
             prefix = f"replay.{i}."
@@ -258,7 +299,7 @@ class Replay:
 
 
 def _trim(value: Tensor) -> Tensor:
-    """Texts without the columns in which there is only padding."""
+    """Texts without the columns that hold only padding."""
     return value[..., : int(text.length(value).max())]
 
 
@@ -270,13 +311,13 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def demonstrations(replay: Replay, seen: Observations, query: Query, values: Mapping[str, Any]) -> None:
-    """Store values of latent sites with their log p(z, observed), one pass of the model; see `GFlowNet.demonstrate`."""
+    """Stores values of latent sites with their log p(z, observed), by one pass of the model."""
     query = replace(query, max_plate_nesting=seen.plates.nesting)
     sketch = query.trace(query.proposal, Sketch(), particles=1)
     given: Values = {}
     for name, value in values.items():
         if name not in seen.sites:
-            raise ValueError(f"values: {name!r} is none of the latent sites {list(seen.sites)}")
+            raise ValueError(f"values: {name!r} is not one of the latent sites {list(seen.sites)}")
         fn = sketch.nodes[name]["fn"]
         value = value if isinstance(value, Tensor) else _complete(fn, value)
         while value.dim() < 1 + query.nesting + fn.event_dim:
@@ -286,7 +327,7 @@ def demonstrations(replay: Replay, seen: Observations, query: Query, values: Map
             given[name] = value.expand(*broadcast_shapes(batch, fn.batch_shape), *value.shape[len(batch) :])
         except RuntimeError as error:
             raise ValueError(
-                f"values: those of {name!r} have the shape {tuple(batch)}, expected (n, *{tuple(fn.batch_shape[1:])})"
+                f"values: {name!r} has the batch shape {tuple(batch)}, expected (n, *{tuple(fn.batch_shape[1:])})"
             ) from error
     counts = {len(value) for value in given.values()} - {1}
     if len(counts) > 1:
@@ -296,13 +337,13 @@ def demonstrations(replay: Replay, seen: Observations, query: Query, values: Map
     pair = query.run(Draw(), Substitute(given | seen.subsamples), particles=n)
     log_p = log_density(pair.model, seen.plates)[0].expand(n, *seen.plates.sizes)
     if bool((log_p == -torch.inf).any()):
-        raise ValueError("values: the model says that some of these are impossible, given the observations")
+        raise ValueError("values: some of these are impossible under the model, given the observations")
     replay.add(seen, pair.values, log_p, pair.proposal)
 
 
 def _complete(fn: Any, strings: Any) -> Tensor:
-    """Strings as texts of a site: encoded, with its stop where it is missing."""
+    """Strings as texts of a site: encoded, and ended with its stop where it is missing."""
     site = text_of(fn)
     if site is None:
-        raise ValueError("values: strings are for texts only")
+        raise ValueError("values: strings are possible for texts only")
     return site.complete(strings)

@@ -1,4 +1,4 @@
-"""Draws that are possible, searched for among many of the model's own: for conditions that few texts satisfy."""
+"""Draws that are possible, found among many of the model's own: for conditions that few texts satisfy."""
 
 from __future__ import annotations
 
@@ -14,28 +14,38 @@ from ...core.weights import log_weight_of_prior
 from ...processes import distributed
 from .exploration import Exploration, Source
 
-HARD = 0.25  # the share of impossible draws in a step from which on one searches
+HARD = 0.25  # searches begin once a larger share of the draws of a step was impossible
 MOST_REST = 63  # steps between searches that find nothing
 
 
 class Searched(Exploration):
-    r"""Another exploration; once its draws are impossible, half of the particles are found by the model itself.
+    r"""Draws from another exploration; once draws are impossible, half of them come from a search of the model.
 
-    From the first step on of which more than a quarter of the draws had reward zero, or all those of one observation,
-    half of every observation's particles are resampled from N tries of the model's latent sites by what follows them,
+    The search begins after a step in which more than a quarter of the draws, or all draws of one observation, had
+    reward zero.  Then half of every observation's particles are resampled from N tries of the model's latent sites, in
+    proportion to the likelihood:
 
-    .. math:: z_n \sim p(z), \qquad P(z_n) \propto p(observed \mid z_n), \qquad N \le tries \cdot num\_particles,
+    .. math:: z_n \sim p(z), \qquad P(z_n) \propto p(observed \mid z_n), \qquad N \le tries \cdot num\_particles
 
-    that is by importance sampling, which rejects where a condition is hard.  A guide learns a condition from draws that
-    satisfy it; one that is trained on its own draws alone seldom sees any, and may lose what it has not drawn.  An
-    observation for which nothing is found keeps the draws of the other exploration.  After a search that finds nothing
-    for any observation the next 1, 3, 7, ... up to 63 steps do without: what is too rare to be found costs little.
-    Nothing is searched if the guide has latent sites that the model has not.  Once begun, searches go on: a mode that
-    the guide has lost by then shows in none of its own draws.
+    This is importance sampling, and rejection sampling where the condition is hard.  A guide learns a condition from
+    draws that satisfy it; trained on its own draws alone it seldom sees any, and may lose the texts that it has not
+    drawn.
 
-    :param otherwise: what the other particles are drawn from, and all of them where draws are possible.
-    :param tries: of the model, for each particle at most; a quarter of them first, the others where some observation
-        still has nothing.
+    An observation for which nothing is found keeps the draws of the other exploration.  After a search that finds
+    nothing for any observation, the next 1, 3, 7, ... up to 63 steps do not search, so that a condition that is too
+    rare costs little.  There is no search if the guide has latent sites that the model does not have.  Once begun,
+    searches go on, because a mode that the guide has lost does not show in the guide's own draws.
+
+    :param otherwise: the exploration that draws the other particles, and all of them while draws are possible.
+    :param tries: draws of the model for each particle, at most: a quarter of them first, more where some observation
+        still has no possible draw.
+    :raises ValueError: for ``tries`` < 1 and for what is not an `Exploration`.
+
+    Example::
+
+        exploration = Searched(Tempered(1.5, 0.25), tries=32)  # with tries=16: the default of GFlowNet
+        trainer = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, otherwise: Exploration, tries: int = 16):
@@ -58,7 +68,7 @@ class Searched(Exploration):
         return drawn if found is None else programs.cat_particles([_part(drawn, share, None), found])
 
     def _found(self, source: Source, drawn: Values, share: int) -> Values | None:
-        """``share`` possible particles; those of ``drawn`` for observations that have none, None if all have none."""
+        """``share`` possible particles; observations without any keep those of ``drawn``; None if all are without."""
         most = self.tries * len(next(iter(drawn.values())))
         pool: list[Values] = []
         weights: list[Tensor] = []  # (n, *kept)
@@ -75,7 +85,7 @@ class Searched(Exploration):
             return None
         chosen = systematic(torch.cat(weights).masked_fill(~some, 0.0).softmax(0), share)
         found = {name: plates.take(v, chosen) for name, v in programs.cat_particles(pool).items()}
-        both = programs.cat_particles([_part(drawn, 0, share), found])  # texts are as wide as one another
+        both = programs.cat_particles([_part(drawn, 0, share), found])  # pads texts to one width
         own, found = _part(both, 0, share), _part(both, share, None)
         where = plates.spread(some[None])
         return {
@@ -85,7 +95,7 @@ class Searched(Exploration):
 
 
 def _quarters(n: int) -> list[int]:
-    """n in at most four parts."""
+    """n as a sum of at most four parts."""
     size = -(-n // 4)
     return [min(size, n - begin) for begin in range(0, n, size)]
 

@@ -14,20 +14,34 @@ from .objective import Objective
 
 
 class SubTB(Objective):
-    r"""Sub-trajectory balance: stopped prefixes of one sample against each other, in pairs.
+    r"""Sub-trajectory balance: compares the stopped prefixes of one sample, in pairs.
 
     .. math:: \mathcal L = \sum_{i<j} \lambda^{j-i} s(u_i - u_j) \Big/ \sum_{i<j} \lambda^{j-i},
               \qquad u_t = \log p(z_{1..t}\,stop, observed) - \log q(z_{1..t}\,stop)
 
-    over pairs of terminable prefixes, s(x) = (g(x) + g(-x)) / 2, squared x^2; averaged per sample, then over samples,
-    plate elements and sites.  Squared, it is the modified sub-trajectory balance of Hu et al. 2024 (Eq. 3); its state
-    flow is R(z_1..z_t stop) / q(stop | z_1..z_t).
+    over pairs of terminable prefixes, with s(x) = (g(x) + g(-x)) / 2; squared, s(x) = x^2.  The loss is averaged for
+    each sample, then over samples, plate elements and sites.  Squared, it is the modified sub-trajectory balance of Hu
+    et al. 2024 (Eq. 3), whose state flow is R(z_1..z_t stop) / q(stop | z_1..z_t).
 
-    Pairs within one sample cancel whatever lies upstream, so by themselves they identify the posterior only if every
-    latent is a text whose *empty* prefix can stop.  Elsewhere pairs are taken over prefixes *and* samples, and a log
-    message says so once.
+    In pairs within one sample everything drawn before the text cancels.  So they identify the posterior only if every
+    latent is a text whose *empty* prefix can stop.  For other programs pairs are taken over prefixes *and* samples; a
+    log message tells so once.
 
-    :param lam: weight ratio per token of distance; 1 weighs all pairs alike (a variance).
+    :param lam: :math:`\lambda > 0`, the ratio of weights for one more token of distance.  With 1 all pairs count alike,
+        and the loss is a variance.
+    :param prefixes: "all", or how many prefixes of each text to use, at least 2.
+    :param num_particles: samples for each observation.
+    :param kwargs: the other arguments of `Objective`: ``exploration``, ``reward_temperature``, ``floor``,
+        ``divergence``, ``max_plate_nesting``.
+    :raises ValueError: for a ``lam`` that is not positive, and as `Objective`.
+
+    Sources: Madan et al. 2023, "Learning GFlowNets from partial episodes"; Hu et al. 2024, "Amortizing intractable
+    inference in large language models".
+
+    Example::
+
+        trainer = GFlowNet(model, guide, SubTB(lam=0.9, prefixes=4), optimizer=optimizer)
+        trainer.fit(batches, steps=100)
     """
 
     def __init__(self, lam: float = 1.0, prefixes: int | str = "all", num_particles: int = 16, **kwargs: Any):

@@ -29,37 +29,49 @@ DEFAULT_EXPLORATION = Searched(Tempered(temperature=1.5, fraction=0.25))
 
 
 class GFlowNet(Trainer):
-    r"""Fine-tunes a guide into a sampler of the posterior (Hu et al. 2024), and samples from it.
+    r"""Trains a guide until it samples from the posterior: the fine-tuning of Hu et al. 2024, for any Pyro model.
 
-    :param model: a Pyro program; its parameters are left alone.
+    .. math:: q = p(z \mid observed) \iff u(z) = \log p(z, observed) - \log q(z) = \log Z \text{ for every } z
+
+    Every step draws latents, computes u and lowers a variance of u, the objective.  After `fit`, `run` returns the
+    posterior by importance sampling from the guide.
+
+    :param model: a Pyro program; its parameters are not changed.
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
-    :param objective: which u are compared, and how, see `Objective`; default `HardVarGrad`: `VarGrad`, and `Linex` for
-        a batch in which some draw has reward zero.
-    :param optimizer: a torch optimiser over the guide's parameters, e.g.
-        ``torch.optim.AdamW(q.trainable_parameters(), lr=1e-3)``.  What the objective has to learn, such as log Z,
-        joins it: `Objective.param_groups`.
-    :param num_particles: samples per observation; default the objective's.
+    :param objective: which u are compared and how, see `Objective`.  None: `HardVarGrad`, which is `VarGrad`, and
+        `Linex` for a batch in which some draw has reward zero.
+    :param optimizer: a torch optimiser over the guide's parameters, such as AdamW over ``q.trainable_parameters()``.
+        Parameters of the objective, such as those of log Z, are added to it.
+    :param num_particles: samples for each observation; None: the objective's number, 16 by default.
     :param replay: a `Replay` buffer, from which a part of the samples is drawn; None: all are drawn afresh.
-    :param exploration: what to draw training samples from; None: the guide itself.  "default": the objective's own, or
-        where it has none, a quarter of the particles at temperature 1.5, and once draws are impossible half of the
-        particles found by the model itself (`Searched`).
-    :param reward_temperature: T in the target p(z, observed)^(1/T), a number or a function of the step; default the
-        objective's.
-    :param clip: the largest gradient norm.
-    :param max_plate_nesting: guessed where not given.
+    :param exploration: what draws the training samples, an `Exploration`; None: the guide itself.  "default": the
+        objective's own; if it has none, a quarter of the particles is drawn at temperature 1.5, and once draws are
+        impossible, half of the particles is found by a search of the model (`Searched`).
+    :param reward_temperature: T in the target p(z, observed)^(1/T), a number or a function of the step; None: the
+        objective's, 1 by default.
+    :param clip: the largest norm of the gradient.
+    :param max_plate_nesting: how many axes the plates of model and guide take; None: found from a run of both that
+        calls no network.
 
-    ``training_tokens`` counts the tokens that its steps have sent through the network.  The metric ``impossible`` is
-    the share of the training draws whose reward is zero.
+    Metrics of a step: "loss"; "sd_u", the standard deviation of u in nats, zero at the posterior; "impossible", the
+    share of training draws whose reward is zero; "grad_norm"; with a buffer "replayed", the number of replayed
+    particles.  ``training_tokens`` counts the tokens that all steps have sent through the network.
 
-    *Hard conditions.*  Observations of which every draw has reward zero teach nothing: their loss is zero and without
-    a gradient.  The default exploration searches for possible draws among 16 of the model's own for each particle.
-    Where a condition is too rare for that, let the draws satisfy it: by an ``exploration`` that
-    draws a part of them from a program masked token by token, or by a buffer of values that another algorithm found::
+    *Hard conditions.*  An observation of which every draw has reward zero has the loss zero, without gradient.  The
+    default exploration then searches for possible draws: 16 tries of the model for each particle.  If the condition is
+    too rare for that, give draws that satisfy it: from a program masked token by token, or from another algorithm by a
+    buffer::
 
         GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)))
         gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay(fraction=0.5))
         found = SMC(model, masked, num_particles=64).run(x, y).resample(16)
         gflownet.demonstrate(x, y, values={"z": found.samples["z"]})
+
+    :raises ValueError: naming the argument that is out of its range; in `step` and `fit`, where the optimiser holds
+        parameters of the model, or not all of the guide's.
+    :raises FloatingPointError: in `step`, where the loss or its gradient is not finite; nothing is then updated.
+
+    Source: Hu et al. 2024, "Amortizing intractable inference in large language models".
 
     Example::
 
@@ -111,6 +123,12 @@ class GFlowNet(Trainer):
                 optimizer.add_param_group(group | {"params": fresh})
 
     def update(self, query: Query, step: int) -> dict[str, float]:
+        """Makes one update; `step` and `fit` call it.
+
+        :param query: model, guide and a batch.
+        :param step: the number of the update, from 0, for schedules.
+        :returns: the metrics of the step.
+        """
         self.objective.training_step = step
         if self.replay is None:
             values = self.objective.draw(*query.given)
@@ -144,22 +162,32 @@ class GFlowNet(Trainer):
     def demonstrate(
         self, *args: Any, values: Mapping[str, Any], task: int = 0, of: tuple[Program, Program] | None = None
     ) -> None:
-        """Put values of latent sites, known to be good for the observations ``args``, into the replay buffer.
+        """Puts values of latent sites, known to be good for these observations, into the replay buffer.
 
-        :param values: by site, a tensor (n, *plates, *event) or (*plates, *event), texts also as nested lists of
-            strings of these shapes (the site's stop is appended where it is missing).  Sites that are not given are
-            drawn from the guide.
-        :param task: which of the tasks of `fit` they belong to, where there are several; ``of``: its (model, guide).
-        :raises ValueError: without a replay buffer, for a site that is no latent, a shape that does not fit, and values
-            that the model says are impossible.
+        :param args: the arguments of model and guide.
+        :param values: by site, a tensor (n, *plates, *event) or (*plates, *event); texts also as nested lists of
+            strings of these shapes, to which the site's stop is added where it is missing.  Sites that are not given
+            are drawn from the guide.
+        :param task: the number of the task of `fit` that they belong to, where there are several.
+        :param of: the (model, guide) of that task; None: the trainer's own.
+        :raises ValueError: without a replay buffer, for a site that is not a latent, a shape that does not fit, and
+            values that are impossible under the model.
+
+        Example::
+
+            gflownet = GFlowNet(model, guide, optimizer=optimizer, replay=Replay())
+            gflownet.demonstrate(x, y, values={"z": ["a", "b"]})  # one text for each of two observations
         """
         if self.replay is None:
-            raise ValueError("replay: there is no buffer to put demonstrations into; pass replay=Replay(...)")
+            raise ValueError("replay: there is no buffer for demonstrations; pass replay=Replay(...) to GFlowNet")
         query = Query(*(of or (self.model, self.guide)), args)
         demonstrations(self.replay, self._observations(query, task), query, values)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The replay buffer, and what the next draws are to know of the last ones."""
+        """The replay buffer, and what the objective remembers of its draws, for a checkpoint.
+
+        :returns: tensors by name, and a dict that JSON can hold.
+        """
         memory = {"memory": asdict(self.objective.memory)}
         if self.replay is None:
             return {}, memory
@@ -173,7 +201,7 @@ class GFlowNet(Trainer):
 
 
 def _summary(balances: list[Balance]) -> dict[str, float]:
-    """Of the whole training draws sd(u), and the share of reward zero."""
+    """sd(u) of the whole training draws, and the share of reward zero."""
     us = [b.u.detach().masked_fill(~b.last, -float("inf")).amax(0) for b in balances]  # (particle, *kept)
     return {
         "sd_u": sum(standard_deviation(u).mean().item() for u in us) / len(us),

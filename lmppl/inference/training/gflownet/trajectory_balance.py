@@ -1,4 +1,4 @@
-"""Trajectory balance, against a log Z that is learned or given."""
+"""Trajectory balance, with a log Z that is learned or given."""
 
 from __future__ import annotations
 
@@ -19,23 +19,31 @@ LogZ: TypeAlias = float | Tensor | Callable[..., Tensor] | None
 
 
 class TrajectoryBalance(Objective):
-    r"""Trajectory balance: whole samples against a log Z of each observation's own.
+    r"""Trajectory balance: compares whole samples with the log Z of their observation.
 
     .. math:: \mathcal L = \frac1N \sum_n g\big(u(z_n) - \log Z_\psi(x)\big),
               \qquad \text{squared: } \big(u(z_n) - \log Z_\psi(x)\big)^2
 
-    At the true log Z its expected gradient, on-policy, is that of :math:`D_f(p, q)`; squared, so it is at any.
+    At the true log Z its expected on-policy gradient is that of :math:`D_f(p, q)`; squared, at any log Z.  With the log
+    Z that fits a batch best, the mean of u, it is `VarGrad`.  It learns more slowly than `VarGrad` because log Z must
+    be learned first.
 
-    :param log_z: None: learned, by a `LogPartition` that reads the guide's first prompt; give its `parameters` to the
-        optimiser (`GFlowNet` and `pyro.infer.SVI` do).  Or a number, a tensor (*kept plates), or a function of the
-        program's arguments, a module for instance, that answers one; under a reward temperature T, the log of the sum
-        of p^(1/T).
-    :param log_z_lr: the learning rate that `GFlowNet` gives the learned log Z.
-
-    With the log Z that fits a batch best, the mean of u, it is `VarGrad`; what it learns more slowly than VarGrad it
-    learns because log Z must be found first.
+    :param log_z: None: learned, by a `LogPartition` that reads the guide's first prompt.  `GFlowNet` and
+        `pyro.infer.SVI` train its `parameters`; in other loops give them to the optimiser.  Or a number, a tensor
+        (*kept plates), or a function of the program's arguments (a module, for instance) that returns one.  In nats;
+        under a reward temperature T it is the log of the sum of p^(1/T).
+    :param log_z_lr: the learning rate that `GFlowNet` sets for the parameters of log Z.
+    :param kwargs: the other arguments of `Objective`: ``num_particles``, ``exploration``, ``reward_temperature``,
+        ``floor``, ``divergence``, ``max_plate_nesting``.
+    :raises ValueError: for another ``log_z``, and as `Objective`; in a step, for a tensor of another shape.
 
     Source: Malkin et al. 2022, "Trajectory balance: improved credit assignment in GFlowNets".
+
+    Example::
+
+        trainer = GFlowNet(model, guide, TrajectoryBalance(log_z_lr=0.05), optimizer=optimizer)
+        trainer.fit(batches, steps=100)
+        TrajectoryBalance(log_z=torch.tensor([-3.2, -5.1]))  # known: one for each of two observations
     """
 
     uses_prefixes = False
@@ -48,7 +56,7 @@ class TrajectoryBalance(Objective):
         self.log_z, self.log_z_lr = log_z, log_z_lr
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What there is to learn of log Z."""
+        """The parameters of log Z: those of `LogPartition`, or of a module given as ``log_z``."""
         module = self.learned if self.learned is not None else self.log_z
         return module.parameters() if isinstance(module, nn.Module) else iter(())
 
@@ -69,14 +77,23 @@ class TrajectoryBalance(Objective):
 
 
 class RelativeTrajectoryBalance(TrajectoryBalance):
-    r"""Relative trajectory balance; here it *is* `TrajectoryBalance`, under the name of a reward relative to a prior.
+    r"""Relative trajectory balance: another name of `TrajectoryBalance`, for a reward relative to a prior.
 
     .. math:: \mathcal L = \frac1N \sum_n \big(\log Z_\psi + \log q(z_n) - \log p(z_n) - \log r(z_n)\big)^2
 
-    With r(z) = p(observed | z), the prior times r is the joint, and the bracket is :math:`\log Z_\psi - u(z_n)`.  Every
+    With r(z) = p(observed | z) the prior times r is the joint, and the bracket is :math:`\log Z_\psi - u(z_n)`.  Every
     model of this package has its prior among its sites, so that every objective is relative to it already.
 
+    :param log_z: as in `TrajectoryBalance`.
+    :param log_z_lr: as in `TrajectoryBalance`.
+    :param kwargs: as in `TrajectoryBalance`.
+
     Source: Venkatraman et al. 2024, "Amortizing intractable inference in diffusion models".
+
+    Example::
+
+        trainer = GFlowNet(model, guide, RelativeTrajectoryBalance(), optimizer=optimizer)
+        trainer.fit(batches, steps=100)
     """
 
 
@@ -85,9 +102,11 @@ class LogPartition(nn.Module):
 
     .. math:: \log Z_\psi(x) = b + w \cdot \tanh(P \bar e(x))
 
-    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix; w starts from
-    zero, b from the mean u of the first batch that is possible.  Where the guide's first latent is no text, or its
-    prompt differs between particles, b alone serves all observations.
+    :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix.  w starts at zero, b at
+    the mean of u in the first batch with a possible draw.  If the guide's first latent is no text, or its prompt
+    differs between particles, all observations share b alone.
+
+    :param features: the length of w.
     """
 
     def __init__(self, features: int = 256):
@@ -96,7 +115,12 @@ class LogPartition(nn.Module):
         self.weight = nn.Parameter(torch.zeros(features))
 
     def forward(self, balance: Balance, u: Tensor) -> Tensor:
-        """(*kept), from the guide's trace; ``u`` (1, particle, *kept) sets the first value."""
+        """log Z of each observation.
+
+        :param balance: holds the guide's trace, from which the prompts are read.
+        :param u: (1, particle, *kept); sets the first value of b.
+        :returns: (*kept), nats.
+        """
         if not bool(self.bias):  # no batch has been seen
             with torch.no_grad():
                 seen = balance.valid & (balance.log_p > -torch.inf)
@@ -110,10 +134,10 @@ class LogPartition(nn.Module):
 
     @torch.no_grad()
     def _features(self, balance: Balance) -> Tensor | None:
-        """(*plate axes, features) of the prompts of the guide's first text."""
+        """(*plate axes, features) of the prompts of the guide's first text; None where b alone serves."""
         fn = next(iter(programs.latents(balance.guide).values()))["fn"]
         nesting = balance.plates.nesting
-        prompt = prompt_of(fn) if fn.event_dim <= 1 else None  # of several texts of one value, none
+        prompt = prompt_of(fn) if fn.event_dim <= 1 else None  # a value of several texts has no one prompt
         if prompt is None or prompt.shape[: -1 - nesting].numel() > 1:
             return None
         prompt = prompt.reshape(prompt.shape[-1 - nesting :])  # (*plate axes, L)

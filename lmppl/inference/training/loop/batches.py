@@ -1,4 +1,4 @@
-"""What `fit` takes as batches: whatever it is, found by the step."""
+"""What `fit` takes as batches, in one form: the batch of each step."""
 
 from __future__ import annotations
 
@@ -20,26 +20,45 @@ EXPECTED = "a list of tuples of arguments, [(x, y), ...], a DataLoader, a Datase
 
 
 class Task(NamedTuple):
-    """One of several problems that share an adapter: their steps take turns."""
+    """One of several problems whose steps take turns in one `Trainer.fit`, training the same parameters.
+
+    :param model: a Pyro program.
+    :param guide: a Pyro program with the model's latent sites.
+    :param batches: a list of tuples of arguments, or a function of the step that returns one.
+
+    Example::
+
+        tasks = [Task(model, guide, [(x, y)]), Task(model, guide, [(other_questions, y)])]
+        gflownet.fit(tasks, steps=100)
+    """
 
     model: Program
     guide: Program
     batches: Batches
 
     def batch(self, step: int) -> tuple[Any, ...]:
+        """The arguments of model and guide at a step.
+
+        :param step: the number of the step of this task, from 0.
+        :returns: a tuple.
+        """
         batches: Any = self.batches
         return arguments(batches(step) if callable(batches) else batches[step % len(batches)])
 
     def query(self, step: int) -> Query:
+        """The query of a step: model, guide and a batch.
+
+        :param step: the number of the step of this task, from 0.
+        """
         return Query(self.model, self.guide, self.batch(step))
 
 
 def readable(batches: Any, seed: int = 0, batch_size: int | None = None) -> Any:
-    """A sequence, or a function of the step, that gives the batches of whatever ``batches`` is.
+    """A sequence of batches, or a function of the step that returns one, for anything that `fit` accepts.
 
-    Several tasks, ``(model, guide, batches)`` each, are read one by one.  ``batch_size`` is that of a `Dataset`.
+    Several tasks, ``(model, guide, batches)`` each, are converted one by one.  ``batch_size`` is that of a `Dataset`.
 
-    :raises ValueError: saying what to write instead, where no batches can be found.
+    :raises ValueError: with what to write instead, where no batches can be found.
     """
     if isinstance(batches, type) or batches is None or isinstance(batches, Tensor | Mapping | str | bytes):
         raise ValueError(f"batches: expected {EXPECTED}, got {_name(batches)}")
@@ -48,7 +67,7 @@ def readable(batches: Any, seed: int = 0, batch_size: int | None = None) -> Any:
     if isinstance(batches, Dataset):
         return Stream(loader(batches, batch_size or BATCH_SIZE), seed)
     if batch_size is not None and not _has_a_dataset(batches):
-        raise ValueError(f"batch_size: it is that of a Dataset; {_name(batches)} has batches already")
+        raise ValueError(f"batch_size: it is for a Dataset only; {_name(batches)} has batches already")
     if callable(batches):
         _takes_a_step(batches)
         return batches
@@ -66,9 +85,9 @@ def readable(batches: Any, seed: int = 0, batch_size: int | None = None) -> Any:
 
 
 def loader(dataset: Dataset[Any], batch_size: int) -> DataLoader[Any]:
-    """An ordinary DataLoader: observations shuffled if they can be, put together by torch's ``default_collate``.
+    """An ordinary DataLoader with shuffled observations (if they can be shuffled) and torch's ``default_collate``.
 
-    :raises ValueError: where there are no observations, or, when it is read, where they cannot be put together.
+    :raises ValueError: where there are no observations; when it is read, where they cannot be collated.
     """
     if isinstance(dataset, Sized) and not len(dataset):
         raise ValueError(f"batches: there is nothing in {_name(dataset)}")
@@ -94,23 +113,23 @@ def _has_a_dataset(batches: Any) -> bool:
 
 
 def is_task(found: Any) -> bool:
-    """Whether it is (model, guide, batches) rather than the arguments of one step."""
+    """Whether this is (model, guide, batches) and not the arguments of one step."""
     return isinstance(found, tuple | list) and len(found) == 3 and callable(found[0]) and callable(found[1])
 
 
 def arguments(batch: Any) -> tuple[Any, ...]:
-    """One batch, as the arguments of model and guide."""
+    """The arguments of model and guide in a batch."""
     if not isinstance(batch, tuple | list):
         raise ValueError(f"batches: each is a tuple of arguments of model and guide, [(x, y), ...]; got {_name(batch)}")
     return tuple(batch)
 
 
 class Stream:
-    """The batches of an iterable, as a function of the step; after its end it is read anew.
+    """The batches of an iterable, as a function of the step; after its end it is read again from the beginning.
 
-    Every read draws from a generator seeded by (seed, step), a `DataLoader`'s shuffling too, so that a resumed run
-    meets the batches of an uninterrupted one (it reads past those that it does not use).  An iterator, a generator for
-    instance, can be read once only.
+    Every read draws from a generator seeded by (seed, step), the shuffling of a `DataLoader` included.  So a resumed
+    run meets the batches of an uninterrupted one (it reads the batches before its first step and drops them).  An
+    iterator, such as a generator, can be read once only.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int = 0):
@@ -137,12 +156,12 @@ class Stream:
             if fresh or self._iterator is self.batches:
                 break
             self._iterator, fresh = None, True
-        read = f"it ended after {self._next} batches, and training goes on" if self._next else "there is no batch in it"
+        read = f"it ended after {self._next} batches, before the last step" if self._next else "there is no batch in it"
         raise ValueError(f"batches: {read}; give {EXPECTED}")
 
 
 def _hold_arguments(batches: Any) -> None:
-    """Of a list or tuple: each item is the arguments of one step."""
+    """Checks that each item of a list or tuple is the arguments of one step."""
     if not isinstance(batches, list | tuple):
         return
     if not batches:
@@ -160,7 +179,7 @@ def _takes_a_step(function: Any) -> None:
         inspect.signature(function).bind(0)
     except TypeError as error:
         raise ValueError(f"batches: a function is called with the step alone, {_name(function)}: {error}") from error
-    except ValueError:  # built in, without a signature
+    except ValueError:  # a builtin without a signature
         return
 
 

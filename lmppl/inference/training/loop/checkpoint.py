@@ -1,4 +1,4 @@
-"""Training checkpoints: parameters and optimiser state in safetensors, the rest in JSON; written whole or not."""
+"""Training checkpoints: parameters and optimiser state in safetensors, the rest in JSON; written atomically."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def save(
     extra: dict[str, Any],
     own: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the optimisers, their parameters, ``step`` and an algorithm's ``own`` tensors, replacing what was saved.
+    """Writes the optimisers, their parameters, ``step`` and an algorithm's ``own`` tensors, replacing older ones.
 
-    On several processes all call it and the first one writes: parameters sharded over them are gathered.
+    On several processes all call it and the first one writes; sharded parameters are gathered.
 
-    :raises FloatingPointError: where a parameter is not finite; what was saved before stays.
-    :raises ValueError: where an optimiser keeps what no file can hold, or others wrote files of these names.
+    :raises FloatingPointError: where a parameter is not finite; the older checkpoint then stays.
+    :raises ValueError: where an optimiser holds what no file can hold, or the directory has other files of these names.
     """
     tensors: dict[str, Tensor] = {}
     for i, p in enumerate(_parameters(optimizer)):
         tensors[f"parameter.{i}"] = _copy(p)
         if not bool(tensors[f"parameter.{i}"].isfinite().all()):
-            raise FloatingPointError(f"checkpoint: parameter {i} is not finite; {directory} was left as it was")
+            raise FloatingPointError(f"checkpoint: parameter {i} is not finite; {directory} is unchanged")
     tensors |= {f"own.{name}": _copy(t) for name, t in (own or {}).items()}
     kept: dict[str, Tensor] = {}
     try:
@@ -58,7 +58,7 @@ def save(
             save_file(tensors, fresh / TENSORS)
             (fresh / STATE).write_text(json.dumps(state))
 
-    first_alone(write)  # nobody goes on before it is written
+    first_alone(write)  # no process continues before it is written
 
 
 def exists(directory: Path) -> bool:
@@ -68,9 +68,9 @@ def exists(directory: Path) -> bool:
 
 
 def identity(directory: Path) -> dict[str, Any]:
-    """What the run of a checkpoint is of, see `identity`; empty where there is none.
+    """The identity of the run that wrote a checkpoint, see `loop.identity`; empty where there is none.
 
-    :raises ValueError: where the checkpoint is damaged or another thing.
+    :raises ValueError: where the checkpoint is damaged or another kind of file.
     """
     if not exists(directory):
         return {}
@@ -81,11 +81,11 @@ def identity(directory: Path) -> dict[str, Any]:
 def load(
     directory: Path, optimizer: Optimizer | Sequence[Optimizer], of: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore the optimisers and their parameters in place; what was saved beside them, and an algorithm's own tensors.
+    """Restores the optimisers and their parameters in place; returns what else was saved, and an algorithm's tensors.
 
-    :param of: what the run is of, see `identity`; None: it is not asked.
-    :raises ValueError: where the checkpoint is damaged or another thing, or is of other optimisers or another run: it
-        says what differs, and nothing was changed.
+    :param of: the identity of this run, see `loop.identity`; None: it is not compared.
+    :raises ValueError: where the checkpoint is damaged or another kind of file, or belongs to other optimisers or
+        another run; the message says what differs, and nothing is changed.
     """
     state, tensors = files.read(directory, lambda: _read(directory))
     if different := _differences(state, optimizer, of):
@@ -111,13 +111,13 @@ def load(
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Both files, as they were saved; ValueError names the one that is not."""
+    """Both files as they were saved; a ValueError names the one that is not readable."""
     try:
         files.verify(directory, KIND)
         name = STATE
         state = json.loads((directory / name).read_bytes())
         if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError(f"it is no training checkpoint of the format {FORMAT!r}")
+            raise ValueError(f"it is not a training checkpoint of the format {FORMAT!r}")
         if not isinstance(state.get("step"), int) or not isinstance(state.get("states"), list):
             raise ValueError("it lacks its step or its optimisers")
     except (OSError, ValueError) as error:
@@ -131,7 +131,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _differences(
     state: dict[str, Any], optimizer: Optimizer | Sequence[Optimizer], of: Mapping[str, Any] | None
 ) -> list[str]:
-    """In words, in what the saved run is another than this one."""
+    """The differences between the saved run and this one, in words."""
     found = []
     before: Mapping[str, Any] = state.get("of", {})
     now_of: Mapping[str, Any] = before if of is None else of
@@ -140,7 +140,7 @@ def _differences(
         if was != now and (was is None or now is None or not str(was).startswith("sha256:")):
             found.append(f"{key} is {now!r} here and {was!r} there")
         elif was != now:
-            found.append(f"{key} is another than there")
+            found.append(f"{key} differs")
     kinds = _kinds(optimizer)
     for was, now in zip(state.get("optimizers", []), kinds, strict=False):
         if was != now and was["class"] != now["class"]:
@@ -158,7 +158,7 @@ def _short(kind: dict[str, Any]) -> str:
 
 
 def _kinds(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, Any]]:
-    """What each optimiser is, and of which parameters."""
+    """The class of each optimiser, and the shapes and types of its parameters."""
     return [
         {
             "class": type(o).__qualname__,
@@ -169,7 +169,7 @@ def _kinds(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, Any]]:
 
 
 def _options(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, str]]:
-    """What each optimiser was made with, in words."""
+    """The options with which each optimiser was made, as strings."""
     found = []
     for o in _several(optimizer):
         rates = [group.get("initial_lr", group["lr"]) for group in o.param_groups]
@@ -179,23 +179,23 @@ def _options(optimizer: Optimizer | Sequence[Optimizer]) -> list[dict[str, str]]
 
 
 def _tell(directory: Path, before: Sequence[dict[str, str]], now: Sequence[dict[str, str]]) -> None:
-    """A warning where optimisers were made with other options here: those of the checkpoint count."""
+    """Warns where optimisers were made with other options here: the options of the checkpoint count."""
     for was, own in zip(before, now, strict=False):
         if other := [name for name in own if was.get(name, own[name]) != own[name]]:
             there, here = (", ".join(f"{name} {x[name]}" for name in other) for x in (was, own))
             logger.warning(
-                "checkpoint: the optimizer goes on as in %s, with %s, and not with %s", directory, there, here
+                "checkpoint: the optimizer continues as in %s, with %s, and not with %s", directory, there, here
             )
 
 
 def _restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Everything that the optimiser keeps, its numbers in the precision that they were kept in."""
+    """Restores the optimiser's whole state, its numbers in the precision in which they were saved."""
     parameters = _parameters(optimizer)
     for i, own in state["state"].items():
         state["state"][i] = {k: like(parameters[i], v) if isinstance(v, Tensor) else v for k, v in own.items()}
     optimizer.load_state_dict(state)
     for i, p in enumerate(parameters):
-        for key, saved in state["state"].get(i, {}).items():  # torch may have made other types of them
+        for key, saved in state["state"].get(i, {}).items():  # torch may have changed their types
             now = optimizer.state[p][key]
             optimizer.state[p][key] = _at(now.device if isinstance(now, Tensor) else p.device, saved)
 
@@ -218,5 +218,5 @@ def _several(optimizer: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
 
 
 def _parameters(optimizer: Optimizer | Sequence[Optimizer]) -> list[Tensor]:
-    """What the optimisers hold, in their order."""
+    """The tensors that the optimisers hold, in their order."""
     return [p for o in _several(optimizer) for group in o.param_groups for p in group["params"]]

@@ -1,12 +1,13 @@
-r"""What a run will cost, said before the bulk of it, by what its own first steps took.
+r"""What a run will cost, predicted after its first steps.
 
 .. math:: T = T_k + (n - k)\, c + L\, \ell + S\, s
 
-after k of n steps in the time :math:`T_k`: c seconds a step, :math:`\ell` a look at the held-out observations, s a
-checkpoint.  Tokens are those of the steps alone, as ``training_tokens`` counts them.
+after k of n steps in the time :math:`T_k`: c seconds for a step, :math:`\ell` for an evaluation on held-out
+observations, s for a checkpoint.  Tokens are those of the steps only, as ``training_tokens`` counts them.
 
-The first step of each task holds what is done once: trials of the network, prompts read for the first time.  So the
-second round of the tasks is what predicts, with one task the second step.  A look is predicted by two small ones.
+The first step of each task includes work that is done once, such as reading prompts for the first time.  So the second
+round of the tasks (with one task, the second step) gives the prediction.  The time of an evaluation is predicted from
+two small ones.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from itertools import pairwise
 
 from .evaluation import LOOK, Looks
 
-TRIALS = 4, 16  # draws of two small looks
-AGAIN = 0.1  # of the steps, after which the cost is looked at once more
-OFF = 0.2  # how far a prediction may be off before it is said again
+TRIALS = 4, 16  # draws of two small evaluations
+AGAIN = 0.1  # share of the steps after which the prediction is checked
+OFF = 0.2  # relative error from which on the prediction is printed again
 UNITS = ("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What is left of a run: steps, looks and checkpoints, and what each takes; and what has been spent already."""
+    """What is left of a run (steps, evaluations, checkpoints, and what each takes) and what has been spent already."""
 
     steps: int
     tokens: float  # a step
@@ -51,7 +52,7 @@ class Cost:
 
 @dataclass
 class Spent:
-    """What the steps of a run have taken: tokens, and seconds without the looks and checkpoints in them; and these."""
+    """What a run has taken: tokens and seconds of its steps, seconds of its evaluations and checkpoints."""
 
     counted: Callable[[], int]  # the tokens of all steps so far
     clock: Callable[[], float] = time.perf_counter
@@ -64,18 +65,18 @@ class Spent:
         self.began = self.clock()
 
     def mark(self) -> tuple[int, float]:
-        """What `add` wants to know of the beginning of a step."""
+        """What `add` needs to know about the beginning of a step."""
         return self.counted(), self.clock() - self._beside
 
     def add(self, mark: tuple[int, float]) -> None:
-        """A step since then."""
+        """Adds the step since ``mark``."""
         tokens, seconds = self.mark()
         self.tokens.append(tokens - mark[0])
         self.seconds.append(seconds - mark[1])
 
     @contextmanager
     def on(self, kind: list[float]) -> Iterator[None]:
-        """Around a look or a checkpoint, ``looks`` or ``saves``."""
+        """Times an evaluation or a checkpoint; ``kind`` is ``looks`` or ``saves``."""
         began = self.clock()
         yield
         kind.append(self.clock() - began)
@@ -86,10 +87,10 @@ class Spent:
 
 
 class Forecast:
-    """Says what one `fit` costs: once the tasks have had two turns, and again if that proves wrong.
+    """Predicts the cost of one `fit`: once every task has had two turns, and again if the prediction proves wrong.
 
-    :param start: the first step of this `fit`, which a checkpoint may have put off.
-    :param turns: steps in which every task has had a turn.
+    :param start: the first step of this `fit`; later than 0 where a checkpoint is resumed.
+    :param turns: steps in which every task has a turn.
     :param most: whether the run may end before its last step.
     """
 
@@ -98,11 +99,11 @@ class Forecast:
     ):
         self.start, self.steps, self.spent, self.looks = start, steps, spent, looks
         self.checkpoint_every, self.turns, self.most = checkpoint_every, turns, most
-        self.said: float | None = None  # seconds
-        self.tried: float | None = None  # seconds of a look, by small ones
+        self.said: float | None = None  # seconds, as predicted
+        self.tried: float | None = None  # seconds of an evaluation, predicted from small ones
 
     def __call__(self, done: int) -> str:
-        """What there is to say after so many steps; mostly nothing."""
+        """The line to print after so many steps; mostly empty."""
         known = len(self.spent.seconds)
         if done >= self.steps or known < 2 * self.turns:
             return ""
@@ -119,7 +120,7 @@ class Forecast:
         return self.line(cost, now="now ") if wrong else ""
 
     def cost(self, done: int, last: int) -> Cost:
-        """Of this `fit`, by its last steps."""
+        """The cost of this `fit`, predicted from its ``last`` steps."""
         spent, every = self.spent, self.checkpoint_every
         if self.looks.count(done) and not spent.looks and self.tried is None:
             self.tried = self._try_looks()
@@ -136,7 +137,7 @@ class Forecast:
         )
 
     def line(self, cost: Cost, now: str = "") -> str:
-        """In words."""
+        """The cost in words."""
         steps = f"{self.steps:,} steps"
         if self.start:
             steps = f"{self.steps - self.start:,} of {self.steps:,} steps left"
@@ -149,7 +150,7 @@ class Forecast:
         )
 
     def _try_looks(self) -> float:
-        """Seconds of a look: those of a small one, and what its further draws would take."""
+        """Seconds of an evaluation: those of a small one, plus the time of its further draws."""
         taken: list[float] = []
         for draws in TRIALS:
             with self.spent.on(taken):
@@ -161,7 +162,7 @@ class Forecast:
 
 
 def amount(count: float) -> str:
-    """A number in words of three digits.
+    """A number of three digits, as a string.
 
     >>> [amount(n) for n in (960, 12_410, 345_678, 12_412_000, 1_240_000_000)]
     ['960', '12,400', '346,000', '12.4 M', '1,240 M']
@@ -173,7 +174,7 @@ def amount(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words.
+    """A time as a string.
 
     >>> [duration(s) for s in (0.0042, 0.153, 29.41, 60, 490, 29_400, 200_000)]
     ['0.0042 s', '0.15 s', '29.4 s', '1 min', '8 min 10 s', '8 h 10 min', '2 d 8 h']

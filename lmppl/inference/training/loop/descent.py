@@ -1,9 +1,9 @@
-r"""One step of an optimiser down the mean of the losses of k batches.
+r"""One step of an optimiser that lowers the mean of the losses of k batches.
 
 .. math:: g = \tfrac1k \sum_{j=1}^k \nabla \mathcal L_j
 
-Each batch adds its share, the last one clips and steps.  Where a loss is a mean over as many observations in each
-batch, g is the gradient of one batch k times as large.
+Each batch adds its part of the gradient; the last one clips it and steps.  If every batch has equally many
+observations, g is the gradient of one batch k times as large.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Descent:
     """Counts the batches whose gradients are added up."""
 
     def __init__(self) -> None:
-        self.batches = 1  # an update
-        self.done = 0  # of them
+        self.batches = 1  # in an update
+        self.done = 0  # of these batches
 
     @contextmanager
     def over(self, batches: int) -> Iterator[None]:
-        """Inside, an update is of so many batches; what is left of one that was not finished is forgotten."""
+        """A context in which an update has this many batches; an unfinished update is discarded at its end."""
         self.batches, self.done = batches, 0
         try:
             yield
@@ -36,9 +36,9 @@ class Descent:
             self.batches, self.done = 1, 0
 
     def down(self, loss: Tensor, optimizer: Optimizer, parameters: Sequence[Tensor], clip: float) -> float:
-        """Add this loss's gradient, and step if it is the last one; the norm before clipping, NaN if it is not.
+        """Adds this loss's gradient; after the last one steps and returns the norm before clipping, else returns NaN.
 
-        :raises FloatingPointError: where the loss or the gradient is not finite; the parameters are then as before.
+        :raises FloatingPointError: where the loss or the gradient is not finite; the parameters are then unchanged.
         """
         if self.done == 0:
             optimizer.zero_grad(set_to_none=True)
@@ -65,7 +65,7 @@ class Descent:
 
 
 def mean(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the batches of an update that have it; of NaN, those that are numbers."""
+    """The mean of each metric over the batches of an update that have it and where it is not NaN."""
     if len(metrics) == 1:
         return metrics[0]
     found = {}

@@ -1,4 +1,4 @@
-"""How near a guide is to the posterior of held-out observations: what `fit` measures every so often."""
+"""Evaluation on held-out observations: how close a guide is to their posterior."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ...processes import distributed
 from ...samplers.smc.bounds import ExactSample, upper_bound
 from .verdict import khat, missed, of_all, verdict
 
-REMEMBERED = 3  # looks that a verdict compares with
-LOOK = 64  # draws of the guide in a look
-JUDGED = 3  # of them are as many draws as `judge` makes and scores
+REMEMBERED = 3  # earlier evaluations that a verdict compares with
+LOOK = 64  # draws of the guide in an evaluation
+JUDGED = 3  # evaluations that cost as much as `judge`
 
 
 @torch.no_grad()
 def examine(query: Query, num_particles: int, exact_sample: ExactSample | None = None) -> dict[str, float]:
-    r"""Figures of N on-policy draws of the guide, and of N/2 of the model's own latents.
+    r"""Figures from N on-policy draws of the guide, and from N/2 draws of the model's latents.
 
-    With u the log weights of the guide's draws and v those of the model's, means over observations of
+    With the log weights u of the guide's draws and v of the model's, means over observations of
 
     .. math:: \widehat{\log Z} = \log \tfrac1N \sum_n e^{u_n}, \qquad
               \widehat{\log Z}_{model} = \log \tfrac2N \sum_n e^{v_n}, \qquad
               \widehat{\log Z}_{above} = \log \tfrac1N \Big(e^{u(z^*)} + \sum_{n<N} e^{u_n}\Big)
 
-    the first two too low on average; the last, too high, where an exact draw z* of the posterior is given.
+    The first two are too low on average.  The last is too high on average; it needs an exact draw z* of the posterior.
     """
     weighted = weigh(query, num_particles)
     u = weighted.u
@@ -56,7 +56,7 @@ def examine(query: Query, num_particles: int, exact_sample: ExactSample | None =
 
 
 def standard_deviation(u: Tensor) -> Tensor:
-    """Of u over axis 0, of the finite entries."""
+    """The standard deviation of u over axis 0, of its finite entries."""
     keep = u.isfinite()
     n = keep.sum(0).clamp(min=1)
     mean = u.where(keep, torch.zeros_like(u)).sum(0) / n
@@ -68,7 +68,7 @@ def _log_mean(u: Tensor) -> float:
 
 
 def _endings(guide: Trace) -> dict[str, float]:
-    """How long the guide's texts are, and how probable their stops; nothing where none has a stop."""
+    """The mean length of the guide's texts and the mean probability of their stops; empty where no text has a stop."""
     length, stop = [], []
     for node in programs.latents(guide).values():
         site = text_of(node["fn"])
@@ -83,13 +83,13 @@ def _endings(guide: Trace) -> dict[str, float]:
 
 
 def check_exact(exact_sample: Any, held_out: Any) -> None:
-    """Refuse what is no exact sample of the posterior of ``held_out``."""
+    """Refuses an argument that cannot be an exact sample of the posterior of ``held_out``."""
     if exact_sample is None:
         return
     if not isinstance(exact_sample, Posterior | Mapping):
         raise ValueError(f"exact_sample: expected a Posterior or the latent values by site, got {exact_sample!r}")
     if held_out is None:
-        raise ValueError("exact_sample: it is one of the posterior of held_out=, and there is none")
+        raise ValueError("exact_sample: it is a sample of the posterior of held_out=, which is not given")
     if distributed.world().size > 1 and isinstance(exact_sample, Posterior):
         raise ValueError("exact_sample: on several processes, give values by site, posterior.resample(1).values")
 
@@ -106,31 +106,31 @@ class Looks:
     ):
         self.evaluate, self.judge, self.every, self.steps = evaluate, judge, every, steps
         self.before: list[dict[str, float]] = []
-        self._draws = True  # whether what is found is of draws of a guide
+        self._draws = True  # whether an evaluation draws from a guide
 
     def count(self, done: int) -> int:
-        """How many are to come after so many steps."""
+        """How many evaluations are still to come after so many steps."""
         if self.evaluate is None or done >= self.steps:
             return 0
         return self.steps // self.every - done // self.every + bool(self.steps % self.every)
 
     def due(self, done: int) -> int:
-        """Likewise; the last one, at which the guide is judged, counts as several."""
+        """The same, where the last one, which also calls `judge`, counts as several."""
         count = self.count(done)
         return count + JUDGED if count and self._draws else count
 
     def trial(self, draws: int) -> bool:
-        """A look at so many draws, of which nothing is kept; False where it is not of draws, and so was a whole one."""
+        """A small evaluation whose figures are dropped; False if it did not depend on the number of draws."""
         assert self.evaluate is not None
         self._draws = "held_out_sd_u" in self.evaluate(draws)
         return self._draws
 
     def at(self, step: int) -> bool:
-        """Whether there is one after this step."""
+        """Whether there is an evaluation after this step."""
         return self.evaluate is not None and ((step + 1) % self.every == 0 or step + 1 == self.steps)
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """What is found after this step; nothing where nobody looks."""
+        """The figures after this step; empty where there is no evaluation."""
         if self.evaluate is None or not self.at(step):
             return {}
         last = step + 1 == self.steps
@@ -146,9 +146,9 @@ class Looks:
         return found
 
     def state(self) -> Any:
-        """For a checkpoint; None where there is nothing to keep."""
+        """What a checkpoint keeps; None where there is nothing to keep."""
         return self.before or None
 
     def restore(self, state: Any) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned."""
         self.before = state

@@ -1,4 +1,4 @@
-"""What a training run is of, so that a checkpoint is not taken up by another: its settings, its data, its networks."""
+"""The identity of a training run (settings, data, networks), so that no other run resumes its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ...processes.distributed import whole
 
-SAMPLED = 256  # numbers of a weight that tell language models apart
+SAMPLED = 256  # numbers of a weight that are compared
 PROGRAMS = {"model", "guide", "optimizer", "m_optimizer"}
 DEPTH = 4
 
 
 def name_of(program: Any) -> str:
-    """A program by its name, or by that of its class."""
+    """The name of a program, or of its class."""
     while isinstance(program, partial):
         program = program.func
     found = getattr(program, "__qualname__", None)
@@ -27,7 +27,7 @@ def name_of(program: Any) -> str:
 
 
 def settings(thing: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
-    """What an object was built with: of each parameter of its class and of those above, the attribute of that name."""
+    """The settings of an object: the attributes named like the parameters of its class and its base classes."""
     found: dict[str, Any] = {prefix or "trainer": type(thing).__qualname__}
     own = [cls for cls in type(thing).__mro__ if cls.__module__.startswith("lmppl.") and "__init__" in vars(cls)]
     for name in dict.fromkeys(name for cls in own for name in inspect.signature(cls).parameters):
@@ -50,7 +50,7 @@ def _described(value: Any, key: str, depth: int) -> dict[str, Any]:
 
 
 def digest(data: Any) -> str:
-    """Of tensors, numbers and strings in lists and dicts, whatever device they are on."""
+    """A hash of tensors, numbers and strings in lists and dicts, the same on every device."""
     sha = hashlib.sha256()
 
     def add(x: Any) -> None:
@@ -64,7 +64,7 @@ def digest(data: Any) -> str:
                 add(part)
         elif x is None or isinstance(x, bool | int | float | str | bytes):
             sha.update(repr(x).encode())
-        elif hasattr(x, "tobytes"):  # an array of numpy
+        elif hasattr(x, "tobytes"):  # a numpy array
             sha.update(x.tobytes())
         elif hasattr(x, "__dataclass_fields__"):
             add(vars(x))
@@ -76,7 +76,7 @@ def digest(data: Any) -> str:
 
 
 def fingerprint(networks: Iterable[Any], trained: Iterable[Tensor]) -> str:
-    """Of the base weights that no optimiser holds: a few numbers of each, and the shapes of all."""
+    """A hash of the base weights that no optimiser holds: some numbers of each, and the shapes of all."""
     known = {id(p) for p in trained}
     found: list[Any] = []
     for network in networks:

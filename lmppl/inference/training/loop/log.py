@@ -17,9 +17,9 @@ BEGINNING = b'{"step": '
 
 
 class Log:
-    """Lines are appended and never rewritten; what belongs to no checkpoint is cut off at the end.
+    """Appends lines and never rewrites them; lines after the last checkpoint are cut off when a run resumes.
 
-    :raises ValueError: where the file is there and is no such log; nothing of it is touched.
+    :raises ValueError: where the file exists and is not such a log; it is then unchanged.
     """
 
     def __init__(self, path: str | Path):
@@ -28,15 +28,15 @@ class Log:
         *lines, rest = content.split(b"\n")
         for number, line in enumerate(lines, 1):
             if line.strip() and not _is_line(line):
-                raise ValueError(f"log: line {number} of {self.path} is none of a training log; name another file")
+                raise ValueError(f"log: line {number} of {self.path} is not one of a training log; name another file")
         if rest and not _is_line(rest) and not rest.startswith(BEGINNING) and not BEGINNING.startswith(rest):
-            raise ValueError(f"log: {self.path} ends in what is no line of a training log; name another file")
+            raise ValueError(f"log: {self.path} does not end in a line of a training log; name another file")
         self._content, self._whole = content, len(content) - (0 if _is_line(rest) else len(rest))
 
     def cut(self, size: int | None = None) -> None:
-        """Begin to write: after the first ``size`` bytes if that is where a line ends, in any case after whole lines.
+        """Prepares to write after the first ``size`` bytes if a line ends there, else after the last whole line.
 
-        A half line is what a run that was killed has left.
+        A killed run may leave half a line.
         """
         content = self._content
         keep = self._whole
@@ -44,15 +44,15 @@ class Log:
             keep = size
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if keep < len(content):
-            os.truncate(self.path, keep)  # at once: a kill leaves the log as it was, or as it should be
+            os.truncate(self.path, keep)  # atomic: if killed, the log is either unchanged or cut
         if keep and content[keep - 1 : keep] != b"\n":
             self._append(b"\n")
         self._content = b""
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One more line; null for what is not finite, which JSON does not know.
+        """Appends one line; numbers that are not finite become null, because JSON has none of them.
 
-        :raises ValueError: naming what JSON cannot hold; everything else of the line is written.
+        :raises ValueError: naming a metric that JSON cannot hold; the rest of the line is written.
         """
         found: dict[str, Any] = {}
         wrong = []
@@ -70,7 +70,7 @@ class Log:
             raise ValueError(f"callback: the metric {wrong[0]!r} is a {kind}, which the log cannot hold; add numbers")
 
     def size(self) -> int:
-        """How many bytes it has, once they are on the disk."""
+        """How many bytes the file has, once they are on the disk."""
         if not self.path.exists():
             return 0
         sync(self.path)

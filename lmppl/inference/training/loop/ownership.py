@@ -1,4 +1,4 @@
-"""Whose parameters an optimiser holds: all that the guide trains, and none of the target's."""
+"""Checks which parameters an optimiser holds: all that the guide trains, and none of the target's."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FREEZE = "or freeze what is not to train, parameter.requires_grad_(False)"
 
 @dataclass(frozen=True)
 class Owners:
-    """The parameters of a guide and of its target, each by id; ``names`` knows those of others, too."""
+    """The parameters of a guide and of its target, by id; ``names`` has names of other parameters, too."""
 
-    guide: Mapping[int, Tensor]  # of its language models' adapters, and Pyro's; without the target's
+    guide: Mapping[int, Tensor]  # its language models' adapters and Pyro's parameters, without the target's
     target: Mapping[int, Tensor]
     names: Mapping[int, str]
-    hidden: bool = False  # whether the target has sites that are no texts of language models
+    hidden: bool = False  # whether the target has sites other than texts of language models
 
     @classmethod
     def of(cls, query: Query) -> Owners:
-        """From a sketch of both programs: the network is not asked.  Pyro's parameters exist afterwards."""
+        """From a sketch of both programs, which calls no network.  Pyro's parameters exist afterwards."""
         (q, p), (model, guide, *_) = query.sketches, query.given
         target = _by_id(parameters_of(p)) | _by_id(own_parameters(model, guide).values())
         names = {id(value): name for name, value in (own_parameters(guide) | own_parameters(model)).items()}
@@ -46,26 +46,26 @@ class Owners:
         return cls(trained, target, names, hidden)
 
     def check_target(self, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
-        """Refuse an optimiser that holds a parameter of the target.
+        """Refuses an optimiser that holds a parameter of the target.
 
-        :raises ValueError: with their names.
+        :raises ValueError: with the names of the parameters.
         """
         found = _by_id(held)
         if wrong := [found[i] for i in found if i in self.target]:
             raise ValueError(
-                f"{optimizer}: it holds {self._told(wrong)} of the model, which training must leave as they are; give "
-                "it the guide's alone, those of its adapter: q = lm.with_adapter(...), q.trainable_parameters()"
+                f"{optimizer}: it holds {self._told(wrong)} of the model, which training must not change; give "
+                "it the guide's only, those of its adapter: q = lm.with_adapter(...), q.trainable_parameters()"
             )
 
     def check_guide(self, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
-        """Refuse an optimiser that holds none, or not all, of what is known to be the guide's.
+        """Refuses an optimiser that does not hold all parameters that are known to be the guide's.
 
-        :raises ValueError: with their names.
+        :raises ValueError: with the names of the parameters.
         """
         self._check_all(self.guide, _by_id(held), optimizer)
 
     def check_loss(self, loss: Tensor, held: Iterable[Tensor], optimizer: str = "optimizer") -> None:
-        """Refuse an optimiser that holds none, or not all, of what this loss of the guide trains.
+        """Refuses an optimiser that does not hold all parameters that this loss of the guide trains.
 
         :raises ValueError: with the names that are known.
         """
@@ -76,10 +76,10 @@ class Owners:
         self._check_all(wanted, found, optimizer)
 
     def check_model(self, trained: Iterable[Tensor], held: Iterable[Tensor], optimizer: str) -> None:
-        """Refuse an optimiser of the *model* that does not hold all of ``trained``, or belongs to others altogether.
+        """Refuses an optimiser of the *model* that does not hold all of ``trained``, or no parameter of the model.
 
-        A factor, or a distribution of another kind, may be made of what no sketch shows: beside one, nobody knows whose
-        a parameter is, and the loss has to tell.
+        A factor, or a distribution without a language model, may depend on parameters that a sketch does not show.
+        Where there is one, parameters of unknown origin are accepted, and the loss is checked instead.
         """
         found = _by_id(held)
         if not self.hidden and not any(i in self.target for i in found) and all(i in self.names for i in found):
@@ -104,13 +104,13 @@ class Owners:
         self, wanted: Mapping[int, Tensor], found: Mapping[int, Tensor], optimizer: str, whose: str
     ) -> NoReturn:
         raise ValueError(
-            f"{optimizer}: it holds {self._told(found.values())}, and none of {whose}'s own, "
+            f"{optimizer}: it holds {self._told(found.values())}, but none of {whose}'s own, "
             f"{self._told(wanted.values())}; give it those, q.trainable_parameters() of a language model with an "
             f"adapter, {FREEZE}"
         )
 
     def _told(self, parameters: Iterable[Tensor]) -> str:
-        """How many, and the names of the first."""
+        """How many parameters, and the names of the first ones."""
         given = list(parameters)
         known = self.names
         names = [repr(known[id(x)]) if id(x) in known else f"a tensor of shape {tuple(x.shape)}" for x in given[:SHOWN]]
@@ -119,7 +119,7 @@ class Owners:
 
 
 def reached(loss: Tensor) -> list[Tensor]:
-    """The parameters that a backward pass of this loss would give a gradient."""
+    """The parameters to which a backward pass of this loss would give a gradient."""
     found: dict[int, Tensor] = {}
     seen: set[Any] = set()
     todo: list[Any] = [loss.grad_fn]
@@ -128,14 +128,14 @@ def reached(loss: Tensor) -> list[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):  # where gradients accumulate
+        if hasattr(node, "variable"):  # a leaf
             found[id(node.variable)] = node.variable
         todo += [n for n, _ in node.next_functions]
     return list(found.values())
 
 
 def trainable_of(trace: Trace) -> list[Tensor]:
-    """What trains of a program: its language models' own parameters, and Pyro's."""
+    """The trainable parameters of a program: those of its language models, and Pyro's."""
     found: list[Tensor] = []
     for node in trace.nodes.values():
         if node["type"] == "param" and isinstance(node["value"], Tensor):
@@ -147,7 +147,7 @@ def trainable_of(trace: Trace) -> list[Tensor]:
 
 
 def own_parameters(program: Program, other: Program | None = None) -> dict[str, Tensor]:
-    """A module's own parameters, those of language models not among them; none where it is ``other``'s module too."""
+    """A module's own parameters without those of language models; none where it is ``other``'s module, too."""
     owner = _owner(program)
     if owner is None or (other is not None and _owner(other) is owner):
         return {}
@@ -157,7 +157,7 @@ def own_parameters(program: Program, other: Program | None = None) -> dict[str, 
 
 
 def _owner(program: Any) -> torch.nn.Module | None:
-    """The module that a program is, or is a method of."""
+    """The module that a program is, or whose method it is."""
     while isinstance(program, functools.partial):
         program = program.func
     owner = program if isinstance(program, torch.nn.Module) else getattr(program, "__self__", None)

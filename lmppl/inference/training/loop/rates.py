@@ -19,23 +19,23 @@ class Rates(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def begin(self, step: int) -> None:
-        """Before a step."""
+        """Called before a step."""
 
     def end(self, updated: bool) -> None:
-        """After it."""
+        """Called after a step."""
 
     def rest(self) -> None:
-        """Before a checkpoint is written."""
+        """Called before a checkpoint is written."""
 
     def state(self) -> Any:
-        """For the checkpoint; None where there is nothing to keep."""
+        """What the checkpoint keeps; None where there is nothing to keep."""
 
     def restore(self, state: Any) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned."""
 
 
 class Warmed:
-    """Up to what was set, then down to zero; afterwards, and in checkpoints, the rates are as they were set."""
+    """Warm-up to the optimiser's rate, then decay to zero; afterwards, and in checkpoints, the optimiser's rate."""
 
     def __init__(self, optimizers: Sequence[Optimizer], steps: int, warmup: int):
         self.steps, self.warmup, self.optimizers = steps, warmup, optimizers
@@ -67,9 +67,10 @@ class Warmed:
 
 
 class Scheduled:
-    """Those of torch's schedulers, one for each optimiser at most, stepped after every update.
+    """The rates of torch's schedulers, at most one for each optimiser, stepped after every update.
 
-    :raises ValueError: for what is none, or of another optimiser, or older than one of its parameter groups.
+    :raises ValueError: for what is not a scheduler, one of another optimiser, and one that is older than a parameter
+        group.
     """
 
     def __init__(self, scheduler: LRScheduler | Sequence[LRScheduler], optimizers: Sequence[Optimizer]):
@@ -77,7 +78,7 @@ class Scheduled:
         for one in self.schedulers:
             _check(one, optimizers)
         if len({id(one.optimizer) for one in self.schedulers}) < len(self.schedulers):
-            raise ValueError("scheduler: several are of one optimizer; make them one, by ChainedScheduler")
+            raise ValueError("scheduler: several are of one optimizer; combine them with ChainedScheduler")
 
     def __enter__(self) -> Self:
         return self
@@ -105,19 +106,19 @@ class Scheduled:
 
     @property
     def names(self) -> str:
-        """What kinds they are."""
+        """The names of their classes."""
         return ", ".join(type(one).__name__ for one in self.schedulers)
 
 
 def _check(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
     expected = "expected a torch.optim.lr_scheduler.LRScheduler over the trainer's optimizer"
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(f"scheduler: {expected} that needs no figure; got ReduceLROnPlateau, see EarlyStopping")
+        raise ValueError(f"scheduler: {expected} that needs no metric; got ReduceLROnPlateau, see EarlyStopping")
     if not isinstance(scheduler, LRScheduler):
         found = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
         raise ValueError(f"scheduler: {expected}, got {found}")
     if not any(scheduler.optimizer is optimizer for optimizer in optimizers):
-        raise ValueError(f"scheduler: {expected}; this {type(scheduler).__name__} is of another one")
+        raise ValueError(f"scheduler: {expected}; this {type(scheduler).__name__} is over another optimizer")
     known, groups = len(getattr(scheduler, "base_lrs", [])), len(scheduler.optimizer.param_groups)
     if known and known != groups:
         raise ValueError(

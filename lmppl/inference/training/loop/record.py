@@ -1,4 +1,4 @@
-"""What a training run leaves on the disk, a log and a checkpoint, and how it ends when it is told to."""
+"""The files that a training run writes, a log and a checkpoint, and how it ends on a signal."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ LOCK = ".lmppl.training.lock"
 class Record:
     """A context in which no other run writes this log and this checkpoint; SIGINT and SIGTERM wait for the next save.
 
-    The first process alone writes; what goes wrong there is raised on all.
+    Only the first process writes; its errors are raised on all.
 
-    :raises LockedError: where another run does; it says which.
-    :raises ValueError: where something else is in their place; nothing is touched.
+    :raises LockedError: where another run writes them; the message names it.
+    :raises ValueError: where something else is in their place; it is then unchanged.
     """
 
     def __init__(self, log: str | Path | None, checkpoint: str | Path | None):
@@ -55,7 +55,7 @@ class Record:
             self._log = Log(self._path)
 
     def begin(self, saved: dict[str, Any] | None) -> None:
-        """Cut off the log what was written after the checkpoint that is taken up."""
+        """Cuts off the lines of the log that were written after the checkpoint that is resumed."""
 
         def cut() -> None:
             if self._log is not None:
@@ -65,30 +65,30 @@ class Record:
         first_alone(cut)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """The log's next line."""
+        """Writes the next line of the log."""
         if self._log is not None:
             self._log.write(step, metrics)
 
     @property
     def log(self) -> dict[str, Any]:
-        """For the checkpoint: where its log is, seen from there, and how long."""
+        """For the checkpoint: the relative path of its log, and its length."""
         if self._log is None or self.where is None:
             return {}
         return {"path": os.path.relpath(self._log.path, self.where), "bytes": self._log.size()}
 
     def told(self) -> int:
-        """The signal that told this process, or another of the run, to end; 0 where there was none."""
+        """The signal that asked this process, or another of the run, to end; 0 where there was none."""
         if self.where is None:
             return 0
         return greatest(self._signals.caught) if world().size > 1 else self._signals.caught
 
     def end(self, number: int) -> None:
-        """Do what the signal does otherwise."""
+        """Does what the signal would have done."""
         self._signals.deliver(number)
 
 
 class _Signals:
-    """SIGINT and SIGTERM are remembered; a second one does not wait."""
+    """Remembers SIGINT and SIGTERM; a second one acts at once."""
 
     def __init__(self) -> None:
         self.caught = 0
@@ -103,7 +103,7 @@ class _Signals:
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
-        if self.caught:  # since it was asked for last: while the last checkpoint was written, say
+        if self.caught:  # it came after the last look at it, e.g. during the last save
             self.deliver(self.caught)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
@@ -112,7 +112,7 @@ class _Signals:
         self.caught = number
 
     def deliver(self, number: int) -> None:
-        """KeyboardInterrupt, the exit of a process that was terminated, or a handler of the program's own."""
+        """Raises KeyboardInterrupt, exits like a terminated process, or calls the program's own handler."""
         self.caught = 0
         before = self._before.get(number, signal.default_int_handler if number == signal.SIGINT else None)
         if not callable(before):

@@ -1,4 +1,4 @@
-"""Where a run goes on from, and what its checkpoints hold."""
+"""Where a run resumes, and what its checkpoints hold."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .batches import Task
 from .identity import digest, fingerprint, name_of
 from .record import Record
 
-SEEDS = 1_000_003  # apart are the generators of one run's steps and another's
+SEEDS = 1_000_003  # distance between the seeds of two runs, so that their steps' seeds differ
 
 
 def seeded(seed: int, step: int) -> None:
-    """Let every step draw from a generator of its own."""
+    """Seeds the generator by (seed, step)."""
     torch.manual_seed(seed * SEEDS + step)
 
 
 class Part(Protocol):
-    """Something that changes while a run lasts: what it was is saved, nested lists and dicts of numbers and tensors."""
+    """Something that changes during a run and is saved: as nested lists and dicts of numbers and tensors."""
 
     def state(self) -> Any:
-        """None where there is nothing to keep."""
+        """What to save; None where there is nothing."""
 
     def restore(self, state: Any) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned."""
 
 
 class Saving:
     """The checkpoints of one run of a trainer.
 
-    :param of: what the run is of, see `identity`.
+    :param of: the identity of the run, see `loop.identity`.
     :param parts: what is saved beside the trainer and its optimisers, by name.
     """
 
@@ -46,7 +46,7 @@ class Saving:
         self.trainer, self.record, self.of, self.parts = trainer, record, of, parts
 
     def take_up(self) -> int:
-        """The step to go on from: that of the checkpoint, if there is one; else one is written."""
+        """The step to begin with: that of the checkpoint; where there is none, 0, and a checkpoint is written."""
         start, saved, record, trainer = 0, None, self.record, self.trainer
         if record.where is not None and checkpoints.exists(record.where):
             saved, tensors = checkpoints.load(record.where, trainer.optimizers, self.of)
@@ -56,14 +56,14 @@ class Saving:
                 if name in self.parts:
                     self.parts[name].restore(unpack(state, tensors))
         if not distributed.agree(start):
-            raise ValueError("checkpoint: not all processes find the same one; they need a file system in common")
+            raise ValueError("checkpoint: the processes find different ones; they need a shared file system")
         record.begin(saved)
         if saved is None:
-            self.save(0)  # from now on the directory is this run's
+            self.save(0)  # the directory belongs to this run now
         return start
 
     def save(self, step: int) -> None:
-        """Write a checkpoint after so many steps, where there is a place for it."""
+        """Writes a checkpoint after so many steps, where a directory is given."""
         if self.record.where is None:
             return
         tensors, own = self.trainer.state()
@@ -82,7 +82,7 @@ class Saving:
 
 
 def data_and_networks(trainer: Any, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
-    """The programs, the data and the language models that a run is of."""
+    """The part of a run's identity that is not settings: programs, data and language models."""
     of: dict[str, Any] = {}
     data: list[Any] = []
     networks: list[Any] = []

@@ -1,4 +1,4 @@
-"""Numbers that change while training: a schedule is a number, or a function of the step."""
+"""Numbers that change during training: a schedule is a number, or a function of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def at(schedule: Schedule, step: int) -> float:
 
 
 def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
-    """From ``start`` to ``end`` in ``steps`` steps, and ``end`` ever after.
+    """A schedule from ``start`` to ``end`` in ``steps`` steps, constant afterwards.
 
     >>> [linear(2.0, 1.0, 4)(t) for t in (0, 2, 4, 9)]
     [2.0, 1.5, 1.0, 1.0]
@@ -25,17 +25,17 @@ def linear(start: float, end: float, steps: int) -> Callable[[int], float]:
 
 
 def warmed(step: int, steps: int, warmup: int) -> float:
-    """A share of the learning rate: on a line up to 1 in ``warmup`` steps, at most half of all, then on one towards 0.
+    """The factor of the learning rate: up to 1 in ``warmup`` steps, at most half of all, then down towards 0.
 
     >>> [round(warmed(t, 5, 20), 2) for t in range(5)]
     [0.33, 0.67, 1.0, 0.67, 0.33]
     """
-    top = max(1, min(warmup, (steps + 1) // 2))  # steps that rise, the last of them to 1
+    top = max(1, min(warmup, (steps + 1) // 2))  # steps that rise, the last one to 1
     return min((step + 1) / top, (steps - step) / (steps - top + 1))
 
 
 def checked(schedule: Schedule, name: str, holds: Callable[[float], bool], otherwise: str) -> Schedule:
-    """The schedule, if the condition ``holds`` for its value; a function is checked whenever it is asked."""
+    """The schedule, if its value satisfies ``holds``; a function is checked at every call."""
     if not callable(schedule):
         if not isinstance(schedule, int | float) or not holds(schedule):
             raise ValueError(f"{name}: {otherwise}, got {schedule!r}")

@@ -1,4 +1,4 @@
-"""How training ends before its last step: a callback that says so, or a figure that no longer improves."""
+"""How training ends before its last step: by a callback, or when a metric no longer improves."""
 
 from __future__ import annotations
 
@@ -13,30 +13,41 @@ from ...core.arguments import at_least, is_number
 from ...processes import distributed
 
 Callback: TypeAlias = Callable[[int, dict[str, Any]], None]
-LARGER = ("ess", "log_evidence", "log_z", "elbo", "reward", "accuracy")  # of figures of these names, more is better
+LARGER = ("ess", "log_evidence", "log_z", "elbo", "reward", "accuracy")  # in names of metrics of which more is better
 
 
 class StopTraining(StopIteration):
-    """Raised by a callback of `Trainer.fit`: training ends after this step, as if it had been the last one."""
+    """Raised by a callback of `Trainer.fit` to end training after this step, as if it had been the last one.
+
+    Example::
+
+        def callback(step, metrics):
+            if metrics["sd_u"] < 0.05:
+                raise StopTraining
+
+        gflownet.fit(batches, 1000, callback=callback)
+    """
 
 
 class EarlyStopping:
-    """Ends training when a figure has not improved in ``patience`` looks at it: ``fit(..., stop=EarlyStopping(...))``.
+    """Ends training when a metric has not improved in ``patience`` evaluations: ``fit(..., stop=EarlyStopping(...))``.
 
-    A look is a step whose metrics have the figure: of those on held-out observations, every ``evaluate_every`` steps.
-    NaN is no improvement.
+    An evaluation is a step whose metrics contain the figure; those on held-out observations come every
+    ``evaluate_every`` steps.  NaN is no improvement.
 
     :param figure: the name of a metric, "held_out_sd_u", "held_out_log_evidence", "loss", or one that a callback adds.
-    :param patience: how many looks without an improvement end training.
-    :param least: what counts as an improvement on the best look so far: more than this.
-    :param larger: whether more is better; None: it is of ESS, of log evidence, of rewards, else less is better.
-    :param best: at the end of `fit`, also at its last step, put the parameters back to those of the best look.  The
-        optimiser, and the checkpoint that a longer run goes on from, stay those of the last step.
+    :param patience: how many evaluations in a row without improvement end training.
+    :param least: an evaluation is an improvement if it is better than the best one so far by more than this.
+    :param larger: whether larger is better; None: it is for ESS, log evidence, log Z, ELBO, rewards and accuracy, and
+        smaller is better for all other metrics.
+    :param best: restore the parameters of the best evaluation when `fit` ends, after its last step, too.  The
+        optimiser, and the checkpoint from which a longer run resumes, stay those of the last step.
 
-    ``best_step`` and ``best_value`` tell of the best look.  With a checkpoint a resumed run goes on counting, and one
-    that had ended by itself takes no further step unless ``patience`` is raised.
+    Attributes: ``best_step`` and ``best_value``, those of the best evaluation.  With a checkpoint a resumed run
+    continues to count, and a run that has ended early makes no further step unless ``patience`` is raised.
 
-    :raises ValueError: in `fit`, where the figure is none of the metrics, or is held out and nothing is.
+    :raises ValueError: for arguments out of their range; in `fit`, where there is no such metric, or the figure is a
+        held-out one and ``held_out`` is not given.
 
     Example::
 
@@ -61,16 +72,16 @@ class EarlyStopping:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Forgets all evaluations so far; `fit` calls it before it begins."""
         self.best_value, self.best_step, self.waited = -math.inf if self.larger else math.inf, -1, 0
 
     @property
     def ended(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether training ends now: whether ``patience`` evaluations in a row brought no improvement."""
         return self.waited >= self.patience
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> None:
-        """A look at a step's metrics; raises StopTraining."""
+        """Reads the metrics of a step; raises `StopTraining` when patience has run out."""
         if self.figure not in metrics:
             if any(name.startswith("held_out") for name in metrics):
                 raise ValueError(f"stop: there is no metric {self.figure!r} among {sorted(metrics)}")
@@ -86,7 +97,7 @@ class EarlyStopping:
 
 
 class Stops:
-    """The callback and the rule of one `fit`: whether they end it, and the parameters of the best look."""
+    """The callback and the stopping rule of one `fit`, and the parameters of the best evaluation."""
 
     def __init__(self, callback: Callback | None, stop: Callback | None, parameters: Sequence[Tensor], held_out: bool):
         for name, given in (("callback", callback), ("stop", stop)):
@@ -95,14 +106,14 @@ class Stops:
         self.rule = stop if isinstance(stop, EarlyStopping) else None
         if self.rule is not None:
             if self.rule.figure.startswith("held_out") and not held_out:
-                raise ValueError(f"stop: {self.rule.figure!r} is measured on held_out=, and there is none")
+                raise ValueError(f"stop: {self.rule.figure!r} is measured on held_out=, which is not given")
             self.rule.reset()
         self.calls = [given for given in (callback, stop) if given is not None]
         self.parameters, self.kept = parameters, list[Tensor]()
 
     @property
     def ended(self) -> bool:
-        """Whether the rule had ended the run that is taken up."""
+        """Whether the rule had already ended the run that is resumed."""
         return self.rule is not None and self.rule.ended
 
     def __call__(self, step: int, metrics: dict[str, Any]) -> bool:
@@ -119,19 +130,19 @@ class Stops:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put the parameters of the best look back, where they are wanted."""
+        """Restores the parameters of the best evaluation, where this was requested."""
         for p, value in zip(self.parameters, self.kept, strict=False):
             p.copy_(value)
 
     def state(self) -> Any:
-        """For a checkpoint; None where there is nothing to keep."""
+        """What a checkpoint keeps; None where there is nothing to keep."""
         if self.rule is None:
             return None
         best = [distributed.whole(value).cpu() for value in self.kept]
         return [self.rule.best_value, self.rule.best_step, self.rule.waited, best]
 
     def restore(self, state: Any) -> None:
-        """Take up what `state` gave."""
+        """Restores what `state` returned."""
         if self.rule is not None:
             self.rule.best_value, self.rule.best_step, self.rule.waited, best = state
             self.kept = [distributed.like(p, v).to(p.device) for p, v in zip(self.parameters, best, strict=False)]

@@ -1,4 +1,4 @@
-"""Trackers: what is in the log, shown by TensorBoard, Weights & Biases and others, through accelerate's interface."""
+"""Trackers: the metrics in TensorBoard, Weights & Biases and others, through accelerate's interface."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from ...processes.distributed import first_alone, world
 
-DIRECTORY = "trackers"  # beside the log
+DIRECTORY = "trackers"  # in the directory of the log
 
 
 class Trackers:
-    """A context in which the metrics of every step go to some trackers; the first process alone has them.
+    """A context in which the metrics of every step go to some trackers; only the first process has them.
 
     :param trackers: names that accelerate knows, "tensorboard", "wandb", ..., or instances of its ``GeneralTracker``.
-        What is not started yet is started here, told the settings, and finished at the end; what is, is used.
-    :param where: a directory for those that need one.
-    :param name: what the run is called.
+        A tracker that is not started yet is started here with the settings, and finished at the end.
+    :param where: a directory for trackers that need one.
+    :param name: the name of the run.
 
-    :raises ValueError: for what is neither.
-    :raises ImportError: where what a name stands for is not installed.
+    :raises ValueError: for anything else.
+    :raises ImportError: where the package of a name is not installed.
     """
 
     def __init__(self, trackers: Sequence[Any] | None, where: Path, name: str, settings: Mapping[str, Any]):
@@ -50,13 +50,13 @@ class Trackers:
                 tracker.store_init_configuration(dict(self.settings))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """A step's metrics: numbers and strings, which is what trackers hold."""
+        """Sends a step's metrics: numbers and strings, which is what trackers hold."""
         for tracker in self.trackers:
             tracker.log({name: x for name, x in _plain(metrics).items() if isinstance(x, Real | str)}, step=step)
 
 
 def accelerate_knows_this_process() -> None:
-    """Some trackers, W&B's for one, write to accelerate's log, which fails before that is known."""
+    """Creates accelerate's state: some trackers (W&B's) write to accelerate's log, which fails without it."""
     from accelerate import PartialState
 
     PartialState()
@@ -67,7 +67,7 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _made(given: Any, where: Path, name: str) -> Any:
-    """A tracker, of whatever stands for one."""
+    """The tracker of a name, or the tracker itself."""
     try:
         from accelerate import tracking
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What to say of a guide, while it is trained and at the end: whether it is the posterior, and what to do if not."""
+"""The verdict on a guide, during training and at its end: whether it is the posterior, and what to do if not."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ logger = logging.getLogger("lmppl")
 
 LEAST_ESS, MOST_KHAT, MOST_IMPOSSIBLE, MOST_MISSED, MOST_LACKING = 0.1, 0.7, 0.5, 0.25, 0.15
 MOST_GAP = 1.0  # nats between the bounds of log Z
-ENOUGH_ESS, SURE_ESS = 0.5, 0.9  # of N: the weights agree; they agree whatever else moves
-FALLS = 0.9  # sd(u) falls, if it is now less than this much of what it was
-SEEN = 5.0  # effective draws of the prior, at least, to say what a guide misses
-ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws after which no more are made; draws over all observations
-AGAIN = 32  # of these draws scored under the guide, for each observation
+ENOUGH_ESS, SURE_ESS = 0.5, 0.9  # of N: the weights agree; they agree even if sd(u) still falls
+FALLS = 0.9  # sd(u) falls if it is now less than this share of what it was
+SEEN = 5.0  # effective draws of the prior, at least, to tell what a guide misses
+ENOUGH, MOST_DRAWS = 100.0, 4096  # effective draws that suffice; draws over all observations, at most
+AGAIN = 32  # of these draws are scored under the guide, for each observation
 REMEDY = (
-    "where a condition rules draws out, let a part of the training draws satisfy it: "
+    "where a condition makes draws impossible, let a part of the training draws satisfy it: "
     "exploration=Mixture((Tempered(), 0.5), (Proposal(masked), 0.5)) with a program masked by allowed=, or "
-    "replay=Replay() and gflownet.demonstrate(...) of values that SMC or MetropolisHastings found; or train longer, on "
-    "more particles, by Linex; see docs/constrained.md"
+    "replay=Replay() and gflownet.demonstrate(...) of values that SMC or MetropolisHastings found; or train longer, "
+    "with more particles, or by Linex; see docs/constrained.md"
 )
 
 
 @torch.no_grad()
 def judge(query: Query, num_particles: int = 128) -> dict[str, float]:
-    """Means over observations, from draws of the guide and of the model's own latents; of all processes' observations.
+    """Means over the observations of all processes, from draws of the guide and of the model's own latents.
 
-    ``held_out_khat`` is a median, absent where undefined; ``held_out_missed`` and ``held_out_lacking`` are
-    `missed` and `lacking`, by the model's own draws: what a guide has lost does not show in what it draws.
+    ``held_out_khat`` is a median, absent where undefined.  ``held_out_missed`` and ``held_out_lacking`` are `missed`
+    and `lacking`; they use the model's draws, because a mode that the guide has lost does not show in the guide's
+    draws.
     """
     prior = replace(query, guide=None)
     own, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
@@ -56,17 +57,17 @@ def of_all(u: torch.Tensor) -> torch.Tensor:
 
 
 def khat(u: torch.Tensor) -> dict[str, float]:
-    """The median of Pareto k-hat over observations, from log weights (N, *plates); nothing where it is undefined."""
+    """The median of Pareto k-hat over observations, from log weights (N, *plates); empty where it is undefined."""
     found = torch.tensor([pareto_khat(w) for w in u.reshape(len(u), -1).T.double()], device=u.device)
     found = found[~found.isnan()]
     return {"held_out_khat": found.median().item()} if len(found) else {}
 
 
 def missed(u: torch.Tensor, v: torch.Tensor) -> float:
-    r"""1 - 1/r of the mean r of :math:`\hat Z_v / \hat Z_u` over observations; 0 unless r > 1 by 3 standard errors.
+    r"""1 - 1/r for the mean r of :math:`\hat Z_v / \hat Z_u` over observations; 0 unless r > 1 by 3 standard errors.
 
-    ``u`` and ``v`` (N, *plates) are log weights of two proposals for the same observations; those of which u finds
-    nothing are left out.
+    ``u`` and ``v`` (N, *plates) are log weights of two proposals for the same observations; observations for which u
+    finds nothing are left out.
     """
     if effective(u, v) < SEEN:
         return 0.0
@@ -76,24 +77,24 @@ def missed(u: torch.Tensor, v: torch.Tensor) -> float:
 
 
 def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
-    r"""The share of the posterior to which the guide gives too little, less a standard error:
+    r"""The share of the posterior to which the guide gives too little, minus one standard error:
 
     .. math:: E_{p(z \mid y)} \max(0, 1 - e^{\log \hat Z - u(z)}),
 
-    the total variation where :math:`\hat Z`, the mean of e^u over the guide's draws (N, *plates), is Z.  The draws of
-    the posterior are those of ``found``, resampled; 0 where they are too few to speak.
+    which is the total variation if :math:`\hat Z`, the mean of e^u over the guide's draws (N, *plates), is Z.  The
+    draws of the posterior are those of ``found``, resampled; 0 where they are too few.
     """
     v, plates = torch.cat([w.u for w in found]).double(), found[0].plates
     guide, model = query.sketches
     names = programs.latents(model).keys()
     frames = [f for node in programs.scored(model).values() for f in node["cond_indep_stack"]]
-    subsampled = any(f.full_size not in (None, f.size) for f in frames)  # each run is of other observations
+    subsampled = any(f.full_size not in (None, f.size) for f in frames)  # each run has other observations
     if subsampled or programs.latents(guide).keys() != names or v.shape[1:] != u.shape[1:]:
         return 0.0
     values = programs.cat_particles([{name: w.values[name] for name in names} for w in found])
     some = (v > -torch.inf).any(0)  # (*plates)
     weights = v.masked_fill(~some, 0.0).softmax(0)
-    count = distributed.total(float((1 / (weights**2).sum(0))[some].sum()))  # of all processes, like the shares
+    count = distributed.total(float((1 / (weights**2).sum(0))[some].sum()))  # over all processes, like the shares
     if count < SEEN:
         return 0.0
     chosen = systematic(weights, AGAIN)
@@ -107,26 +108,26 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
 
 
 def effective(u: torch.Tensor, v: torch.Tensor) -> float:
-    """How many effective draws of the second proposal `missed` would speak from."""
+    """How many effective draws of the second proposal `missed` would use."""
     ratio = _ratios(u, v)
     return float(ratio.sum() ** 2 / (ratio**2).sum()) if bool(ratio.sum() > 0) else 0.0
 
 
 def _ratios(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """e^v / mean e^u, (N, observations); without the observations of which u finds nothing."""
+    """e^v / mean e^u, (N, observations), without the observations for which u finds nothing."""
     u, v = u.double().reshape(len(u), -1), v.double().reshape(len(v), -1)
     log_z = u.logsumexp(0) - math.log(len(u))
     return (v - log_z)[:, log_z > -torch.inf].exp()
 
 
 def verdict(found: Mapping[str, float], before: Sequence[Mapping[str, float]]) -> str:
-    """In a word, whether the guide is the posterior: "converged", "improving", or "suspect: " and why.
+    """Whether the guide is the posterior: "converged", "improving", or "suspect: " with the reason.
 
-    - *converged*: half of the draws or more are effective, and nothing else speaks against it;
-    - *improving*: sd(u), or the share of impossible draws, has fallen by a tenth since the look three looks ago;
-    - *suspect*: neither; or the weights agree, and something else is wrong: modes that the guide has lost.
+    - *converged*: at least half of the draws are effective, and no figure contradicts;
+    - *improving*: sd(u), or the share of impossible draws, has fallen by a tenth within three evaluations;
+    - *suspect*: neither; or the weights agree and another figure contradicts: the guide has lost modes.
 
-    ``found`` is what was measured on held-out observations now, ``before`` what was at the looks before.
+    ``found`` is what was measured on held-out observations now, ``before`` what the earlier evaluations measured.
     """
     ess, why = found["held_out_ess"], reasons(found)
     if ess >= SURE_ESS and not why:
@@ -145,7 +146,7 @@ def _falls(now: Mapping[str, float], before: Mapping[str, float]) -> bool:
 
 
 def reasons(found: Mapping[str, float]) -> list[str]:
-    """Why these numbers are not those of a posterior."""
+    """Why these figures are not those of a posterior."""
     checks = (
         ("held_out_ess", lambda x: x < LEAST_ESS, "the effective sample size is {:.2g} of 1"),
         ("held_out_khat", lambda x: x > MOST_KHAT, "k-hat is {:.2g}"),
@@ -159,7 +160,7 @@ def reasons(found: Mapping[str, float]) -> list[str]:
 
 
 def warn(name: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Say so where training has not found the posterior."""
+    """Warns where training has not found the posterior."""
     recent = [metrics["impossible"] for metrics in history[-10:] if "impossible" in metrics]
     found = {**history[-1], **({"impossible": sum(recent) / len(recent)} if recent else {})}
     if why := reasons(found):

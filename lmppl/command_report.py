@@ -1,0 +1,211 @@
+"""``report.html``: one page with everything about a run, which needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import command_record, command_results
+from .catalogue import MODELS
+from .command_options import Failure
+from .files import manifest, read, writing
+
+if TYPE_CHECKING:
+    from .inference import Comparison
+
+FILE = "report.html"
+LONGEST = 2_000  # characters of a text that are shown
+MOST_PICTURES = 1_000_000  # bytes; what does not fit is named
+OWN = {"comparison.png", "budget.png", command_results.CURVE}  # drawn anew
+INK = "#010203"  # what is drawn in this colour has that of the page's text, in light and dark
+
+
+def write_report(directory: Path) -> Path:
+    """Write the page into the directory of a run, whole or not at all; its path.
+
+    :raises Failure: where there is no such directory, no run in it, or a file of it that cannot be read.
+    """
+    made = report(directory)
+    with writing(directory, "report") as fresh:
+        (fresh / FILE).write_text(made, encoding="utf-8")
+    return directory / FILE
+
+
+def report(directory: Path) -> str:
+    """The page."""
+    from jinja2 import Environment, StrictUndefined
+
+    found = _found(directory)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["shortened"] = lambda text: text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+    environment.filters["time"] = lambda iso: iso.replace("T", " ").replace("+00:00", " UTC")
+    template = environment.from_string((files("lmppl") / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(found)
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def _found(directory: Path) -> dict[str, Any]:
+    """What the page shows."""
+    if not directory.is_dir():
+        raise Failure(f"{directory}: there is no such directory; name what --out of train or compare named")
+    commands = read(directory, lambda: command_record.commands(directory))
+    compared = _json(directory / "comparison.json")
+    histories = {name: h for name in ("", "wake-sleep", "ppo") if (h := _history(directory / name))}
+    if not commands and compared is None and not histories:
+        raise Failure(f"{directory}: there is no run of train or compare here; name what their --out named")
+    comparison = None if compared is None else _comparison(directory, compared)
+    pictures, left_out = _pictures(directory)
+    return {
+        "commands": [_command(entry) for entry in reversed(commands)],
+        "comparison": comparison,
+        "bars": None if comparison is None else _svg_of(comparison.plot),
+        "budget": _svg_of(comparison.plot_budget) if comparison is not None and comparison.curves else None,
+        "trainings": [_training(name, history) for name, history in histories.items()],
+        "samples": _json(directory / command_results.SAMPLES[1]) or [],
+        "pictures": pictures,
+        "left_out": left_out,
+    }
+
+
+def _command(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of ``command.json``, with what the page says of it."""
+    from .inference.training.loop.cost import duration
+
+    model = str(entry["settings"].get("model", ""))
+    ended = entry["status"] == command_record.FINISHED
+    said = {
+        command_record.FINISHED: "finished",
+        command_record.RUNNING: "unfinished: it is running, or was killed",
+        command_record.INTERRUPTED: "unfinished: it was interrupted",
+    }.get(entry["status"], entry["status"])
+    return entry | {
+        "title": f"lmppl {entry['command']} {model}",
+        "infers": MODELS[model].infers if model in MODELS else "",
+        "ended": ended,
+        "said": said,
+        "line": shlex.join(entry["argv"]),
+        "took": duration(entry["seconds"]),
+    }
+
+
+def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The curves of a log, and how near its guide was to the posterior at the last look."""
+    from .inference.training.loop import verdict
+
+    last: dict[str, Any] = next((step for step in reversed(history) if "held_out_ess" in step), {})
+    known = {key: value for key, value in last.items() if value is not None}
+    limits = {
+        "held_out_sd_u": ("sd(u), nats", "0 at the posterior"),
+        "held_out_ess": ("ESS / N", f"1 at the posterior; less than {verdict.LEAST_ESS} is suspect"),
+        "held_out_khat": ("k-hat", f"more than {verdict.MOST_KHAT} is suspect"),
+        "held_out_impossible": ("impossible draws", f"more than {verdict.MOST_IMPOSSIBLE:.0%} is suspect"),
+        "held_out_missed": ("missed by the guide", f"more than {verdict.MOST_MISSED:.0%} is suspect"),
+        "held_out_lacking": ("given too little", f"more than {verdict.MOST_LACKING:.0%} is suspect"),
+        "held_out_log_z": ("log evidence, by the guide's draws", "nats; too low on average"),
+        "held_out_log_z_model": ("log evidence, by the model's draws", "nats; too low on average"),
+        "held_out_log_z_above": ("log evidence, from above", "nats; too high on average"),
+        "held_out_length": ("length of the texts", "tokens"),
+        "held_out_stop": ("probability of stopping where texts stop", ""),
+    }
+    return {
+        "name": name,
+        "steps": history[-1]["step"] + 1,
+        "curves": _svg(lambda: command_results.training_figure(history)),
+        "look": last.get("step", -1) + 1,
+        "verdict": last.get("verdict"),
+        "reasons": verdict.reasons(known),
+        "figures": [(title, known[key], meaning) for key, (title, meaning) in limits.items() if key in known],
+    }
+
+
+def _comparison(directory: Path, found: Any) -> Comparison:
+    """The comparison that was saved, its infinite figures missing: JSON has none."""
+    from .inference.judging.comparison import Comparison, Point, Row
+
+    try:
+        rows, curves = [Row(**row) for row in found["rows"]], [Point(**point) for point in found["curves"]]
+        return Comparison(rows, found["unexplored"], found["notes"], curves, found["unit"])
+    except (KeyError, TypeError) as error:
+        raise Failure(f"{directory / 'comparison.json'}: it is no comparison of this version ({error})") from None
+
+
+def _json(path: Path) -> Any:
+    """What a file holds; None where there is none."""
+    try:
+        return read(path.parent, lambda: json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise Failure(f"{path}: it is no JSON ({error})") from None
+
+
+def _history(directory: Path) -> list[dict[str, Any]]:
+    """The log of a training; nothing where there is none."""
+    try:
+        return command_results.history_of(directory)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise Failure(f"{directory / 'run.jsonl'}: it is no log of a training ({error})") from None
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Those of the model's own, as (name, data URI), and the names of those that are too large."""
+    found, left_out, size = [], [], 0
+    for name in sorted(manifest(directory)):
+        path = directory / name
+        if name.endswith(".png") and name not in OWN and path.is_file():
+            content = path.read_bytes()
+            if size + len(content) > MOST_PICTURES:
+                left_out.append(name)
+                continue
+            size += len(content)
+            found.append((name, f"data:image/png;base64,{base64.b64encode(content).decode()}"))
+    return found, left_out
+
+
+def _svg_of(plot: Callable[[Path], object]) -> str:
+    """What a method draws into a file."""
+    with tempfile.TemporaryDirectory() as folder, _on_any_page():
+        path = Path(folder) / "figure.svg"
+        plot(path)
+        return _inline(path.read_text(encoding="utf-8"))
+
+
+def _svg(draw: Callable[[], Any]) -> str:
+    """A figure."""
+    from .files import save_figure
+
+    return _svg_of(lambda path: save_figure(draw(), path))
+
+
+@contextmanager
+def _on_any_page() -> Iterator[None]:
+    """Figures without a background, their text as text, in the page's own colour."""
+    from matplotlib import rc_context
+
+    ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    clear = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    with rc_context({name: INK for name in ink} | {name: "none" for name in clear} | {"svg.fonttype": "none"}):
+        yield
+
+
+def _inline(svg: str) -> Any:
+    """An SVG file as an element of the page: no prologue, no metadata, no names that another has, too."""
+    from markupsafe import Markup
+
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    return Markup(re.sub(r'<g id="[^"]*"', "<g", svg).replace(INK, "currentColor"))
