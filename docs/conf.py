@@ -22,8 +22,8 @@ version = release = lmppl.__version__
 copyright = "the authors of lmppl, MIT license"
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton", "sphinx_design", "myst_nb"]
-suppress_warnings = ["ref.python", "toc.empty_glob"]
-smartquotes = False  # --lm stays --lm, as on GitHub
+suppress_warnings = ["ref.python"]  # several names of which a short one may be
+smartquotes_action = "D"  # dashes, and no other quotes
 
 nb_execution_mode = "off"  # notebooks are committed with their outputs
 nb_merge_streams = True
@@ -31,6 +31,7 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
 autodoc_default_options = {"members": True, "show-inheritance": True, "member-order": "bysource"}
+add_module_names = False
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
@@ -45,6 +46,8 @@ html_copy_source = False
 html_show_sphinx = False
 
 AXES = re.compile(r"``.*?``|(?<=[( ])\*(?=(plates?|kept|event|batch|\w*shape|stacked|fanout|context|1s)\b)")
+# Commands that `convert` does not know, and the space after a function that it does not leave.
+TO_MATHML = {r"\\arg(?![a-z])": r"\\operatorname{arg}", r"\\_": "_", r"(\\(?:log|exp|tanh)) *(?=[a-zA-Z\\])": r"\1\\,"}
 logger = logging.getLogger(__name__)
 
 
@@ -81,7 +84,9 @@ def mathml(display: str) -> Any:
     """Writes a formula as MathML, which browsers show without a script or a network."""
 
     def visit(self: Any, node: nodes.Element) -> None:
-        formula = re.sub(r"\\arg(?![a-z])", r"\\operatorname{arg}", node.astext()).replace(r"\_", "_")
+        formula = node.astext()
+        for pattern, written in TO_MATHML.items():
+            formula = re.sub(pattern, written, formula)
         written = convert(formula, display=display)
         if "\\" in written:
             logger.warning("MathML has no word for a command of %r", formula, location=node)
@@ -93,7 +98,12 @@ def mathml(display: str) -> Any:
 
 def escaped(app: Sphinx, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
     """Docstrings write shapes as they are, (N, *plates); in reStructuredText a bare asterisk would start emphasis."""
-    lines[:] = [AXES.sub(lambda m: m[0] if m[0].startswith("`") else r"\*", line) for line in lines]
+    block = -1  # how far the paragraph is indented whose literal block this is
+    for i, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and (block < 0 or indent <= block) and not line.lstrip().startswith(">>>"):
+            lines[i] = AXES.sub(lambda m: m[0] if m[0].startswith("`") else r"\*", line)
+            block = indent if line.endswith("::") else -1
 
 
 def setup(app: Sphinx) -> None:
