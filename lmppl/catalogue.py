@@ -1,4 +1,4 @@
-"""What can be said of the models that are ready to run before anything is imported that runs them."""
+"""What is known of the models that are ready to run without importing what runs them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ SETTINGS = "posterior", "paper"
 
 
 class Entry(NamedTuple):
-    """A model: what it infers, what ``--data`` takes with a line of it, and the options that ``--set`` gives it."""
+    """A model: what it infers, what ``--data`` takes, with an example line, and the options of ``--set``.
+
+    ``infers`` is the first line of the docstring of the model's ``experiment``.
+    """
 
     infers: str
     data: str
     example: str
     options: dict[str, str]
-    maker: str = ""  # the function in `lmppl.models` that makes it; "": ``experiment`` in the module of its name
+    maker: str = ""  # the function in `lmppl.models` that makes it; "": ``experiment`` in the module of this name
     lm: str = "LanguageModel"  # the class in `lmppl` of its language model
 
 

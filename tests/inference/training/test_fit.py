@@ -172,7 +172,7 @@ def test_what_is_no_scheduler_of_the_optimizer_is_refused():
         (5, "got 5"),
         (LambdaLR, "the class LambdaLR"),
         (LambdaLR(other, lambda t: 1.0), "this LambdaLR is over another optimizer"),
-        (ReduceLROnPlateau(trainer.optimizer), "that needs no figure"),
+        (ReduceLROnPlateau(trainer.optimizer), "that needs no metric"),
         ([late, late], "several are of one optimizer"),
     ):
         with pytest.raises(ValueError, match=f"scheduler: .*{said}"):
