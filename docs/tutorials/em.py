@@ -90,38 +90,47 @@ p = lm.with_adapter(config)
 model = labels_by(p)
 exact = Enumeration(model)
 em = VariationalEM(model, None, exact, torch.optim.AdamW(p.trainable_parameters(), lr=1e-2), backtrack=True)
-history = em.fit([train], steps=15, progress=False)
+history = em.fit([train], steps=10, progress=False)
 after = on_test(p)
 
 # %% [markdown]
-# Which label does the model draw from each reason? Nobody told it which four it had misread. They change, because
-# this explains the labels of the sentences that have such reasons.
-
+# What has it learned? The sentences were made from reasons, which EM has never seen. We give the model each test
+# sentence with its true reason and ask for the label. Objective reasons should give a low bar, subjective ones a high
+# one.
 
 # %%
+sentences = embedded.data("subjectivity", "test")[:200]
+kinds = [s.kind for s in sentences]
+true_reasons = lm.encode([f" {kind}" for kind in kinds], stop=",")
+
+
 @torch.no_grad()
 def reading(p):
-    """p(subjective | x, reason), (12,), averaged over the test sentences."""
-    z = lm.encode(list(REASONS), stop=",")[:, None]  # (12, 1, tokens), against the sentences x: (60, tokens)
-    said = Completion(p, p.fill("{x} because of{z}", x=test[0], z=z), **label)
-    return said.log_prob(lm.encode(" subjective")).exp().mean(1)
+    """p(subjective | x, true reason), averaged over the sentences of each reason."""
+    prompts = p.fill("{x} because of{z}", x=lm.encode([s.text for s in sentences]), z=true_reasons)
+    subjective = Completion(p, prompts, **label).log_prob(lm.encode(" subjective")).exp()
+    return [subjective[torch.tensor([kind == r.strip() for kind in kinds])].mean().item() for r in REASONS]
 
 
-is_subjective = torch.tensor([r.strip() in SUBJECTIVE for r in REASONS])
+def misread(probabilities):
+    return [r.strip() for r, q in zip(REASONS, probabilities, strict=True) if (q > 0.5) != (r.strip() in SUBJECTIVE)]
+
+
 read = {"before EM": reading(lm), "after EM": reading(p)}
-for name, probability in read.items():
-    print(f"{name}: {int(((probability > 0.5) != is_subjective).sum())} reasons misread")
-
 fig, ax = plt.subplots(figsize=(8, 3))
 ax.axvspan(-0.5, len(OBJECTIVE) - 0.5, color="#ccbb44", alpha=0.15)
-for i, (name, probability) in enumerate(read.items()):
-    ax.bar(torch.arange(12) + 0.4 * (i - 0.5), probability, 0.4, label=name, color=("#aaaaaa", "#4477aa")[i])
+for i, (name, probabilities) in enumerate(read.items()):
+    print(f"{name} misread: {', '.join(misread(probabilities)) or 'none'}")
+    ax.bar(torch.arange(12) + 0.4 * (i - 0.5), probabilities, 0.4, label=name, color=("#aaaaaa", "#4477aa")[i])
 ax.axhline(0.5, color="black", linewidth=0.7)
 ax.set_xticks(range(12), [r.strip() for r in REASONS])
-ax.set(ylabel="p(subjective | reason)", ylim=(0, 1), xlim=(-0.5, 11.5))
-ax.set_title("objective reasons (shaded) should be low, subjective ones high", fontsize=9)
-ax.legend(frameon=False, loc="upper left")
+ax.set(ylabel="p(subjective | x, reason)", ylim=(0, 1), xlim=(-0.5, 11.5), xlabel="objective reasons shaded")
+ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 plt.show()
+
+# %% [markdown]
+# The adapter reads the sentence as well as the reason. It may therefore learn a label from the words of the sentence
+# instead; EM only asks for a probable label.
 
 # %% [markdown]
 # ## EM with a trained guide
@@ -146,7 +155,7 @@ e_step = GFlowNet(model_trained, guide, optimizer=torch.optim.AdamW(q.trainable_
 m_optimizer = torch.optim.AdamW(p_trained.trainable_parameters(), lr=1e-2)
 trained = VariationalEM(model_trained, guide, e_step, m_optimizer, e_steps=2, exact=Enumeration(model_trained))
 batches = [tuple(t[i : i + 10] for t in train) for i in range(0, 40, 10)]
-rounds = trained.fit(batches, steps=30, progress=False)
+rounds = trained.fit(batches, steps=20, progress=False)
 after_trained = on_test(p_trained)
 
 # %%
@@ -155,7 +164,7 @@ axes[0].plot([row["log_evidence"] / 40 for row in history], marker="o", markersi
 axes[0].set(xlabel="round of exact EM", ylabel="nats a sentence", title="log p(y | x) of all forty: never falls")
 for name, key in {"log p(y | x)": "log_likelihood", "the guide's estimate": "log_evidence", "its ELBO": "elbo"}.items():
     axes[1].plot([row[key] / 10 for row in rounds], label=name, linewidth=1)
-axes[1].set(xlabel="round of EM with a trained guide", title="ten sentences a round", ylim=(-2.5, 0))
+axes[1].set(xlabel="round of EM with a trained guide", title="ten sentences a round", ylim=(-1.3, 0))
 axes[1].legend(frameon=False, fontsize=8, loc="lower right")
 fig.tight_layout()
 plt.show()
@@ -219,7 +228,7 @@ for found in (after, after_trained):
     error_of_gain = gain.std() / len(gain) ** 0.5
     print(f"gain {gain.mean():.3f} nats a sentence, standard error {error_of_gain:.3f}")
     assert gain.mean() > 5 * error_of_gain
-assert int(((read["after EM"] > 0.5) != is_subjective).sum()) < int(((read["before EM"] > 0.5) != is_subjective).sum())
+assert len(misread(read["after EM"])) < len(misread(read["before EM"]))
 
 # %% [markdown]
 # ## What to read next

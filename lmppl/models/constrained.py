@@ -148,7 +148,7 @@ def experiment(
     """
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint: expected one of {', '.join(map(repr, CONSTRAINTS))}, got {constraint!r}")
-    needs, recipe = "prompts of its own, a file with a prompt a line", RECIPES[constraint] if data is None else Recipe()
+    needs, recipe = "prompts of its own, a file with one per line", RECIPES[constraint] if data is None else Recipe()
     start = Start.of("constrained", "stories", lm, data, recipe, needs, **options)
     needed = {"lexical": ("words", words), "regex": ("pattern", pattern), "learned": ("labelled", labelled)}
     for of, (name, value) in needed.items():

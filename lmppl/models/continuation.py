@@ -66,7 +66,7 @@ def experiment(
     :raises ValueError: for another language model without ``data``, and prompts that are too long for its context.
     """
     several, known = temperatures(temperature), data is None  # known: the target can be enumerated
-    needs = "prompts of its own, a file with a prompt a line"
+    needs = "prompts of its own, a file with one prompt per line"
     start = Start.of("continuation", "stories", lm, data, Recipe(), needs, **options)
     prompts = embedded_prompts() if data is None else split(read_prompts(data))
     template, write = wording(several, known)

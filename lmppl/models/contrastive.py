@@ -114,7 +114,7 @@ def experiment(
     """
     if differ is not None and (data is not None or differ not in DIFFER):
         raise ValueError(f"differ: expected one of {', '.join(map(repr, DIFFER))}, without `data`; got {differ!r}")
-    needs, known = "prompts of its own, a file with two a line, tab between", data is None
+    needs, known = "prompts of its own, a file with two per line and a tab between", data is None
     start = Start.of("contrastive", "stories", lm, data, RECIPE, needs, **options)
     pairs = DIFFER[differ or "characters"]() if data is None else split(read_pairs(data))
     longest, allowed = (EMBEDDED_LONGEST, sentences(start.lm)) if known else (LONGEST, None)

@@ -42,7 +42,7 @@ def experiment(
     :returns: an `Experiment`.
     :raises ValueError: for another language model without ``data`` and ``reader``.
     """
-    needs = "stories of its own, a file with a story a line"
+    needs = "stories of its own, a file with one story per line"
     start = Start.of("diffusion", "masked_stories", lm, data, RECIPE, needs, kind=MaskedLanguageModel, **options)
     if reader is None and data is not None:
         raise ValueError("reader: stories of your own need a causal language model that reads their ends")

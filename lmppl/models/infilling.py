@@ -50,7 +50,7 @@ def experiment(
     :raises ValueError: for another language model without ``data``: the embedded stories are written in the embedded
         LM's vocabulary.
     """
-    needs = "stories of its own, a file with a story a line"
+    needs = "stories of its own, a file with one story per line"
     start = Start.of("infilling", "stories", lm, data, Recipe(), needs, **options)
     stories = embedded_splits("stories") if data is None else split(read_stories(data))
     longest = EMBEDDED_LONGEST if data is None else min(LONGEST_MIDDLE, start.longest([s.z for s in stories[0]]))

@@ -200,7 +200,7 @@ def experiment(
     max_tokens: int | None = None,
     **options: Unpack[Options],
 ) -> Experiment:
-    """Texts for people who disagree, in their shares: who likes what is inferred from choices.
+    """Texts for people who disagree, in proportion to their shares; tastes are inferred from choices.
 
     The guide is trained for every taste after every training prompt.  It is tested for people drawn from the posterior
     of the next person's taste, after unseen prompts.  It runs on the embedded story LM, whose 2,304 sentences can be
@@ -218,7 +218,7 @@ def experiment(
     :raises ValueError: for another language model without ``data``, and for ``data`` without ``properties`` or the
         reverse.
     """
-    needs = "choices of its own, a JSONL file with one a line"
+    needs = "choices of its own, a JSONL file with one per line"
     start = Start.of("preferences", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if (properties is None) != (data is None):
         raise ValueError("properties: choices of your own, `data`, need them; without `data` there are none to give")

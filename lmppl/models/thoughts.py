@@ -187,7 +187,7 @@ def experiment(
     """
     if children < 1:
         raise ValueError(f"children: expected 1 or more, got {children}")
-    needs = "questions of its own, a file with a question, a tab and its answer a line"
+    needs = "questions of its own, a file with a question, a tab and its answer per line"
     start = Start.of("thoughts", "arithmetic", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     splits: tuple[list[Any], list[Any], list[Any]]
     if data is None:

@@ -182,7 +182,7 @@ def experiment(
         raise ValueError(f"families: expected some of {', '.join(FAMILIES)}; got {', '.join(sorted(unknown))}")
     if data is not None and tuple(chosen) != TRAINED:
         raise ValueError("families: they are for the embedded stories, without `data`")
-    needs = "tasks of its own, a JSONL file with one a line"
+    needs = "tasks of its own, a JSONL file with one per line"
     start = Start.of("transfer", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if data is not None:
         task = Transfer(

@@ -48,7 +48,7 @@ def experiment(
     members: int = 3,
     **options: Unpack[Options],
 ) -> Experiment:
-    """What of the uncertainty of a label chance, reasons and parameters leave open.
+    """How much of a label's uncertainty is due to chance, to reasons and to parameters.
 
     It is the experiment `subjectivity` with a guide that reads the sentence alone.  In addition `lmppl compare` shows
     the parts of the entropy of answers by several adapters.

@@ -124,11 +124,9 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         parts: list[Any] = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
-                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        for title, columns, rows in self.cells():
+            cells = [[row.name, *figures] for row, figures in rows]
+            parts += [title, markup.table(["algorithm", *columns], cells)]
         return markup.page("Comparison", *parts, *map(markup.note, self.notes))
 
     def __getitem__(self, name: str) -> Row:
@@ -228,13 +226,14 @@ class Comparison:
         """
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
-        height = 0.42 * max(map(len, shown), default=1) + 1.6
         wide = min(2, max(1, len(panels)))
-        high = -(-max(1, len(panels)) // wide)
-        figure = new_figure(path, figsize=(5.4 * wide, height * high), layout="constrained")
-        axes: list[Any] = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
+        bars = [max(map(len, shown[i : i + wide])) for i in range(0, len(shown), wide)] or [1]  # of each row of panels
+        heights = [0.42 * n + 1.6 for n in bars]
+        figure = new_figure(path, figsize=(5.4 * wide, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(bars), wide, height_ratios=heights)
+        axes: list[Any] = [figure.add_subplot(grid[divmod(i, wide)]) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
-        for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
+        for panel, (axis, (key, title), rows) in enumerate(zip(axes, panels, shown, strict=False)):
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
@@ -247,7 +246,7 @@ class Comparison:
             axis.set_title(title, fontsize=9)
             axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
-            axis.set_ylim(max(map(len, shown)) - 0.4, -0.6)  # bars of one height in all panels
+            axis.set_ylim(bars[panel // wide] - 0.4, -0.6)  # bars of one height, the first at the top
             axis.spines[["top", "right"]].set_visible(False)
         if path is not None:
             save_figure(figure, path)
