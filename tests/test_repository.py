@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 
+import pytest
 import yaml
 from paths import ROOT
 
@@ -42,3 +43,10 @@ def test_the_commands_that_are_named_are_there():
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {t for page in pages for t in re.findall(r"(?:`|^    )make ([a-z.][\w-]*)", page.read_text(), re.MULTILINE)}
     assert {"test", "demo", "lint"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_links_lead_somewhere(page):
+    """Those of docs are checked when the site is built."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []

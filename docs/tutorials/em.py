@@ -10,8 +10,6 @@
 # told the reason of any sentence?
 
 # %%
-from itertools import product
-
 import matplotlib.pyplot as plt
 import pyro
 import torch
@@ -36,12 +34,12 @@ print("the twelve reasons:", *REASONS)
 # %% [markdown]
 # ## The model
 #
-# A reason $z$ of one or two words follows "... because of", and the label $y$ follows the reason. The label is said
-# by an adapter `p` of the same language model. A new adapter changes nothing: it starts as the language model itself.
-# EM moves `p` and nothing else.
+# A reason $z$, one word, follows "... because of", and the label $y$ follows the reason. An adapter `p` of the same
+# language model gives the label. A new adapter changes nothing: it starts as the language model itself. EM moves `p`
+# and nothing else.
 
 # %%
-reason = dict(min_tokens=1, max_tokens=2, stop=",", allowed=only(lm, [*REASONS, ","]))
+reason = dict(min_tokens=1, max_tokens=1, stop=",", allowed=only(lm, [*REASONS, ","]))
 label = dict(max_tokens=1, stop=None, allowed=only(lm, [" objective", " subjective"]))
 config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
 
@@ -59,11 +57,11 @@ def encode(sentences):
     return lm.encode([s.text for s in sentences]), lm.encode([f" {s.label}" for s in sentences])
 
 
-train, test = (encode(embedded.data("subjectivity", split)[:40]) for split in ("train", "test"))
+train, test = (encode(embedded.data("subjectivity", split)[:n]) for split, n in (("train", 40), ("test", 60)))
 
 # %% [markdown]
-# There are $12 + 12^2 = 156$ reasons, so that everything can be known exactly: `Enumeration` returns $\log p(y \mid
-# x)$ and the posterior of the reason. A label is predicted rightly where $p(y \mid x) > 1/2$.
+# There are twelve reasons, so that everything can be known exactly: `Enumeration` returns $\log p(y \mid x)$ and the
+# posterior of the reason. A prediction is right where $p(y \mid x) > 1/2$.
 
 
 # %%
@@ -82,55 +80,64 @@ for z, probability in before.table("z", 0)[:4]:
 # %% [markdown]
 # ## EM, exactly
 #
-# A round has two steps. The *E-step* infers the reasons with the model held fixed. The *M-step* raises $Q = \sum_n
-# w_n \log p(z_n, y)$ over the adapter, with the reasons $z_n$ and their probabilities $w_n$ held fixed. With the
-# exact posterior as its E-step, EM raises $\log p(y \mid x)$ itself. `backtrack=True` halves a step that is too long,
-# so that no round can make it smaller.
+# A round has two steps. The *E-step* infers the reasons with the model held fixed. The *M-step* raises
+# $Q = \sum_n w_n \log p(z_n, y)$ over the adapter, with the reasons $z_n$ and their probabilities $w_n$ held fixed.
+# With the exact posterior as its E-step, EM raises $\log p(y \mid x)$ itself. `backtrack=True` halves a step that is
+# too long, so that no round can make it smaller.
 
 # %%
 p = lm.with_adapter(config)
 model = labels_by(p)
 exact = Enumeration(model)
-em = VariationalEM(model, None, exact, torch.optim.AdamW(p.trainable_parameters(), lr=6e-3), backtrack=True)
-history = em.fit([train], steps=15, progress=False)
+em = VariationalEM(model, None, exact, torch.optim.AdamW(p.trainable_parameters(), lr=1e-2), backtrack=True)
+history = em.fit([train], steps=10, progress=False)
 after = on_test(p)
 
 # %% [markdown]
-# Which label does the model draw from each reason? Nobody told it which four it had misread. They turn, because the
-# labels of the sentences that have such reasons are explained better that way.
-
+# What has it learned? The sentences were made from reasons, which EM has never seen. We give the model each test
+# sentence with its true reason and ask for the label. Objective reasons should give a low bar, subjective ones a high
+# one.
 
 # %%
+sentences = embedded.data("subjectivity", "test")[:200]
+kinds = [s.kind for s in sentences]
+true_reasons = lm.encode([f" {kind}" for kind in kinds], stop=",")
+
+
 @torch.no_grad()
 def reading(p):
-    """p(subjective | x, reason), (12,), averaged over the test sentences."""
-    z = lm.encode(list(REASONS), stop=",")[:, None]  # (12, 1, tokens), against the sentences x: (40, tokens)
-    said = Completion(p, p.fill("{x} because of{z}", x=test[0], z=z), **label)
-    return said.log_prob(lm.encode(" subjective")).exp().mean(1)
+    """p(subjective | x, true reason), averaged over the sentences of each reason."""
+    prompts = p.fill("{x} because of{z}", x=lm.encode([s.text for s in sentences]), z=true_reasons)
+    subjective = Completion(p, prompts, **label).log_prob(lm.encode(" subjective")).exp()
+    return [subjective[torch.tensor([kind == r.strip() for kind in kinds])].mean().item() for r in REASONS]
 
 
-is_subjective = torch.tensor([r.strip() in SUBJECTIVE for r in REASONS])
+def misread(probabilities):
+    return [r.strip() for r, q in zip(REASONS, probabilities, strict=True) if (q > 0.5) != (r.strip() in SUBJECTIVE)]
+
+
 read = {"before EM": reading(lm), "after EM": reading(p)}
-for name, probability in read.items():
-    print(f"{name}: {int(((probability > 0.5) != is_subjective).sum())} reasons misread")
-
 fig, ax = plt.subplots(figsize=(8, 3))
 ax.axvspan(-0.5, len(OBJECTIVE) - 0.5, color="#ccbb44", alpha=0.15)
-for i, (name, probability) in enumerate(read.items()):
-    ax.bar(torch.arange(12) + 0.4 * (i - 0.5), probability, 0.4, label=name, color=("#aaaaaa", "#4477aa")[i])
+for i, (name, probabilities) in enumerate(read.items()):
+    print(f"{name} misread: {', '.join(misread(probabilities)) or 'none'}")
+    ax.bar(torch.arange(12) + 0.4 * (i - 0.5), probabilities, 0.4, label=name, color=("#aaaaaa", "#4477aa")[i])
 ax.axhline(0.5, color="black", linewidth=0.7)
 ax.set_xticks(range(12), [r.strip() for r in REASONS])
-ax.set(ylabel="p(subjective | reason)", ylim=(0, 1), xlim=(-0.5, 11.5))
-ax.set_title("objective reasons (shaded) should be low, subjective ones high", fontsize=9)
-ax.legend(frameon=False, loc="upper left")
+ax.set(ylabel="p(subjective | x, reason)", ylim=(0, 1), xlim=(-0.5, 11.5), xlabel="objective reasons shaded")
+ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 plt.show()
+
+# %% [markdown]
+# The adapter reads the sentence as well as the reason. It may therefore learn a label from the words of the sentence
+# instead; EM only asks for a probable label.
 
 # %% [markdown]
 # ## EM with a trained guide
 #
-# Enumeration is a luxury. A second adapter `q` reads the label first and learns to give the reason: a GFlowNet is the
-# E-step now. Each round updates it twice; then its draws, weighed by importance, are what the M-step sees. `exact=`
-# only logs the truth beside it.
+# Most models cannot be enumerated. A second adapter `q` reads the label first and learns to give the reason: a
+# GFlowNet is the E-step now. Each round updates it twice; then its draws, weighed by importance, are what the M-step
+# sees. `exact=` only logs the truth beside it.
 #
 # Guide and likelihood have an adapter each. With one for both the M-step would move the guide too; that is refused.
 
@@ -145,10 +152,10 @@ def guide(x, y):
 
 
 e_step = GFlowNet(model_trained, guide, optimizer=torch.optim.AdamW(q.trainable_parameters(), lr=3e-3))
-m_optimizer = torch.optim.AdamW(p_trained.trainable_parameters(), lr=6e-3)
+m_optimizer = torch.optim.AdamW(p_trained.trainable_parameters(), lr=1e-2)
 trained = VariationalEM(model_trained, guide, e_step, m_optimizer, e_steps=2, exact=Enumeration(model_trained))
 batches = [tuple(t[i : i + 10] for t in train) for i in range(0, 40, 10)]
-rounds = trained.fit(batches, steps=60, progress=False)
+rounds = trained.fit(batches, steps=20, progress=False)
 after_trained = on_test(p_trained)
 
 # %%
@@ -157,7 +164,7 @@ axes[0].plot([row["log_evidence"] / 40 for row in history], marker="o", markersi
 axes[0].set(xlabel="round of exact EM", ylabel="nats a sentence", title="log p(y | x) of all forty: never falls")
 for name, key in {"log p(y | x)": "log_likelihood", "the guide's estimate": "log_evidence", "its ELBO": "elbo"}.items():
     axes[1].plot([row[key] / 10 for row in rounds], label=name, linewidth=1)
-axes[1].set(xlabel="round of EM with a trained guide", title="ten sentences a round", ylim=(-2.5, 0))
+axes[1].set(xlabel="round of EM with a trained guide", title="ten sentences a round", ylim=(-1.3, 0))
 axes[1].legend(frameon=False, fontsize=8, loc="lower right")
 fig.tight_layout()
 plt.show()
@@ -168,33 +175,27 @@ plt.show()
 #
 # ## How do we know that it is right?
 #
-# The evidence of a few sentences by plain PyTorch: one pass over all 156 reasons, not a line of inference.
+# The evidence of all forty sentences by plain PyTorch: one pass over the twelve reasons of each, and not a line of
+# inference.
 
 
 # %%
-def log_evidence(sentence, said):
-    """log p(y | x), with gradient to the adapter p."""
-    words = [*REASONS, *("".join(pair) for pair in product(REASONS, REASONS))]
-    prompt, z = lm.encode(f"{sentence} because of"), lm.encode(words, stop=",")
-    z = z[:, :3].clamp(min=0)  # (156, 3): what comes after a comma is not read
-    rows, n = torch.cat([prompt.expand(156, -1), z], 1), len(prompt)
-    first, second = (only(lm, words) for words in (REASONS, [*REASONS, ","]))
-    labels = only(lm, [" objective", " subjective"])
-
-    def log_p(logits, allowed, token):
-        return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-
-    prior, likelihood, long = lm(rows).logits, p(rows).logits, z[:, 1] != lm.token_id(",")
-    log_z = log_p(prior[:, n - 1], first, z[:, 0]) + log_p(
-        prior[:, n], second, z[:, 1]
-    )  # the comma after two is certain
-    at_comma = likelihood[torch.arange(156), n + 1 + long.long()]
-    return (log_z + log_p(at_comma, labels, lm.encode(said).expand(156))).logsumexp(0)
+def log_evidence(x, y):
+    """log p(y | x) (B,), with gradient to the adapter p."""
+    reasons = torch.tensor([lm.token_id(word) for word in REASONS])
+    labels = torch.tensor([lm.token_id(word) for word in (" objective", " subjective")])
+    comma, found = lm.token_id(","), []
+    for sentence, said in zip(lm.decode(x), y[:, 0], strict=True):
+        prompt = lm.encode(f"{sentence} because of")
+        rows = torch.cat([prompt.expand(12, -1), reasons[:, None], torch.full((12, 1), comma)], 1)
+        log_z = lm(rows).logits[0, len(prompt) - 1, reasons].log_softmax(0)  # (12,): a reason after the prompt
+        log_y = p(rows).logits[:, -1, labels].log_softmax(1)  # (12, 2): a label after the comma
+        found.append((log_z + log_y[:, labels == said][:, 0]).logsumexp(0))
+    return torch.stack(found)
 
 
-few = [t[:4] for t in train]
-plain = torch.stack([log_evidence(x, y) for x, y in zip(*map(lm.decode, few), strict=True)])
-difference = (plain - exact.run(*few).log_evidence).abs().max().item()
+plain = log_evidence(*train)
+difference = (plain - exact.run(*train).log_evidence).abs().max().item()
 print(f"largest difference of log p(y | x): {difference:.1e} nats")
 
 # %% [markdown]
@@ -205,7 +206,7 @@ print(f"largest difference of log p(y | x): {difference:.1e} nats")
 theta = p.trainable_parameters()
 gradient = torch.autograd.grad(plain.sum(), theta)
 start = [t.detach().clone() for t in theta]
-VariationalEM(model, None, exact, torch.optim.SGD(theta, lr=1.0)).step(*few)
+VariationalEM(model, None, exact, torch.optim.SGD(theta, lr=1.0)).step(*train)
 moved = [t.detach() - s for t, s in zip(theta, start, strict=True)]
 with torch.no_grad():
     for t, s in zip(theta, start, strict=True):
@@ -227,7 +228,7 @@ for found in (after, after_trained):
     error_of_gain = gain.std() / len(gain) ** 0.5
     print(f"gain {gain.mean():.3f} nats a sentence, standard error {error_of_gain:.3f}")
     assert gain.mean() > 5 * error_of_gain
-assert int(((read["after EM"] > 0.5) != is_subjective).sum()) < int(((read["before EM"] > 0.5) != is_subjective).sum())
+assert len(misread(read["after EM"])) < len(misread(read["before EM"]))
 
 # %% [markdown]
 # ## What to read next
