@@ -176,7 +176,7 @@ def test_broken_and_foreign_files(tmp_path, exact, particles):
     ):
         particles.save(tmp_path / f"{i}")
         (tmp_path / f"{i}" / file).write_bytes(content)
-        with pytest.raises(ValueError, match="can be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             Posterior.load(tmp_path / f"{i}")
     particles.save(tmp_path / "bare")
     (tmp_path / "bare" / "lmppl.json").unlink()
@@ -186,13 +186,13 @@ def test_broken_and_foreign_files(tmp_path, exact, particles):
     particles.save(tmp_path / "swapped")
     exact.save(tmp_path / "exact")
     (tmp_path / "exact" / "posterior.safetensors").replace(tmp_path / "swapped" / "posterior.safetensors")
-    with pytest.raises(ValueError, match=r"can be read: .*posterior.safetensors is .*changed"):  # of another run
+    with pytest.raises(ValueError, match=r"cannot be read as a posterior: .*posterior.safetensors is .*changed"):  # of another run
         Posterior.load(tmp_path / "swapped")
     particles.save(tmp_path / "less")
     rest = json.loads((tmp_path / "less" / "posterior.json").read_text())
     for key, value in (("class", "Enumerated"), ("event_dims", {"w": 1}), ("plates", {})):
         (tmp_path / "less" / "posterior.json").write_text(json.dumps({**rest, key: value}))
-        with pytest.raises(ValueError, match="can be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             Posterior.load(tmp_path / "less")
     particles.save(tmp_path / "plain")
     with pytest.raises(ValueError, match="is no Enumerated"):
