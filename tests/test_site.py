@@ -15,7 +15,7 @@ from paths import ROOT
 from public_names import MODULES
 
 DOCS = ROOT / "docs"
-DIRECTIVE = re.compile(r"^\.\. (currentmodule|automodule|auto\w+):: (\S+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. (currentmodule|automodule|auto\w+):: ([\w.]+)(?:\(.*\))?$", re.MULTILINE)
 TOCTREE = re.compile(r"^(?:```\{toctree\}\n(.*?)^```|\.\. toctree::\n((?: {3}.*\n|\n)*))", re.MULTILINE | re.DOTALL)
 
 

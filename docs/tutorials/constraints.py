@@ -175,8 +175,8 @@ axis.legend(frameon=False, ncols=2, loc="upper left")
 plt.show()
 
 # %% [markdown]
-# With weights the mask gives the answer of the condition. The answers are spread widely, since the mask proposes any
-# object, and few can be sliced: a guide that is trained on the condition would do better.
+# With weights the mask gives the answer of the condition. The answers are spread widely, since the mask proposes
+# any object, and few can be sliced: a guide that is trained on the condition would do better.
 #
 # ## How do we know?
 #

@@ -72,7 +72,8 @@ for answer in ("Apple", "Tomato"):
     print(f"log p({answer} | x) = {posteriors[answer].log_evidence.item():.2f}")
 
 # %% [markdown]
-# Does it help to think? Without the thought, the question is followed by the answer at once.
+# Does it help to think? Here is the question without a thought. (Its prompt is another one, too, so this compares
+# two ways of asking.)
 
 # %%
 direct = lm.chat([{"role": "user", "content": lm.fill("Answer in one word. Question:{x}", x=x)}])
@@ -84,7 +85,9 @@ with torch.no_grad():
 # %% [markdown]
 # ## Which thoughts explain an answer?
 #
-# The weights say so: they are the posterior p(z | x, y).
+# The weights say so: they are the posterior p(z | x, y). Do not expect too much of these thoughts, as the model is
+# small. With a small effective sample size (ESS) the probabilities are rough; "± s.e." is the standard error of
+# each.
 
 # %%
 posteriors["Apple"]
@@ -130,6 +133,8 @@ print(f"  the thought known     {prediction.expected_entropy.item():.2f}")
 print(f"  told by the thought   {prediction.mutual_information.item():.2f}")
 
 # %% [markdown]
+# Where most of the entropy is left when the thought is known, the answer depends little on the thought.
+#
 # ## How do we know?
 #
 # The thoughts cannot be listed, so there is no truth to compare with. But some things must hold.
@@ -172,10 +177,10 @@ assert gap > -5 * error
 # A single upper bound may lie below its lower bound, as both are random; their mean gap may not be negative beyond
 # its error. A small gap says that few thoughts suffice.
 #
-# Drawing thoughts from the prior works here because a thought says little about the answer, or many thoughts say
-# the same. Where an answer needs a rare thought, the ESS falls to one. Then train a guide that sees the answer: the
-# guide of *Your first text model* with a chat template as its prompt. On a network of this size a training step
-# takes seconds, not milliseconds.
+# Drawing thoughts from the prior is enough as long as many thoughts lead to the answer. Where an answer needs a
+# rare thought, the ESS falls to one. Then train a guide that sees the answer, as in [Your first text
+# model](first_model.ipynb), with a chat template as its prompt. With a network of this size a training step takes
+# seconds, not milliseconds.
 #
 # ## What to read next
 #

@@ -26,7 +26,7 @@ from peft import LoraConfig
 import lmppl
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
-from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Served, VarGrad
+from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Prior, Served, VarGrad
 
 torch.set_num_threads(1)
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
@@ -250,12 +250,13 @@ for i in range(2):
     assert abs(share - probability) < 5 * error
 
 # %% [markdown]
-# Now training. Three quarters of the texts are the server's, one quarter the learner's own; every twenty steps
-# `refresh` writes the adapter and tells the server to load it.
+# Now training. Half of the texts are the server's, a quarter the learner's own, and a quarter the model's; every
+# twenty steps `refresh` writes the adapter and tells the server to load it.
 
 # %%
-optimizer = torch.optim.AdamW(q.trainable_parameters(), lr=3e-3)
-gflownet = GFlowNet(model, guide, optimizer=optimizer, exploration=Mixture((served, 0.75), (OnPolicy(), 0.25)))
+exploration = Mixture((served, 0.5), (OnPolicy(), 0.25), (Prior(), 0.25))
+optimizer = torch.optim.AdamW(q.trainable_parameters(), lr=6e-3)
+gflownet = GFlowNet(model, guide, optimizer=optimizer, exploration=exploration)
 before = gflownet.run(x, y, num_particles=500)
 gflownet.fit(
     [(x, y)],

@@ -142,8 +142,10 @@ print(f"ESS of the 48 pairs, of 300: median {texts.ess.median():.0f}, smallest {
 # $q(k_d \mid \theta) \propto \theta_k e^{\ell_{dk}}$, and the adapter writes the working. Three numbers are left to
 # learn, the concentration of $\theta$.
 #
-# lmppl's objectives are Pyro losses. `VarGrad` is the variance of $u = \log p - \log q$ over particles. It is zero
-# exactly at the posterior. It needs no reparameterisation: a text has none.
+# lmppl's objectives are Pyro losses. `VarGrad` compares $u = \log p - \log q$ between particles. It is zero exactly
+# at the posterior, where u is the same for all. It needs no reparameterisation: a text has none. With
+# `divergence="forward_kl"` the guide is pulled to wherever the posterior is, as a proposal should be, and a single
+# odd text cannot rule a step.
 
 # %%
 
@@ -157,7 +159,8 @@ def guide(y):
 
 
 pyro.clear_param_store()
-svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.3}), loss=VarGrad(num_particles=16))
+optimizer = pyro.optim.ClippedAdam({"lr": 0.2, "lrd": 0.97})
+svi = SVI(model, guide, optimizer, loss=VarGrad(num_particles=24, divergence="forward_kl"))
 losses = [svi.step(y) for _ in range(80)]
 concentration = pyro.param("concentration").detach()
 print("concentration", [round(c, 1) for c in concentration.tolist()])
@@ -165,7 +168,7 @@ print("concentration", [round(c, 1) for c in concentration.tolist()])
 # %%
 fig, ax = plt.subplots(figsize=(5, 2.4))
 ax.plot(losses)
-ax.set(xlabel="step of SVI", ylabel="variance of u, nats²", yscale="log")
+ax.set(xlabel="step of SVI", ylabel="loss, nats²")
 plt.show()
 
 # %% [markdown]
@@ -264,11 +267,13 @@ for k, color in enumerate(("#4477aa", "#ee6677", "#ccbb44")):
     a = counts[:, k] + 1
     mixture = dist.Beta(a, sheets + 3 - a).log_prob(grid[:, None]).exp() @ log_p.softmax(0)
     variational = dist.Beta(concentration[k], concentration.sum() - concentration[k]).log_prob(grid).exp()
-    axes[1].plot(grid, mixture, color=color, label=f"{sums[k]}")
+    axes[1].plot(grid, mixture, color=color, label=sums[k])
     axes[1].plot(grid, variational, color=color, linestyle=":")
     axes[1].axvline(true_theta[k], color=color, linewidth=0.8, linestyle="--")
 axes[1].set(xlabel="popularity of a sum", ylabel="density")
-axes[1].legend(title="line: exact\ndots: SVI\ndashes: true", fontsize=8, title_fontsize=8, frameon=False)
+axes[1].legend(
+    title="line: exact\ndots: SVI\ndashes: true", fontsize=8, title_fontsize=8, frameon=False, loc=(0.8, 0.55)
+)
 fig.tight_layout()
 plt.show()
 
@@ -288,7 +293,7 @@ for k in range(3):
 
 # %%
 slack = above - log_p.logsumexp(0)
-assert guessed.ess < 20 and posterior.ess > 10 * guessed.ess
+assert guessed.ess < 20 and posterior.ess > 50 * guessed.ess
 assert log_p.logsumexp(0) - 5 * error < posterior.log_evidence < above + 5 * error
 assert (sampled_k - exact_k).abs().max() < 5 * error / 2 + slack
 assert (sampled_theta - exact_theta).abs().max() < 5 * error / 2 + slack

@@ -223,7 +223,7 @@ def diagnose(
         result = Diagnosis(posterior=answers[0])
         _judge_weights(result, answers)
         if not hasattr(algorithm, "model"):
-            result.findings.append(_missing("the algorithm has no attribute model"))
+            result.findings.append(_missing("the algorithm has no model attribute"))
             return result
         query = query_of(algorithm, args, kwargs, answers[0].sites.plates.nesting)
         options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}

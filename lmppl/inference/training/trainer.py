@@ -66,7 +66,7 @@ class Trainer(Sampler, ABC):
     Attributes: ``training_tokens``, the number of tokens that all steps so far have sent through the network, and
     ``history``, the metrics of every step of the last `fit` (of one that an exception has ended, too).
 
-    :raises ValueError: for a ``clip`` that is not positive and an optimiser that cannot step by itself (LBFGS); in
+    :raises ValueError: for a ``clip`` that is not positive and an optimiser whose step needs a closure (LBFGS); in
         `step` and `fit`, where the optimiser holds parameters of the model, or not all of the guide's.
 
     Example::
