@@ -245,8 +245,8 @@ print(f"Training took {gflownet.training_tokens:,} tokens.")
 comparison
 
 # %% [markdown]
-# Training costs more than one enumeration of this small model. It pays where there are many questions, and where
-# nothing can be enumerated.
+# The tokens of training are spent once, for all stories. They pay where there are many questions, and where nothing
+# can be enumerated.
 #
 # ## What to read next
 #
