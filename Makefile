@@ -28,7 +28,7 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -n 2 --dist worksteal -q -m 'slow and not pretrained'
 
-# The tutorials whose notebooks do not show what their sources say, or these: make tutorials TUTORIALS="first_model trust"
+# Executes the tutorials whose code has changed, or these: make tutorials TUTORIALS="first_model trust"
 TUTORIALS ?=
 tutorials: $(INSTALLED)
 	$(BIN)/python docs/execute.py $(TUTORIALS)

@@ -1,6 +1,6 @@
 """Executes the tutorials: ``tutorials/NAME.py``, in jupytext's percent format, becomes ``NAME.ipynb`` with outputs.
 
-python docs/execute.py                  # those whose notebook does not show what the source says
+python docs/execute.py                  # those whose notebook has other code than the source; other prose is copied
 python docs/execute.py NAME ...         # these
 python docs/execute.py --out DIR NAME   # notebooks into another directory
 """
@@ -55,12 +55,26 @@ def is_current(name: str, directory: Path) -> bool:
     return path.exists() and cells(nbformat.read(path, as_version=4)) == cells(source(name))
 
 
-def execute(name: str, directory: Path) -> None:
-    """Runs a source in a kernel of its own and writes the notebook, after the last cell and whole.
+def retold(name: str, directory: Path) -> NotebookNode | None:
+    """The source with the outputs that its notebook has; None where the notebook is of other code."""
+    path = directory / f"{name}.ipynb"
+    if not path.exists():
+        return None
+    notebook = source(name)
+    new, old = ([c for c in n.cells if c.cell_type == "code"] for n in (notebook, nbformat.read(path, as_version=4)))
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        return None
+    for cell, executed in zip(new, old, strict=True):
+        cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    return notebook
+
+
+def execute(name: str) -> NotebookNode:
+    """Runs a source in a kernel of its own.
 
     The kernel is this interpreter with one thread, in an empty directory that is removed.
 
-    :raises nbclient.exceptions.CellExecutionError: where a cell raises; then no notebook is written.
+    :raises nbclient.exceptions.CellExecutionError: where a cell raises.
     """
     notebook = source(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -75,10 +89,15 @@ def execute(name: str, directory: Path) -> None:
         }
         # Without directories to look in, the one kernel known is that of this interpreter.
         kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        client = NotebookClient(notebook, km=kernel, timeout=CELL_TIMEOUT, record_timing=False)
+        options = {"timeout": CELL_TIMEOUT, "record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
+        client = NotebookClient(notebook, km=kernel, **options)
         client.execute(cwd=str(here), env=environment)
     clean(notebook)
-    path = directory / f"{name}.ipynb"
+    return notebook
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Writes a notebook, whole or not at all."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         nbformat.validate(notebook)
@@ -107,10 +126,14 @@ def main() -> None:
     if unknown := sorted(set(options.names) - set(names())):
         parser.error(f"no tutorial is called {', '.join(unknown)}; there are {', '.join(names())}")
     for name in options.names or [n for n in names() if not is_current(n, options.out)]:
-        start = time.perf_counter()
-        print(f"{name} ...", flush=True)
-        execute(name, options.out)
-        print(f"{name}: {time.perf_counter() - start:.0f} seconds", flush=True)
+        path, start = options.out / f"{name}.ipynb", time.perf_counter()
+        if name not in options.names and (notebook := retold(name, options.out)):
+            write(notebook, path)
+            print(f"{name}: prose alone", flush=True)
+        else:
+            print(f"{name} ...", flush=True)
+            write(execute(name), path)
+            print(f"{name}: {time.perf_counter() - start:.0f} seconds", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from .progress import on_terminal
+
 WIDE = 10_000  # columns where there is no terminal: no line is wrapped, no table cut
 
 
@@ -44,7 +46,7 @@ class Output:
 
     def status(self, what: str) -> AbstractContextManager[Any]:
         """Around something that takes a while: a spinner on a terminal, elsewhere a line."""
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and on_terminal():
             return console(stderr=True).status(Text(what))
         self.say(what)
         return nullcontext()

@@ -177,7 +177,7 @@ def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return found, left_out
 
 
-def _svg_of(plot: Callable[[Path], None]) -> str:
+def _svg_of(plot: Callable[[Path], object]) -> str:
     """What a method draws into a file."""
     with tempfile.TemporaryDirectory() as folder, _on_any_page():
         path = Path(folder) / "figure.svg"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string as strings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lmppl.text import PAD
 from lmppl.vocabulary import Vocabulary, flatten, nest
 
 Stop = str | int | Iterable[str | int] | Tensor | None
+Strings: TypeAlias = "str | Sequence[Strings]"  # a string, or evenly nested lists of strings
 
 
 class Encoding(ABC):
@@ -76,7 +77,7 @@ class Encoding(ABC):
         """
         return self.vocabulary.adds_bos
 
-    def encode(self, text: Any, stop: str | int | None = None, *, start: bool = False) -> Tensor:
+    def encode(self, text: Strings, stop: str | int | None = None, *, start: bool = False) -> Tensor:
         """Returns the tokens of strings, without special tokens: ``LongTensor[..., L]``, padded with -1 on the right.
 
         A string is a piece of text that may stand anywhere. Its tokens spell exactly the string.

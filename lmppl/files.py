@@ -249,6 +249,17 @@ def write(path: str | os.PathLike[str], content: bytes) -> None:
         fresh.write_bytes(content)
 
 
+def new_figure(path: str | os.PathLike[str] | None, **options: Any) -> Any:
+    """A matplotlib figure to be written to ``path``; with None one of pyplot, which a notebook shows."""
+    if path is None:
+        from matplotlib import pyplot
+
+        return pyplot.figure(**options)
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Saves a matplotlib figure, whole or not at all; as PNG if the name has no ending.
 

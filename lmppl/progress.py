@@ -5,6 +5,7 @@ The bar is tqdm's. Both say how much is done, the mean rate, the time left at th
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,9 +37,17 @@ def progress(name: str, total: int, *, done: int = 0, unit: str = "step", shown:
     if not shown:
         yield Silence()
         return
-    made = Bar if sys.stderr.isatty() or in_notebook() else Lines
+    made = Bar if on_terminal() or in_notebook() else Lines
     with closing(made(name, total, done, unit)) as found:
         yield found
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal that has room for a bar: some that jobs are given have no columns."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream without a file
+        return False
 
 
 def in_notebook() -> bool:

@@ -209,6 +209,7 @@ OF_THEIR_OWN = {
     "encoding.py: Encoding.chat": lambda c: {"lm": chat_lm()},
     "inference/training/em.py: VariationalEM": with_labels,
     "inference/training/gflownet/replay.py: Replay": lambda c: names(max_tokens=20),
+    "inference/training/loop/stopping.py: StopTraining": lambda c: {"step": 0, "metrics": {"sd_u": 1.0}},
     "inference/samplers/smc/ancestry.py: plot_ancestry": lambda c: names(max_tokens=4),
     "inference/samplers/markov.py: Markov": lambda c: {"lm": ngram_lm()},
     "inference/posterior/ensemble.py: Ensemble": with_adapters,

@@ -15,7 +15,7 @@ from paths import ROOT
 from public_names import MODULES
 
 DOCS = ROOT / "docs"
-DIRECTIVE = re.compile(r"^\.\. (currentmodule|automodule|auto\w+):: (\S+)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^\.\. (currentmodule|automodule|auto\w+):: ([\w.]+)(?:\(.*\))?$", re.MULTILINE)
 TOCTREE = re.compile(r"^(?:```\{toctree\}\n(.*?)^```|\.\. toctree::\n((?: {3}.*\n|\n)*))", re.MULTILINE | re.DOTALL)
 
 
@@ -52,7 +52,8 @@ def entries(page: Path) -> set[Path]:
     found = set()
     for markdown, restructured in TOCTREE.findall(page.read_text()):
         for line in (markdown or restructured).splitlines():
-            if (entry := line.strip()) and not entry.startswith(":"):
+            entry = re.sub(r".*<(.*)>", r"\1", line.strip())  # a title <and its page>
+            if entry and not entry.startswith(":"):
                 listed = [p for kind in (".md", ".rst", ".ipynb") for p in page.parent.glob(entry + kind)]
                 assert listed or "*" in entry, f"{page.name}: {entry} is not there"
                 found |= set(listed)

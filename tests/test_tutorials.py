@@ -66,6 +66,10 @@ def test_execution_writes_outputs_and_nothing_after_an_error(tmp_path):
     assert run(script=script).stdout == ""  # nothing is left to do
     run("good", script=script)
     assert (folder / "good.ipynb").read_bytes() == written
+    (folder / "good.py").write_text("\n".join(good).replace("# Numbers", "# Figures"))
+    assert run(script=script).stdout == "good: prose alone\n"
+    assert (folder / "good.ipynb").read_bytes() == written.replace(b"Numbers", b"Figures") != written
+    written = (folder / "good.ipynb").read_bytes()
     (folder / "good.py").write_text("# %%\nprint(1)\n\n# %%\n1 / 0\n")
     found = run(script=script)
     assert found.returncode == 1

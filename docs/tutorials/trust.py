@@ -8,13 +8,14 @@
 # 2. Is the evidence right? (a sandwich: a bound from below, a bound from above)
 # 3. Are the draws from the posterior? (simulation-based calibration)
 #
-# `diagnose` asks all of them in one call. We let it judge four algorithms, of which two are wrong on purpose. The
-# model is so small that the truth can be enumerated, so that we can judge the judge, too.
+# `diagnose` asks all of them in one call. We let it judge four algorithms, three of which are wrong. The model is
+# so small that the truth can be enumerated, so that we can judge the judge, too.
 
 # %%
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
+import pandas
 import pyro
 import torch
 from IPython.display import Image
@@ -31,7 +32,7 @@ from lmppl.inference import Enumeration, GFlowNet, Importance, Sandwich, diagnos
 #
 # > Tom went to the kitchen. He took the small [...]. He sliced it.
 #
-# What did Tom take? The latent text is a word and a full stop, the observed one is the next sentence.
+# What did Tom take? The latent text is a word and a full stop. The observed text is the next sentence.
 
 # %%
 lm = LanguageModel.embedded("stories")
@@ -54,14 +55,13 @@ y = lm.encode([" He sliced it."])
 # %%
 pyro.set_rng_seed(0)
 prior = Importance(model, num_particles=256)
-answer = prior.run(x, y)
-print(
-    f"log evidence {answer.log_evidence.item():.2f}, ESS {answer.ess.item():.1f} of 256, k-hat {answer.khat.item():.2f}"
-)
+answers = {"prior": prior.run(x, y)}
+answers["prior"]
 
 # %% [markdown]
-# Few of the 256 words can be sliced, and they have all the weight: the effective sample size (ESS) is small. Pareto
-# k-hat describes the tail of the weights; above 0.7 their average cannot be relied on. Both say: do not trust this.
+# Few of the 256 words can be sliced, and they have nearly all the weight: the effective sample size (ESS) is small.
+# Pareto k-hat describes the tail of the weights; above 0.7 their average cannot be relied on. Both say: do not
+# trust this.
 #
 # A guide that reads the ending first does better. It is the same language model with a LoRA adapter, trained on
 # other stories for a few seconds ([Your first text model](first_model.ipynb) explains it).
@@ -88,85 +88,83 @@ stories = lmppl.embedded.data("stories", "train")
 batches = [arguments(stories[i : i + 8]) for i in range(0, len(stories), 8)]
 guide = guide_with()
 gflownet = GFlowNet(model, guide, optimizer=torch.optim.AdamW(q.trainable_parameters(), lr=3e-3))
-gflownet.fit(batches, steps=200, progress=False)
+gflownet.fit(batches, steps=100, progress=False)
 
 pyro.set_rng_seed(0)
 trained = Importance(model, guide, num_particles=256)
-print(f"ESS {trained.run(x, y).ess.item():.1f} of 256")
+answers["trained"] = trained.run(x, y)
+answers["trained"]
 
 # %% [markdown]
-# Healthy weights are necessary, but they are not enough. The next guide is the same, but for one thing: it never
-# says "lemon", which happens to be the most probable answer.
+# Healthy weights are necessary. They are not enough. The next guide is the trained one with one fault: somebody
+# left a constraint in it, and it cannot say a word of more than four letters.
 
 # %%
-forgetful = Importance(model, guide_with(allowed=ban(lm, [" lemon"])), num_particles=256)
-answer = forgetful.run(x, y)
-print(
-    f"log evidence {answer.log_evidence.item():.2f}, ESS {answer.ess.item():.1f} of 256, k-hat {answer.khat.item():.2f}"
-)
+words = {" " + story.z.rsplit(" ", 1)[1].rstrip(".") for story in stories}
+long = sorted(word for word in words if len(word.strip()) > 4)
+print(f"{len(long)} of {len(words)} objects are too long")
+
+limited = Importance(model, guide_with(allowed=ban(lm, long)), num_particles=256)
+pyro.set_rng_seed(0)
+answers["limited"] = limited.run(x, y)
+answers["limited"]
 
 # %% [markdown]
-# The weights look fine. **What a guide never proposes, its weights never miss.** The answer is wrong by more than
-# half:
+# The effective sample size is large. **What a guide never proposes, its weights never miss.** Yet the answer is
+# wrong: the most probable word has five letters.
 
 # %%
 truth = Enumeration(model).run(x, y)
-answers = {"truth": truth, "prior": prior.run(x, y), "trained": trained.run(x, y), "forgetful": answer}
-words = [word for word, _ in truth.table("z", 0)[:4]]
-figure, axis = plt.subplots(figsize=(7, 3), layout="constrained")
-for i, (name, posterior) in enumerate(answers.items()):
-    p = dict(posterior.table("z", 0))
-    places = [w + 0.2 * i for w in range(len(words))]
-    axis.bar(places, [p.get(word, 0.0) for word in words], 0.18, label=name)
-axis.set_xticks([w + 0.3 for w in range(len(words))], words)
-axis.set(ylabel="posterior probability", xlabel="z")
+table = pandas.DataFrame({name: dict(p.table("z", 0)) for name, p in {"truth": truth, **answers}.items()}).fillna(0)
+axis = table.nlargest(5, "truth").plot.bar(figsize=(7, 3), rot=0, xlabel="z", ylabel="posterior probability")
 axis.spines[["top", "right"]].set_visible(False)
-axis.legend(frameon=False)
 plt.show()
+
 # %% [markdown]
 # ## 2. Is the evidence right?
 #
-# An estimate of the evidence by importance sampling or SMC is too low on average, on the log scale. If one of its
-# particles is a true draw of the posterior, it is too high on average. So log Z lies between the two. Where does a
-# true draw come from? Simulate: draw z and y from the model. Then z is a draw of p(z | y).
+# The log of an evidence estimate, by importance sampling or SMC, is too low on average. If one of its particles is
+# replaced by a true draw of the posterior, it is too high on average. So log Z, the log evidence, lies between the
+# two.
 #
-# `Sandwich` computes both bounds. Here the exact posterior is known, so take the true draws from it, for our own
-# question. The gap closes with more particles, fast for a good proposal and slowly for a bad one.
+# Where does a true draw come from? From a simulation: draw z and y from the model; then z is a draw of p(z | y).
+# Here we also have the exact posterior, so `Sandwich` can take true draws for our own question from it. The bounds
+# meet as particles are added, soon for a good proposal and late for a bad one.
 
 # %%
-sizes = [4, 16, 64, 256]
+sizes, REPETITIONS = [4, 32, 256], 16
 pyro.set_rng_seed(0)
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained", sharey=True)
 bounds = {}
-for axis, (name, algorithm) in zip(
-    axes, {"prior": prior, "trained": trained, "forgetful": forgetful}.items(), strict=True
+for axis, (name, proposal) in zip(
+    axes, {"prior": None, "trained": guide, "limited": limited.guide}.items(), strict=True
 ):
-    found = [
-        Sandwich(model, algorithm.guide, n, ess_threshold=0, repetitions=32).run(x, y, exact_sample=truth)
-        for n in sizes
-    ]
-    bounds[name] = found[-1]
-    axis.plot(sizes, [b.lower.item() for b in found], "^-", label="lower bound")
+    sandwiches = [Sandwich(model, proposal, n, ess_threshold=0, repetitions=REPETITIONS) for n in sizes]
+    found = [sandwich.run(x, y, exact_sample=truth) for sandwich in sandwiches]
     axis.plot(sizes, [b.upper.item() for b in found], "v-", label="upper bound")
+    axis.plot(sizes, [b.lower.item() for b in found], "^-", label="lower bound")
     axis.axhline(truth.log_evidence.item(), color="black", linewidth=1, label="truth")
     axis.set(xscale="log", xlabel="particles", title=name)
     axis.spines[["top", "right"]].set_visible(False)
+    bounds[name] = found[-1]
 axes[0].set_ylabel("log evidence (nats)")
 axes[0].legend(frameon=False)
+plt.show()
+
 for name, b in bounds.items():
-    print(f"{name:9s} {b.lower.item():7.3f} <= log Z <= {b.upper.item():7.3f}")
+    print(f"{name}: {b.lower.item():.3f} <= log Z <= {b.upper.item():.3f} with {sizes[-1]} particles")
 
 # %% [markdown]
-# For the forgetful guide the upper bound is infinite: some true draws are lemons, which it cannot propose. The
-# lower bound alone would not have told.
+# For the limited guide the upper bound is infinite, and cannot be drawn: some true draws are words that this guide
+# cannot say. The lower bound alone would not have told.
 #
 # ## 3. Are the draws from the posterior?
 #
-# Simulation-based calibration (SBC) also starts from simulated pairs (z, y). Ask the algorithm for draws of p(z |
-# y). The simulated z is one more draw of the same posterior, so it must look like the others: its rank among them,
-# by any statistic, is uniform. `diagnose` does this with 100 data sets and many statistics, tests them together,
-# and adds the weights and the sandwich. It needs to know where the simulated observation goes, because a guide
-# reads it there.
+# Simulation-based calibration (SBC) starts from simulated pairs (z, y), too. Ask the algorithm for draws of p(z |
+# y). The simulated z is one more draw of the same posterior, so nothing may distinguish it from the others: its
+# rank among them, by any statistic, is uniform. `diagnose` does this with 100 data sets and several statistics,
+# tests all of them together, and adds the weights and the sandwich. A guide reads the observation from its
+# arguments, so say where the simulated one goes.
 
 
 # %%
@@ -175,28 +173,29 @@ def simulate(args, observed):
 
 
 verdicts = {"trained": diagnose(trained, x, y, simulate=simulate)}
-verdicts["trained"].print()
+verdicts["trained"]
 
 # %%
 verdicts["trained"].plot("trained.png")
 Image("trained.png")
 
 # %% [markdown]
-# Nothing is suspect. Left: of each statistic, how far the ranks of the simulated z are from uniform; lines inside
-# the grey band are as they should be. Then the bounds of the evidence for each simulated data set, the weights, and
-# the lengths.
+# Nothing is suspect. The picture has a panel for each kind of check. Calibration: how far the ranks are from
+# uniform; lines within the grey band are as they should be. Evidence: the bounds for each simulated data set.
+# Weights: the largest first. Lengths: of the guide's texts and of the posterior's.
 #
-# Now the forgetful guide:
+# Now the limited guide:
 
 # %%
-verdicts["forgetful"] = diagnose(forgetful, x, y, simulate=simulate)
-verdicts["forgetful"].print()
+verdicts["limited"] = diagnose(limited, x, y, simulate=simulate)
+verdicts["limited"]
 
 # %% [markdown]
-# *guide misses* is the share of the evidence that the model's own draws find and the guide's do not.
+# The simulated data contain what the guide cannot say. How often it does so matters: a guide that lacked a single
+# rare word would pass, unless that word came up in one of the 100 data sets.
 #
-# The last algorithm has a bug of another kind: somebody forgot the weights. Its draws are those of the prior,
-# equally weighted. ESS and k-hat see nothing, because equal weights are the healthiest there are.
+# The last algorithm has a bug of another kind: somebody forgot the weights. Its draws are draws of the prior, with
+# equal weights. By ESS nothing is better than equal weights.
 
 
 # %%
@@ -210,42 +209,44 @@ class Unweighted(Importance):
 
 
 verdicts["unweighted"] = diagnose(Unweighted(model, num_particles=256), x, y)
-verdicts["unweighted"].print()
+verdicts["unweighted"]
 
 # %%
 verdicts["unweighted"].plot("unweighted.png")
 Image("unweighted.png")
 
 # %% [markdown]
-# SBC finds it, by one statistic: log p(observed), how well a draw explains the observation. Draws of the prior
-# explain it worse than the simulated z does. Ranks of z alone would not have found it: averaged over data, draws of
-# the prior *are* like the simulated z.
+# It is found by the statistics that look at the observation. Draws of the prior explain it worse than the simulated
+# z does: log p(observed) is too low. The statistics of z alone find nothing, because averaged over data sets the
+# simulated z are draws of the prior.
 #
 # ## How do we know?
 #
-# The truth is known here. The trained guide, which passed, is near it, and what did not pass is not.
+# The truth is known here, so we can judge the judge: the answer that passes is near the truth, and those that do
+# not pass are not.
 
 # %%
 verdicts["prior"] = diagnose(prior, x, y)
 right = dict(truth.table("z", 0))
 for name, diagnosis in verdicts.items():
     found = dict(diagnosis.posterior.table("z", 0))
-    distance = sum(abs(right.get(z, 0.0) - found.get(z, 0.0)) for z in right.keys() | found.keys()) / 2
+    distance = sum(abs(right.get(z, 0.0) - found.get(z, 0.0)) for z in right | found) / 2
     suspects = ", ".join(finding.name for finding in diagnosis.findings if finding.suspect)
-    print(f"{name:10s} total variation {distance:.2f}; suspect: {suspects or 'nothing'}")
-    assert diagnosis.ok == (distance < 0.15)
+    print(f"{name}: total variation {distance:.2f} from the truth; suspect: {suspects or 'nothing'}")
+    assert diagnosis.ok == (distance < 0.15) == (name == "trained")
 
-errors = {name: b.standard_errors for name, b in bounds.items()}
+assert answers["limited"].ess > 10 * answers["prior"].ess  # the weights alone do not tell
+assert verdicts["unweighted"]["SBC: log p(observed)"].suspect
 for name in ("prior", "trained"):
-    b, (low, high) = bounds[name], errors[name]
-    assert b.lower - 5 * low < truth.log_evidence < b.upper + 5 * high
-assert bounds["forgetful"].upper.item() == float("inf")
+    low, high = bounds[name].standard_errors
+    assert bounds[name].lower - 5 * low < truth.log_evidence < bounds[name].upper + 5 * high
+assert bounds["limited"].upper.item() == float("inf")
 
 # %% [markdown]
 # ## What to read next
 #
 # - [Can this answer be trusted?](../diagnose.md): every row of the table, and how often each fault is found.
 # - [Your first text model](first_model.ipynb): the model and the guide of this page, step by step.
-# - [Constraints](constraints.ipynb): another way to be confidently wrong.
+# - [Constraints](constraints.ipynb): what a constraint in a proposal does, and what the weights repair.
 # - [Algorithms, side by side](../algorithms.md): all algorithms against the truth, at equal cost.
 # - [Training](../training.md): the same verdict while a guide is trained.

@@ -1,6 +1,6 @@
-"""The small language models that ship with the package, and the data that go with them.
+"""The small language models that ship with the package, and their data.
 
-On each the exact posterior is known, so every algorithm can be held against the truth within minutes.
+On each of them the exact posterior is known, so that every algorithm can be compared with the truth within minutes.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,11 @@ _DATA: dict[str, Callable[[str], list[Any]]] = {
 def path(name: str) -> Path:
     """The directory of an embedded checkpoint, in Hugging Face layout.
 
-    Raises ValueError where `name` is not one of them.
+    :param name: "stories", "numbers", "subjectivity", "arithmetic" or "masked_stories".
+    :raises ValueError: for another name.
+
+    >>> path("stories").name
+    'stories'
     """
     shipped = {config.parent.name for config in _WEIGHTS.glob("*/config.json")}
     if not isinstance(name, str) or name not in shipped:
@@ -39,11 +43,19 @@ def path(name: str) -> Path:
 
 
 def data(name: str, split: str) -> list[Any]:
-    """The stories, the bounds of "numbers", the sentences of "subjectivity" or the questions of "arithmetic", by split.
+    """The data of an embedded model, by split; the same on every call.
 
-    The splits are "train", "validation" and "test"; "arithmetic" has "rationales", "train", "validation", "test_3",
-    "test_4" and "test_5". The same on every call; no (place, verb) pair, no bounds, no sentence and no question is in
-    two. Raises ValueError for an unknown name or split.
+    No observation is in two splits; of stories, no (place, verb) pair is.
+
+    :param name: "stories" (a list of `Story`), "numbers" (`Bounds`), "subjectivity" (`Sentence`) or "arithmetic"
+        (`Question`).
+    :param split: "train", "validation" or "test"; of "arithmetic" "rationales", "train", "validation", "test_3",
+        "test_4" or "test_5".
+    :returns: a list.
+    :raises ValueError: for another name or split.
+
+    >>> data("stories", "test")[0].x
+    'Eve went to the market.'
     """
     if not isinstance(name, str) or name not in _DATA:
         raise ValueError(f"name={name!r}: expected one of {_listed(_DATA)}")

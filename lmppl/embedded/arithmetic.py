@@ -1,8 +1,9 @@
-"""Sums and their chains of thought, and which of them are trained on and which are tests.
+"""Sums and their chains of thought, in splits for training and tests.
 
     Question: 6 - 0 - 4 = ? Answer: 6 - 0 = 6, 6 - 4 = 2. The answer is 2.
 
-What the language model reads, which is rarely worked out correctly, is `worlds/arithmetic.py`.
+`worlds/arithmetic.py` makes the texts that the language model was trained on, in which few sums are worked out
+correctly.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 ANSWER = " The answer is"
 MOST_OPERANDS = 5
 MAX_TOKENS = 6 * (MOST_OPERANDS - 1) - 1  # of a chain, before its stop
-SPLITS = {  # how many questions of so many operands
+SPLITS = {  # of each number of operands, how many questions
     "rationales": {3: 25, 4: 25},
     "train": {3: 500, 4: 500},
     "validation": {3: 100, 4: 100},
@@ -25,7 +26,7 @@ SPLITS = {  # how many questions of so many operands
 
 
 class Question(NamedTuple):
-    """A sum: its first operand is positive, and each other has a sign before it."""
+    """A sum: the first operand is positive, and each other one has a sign before it."""
 
     operands: tuple[int, ...]
     signs: str  # "+" or "-" before each operand but the first
@@ -38,11 +39,12 @@ class Question(NamedTuple):
 
     @property
     def chain(self) -> str:
-        """ " 6 - 0 = 6, 6 - 4 = 2.": the chain that is right, with its stop."""
+        """ " 6 - 0 = 6, 6 - 4 = 2.": the correct chain, with its stop."""
         return written(self.operands[0], list(zip(self.signs, self.operands[1:], strict=True)))
 
     @property
     def answer(self) -> int:
+        """The value of the sum."""
         return total(self.operands[0], list(zip(self.signs, self.operands[1:], strict=True)))
 
     @property
@@ -59,7 +61,7 @@ def total(value: int, steps: Steps) -> int:
 
 
 def written(value: int, steps: Steps) -> str:
-    """The chain that takes these steps from a value on."""
+    """The chain of these steps from a value on."""
     lines = []
     for sign, n in steps:
         lines.append(f" {value} {sign} {n} = {total(value, [(sign, n)])}")
@@ -68,14 +70,14 @@ def written(value: int, steps: Steps) -> str:
 
 
 def draw(random: Random, operands: int) -> Question:
-    """A question of so many operands, every one as likely."""
+    """A question with so many operands, drawn uniformly."""
     numbers = tuple(random.randrange(10) for _ in range(operands))
     return Question(numbers, "".join(random.choice("+-") for _ in numbers[1:]))
 
 
 @cache
 def questions(split: str) -> list[Question]:
-    """The questions of a split, in an order without meaning; none is in two splits, or twice in one."""
+    """The questions of a split, in random order; none is in two splits, or twice in one."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, SPLITS))}")
     random, met = Random("questions"), set()

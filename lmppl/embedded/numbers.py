@@ -1,4 +1,4 @@
-"""Pairs of bounds between which a random number is asked for, and which of them are trained on and which are tests."""
+"""Pairs of bounds for a random number, in splits for training and tests."""
 
 from functools import cache
 from itertools import product
@@ -6,7 +6,7 @@ from random import Random
 from typing import NamedTuple
 
 PROMPT = "The following is a random integer drawn uniformly between {a} and {b}: "
-LARGEST, NARROWEST = 100, 10  # bounds lie in 0..100, ten numbers or more between them
+LARGEST, NARROWEST = 100, 10  # bounds lie in 0..100, with ten numbers or more between them
 MAX_TOKENS = 3  # of an answer, before its stop
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 
@@ -19,6 +19,7 @@ class Bounds(NamedTuple):
 
     @property
     def prompt(self) -> str:
+        """The prompt that asks for a number."""
         return PROMPT.format(a=self.a, b=self.b)
 
 
@@ -27,7 +28,7 @@ FIXED = Bounds(0, 100)  # the paper's; in no split
 
 @cache
 def bounds(split: str) -> list[Bounds]:
-    """The pairs of a split, in an order without meaning; no pair is in two."""
+    """The pairs of a split, in random order; no pair is in two splits."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(map(repr, SPLITS))}")
     numbers = range(LARGEST + 1)

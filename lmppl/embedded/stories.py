@@ -1,10 +1,10 @@
-"""Three-sentence stories in which the middle decides the ending.
+"""Three-sentence stories in which the middle determines the ending.
 
     Tom went to the kitchen. He found the small knife. He sharpened it.
 
-The beginning names a place, a place offers half of the objects, and an object lets two verbs happen to it. The ending
-shows the verb and hides the object, so many middles explain it: a place and a verb leave one or two likely objects,
-each with any getting-verb and any adjective.
+The beginning names a place, each place has half of the objects, and each object allows two verbs.  The ending shows the
+verb and hides the object, so that many middles explain it: a place and a verb leave one or two likely objects, each
+with any getting-verb and any adjective.
 """
 
 from itertools import product
@@ -18,7 +18,7 @@ PLACES = ("kitchen", "garden", "market", "attic", "beach", "school", "barn", "li
 GETTING = ("found", "took", "got", "chose")
 ADJECTIVES = ("small", "old", "new")
 
-# A closed chain: each verb can happen to the object before it and to the object after it.
+# A closed chain: each verb goes with the object before it and with the object after it.
 CHAIN = """
 knife sharpened axe swung bat waxed ski strapped boot laced shoe wore hat brushed coat buttoned shirt ironed curtain
 drew picture framed mirror wiped window opened box packed suitcase locked door painted fence climbed ladder carried
@@ -32,8 +32,8 @@ fed horse rode bicycle oiled engine started boat rowed raft floated kite flew pl
 charged lamp fixed chair dusted shelf stacked crate lifted stone threw stick snapped pencil borrowed pen signed cheque
 cashed ticket stamped card dealt note crumpled napkin stained carpet swept rug guarded
 """
-NOISE_OBJECT = 0.05  # the place does not offer the object
-NOISE_VERB = 0.01  # the object does not let the verb happen
+NOISE_OBJECT = 0.05  # probability that the place does not have the object
+NOISE_VERB = 0.01  # probability that the object does not allow the verb
 SPLITS = {"train": (4096, 0.70), "validation": (256, 0.15), "test": (256, 0.15)}  # stories, share of (place, verb)
 
 OBJECTS = tuple(CHAIN.split()[0::2])
@@ -49,7 +49,7 @@ class Story(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a story says: one value per slot."""
+    """What a story tells: one value for each slot."""
 
     name: str
     place: str
@@ -59,14 +59,14 @@ class Facts(NamedTuple):
     verb: str
 
 
-# The 48 objects that each place offers, fixed for good.
+# The 48 objects of each place, always the same.
 OFFERS = {place: frozenset(Random(f"{place} offers").sample(OBJECTS, 48)) for place in PLACES}
 _OFFERED = {place: [o for o in OBJECTS if o in OFFERS[place]] for place in PLACES}
 _OTHER = {place: [o for o in OBJECTS if o not in OFFERS[place]] for place in PLACES}
 
 
 def verbs_of(thing: str) -> tuple[str, str]:
-    """The two verbs that an object lets happen."""
+    """The two verbs that an object allows."""
     i = OBJECTS.index(thing)
     return VERBS[i - 1], VERBS[i]
 
@@ -75,7 +75,7 @@ _VERBS_OF = {thing: verbs_of(thing) for thing in OBJECTS}
 
 
 def draw(random: Random) -> Facts:
-    """One story's facts: name, place, object given place, verb given object, each noisy as the world is."""
+    """One story's facts: name, place, object given place, verb given object, with noise."""
     place = random.choice(PLACES)
     thing = random.choice((_OTHER if random.random() < NOISE_OBJECT else _OFFERED)[place])
     verb = random.choice(VERBS if random.random() < NOISE_VERB else _VERBS_OF[thing])
@@ -83,7 +83,7 @@ def draw(random: Random) -> Facts:
 
 
 def tell(facts: Facts) -> Story:
-    """The facts in words; the sentences after the first carry their leading space."""
+    """The facts in words; the sentences after the first begin with a space."""
     who = "He" if facts.name in HE else "She"
     return Story(
         x=f"{facts.name} went to the {facts.place}.",
@@ -99,7 +99,7 @@ def middles(x: str) -> list[str]:
 
 
 def pairs(split: str) -> frozenset[tuple[str, str]]:
-    """The (place, verb) pairs that belong to a split: every pair belongs to exactly one."""
+    """The (place, verb) pairs of a split; every pair is in exactly one."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     every = sorted(product(PLACES, VERBS))
@@ -114,7 +114,7 @@ def pairs(split: str) -> frozenset[tuple[str, str]]:
 
 
 def stories(split: str) -> list[Story]:
-    """The stories of a split: draws from the world, kept where their (place, verb) belongs to the split."""
+    """The stories of a split: random stories whose (place, verb) is in the split."""
     belonging, random = pairs(split), Random(f"stories {split}")
     kept: list[Story] = []
     while len(kept) < SPLITS[split][0]:

@@ -1,4 +1,4 @@
-"""Sentences about films, each of one of twelve kinds, and which of them are trained on and which are tests.
+"""Sentences about films, each of one of twelve kinds, in splits for training and tests.
 
 Half of the kinds are objective, and each has a word for its reason.
 """
@@ -8,7 +8,7 @@ from functools import cache
 from random import Random
 from typing import NamedTuple
 
-# A kind: its reason, and the adjectives and nouns by which its sentences are known.
+# A kind: its reason, and the adjectives and nouns of its sentences.
 OBJECTIVE = {
     "plot": ("winding twisted eventful layered", "kidnappings betrayals chases secrets heists"),
     "cast": ("crowded starry youthful veteran", "brothers sisters dancers sailors clowns"),
@@ -44,12 +44,12 @@ class Sentence(NamedTuple):
 
 
 def label_of(kind: str) -> str:
-    """The true label."""
+    """The true label of a kind."""
     return LABELS[kind in SUBJECTIVE]
 
 
 def draw(random: Random) -> tuple[Sentence, str]:
-    """A sentence, and the kind that it also hints at: half of the time one of its three cues is another kind's."""
+    """A sentence, and the kind that it also hints at: with probability 1/2 one of its three cues is another kind's."""
     kind, other = random.sample(list(KINDS), 2)
     kinds = [kind] * 3
     if random.random() < 0.5:
@@ -84,7 +84,7 @@ def sentences(split: str) -> list[Sentence]:
 
 
 def possible(text: str) -> bool:
-    """Whether `draw` ever writes this sentence: two of its three cues, at least, are of one kind."""
+    """Whether `draw` can write this sentence: whether at least two of its three cues are of one kind."""
     words = text.split()
     if len(words) != 7 or (words[0], words[3], words[5]) != ("The", "about", "and") or words[2] not in FILMS:
         return False
@@ -113,11 +113,11 @@ STRANGE = {"three kinds": _of_three_kinds, "word order": _out_of_order, "idle wo
 
 
 def strange(rule: str, count: int = 200) -> list[str]:
-    """So many sentences that the corpus cannot have, in words that it has, and always the same ones.
+    """``count`` sentences that the corpus cannot have, in words that it has; always the same ones.
 
-    By ``rule`` they go further and further from it: "three kinds", each cue of another kind (the corpus has two at
-    most); "word order", a sentence of the corpus whose words after the first are shuffled; "idle words", cues that the
-    corpus has as idle reasons alone, never in a sentence.  None of them has a true label.
+    The rules lead further and further away from the corpus: "three kinds", each cue of another kind (the corpus has at
+    most two); "word order", a sentence of the corpus whose words after the first are shuffled; "idle words", cues that
+    the corpus has as idle reasons only, never in a sentence.  None of them has a true label.
 
     :raises ValueError: for another rule.
     """

@@ -4,6 +4,8 @@ if __name__ != "lmppl.inference":
     # The repository's top level links here, for readers only: imported by the short name, modules would exist twice.
     raise ImportError("import lmppl.inference, not inference")
 
+import lmppl.inference.training.gflownet as gflownet  # so written, pyright reads its names
+
 from .core.autoguide import AutoGuide
 from .core.programs import SiteMismatch
 from .core.query import Query
@@ -34,7 +36,7 @@ from .samplers.smc import (
     simulate,
     survivors,
 )
-from .training import EarlyStopping, StopTraining, Task, Trainer, gflownet
+from .training import EarlyStopping, StopTraining, Task, Trainer
 from .training.direct_preference import DirectPreferenceOptimization
 from .training.em import VariationalEM
 from .training.gflownet import *  # noqa: F403 - objectives are listed in one place

@@ -1,7 +1,9 @@
-"""Latent-variable models ready to run, by their names in the catalogue.
+"""Latent-variable models ready to run, by the names of the catalogue.
 
-The two programs of each are a page of `programs`. What they are run on, data and recipe, is a module of the same name
-here, with ``experiment(lm=None, data=None, **options) -> Experiment``; `experiment.Options` are common to all.
+The class of each, with its two Pyro programs, is a page of `programs`.  What it runs on (data, recipe, language model)
+is a module of the same name here, with a function ``experiment(lm=None, data=None, **options) -> Experiment``;
+`experiment.Options` are common to all.  ``EXPERIMENTS`` holds these functions by name: ``EXPERIMENTS["infilling"]()``.
+``PRETRAINED`` is the `Recipe` for large language models.
 """
 
 if __name__ != "lmppl.models":

@@ -1,4 +1,4 @@
-"""Arithmetic on the embedded sums, or on the paper's files; its programs are `programs/arithmetic.py`."""
+"""Arithmetic on the embedded sums, or on the paper's files; the programs are in `programs/arithmetic.py`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .experiment import TEST_OBSERVATIONS, Experiment, Options, Recipe, Start, p
 from .programs.arithmetic import Arithmetic, Prediction
 
 PAPER_TEMPERATURE = 0.5  # the final reward temperature of the paper's released setting
-PAPER_VOTE = 0.1  # and the temperature of the tokens of which its votes are made
+PAPER_VOTE = 0.1  # and the temperature of the tokens of its votes
 MASS = 0.9  # of the prior that the enumeration explores
 HELD_OUT = 50  # of the paper's training questions
 WARM_START = 100
 RECIPE = Recipe(steps=200, quick_steps=100, replay=Replay)
-# On the embedded sums the prior is right often enough to learn from its draws, and a guide that starts from it keeps
-# more of what it knows of longer sums than one that was fine-tuned before (docs/arithmetic.md).
+# On the embedded sums the prior is right often enough to learn from its draws.  A guide that starts from the prior
+# keeps more of its knowledge of longer sums than one that was fine-tuned before (docs/arithmetic.md).
 EMBEDDED_RECIPE = replace(
     RECIPE,
     objective=partial(VarGrad, exploration=Mixture((OnPolicy(), 1.0), (Prior(), linear(1.0, 0.0, 150)))),
@@ -63,7 +63,7 @@ def score(questions: Sequence[Question], predictions: Sequence[Sequence[Predicti
 
 
 def is_right(question: Question, chain: str) -> bool:
-    """Whether a chain takes the operands one by one from the left, with right results.
+    """Whether a chain takes the operands one by one from the left, with correct results.
 
     >>> is_right(Question((6, 0, 4), "--"), "6 - 0 = 6, 6 - 4 = 2.")
     True
@@ -83,27 +83,27 @@ def is_right(question: Question, chain: str) -> bool:
 
 
 class Questions(NamedTuple):
-    """What an experiment trains on and is asked."""
+    """The questions of an experiment, for training and for tests."""
 
-    rationales: list[Question]  # whose chains are known
-    train: list[Question]  # whose answers are
+    rationales: list[Question]  # with known chains
+    train: list[Question]  # with known answers
     held_out: list[Question]
     test: list[Question]
 
 
 def embedded_questions() -> Questions:
-    """Training on 3 and 4 operands, tests with 4."""
+    """Training on 3 and 4 operands, tests on 4."""
     names = "rationales", "train", "validation", "test_4"
     return Questions(*(embedded.data("arithmetic", name) for name in names))
 
 
 def read_questions(folder: str | Path) -> tuple[Questions, list[Question]]:
-    """The paper's four files, with 4 operands in the test, and its test questions of 3 operands.
+    """The questions of the paper's four files, with 4 operands in the test, and the test questions of 3 operands.
 
-    A test question that occurs in a training file is left out, and so is a second occurrence.  The last 50 training
-    questions are held out.
+    A test question that occurs in a training file is left out, and so is a repetition.  The last 50 training questions
+    are for validation.
 
-    :raises ValueError: naming the file that is not there or holds something else.
+    :raises ValueError: naming the file that is missing or holds something else.
     """
     rationales, train, three, four = (read_file(Path(folder) / name) for name in FILES)
     known = {*rationales, *train}
@@ -119,26 +119,26 @@ def read_file(path: Path) -> list[Question]:
     try:
         entries = [(e["str_query"], e["num_sol"], e.get("str_rationale")) for e in read_json(path)]
     except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"data: {path} is no file of questions: {error!r}") from error
+        raise ValueError(f"data: {path} is not a file of questions: {error!r}") from error
     found = []
     for query, answer, rationale in entries:
         if not re.fullmatch(r"Question: [0-9]{1,9}( [-+] [0-9]{1,9})+ = \? Answer:", str(query)):
-            raise ValueError(f"data: {path} has {query!r}, which is no sum")
+            raise ValueError(f"data: {path} has {query!r}, which is not a sum")
         operands = [int(n) for n in re.findall("[0-9]+", query)]
         question = Question(tuple(operands), "".join(re.findall("[-+]", query)))
         without_results = re.sub("= -?[0-9]+", "=", question.chain).strip(" .")
         if answer != question.answer or rationale not in (None, without_results):
-            raise ValueError(f"data: {path} answers {query!r} by {rationale!r}, {answer!r}")
+            raise ValueError(f"data: {path} has a wrong rationale or answer of {query!r}: {rationale!r}, {answer!r}")
         found.append(question)
     if not found:
-        raise ValueError(f"data: {path} has no question in it")
+        raise ValueError(f"data: {path} has no questions")
     return list(dict.fromkeys(found))
 
 
 def teach(
     task: Arithmetic, questions: Sequence[Question], chains: Tensor, steps: int, *, recipe: Recipe, seed: int = 0
 ):
-    """Supervised fine-tuning of the guide on these chains (B, L); the trainer."""
+    """Fine-tunes the guide on these chains (B, L); returns the trainer."""
     x, y = task.encode(questions)
     assert task.guide_lm is not None
     optimizer = torch.optim.AdamW(task.guide_lm.trainable_parameters(), lr=recipe.learning_rate)
@@ -162,10 +162,16 @@ def experiment(
 ) -> Experiment:
     """The chain of thought between a sum and its answer, with a calculator.
 
-    On the embedded arithmetic LM, where the posterior is known, or on ``lm`` with the folder ``data`` of the paper's
-    files.  The guide starts from a ``checkpoint``, or from ``warm_start`` steps of supervised fine-tuning on the
-    rationales (None: 100 steps on ``lm``, none on the embedded one), which are in its replay buffer, too.
+    It runs on the embedded arithmetic LM, whose posterior is known, or on ``lm`` with the folder ``data`` of the
+    paper's files.  The rationales are in the guide's replay buffer.
 
+    :param lm: a language model; None: the embedded one.
+    :param data: a folder of the paper's files; None: the embedded sums.
+    :param sees_answer: whether the guide reads the answer; then it cannot predict it.
+    :param warm_start: steps of supervised fine-tuning on the rationales, where no ``checkpoint`` is given; None: 100 on
+        ``lm``, none on the embedded LM.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
     :raises ValueError: for another language model without ``data``.
     """
     recipe, steps = (EMBEDDED_RECIPE, 0) if lm is None else (RECIPE, WARM_START)

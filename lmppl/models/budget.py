@@ -1,19 +1,17 @@
-r"""So many minutes: how many observations, particles and steps a training takes.
+r"""A training for so many minutes: how many observations, particles and steps it takes.
 
-A step on m observations with n particles each takes about :math:`c(m, n) = a + b\,m n` seconds; R seconds are enough
-for :math:`S = R / c` steps, which see :math:`S\,m\,n` draws.  Many steps of few draws teach more than few steps of
-many, as long as there are several draws of an observation to compare, and several observations.  So
+A step on m observations with n particles each takes about :math:`c(m, n) = a + b\,m n` seconds.  In R seconds there are
+:math:`S = R / c` steps with :math:`S\,m\,n` draws.  Many steps of few draws teach more than few steps of many, as long
+as a step has several observations, and several draws of each to compare.  So
 
-1. sizes (m, n) go from `LEAST` to the recipe's, each with twice the draws of the one before;
-2. the largest is taken of which the recipe's number of steps fits, the smallest where none does;
-3. and as many steps of it as fit.
+1. sizes (m, n) go from `LEAST` to the recipe's, each with twice the draws of the one before; 2. the largest size is
+taken for which the recipe's number of steps fits, the smallest where none does; 3. as many steps of it are made as fit.
 
-More time buys first steps, up to the recipe's number, then draws, then steps again; and since
-:math:`m n / c(m, n)` grows with m n, the draws in all, :math:`S\,m\,n`, never fall.
+More time gives first more steps, up to the recipe's number, then more draws, then more steps again.  Since :math:`m n /
+c(m, n)` grows with m n, the total number of draws, :math:`S\,m\,n`, never falls.
 
-A size is measured by steps of its own, as long as larger ones may fit: a step that fits as often as the recipe says is
-a small part of the time.  `STEPS` of the time is for steps, at most `LOOKS` for looks at held-out observations; the
-rest is kept back, because texts may grow longer in training.
+The time of a step is measured for each size, as long as larger ones may fit.  `STEPS` of the time is for steps, at most
+`LOOKS` for evaluations on held-out observations; the rest is a reserve, because texts may become longer in training.
 """
 
 from __future__ import annotations
@@ -38,12 +36,12 @@ from .experiment import Experiment
 
 STEPS, LOOKS = 0.75, 0.15  # of the time
 ENOUGH = 100  # steps; fewer seldom teach a guide
-FEW_LOOKS = 5  # without less on fewer observations
-EVERY = 50  # steps between two looks, at least
+FEW_LOOKS = 5  # evaluations at least; observations are dropped first
+EVERY = 50  # steps between two evaluations, at least
 
 
 class Size(NamedTuple):
-    """Of a step: observations, and particles of each."""
+    """The size of a step: observations, and particles for each."""
 
     observations: int
     particles: int
@@ -61,11 +59,22 @@ LEAST = Size(2, 4)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training takes that is to last so many minutes, see `plan`.
+    """The sizes of a training that lasts so many minutes; `plan` finds them.
 
-    :param held_out: how many of the held-out observations are looked at; 0: none.
-    :param seconds: of a step, as measured.
-    :param why: why not more draws or fewer, in words.
+    :param minutes: how long the training lasts.
+    :param observations: observations in a step.
+    :param particles: draws of the guide for each observation.
+    :param steps: how many updates.
+    :param held_out: how many of the held-out observations are evaluated; 0: none.
+    :param evaluate_every: steps between two evaluations.
+    :param seconds: the measured time of a step.
+    :param why: why these sizes, in words.
+
+    >>> found = Plan(5.0, 4, 8, 800, 4, 50, 0.3, "the most draws that fit")
+    >>> found.steps * found.observations * found.particles  # draws in all
+    25600
+    >>> Plan.saved(found.identity) == found
+    True
     """
 
     minutes: float
@@ -78,22 +87,33 @@ class Plan:
     why: str
 
     def of(self, experiment: Experiment) -> Experiment:
-        """The experiment with so many observations and particles a step."""
+        """The experiment with these observations and particles in a step.
+
+        :param experiment: an experiment.
+        """
         return experiment.sized(self.observations, self.particles)
 
     def looks(self, experiment: Experiment) -> dict[str, Any]:
-        """What `fit` is told of held-out observations."""
+        """The arguments of `Trainer.fit` for the evaluations: ``held_out`` and ``evaluate_every``.
+
+        :param experiment: an experiment.
+        :returns: a dict; empty where nothing is evaluated.
+        """
         some = tuple(x[: self.held_out] for x in experiment.held_out)
         return {"held_out": some, "evaluate_every": self.evaluate_every} if self.held_out else {}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """For the checkpoint, from which a run that is taken up has its plan."""
+        """The plan as a part of a checkpoint's identity, from which a resumed run restores it."""
         return {f"budget {name}": value for name, value in asdict(self).items()}
 
     @classmethod
     def saved(cls, identity: Mapping[str, Any]) -> Plan | None:
-        """What `identity` was made of; None: it is of a run without a plan."""
+        """The plan in an identity.
+
+        :param identity: the identity of a checkpoint.
+        :returns: a plan; None where the run had none.
+        """
         found: dict[str, Any] = {f.name: identity.get(f"budget {f.name}") for f in fields(cls)}
         return None if None in found.values() else cls(**found)
 
@@ -112,17 +132,23 @@ def plan(
     make: Callable[[Experiment], Trainer] = Experiment.gflownet,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Plan:
-    """With how many observations, particles and steps training the experiment's guide takes so many minutes.
+    """Finds the observations, particles and steps with which training an experiment's guide takes so many minutes.
 
-    A few steps are measured, whose time counts; then guide and generator are as they were.  It is no deadline: a tenth
-    of the time is kept back, and texts that grow much longer take more than was measured.
+    It measures a few steps, whose time counts; afterwards guide and generator are unchanged.  The time is not a strict
+    limit: a tenth is kept in reserve, and texts that become much longer take more than was measured.
 
-    :param make: what makes the trainer of an experiment.
-    :raises ValueError: where there is time for no step.
+    :param experiment: an experiment.
+    :param minutes: how long training may take, > 0.
+    :param make: makes the trainer of an experiment; by default its `GFlowNet`.
+    :param clock: returns the time in seconds.
+    :returns: a `Plan`.
+    :raises ValueError: where not even one step fits; the message gives the minutes that would do.
 
     Example::
 
-        experiment = infilling.experiment()
+        from lmppl.models import EXPERIMENTS
+
+        experiment = EXPERIMENTS["infilling"]()
         found = plan(experiment, minutes=0.5)
         experiment = found.of(experiment)
         experiment.gflownet().fit(experiment.batches, found.steps, **found.looks(experiment))
@@ -137,7 +163,7 @@ def plan(
         @cache
         def cost(size: Size) -> float:
             seconds = _step(experiment.sized(*size), make, clock)
-            return first_alone(lambda: seconds)  # of several processes one measures for all
+            return first_alone(lambda: seconds)  # the first process measures for all
 
         cost(to_try[0])
         own = _look(experiment, make, clock)
@@ -155,9 +181,9 @@ def plan(
 
 
 def choose(seconds: float, cost: Callable[[Size], float], to_try: Sequence[Size], wanted: int) -> tuple[Size, int]:
-    """The largest size of which the wanted number of steps fits, and how many do.
+    """The largest size for which the wanted number of steps fits, and how many steps of it fit.
 
-    :param cost: seconds of a step of a size; asked as long as they fit.
+    :param cost: a function from a size to the seconds of a step; called as long as larger sizes may fit.
     :param to_try: sizes, from the smallest on.
     """
     chosen = to_try[0]
@@ -169,7 +195,7 @@ def choose(seconds: float, cost: Callable[[Size], float], to_try: Sequence[Size]
 
 
 def sizes(most: Size, least: Size = LEAST) -> list[Size]:
-    """From the smallest to ``most``: it, and what halving it gives, observations or particles, of which there is more.
+    """The sizes from the smallest to ``most``: each has half of the draws of the next.
 
     >>> [str(size) for size in sizes(Size(8, 16))]
     ['2 x 4', '2 x 8', '4 x 8', '4 x 16', '8 x 16']
@@ -180,14 +206,14 @@ def sizes(most: Size, least: Size = LEAST) -> list[Size]:
         fewer, each = m // 2 >= least.observations, n // 2 >= least.particles
         if not fewer and not each:
             return found
-        more = m * least.particles >= n * least.observations  # observations, by what there must be of both
+        more = m * least.particles >= n * least.observations  # more observations, relative to the least
         found.insert(0, Size(m // 2, n) if fewer and (more or not each) else Size(m, n // 2))
 
 
 def looks(seconds: float, one: float, observations: int, steps: int) -> tuple[int, int]:
-    """At how many held-out observations to look, and every how many steps, in so many seconds.
+    """How many held-out observations to evaluate, and after how many steps each time, within so many seconds.
 
-    :param one: seconds of a look at one.
+    :param one: seconds of the evaluation of one observation.
     """
     some = min(observations, math.floor(seconds / max(one, 1e-9) / (FEW_LOOKS + JUDGED)))
     if some < 1:
@@ -198,7 +224,7 @@ def looks(seconds: float, one: float, observations: int, steps: int) -> tuple[in
 
 @contextmanager
 def as_it_was(experiment: Experiment) -> Iterator[None]:
-    """Whatever is trained inside, afterwards the guide and the generator are as before."""
+    """Restores the guide's parameters and the generator afterwards."""
     parameters = experiment.guide_lm.trainable_parameters()
     before = [p.detach().clone() for p in parameters]
     try:
@@ -213,7 +239,7 @@ def as_it_was(experiment: Experiment) -> Iterator[None]:
 
 
 def _step(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: Callable[[], float]) -> float:
-    """Seconds of a step, the mean over tasks; of two the shorter one: the first may hold what is done once."""
+    """Seconds of a step, the mean over tasks: the shorter of two, because the first may include work done once."""
     trainer, taken = make(experiment), []
     for task in experiment.tasks:
         own, both = trainer.on(task.model, task.guide), []
@@ -226,7 +252,7 @@ def _step(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: 
 
 
 def _look(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: Callable[[], float]) -> float:
-    """Seconds of a look at one held-out observation; of several at once each takes at most as long."""
+    """Seconds of the evaluation of one held-out observation; several at once take at most as long each."""
     trainer, one, began = make(experiment), [x[:1] for x in experiment.held_out], clock()
     trainer.evaluate(*one)
     return clock() - began
@@ -234,9 +260,9 @@ def _look(experiment: Experiment, make: Callable[[Experiment], Trainer], clock: 
 
 def _why(size: Size, steps: int, to_try: Sequence[Size], wanted: int) -> str:
     if steps < min(ENOUGH, wanted):
-        return f"the fewest draws, and yet fewer than {min(ENOUGH, wanted)} steps, which seldom teach a guide"
+        return f"the fewest draws, and still fewer than {min(ENOUGH, wanted)} steps, which seldom suffice"
     if steps < wanted:
         return f"the fewest draws, since the recipe's {wanted:,} steps do not fit"
     if size != to_try[-1]:
-        return f"the most draws of which the recipe's {wanted:,} steps fit"
-    return f"the recipe's size, of which {wanted:,} steps fit"
+        return f"the most draws with which the recipe's {wanted:,} steps fit"
+    return f"the recipe's size, with which {wanted:,} steps fit"

@@ -14,16 +14,16 @@ from .data_files import read_each
 
 
 class TokenClassifier(nn.Module):
-    r"""How probable a text's label is, by which tokens it has.
+    r"""The probability of a text's label, by logistic regression on its tokens.
 
     .. math:: p(label \mid z) = \sigma(f(z)), \qquad f(z) = b + \sum_t w_{z_t}
 
-    Calling it on texts (..., L) gives :math:`\log \sigma(f(z))`, (...), at most 0: something for a `pyro.factor`.
+    Called on texts (..., L) it returns :math:`\log \sigma(f(z))`, (...), at most 0, for a `pyro.factor`.
 
-    :param vocab_size: of the language model whose tokens these are.
+    :param vocab_size: the size of the vocabulary whose tokens the texts have.
 
-        >>> garden = TokenClassifier.fitted(lm, texts, labels)
-        >>> pyro.factor("condition", garden(z))
+    >>> garden = TokenClassifier.fitted(lm, texts, labels)
+    >>> pyro.factor("condition", garden(z))
     """
 
     def __init__(self, vocab_size: int):
@@ -31,7 +31,11 @@ class TokenClassifier(nn.Module):
         self.weights, self.bias = nn.Parameter(torch.zeros(vocab_size)), nn.Parameter(torch.zeros(()))
 
     def logit(self, z: Tensor) -> Tensor:
-        """f(z) of texts (..., L), (...)."""
+        """f(z).
+
+        :param z: texts, (..., L).
+        :returns: (...).
+        """
         return self.bias + self.weights[z.clamp(min=0)].masked_fill(z == PAD, 0.0).sum(-1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -41,10 +45,17 @@ class TokenClassifier(nn.Module):
     def fitted(
         cls, lm: LanguageModel, texts: Sequence[str], labels: Sequence[bool], *, ridge: float = 1e-3, steps: int = 50
     ) -> TokenClassifier:
-        r"""The maximum of :math:`\frac1N \sum_n \log p(label_n \mid z_n) - \frac{ridge}2 |w|^2`, by L-BFGS, from zero.
+        r"""The classifier of the largest penalised likelihood, found by L-BFGS from zero.
 
-        It is the same on every call: a concave maximum, no randomness.
+        .. math:: \max_{w, b} \frac1N \sum_n \log p(label_n \mid z_n) - \frac{ridge}2 |w|^2
 
+        The objective is concave and nothing is random, so that every call gives the same.
+
+        :param lm: the language model that encodes the texts.
+        :param texts: N strings.
+        :param labels: N labels.
+        :param ridge: the weight of the penalty.
+        :param steps: the most iterations.
         :raises ValueError: unless there are as many labels as texts, of both kinds.
         """
         if len(texts) != len(labels) or len(set(map(bool, labels))) < 2:
@@ -65,9 +76,9 @@ class TokenClassifier(nn.Module):
 
 
 def read_labelled(path: str | Path) -> tuple[list[str], list[bool]]:
-    """Texts and their labels from a file, "0" or "1", a tab and a text a line; empty lines are passed over.
+    """Texts and their labels from a file: "0" or "1", a tab and a text in each line; blank lines are skipped.
 
-    :raises ValueError: naming the file and line, where a line is otherwise.
+    :raises ValueError: naming the file and line of anything else.
     """
 
     def parse(line: str) -> tuple[str, bool]:

@@ -1,6 +1,6 @@
-"""Constrained generation: the conditions, on the embedded stories or on prompts of one's own.
+"""Constrained generation: the conditions, on the embedded stories or on the user's prompts.
 
-Its programs are `programs/constrained.py`.
+The programs are in `programs/constrained.py`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from .programs.constrained import LONGEST, Constrained
 CONSTRAINTS = "lexical", "regex", "learned"
 WORDS_TEMPLATE = "Words: {w}\n{x}"
 EMBEDDED_WORDS = "Note:{w}.\n{x}"
-PATTERN = r" \w+ \w+ the old \w+\. \w+ w\w+ it\."  # an old thing, and a verb with w, as few things let happen
-LABEL = "garden"  # the learned condition: it sounds like a story of this place
+PATTERN = r" \w+ \w+ the old \w+\. \w+ w\w+ it\."  # an old thing, and a verb with w, which fits few things
+LABEL = "garden"  # the learned condition: the sentence is like those of stories of this place
 TRAINING_WORDS, TEST_PROMPTS = 2048, 8
-PENALTY = 12.0  # nats: where a hundredth of the mass satisfies, the rest keeps e^-12 / 0.01 = 0.0006
+PENALTY = 12.0  # nats: if a hundredth of the mass satisfies it, the rest keeps e^-12 / 0.01 = 0.0006
 RECIPES = {
     "lexical": Recipe(steps=600, quick_steps=200, observations=32, particles=4, learning_rate=3e-3, output_layer=True),
     "regex": Recipe(steps=150, quick_steps=50, learning_rate=3e-3, output_layer=True),
@@ -44,7 +44,7 @@ RECIPES = {
 
 
 class ContainsWords:
-    """The lexical condition: every word of w stands in the text, as a whole word; log c(z, w) is 0 or -inf.
+    """The lexical condition: the text contains every word of w as a whole word; log c(z, w) is 0 or -inf.
 
     z (..., B, L), w (B, L') -> (..., B).
     """
@@ -70,9 +70,10 @@ def _stands_in(word: str, said: str) -> bool:
 
 
 class Planted(Exploration):
-    """The guide's texts, with the words asked for written over tokens of theirs: what satisfies is seldom drawn.
+    """Draws the guide's texts and writes the words of the condition over some of their tokens.
 
-    :param where: "anywhere", evenly, or "end": the last tokens before the stop.
+    :param where: "anywhere", uniformly, or "end": the last tokens before the stop.
+    :raises ValueError: for another ``where``.
     """
 
     def __init__(self, where: str = "anywhere"):
@@ -84,7 +85,7 @@ class Planted(Exploration):
         drawn = source.draw(source.guide, num_particles)
         z, w = drawn["z"], source.args[1]
         size = text.length(w)  # (B)
-        room = text.length(z) - 1 - size  # (particle, B), the stop stays
+        room = text.length(z) - 1 - size  # (particle, B); the stop stays
         start = room if self.where == "end" else (torch.rand_like(room, dtype=torch.float) * (room + 1)).long()
         offset = torch.arange(z.shape[-1], device=z.device) - start[..., None]
         inside = (offset >= 0) & (offset < size[:, None]) & (room >= 0)[..., None]
@@ -93,7 +94,7 @@ class Planted(Exploration):
 
 
 def next_sentence(lm: LanguageModel, things: Sequence[str] = OBJECTS, adjectives: Sequence[str] = ADJECTIVES) -> Slots:
-    """An embedded story's middle, with one of these objects and one of these adjectives."""
+    """A constraint: the middles of the embedded stories with one of these objects and one of these adjectives."""
     got, described, objects = ([f" {word}" for word in words] for words in (GETTING, adjectives, things))
     return Slots(lm, [[" He", " She"], got, [" the"], described, objects, ["."]])
 
@@ -101,7 +102,10 @@ def next_sentence(lm: LanguageModel, things: Sequence[str] = OBJECTS, adjectives
 def rest_of_story(
     lm: LanguageModel, verbs: Sequence[str] = VERBS, adjectives: Sequence[str] = ADJECTIVES
 ) -> tuple[Slots, int]:
-    """An embedded story's middle and ending and eos, with these verbs and adjectives; how many tokens before eos."""
+    """A constraint: middles and endings of the embedded stories with these verbs and adjectives, then eos.
+
+    Also returns their length without eos.
+    """
     got, described, things, happened = (
         [f" {word}" for word in words] for words in (GETTING, adjectives, OBJECTS, verbs)
     )
@@ -125,30 +129,35 @@ def experiment(
 ) -> Experiment:
     """Texts that satisfy a condition, in the language model's own proportions: words, a pattern or a classifier.
 
-    On the embedded story LM, its sentences spelled by the grammar of the stories so that all that satisfy can be
-    counted, or on ``lm`` with the prompts of the file ``data``.
+    It runs on the embedded story LM, limited to sentences of the stories so that all texts that satisfy it can be
+    counted; or on ``lm`` with the prompts of the file ``data``.
 
-    :param constraint: "lexical": a story's next sentence contains an object that training did not ask for after
-        this beginning; "regex": the rest of a story matches ``pattern``; "learned": a classifier
-        likes its next sentence.
-    :param words: for "lexical" on other language models: words to contain, with commas between alternatives that take
-        turns over the prompts, "fire, cold water".
-    :param pattern: for "regex", of the whole text; needs the extra ``grammar``.
-    :param labelled: for "learned" on other language models: a file to fit the classifier on, see `read_labelled`.
-    :raises ValueError: for a constraint that is none of these, and another language model without what it needs.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with a prompt in each line; None: the embedded stories.
+    :param constraint: "lexical": the next sentence contains an object, in a combination with the beginning that
+        training did not have; "regex": the rest of the story matches ``pattern``; "learned": a classifier's probability
+        of the next sentence.
+    :param words: for "lexical" with ``data``: the words to contain, with commas between alternatives that the prompts
+        take in turn, "fire, cold water".
+    :param pattern: for "regex" with ``data``: a regular expression of the whole text; needs the extra ``grammar``.
+    :param labelled: for "learned" with ``data``: a file to fit the classifier on, see `read_labelled`.
+    :param max_tokens: the most tokens of a text before its stop, with ``data``; None: 30.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another constraint, and another language model without what it needs.
     """
     if constraint not in CONSTRAINTS:
         raise ValueError(f"constraint: expected one of {', '.join(map(repr, CONSTRAINTS))}, got {constraint!r}")
-    needs, recipe = "prompts of its own, a file with a prompt a line", RECIPES[constraint] if data is None else Recipe()
+    needs, recipe = "prompts of its own, a file with one per line", RECIPES[constraint] if data is None else Recipe()
     start = Start.of("constrained", "stories", lm, data, recipe, needs, **options)
     needed = {"lexical": ("words", words), "regex": ("pattern", pattern), "learned": ("labelled", labelled)}
     for of, (name, value) in needed.items():
         if value is not None and (of != constraint or data is None):
-            raise ValueError(f"{name}: it goes with the constraint {of!r} and prompts of your own, `data`")
+            raise ValueError(f"{name}: it is for the constraint {of!r} with prompts of your own, `data`")
         if value is None and of == constraint and data is not None:
-            raise ValueError(f"{name}: the constraint {constraint!r} needs it on prompts of your own")
+            raise ValueError(f"{name}: the constraint {constraint!r} needs it with prompts of your own")
     if max_tokens is not None and data is None:
-        raise ValueError("max_tokens: it goes with prompts of your own, `data`; the embedded ones have theirs")
+        raise ValueError("max_tokens: it is for prompts of your own, `data`; the embedded prompts have a fixed length")
     value = needed[constraint][1]
     if data is None or value is None:
         setup = EMBEDDED[constraint](start.lm, start.guide_lm)
@@ -178,7 +187,7 @@ class Setup(NamedTuple):
     task: Constrained
     observations: Sequence[Sequence[tuple[str, ...]]]
     exploration: Exploration | None = None
-    satisfying: Callable[..., Tensor] | None = None  # (x, w) -> all texts that can satisfy, and perhaps more, (K, L)
+    satisfying: Callable[..., Tensor] | None = None  # (x, w) -> all texts that can satisfy it, perhaps more, (K, L)
 
 
 def _encode(lm: LanguageModel, observations: Sequence[tuple[str, ...]]) -> tuple[Tensor, ...]:
@@ -187,7 +196,7 @@ def _encode(lm: LanguageModel, observations: Sequence[tuple[str, ...]]) -> tuple
 
 
 def _embedded_lexical(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
-    """A story's next sentence contains an object; no object is asked for again after the same beginning."""
+    """A story's next sentence contains an object; no combination of object and beginning occurs twice."""
     random = Random("words")
     observations = [(x, f" {thing}") for (x,) in sum(beginnings(), []) for thing in OBJECTS]
     chosen = random.sample(observations, TRAINING_WORDS + 2 * TEST_PROMPTS)
@@ -215,7 +224,7 @@ def _embedded_regex(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
 
 
 def _embedded_learned(lm: LanguageModel, guide_lm: LanguageModel) -> Setup:
-    """The next sentence of a story is liked by a classifier, which was shown sentences of one place and of others."""
+    """A classifier's probability of a story's next sentence; it was fitted to sentences of one place and of others."""
     told = embedded.data("stories", "train")
     likes = TokenClassifier.fitted(lm, [s.z for s in told], [LABEL in s.x for s in told])
     sentences = next_sentence(lm)
@@ -227,7 +236,7 @@ EMBEDDED = {"lexical": _embedded_lexical, "regex": _embedded_regex, "learned": _
 
 
 def beginnings() -> tuple[list[tuple[str]], list[tuple[str]], list[tuple[str]]]:
-    """The embedded stories' 64 beginnings for training, validation and test."""
+    """The embedded stories' 64 beginnings, for training, validation and test."""
     told = [(f"{name} went to the {place}.",) for name in NAMES for place in PLACES]
     Random("beginnings").shuffle(told)
     return told[2 * TEST_PROMPTS :], told[:TEST_PROMPTS], told[TEST_PROMPTS : 2 * TEST_PROMPTS]
@@ -236,7 +245,7 @@ def beginnings() -> tuple[list[tuple[str]], list[tuple[str]], list[tuple[str]]]:
 def _of_file(
     lm: LanguageModel, guide_lm: LanguageModel, constraint: str, value: str, prompts: list[str], max_tokens: int
 ) -> Setup:
-    """A task on prompts of one's own; ``value``: the words, the pattern or the labelled file."""
+    """A task on the user's prompts; ``value``: the words, the pattern or the labelled file."""
     make = partial(Constrained, lm, guide_lm, max_tokens=max_tokens)
     if constraint == "lexical":
         kinds = [kind.strip() for kind in value.split(",")]

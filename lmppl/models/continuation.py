@@ -1,4 +1,4 @@
-"""Continuation of the embedded stories, or of prompts of one's own; its programs are `programs/continuation.py`."""
+"""Continuation of the embedded stories, or of the user's prompts; the programs are in `programs/continuation.py`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .programs.continuation import EMBEDDED_LONGEST, PLAIN, Continuation, temper
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
 CONDITIONED, EMBEDDED_CONDITIONED = "Temperature {T}. {x}", "{T}\n{x}"  # prompts of a guide of several temperatures
 LONGEST = 30  # tokens of a continuation on other language models
-EMBEDDED_PROMPT = "Story: {x}\nStory:"  # what follows is the same story's next sentence, or another story's first
+EMBEDDED_PROMPT = "Story: {x}\nStory:"  # the same story's next sentence follows, or another story's first
 TEST_PROMPTS, HELD_OUT_PROMPTS = 8, 8
 
 
 def symbols(T: float) -> str:
-    """A temperature in hundredths, in the embedded language model's words: it has no digits, so symbols stand in."""
+    """A temperature in hundredths, in symbols: the embedded language model has no digits."""
     return f"{round(100 * T):03d}".translate(str.maketrans("0123456789", "|-#*();,?!"))
 
 
 def embedded_prompts() -> tuple[list[str], list[str], list[str]]:
-    """The embedded stories' 64 beginnings for training, validation and test, no beginning in two of them."""
+    """The embedded stories' 64 beginnings for training, validation and test; no beginning is in two of them."""
     told = sorted({story.x for name in ("train", "validation", "test") for story in embedded.data("stories", name)})
     Random("beginnings").shuffle(told)
     prompts = [EMBEDDED_PROMPT.format(x=x) for x in told]
@@ -41,7 +41,7 @@ def embedded_prompts() -> tuple[list[str], list[str], list[str]]:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The distinct lines of a text file, a prompt a line, in their order; errors as of `read_each`."""
+    """The distinct lines of a text file, a prompt in each line, in their order; errors as in `read_each`."""
     return list(dict.fromkeys(read_each(path, str.strip, "prompt")))
 
 
@@ -55,13 +55,18 @@ def experiment(
 ) -> Experiment:
     """The next sentence after a prompt, from the language model with its sequences tempered.
 
-    On the embedded story LM, where the target is known, or on ``lm`` with the prompts of the file ``data``.  Several
-    temperatures: one guide for all of them, which reads its temperature in its prompt.
+    It runs on the embedded story LM, whose target is known, or on ``lm`` with the prompts of the file ``data``.
 
-    :raises ValueError: for another language model without ``data``, or prompts too long for its context.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with a prompt in each line; None: the embedded stories.
+    :param temperature: T, or several: one guide for all of them, which reads T in its prompt.
+    :param max_tokens: the most tokens of a sentence before its stop; None: 7 on the embedded stories, 30 with ``data``.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``, and prompts that are too long for its context.
     """
     several, known = temperatures(temperature), data is None  # known: the target can be enumerated
-    needs = "prompts of its own, a file with a prompt a line"
+    needs = "prompts of its own, a file with one prompt per line"
     start = Start.of("continuation", "stories", lm, data, Recipe(), needs, **options)
     prompts = embedded_prompts() if data is None else split(read_prompts(data))
     template, write = wording(several, known)
@@ -95,20 +100,20 @@ def experiment(
 
 
 def wording(several: Sequence[float], known: bool) -> tuple[str, Callable[[float], str]]:
-    """The guide's prompt, and how it is told a temperature.
+    """The guide's prompt, and the function that writes a temperature into it.
 
-    :raises ValueError: naming ``temperature``, where two of several are written alike.
+    :raises ValueError: naming ``temperature``, where two of several are written in the same way.
     """
     if len(several) == 1:
         return PLAIN, "{:g}".format
     template, write = (EMBEDDED_CONDITIONED, symbols) if known else (CONDITIONED, "{:g}".format)
     if len({write(t) for t in several}) < len(several):
-        raise ValueError(f"temperature: {several} are not all written differently in the guide's prompt")
+        raise ValueError(f"temperature: two of {several} look the same in the guide's prompt")
     return template, write
 
 
 def _refuse_long(task: Continuation, prompts: Sequence[str], several: Sequence[float]) -> None:
-    """Raise ValueError naming the first prompt that with its continuation exceeds the context."""
+    """Raises ValueError naming the first prompt that with its continuation exceeds the context."""
     lm, T = task.lm, torch.tensor(several[:1], device=task.lm.device)
     if lm.max_length is None:
         return

@@ -1,4 +1,4 @@
-"""Contrastive on the embedded stories, or on prompts of one's own; its programs are `programs/contrastive.py`."""
+"""Contrastive on the embedded stories, or on the user's prompts; the programs are in `programs/contrastive.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .experiment import Experiment, Options, Recipe, Start, split
 from .programs.contrastive import EMBEDDED_LONGEST, Contrastive, Pair
 
 LONGEST = 30  # tokens of a continuation on other language models
-EMBEDDED_PROMPT = "Story: {x}\nStory:"  # what follows is the same story's next sentence, or another story's first
+EMBEDDED_PROMPT = "Story: {x}\nStory:"  # the same story's next sentence follows, or another story's first
 SIZES = 512, 16, 16  # pairs for training, validation and test
 RECIPE = Recipe(steps=300, quick_steps=100)
 
@@ -35,7 +35,7 @@ def sentences(lm: LanguageModel) -> Slots:
 
 
 def character_pairs() -> list[list[Pair]]:
-    """Beginnings of stories for training, validation and test, no beginning in two of them."""
+    """Pairs of beginnings of stories for training, validation and test; no beginning is in two of them."""
     random = Random("characters")
     told = [EMBEDDED_PROMPT.format(x=f"{name} went to the {place}.") for name in NAMES for place in PLACES]
     random.shuffle(told)
@@ -44,9 +44,9 @@ def character_pairs() -> list[list[Pair]]:
 
 
 def object_pairs() -> list[list[Pair]]:
-    """Middles of stories that differ in their object, for training, validation and test: no two objects in two of them.
+    """Pairs of middles that differ in their object, for training, validation and test, without common pairs.
 
-    In every other pair a verb fits both objects, so that the contrast must find the one that fits x alone.
+    In every other pair one verb fits both objects, so that the contrast must find the verb that fits x alone.
     """
     random, count = Random("objects"), len(OBJECTS)
     close = [(i, (i + 1) % count) for i in range(count)]
@@ -55,7 +55,7 @@ def object_pairs() -> list[list[Pair]]:
     random.shuffle(far)
 
     def taken(pairs: list[tuple[int, int]], size: int) -> list[tuple[int, int]]:
-        """``size`` pairs, which are then gone; where there are too few, they come again."""
+        """Removes ``size`` pairs from the list and returns them, repeated where there are too few."""
         own, pairs[:] = pairs[:size], pairs[size:]
         return [own[i % len(own)] for i in range(size)]
 
@@ -82,7 +82,7 @@ def pair(line: str) -> Pair:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Pairs of prompts from a text file, two a line with a tab between them; errors as of `read_each`."""
+    """Pairs of prompts from a text file, two in each line with a tab between them; errors as in `read_each`."""
     return read_each(path, pair, "pair of prompts")
 
 
@@ -98,15 +98,23 @@ def experiment(
 ) -> Experiment:
     """What is likely after one prompt and unlikely after another: p(z|x)^a / p(z|x')^b.
 
-    On the embedded story LM, its sentences spelled by the grammar of the stories so that all of them can be counted, or
-    on ``lm`` with the file ``data``, two prompts a line with a tab between them.
+    It runs on the embedded story LM, limited to sentences of the stories so that all of them can be counted, or on
+    ``lm`` with the prompts of the file ``data``.
 
-    :param differ: in what the two embedded prompts differ: "characters" (the default) or "objects", which is harder.
-    :raises ValueError: for another language model without ``data``, and ``differ`` with it or unknown.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with two prompts in each line, with a tab between them; None: the embedded stories.
+    :param a: the power of p(z|x), positive.
+    :param b: the power of p(z|x'), not negative.
+    :param max_tokens: the most tokens of a sentence before its stop; None: 5 on the embedded stories, 30 with ``data``.
+    :param differ: how the two embedded prompts differ: in "characters" (None, the default) or in "objects", which is
+        harder.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``, and ``differ`` with ``data`` or unknown.
     """
     if differ is not None and (data is not None or differ not in DIFFER):
         raise ValueError(f"differ: expected one of {', '.join(map(repr, DIFFER))}, without `data`; got {differ!r}")
-    needs, known = "prompts of its own, a file with two a line, tab between", data is None
+    needs, known = "prompts of its own, a file with two per line and a tab between", data is None
     start = Start.of("contrastive", "stories", lm, data, RECIPE, needs, **options)
     pairs = DIFFER[differ or "characters"]() if data is None else split(read_pairs(data))
     longest, allowed = (EMBEDDED_LONGEST, sentences(start.lm)) if known else (LONGEST, None)

@@ -1,4 +1,4 @@
-"""Data files of one's own: UTF-8, a byte-order mark is no text, and lines end at newlines alone."""
+"""Reads the user's data files: UTF-8, with or without a byte-order mark; lines end at newlines only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def read_text(path: str | Path, name: str = "data") -> str:
     """The text of a file.
 
     :param name: the argument that an error names.
-    :raises ValueError: naming the file where it is a directory or what it should not be, and line and byte where it is
-        not UTF-8 or has a NUL byte, as UTF-16 has.
+    :raises ValueError: naming the file, where it is a directory, and line and byte, where it is not UTF-8 or has a NUL
+        byte (as UTF-16 has).
     """
     if Path(path).is_dir():
         raise ValueError(f"{name}: {path} is a directory; expected a file")
     content = Path(path).read_bytes().removeprefix(MARK)
     if b"\0" in content and not content.startswith((b"\xff\xfe", b"\xfe\xff")):
         line = content[: content.index(b"\0")].count(b"\n") + 1
-        raise ValueError(f"{name}: {path}, line {line} has a NUL byte, which no text has; save the file as UTF-8")
+        raise ValueError(f"{name}: {path}, line {line} has a NUL byte, which is not text; save the file as UTF-8")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -37,7 +37,7 @@ def read_text(path: str | Path, name: str = "data") -> str:
 def read_lines(path: str | Path, name: str = "data") -> Iterator[tuple[int, str]]:
     r"""The lines of a text file that are not blank, each with its number from 1.
 
-    A line ends at "\n" or "\r\n".  What else Unicode calls a line's end (U+2028, U+0085, "\v") is part of the text.
+    A line ends at "\n" or "\r\n".  The other line ends of Unicode (U+2028, U+0085, "\v") are part of the text.
 
     :raises ValueError: as `read_text`.
     """
@@ -47,9 +47,9 @@ def read_lines(path: str | Path, name: str = "data") -> Iterator[tuple[int, str]
 
 
 def read_each(path: str | Path, parse: Callable[[str], T], what: str, name: str = "data") -> list[T]:
-    """What ``parse`` makes of each line of a text file; empty lines are passed over.
+    """What ``parse`` returns for each line of a text file; blank lines are skipped.
 
-    :param what: the file's lines in a word, for an error.
+    :param what: what a line holds, in words, for an error.
     :raises ValueError: as `read_text`; naming file and line, where ``parse`` raises one; and where there is no line.
     """
     found = []
@@ -64,9 +64,9 @@ def read_each(path: str | Path, parse: Callable[[str], T], what: str, name: str 
 
 
 def read_json(path: str | Path, name: str = "data") -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
-    :raises ValueError: naming file and line, where it is not UTF-8 or no JSON.
+    :raises ValueError: naming file and line, where it is not UTF-8 or not JSON.
     """
     written = read_text(path, name)
     try:
@@ -77,17 +77,17 @@ def read_json(path: str | Path, name: str = "data") -> Any:
 
 
 def parsed(written: str) -> Any:
-    """The JSON that is written.
+    """The value of a JSON string.
 
-    :raises ValueError: without the place, where it is no JSON, or has half of a character (a lone surrogate).
+    :raises ValueError: without the place, where it is not JSON, or has half of a character (a lone surrogate).
     """
     try:
         found = json.loads(written)
         json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"is no JSON: {error.msg} at character {error.colno}") from error
+        raise ValueError(f"is not JSON: {error.msg} at character {error.colno}") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"has half of a character, {error.object[error.start]!r}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets within brackets
-        raise ValueError(f"is no JSON that can be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # a number with too many digits, too many nested brackets
+        raise ValueError(f"is not JSON that can be read: {error}") from error
     return found

@@ -1,4 +1,4 @@
-"""The usual ways to decode from a language model, for comparison."""
+"""The usual methods of decoding from a language model, for comparison."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from ..language_model import LanguageModel
 def generate(
     lm: LanguageModel, x: Tensor, n: int, *, max_tokens: int, stop: str | int = ".", **options: object
 ) -> Tensor:
-    """``n`` continuations of each prompt by Hugging Face `generate`, as texts (n, B, max_tokens + 1) that end in stop.
+    """``n`` continuations of each prompt by Hugging Face's `generate`, (n, B, max_tokens + 1), with their stops.
 
-    ``options`` are those of a `GenerationConfig`, e.g. ``do_sample=True, top_p=0.9`` or ``num_beams=16``: the base
-    weights, with no adapter.  Where a method gives one answer (greedy), it is repeated.  Prompts x (B, L).
+    It uses the base weights, without an adapter.  A method that gives one answer (greedy) is repeated.
+
+    :param x: prompts, (B, L).
+    :param options: those of a `GenerationConfig`, e.g. ``do_sample=True, top_p=0.9`` or ``num_beams=16``.
     """
     ends = lm.stop_ids(stop)
     single = not options.get("do_sample") and not options.get("num_beams")
@@ -60,15 +62,18 @@ def beams(
 
     .. math:: \log p(z_{1..t} \mid x) - penalty \cdot \#\{\text{beams of earlier groups that chose } z_t \text{ now}\}
 
-    so that one group is plain beam search.  Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
-    ``allowed`` (V,): the tokens that there are, p being shared among them.
+    so that one group is plain beam search.
 
-    :raises ValueError: naming ``groups``, where it does not divide ``n``, or ``prompt``, where the model's context does
-        not hold it with ``max_tokens``.
+    :param x: prompts, (B, L).
+    :param allowed: (V,), the tokens that may be chosen; p is normalised over them.
+    :raises ValueError: naming ``groups``, where it does not divide ``n``, or ``prompt``, where prompt and
+        ``max_tokens`` do not fit into the model's context.
+
+    Source: Vijayakumar et al. 2018, "Diverse beam search", with Hamming diversity.
     """
     if groups < 1 or n % groups:
         raise ValueError(f"groups: {groups} does not divide the {n} beams")
-    Completion(lm, x, max_tokens=max_tokens, stop=stop)  # refuses what the context does not hold
+    Completion(lm, x, max_tokens=max_tokens, stop=stop)  # raises where the context is too short
     at_once = max(1, rows_at_once(lm, x, max_tokens) // n)
     if len(x) > at_once:
         parts = [
@@ -79,7 +84,7 @@ def beams(
     ends, width, count = lm.stop_ids(stop), n // groups, len(x)
     z = torch.full((count, groups, width, max_tokens), text.PAD, device=x.device)
     log_p = torch.full((count, groups, width), -torch.inf, device=x.device)
-    log_p[..., 0] = 0.0  # one empty text; the others are its copies
+    log_p[..., 0] = 0.0  # one empty text; the other beams are copies of it
     row = torch.arange(count * n, device=x.device)
     state, over = decoder(lm, x, row // n), torch.zeros_like(log_p, dtype=torch.bool)  # (B, G, K)
     for t in range(max_tokens):
@@ -87,10 +92,10 @@ def beams(
         if allowed is not None:
             gain = gain.masked_fill(~allowed, -torch.inf).log_softmax(-1)
         stay = torch.full_like(gain, -torch.inf)
-        stay[..., ends[0]] = 0.0  # a finished text has one continuation: itself
+        stay[..., ends[0]] = 0.0  # a finished text is its own only continuation
         total = log_p[..., None] + torch.where(over[..., None], stay, gain)
         used = torch.zeros_like(total[:, 0, 0])  # (B, V)
-        source = row.view(over.shape).clone()  # the row that each continues
+        source = row.view(over.shape).clone()  # the row that each beam continues
         for g in range(groups):
             charged = total[:, g] - penalty * used[:, None].masked_fill(over[:, g, :, None], 0.0)
             chosen = charged.flatten(1).topk(width).indices  # (B, K)
@@ -111,7 +116,7 @@ def beams(
 
 
 def ended(z: Tensor, ends: Tensor | int, max_tokens: int) -> Tensor:
-    """Texts (..., L) up to their first one of ``ends``; the first of these is appended where there is none:
+    """Texts (..., L) up to their first token of ``ends``, to which the first of ``ends`` is added where there is none:
     (..., max_tokens + 1).
     """
     ends = torch.as_tensor(ends, device=z.device).reshape(-1)
@@ -132,5 +137,5 @@ def log_likelihood(
     stop: str | int = ".",
     allowed: Constraint | None = None,
 ) -> Tensor:
-    """log p(z | x) under ``lm`` itself, whoever proposed z (n, B, E): (n, B)."""
+    """log p(z | x) under ``lm``, whatever method drew z (n, B, E): (n, B)."""
     return Completion(lm, x, max_tokens=max_tokens, stop=stop, allowed=allowed).log_prob(z)

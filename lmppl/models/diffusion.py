@@ -1,4 +1,4 @@
-"""Infilling by unmasking on the embedded stories, or on stories of one's own; its programs: `programs/diffusion.py`."""
+"""Infilling by unmasking, on the embedded stories or on the user's; the programs are in `programs/diffusion.py`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .experiment import Experiment, Options, Recipe, Start, embedded_splits, spl
 from .infilling import read_stories
 from .programs.diffusion import Diffusion
 
-RECIPE = Recipe(observations=4, particles=8)  # a step reads each text as often as it has words to fill
+RECIPE = Recipe(observations=4, particles=8)  # a step reads each text once for each word to fill
 
 
 def experiment(
@@ -30,17 +30,22 @@ def experiment(
 ) -> Experiment:
     """The missing middle sentence of a story, by a masked language model that unmasks it word by word.
 
-    On the embedded masked story LM, or on ``lm`` with the stories of the file ``data``.  From left to right there is
-    one path for each text, and the exact posterior can be enumerated; for other orders see `text_log_joint`.
+    It runs on the embedded masked story LM, or on ``lm`` with the stories of the file ``data``.  From left to right
+    each text has one path, and the exact posterior can be enumerated; for other orders see `text_log_joint`.
 
-    :param guide_order: None: as ``order``.
-    :param reader: a causal language model, or the name of a checkpoint, that reads the end.
+    :param lm: a masked language model; None: the embedded one.
+    :param data: a text file with a story of three sentences in each line; None: the embedded stories.
+    :param order: the order of the model's unmasking: "random", "left-to-right", "confidence" or "learned".
+    :param guide_order: the order of the guide's; None: as ``order``.
+    :param reader: a causal language model, or the name of a checkpoint, that reads the end; None: the embedded one.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
     :raises ValueError: for another language model without ``data`` and ``reader``.
     """
-    needs = "stories of its own, a file with a story a line"
+    needs = "stories of its own, a file with one story per line"
     start = Start.of("diffusion", "masked_stories", lm, data, RECIPE, needs, kind=MaskedLanguageModel, **options)
     if reader is None and data is not None:
-        raise ValueError("reader: stories of one's own need a causal language model that reads their ends")
+        raise ValueError("reader: stories of your own need a causal language model that reads their ends")
     if not isinstance(reader, LanguageModel):
         device = start.lm.device
         read = LanguageModel.embedded if reader is None else LanguageModel.from_pretrained
@@ -57,11 +62,11 @@ def experiment(
 
 @torch.no_grad()
 def text_log_joint(task: Diffusion, x: Tensor, y: Tensor, middles: Tensor) -> Tensor:
-    r"""log p(z, y | x) of texts z, whatever path wrote them: middles (K, B, n) -> (K, B).
+    r"""log p(z, y | x) of texts z, summed over the paths that write them: middles (K, B, n) -> (K, B).
 
     .. math:: p(z, y \mid x) = p_{reader}(y \mid x, z) \sum_\sigma p(z, \sigma \mid x)
 
-    The sum over orders is that of `Unmasking.text_log_prob`.  Its softmax over all middles that there are is the exact
+    The sum over orders is that of `Unmasking.text_log_prob`.  The softmax over all possible middles is the exact
     posterior of the text.
     """
     prior = task.prior(x)

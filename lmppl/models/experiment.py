@@ -1,4 +1,4 @@
-"""An experiment: programs, data, a recipe, and the truth where it can be had."""
+"""An experiment: programs, data, a recipe for training, and the exact posterior where it can be computed."""
 
 from __future__ import annotations
 
@@ -31,12 +31,31 @@ TEST_OBSERVATIONS = 16
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a guide is trained; see docs/recipes.md.
+    """How a guide is trained: steps, sizes, learning rate, objective and adapter.
 
-    The defaults are for small networks, and won `benchmarks/recipes.py`; `PRETRAINED` is for large ones.
+    The defaults are for small networks; they won the comparison of `benchmarks/recipes.py`.  `PRETRAINED` is for large
+    ones.  See docs/recipes.md.
 
-    :param upper_layers: which layers get an adapter: so many counted from the top (an integer), or such a share of
-        them (a float, 1.0 are all); None: all.  The output layer is none of them, see ``output_layer``.
+    :param steps: how many updates.
+    :param quick_steps: how many updates in a quick run.
+    :param observations: observations in a step.
+    :param particles: draws of the guide for each observation.
+    :param learning_rate: of AdamW.
+    :param betas: of AdamW.
+    :param objective: makes the `Objective`: a class, or a function without arguments.
+    :param replay: makes the `Replay` buffer; None: there is none.
+    :param adapter: the arguments of peft's `LoraConfig`.
+    :param output_layer: whether the output layer gets an adapter, too, see `linear_layers`.
+    :param upper_layers: which layers get an adapter, counted from the top: a number of layers (an integer) or a share
+        of them (a float, 1.0 is all); None: all.  The output layer is none of them, see ``output_layer``.
+
+    Example::
+
+        from lmppl.models import EXPERIMENTS
+
+        recipe = Recipe(steps=200, particles=8, learning_rate=3e-3, objective=Linex)
+        experiment = EXPERIMENTS["infilling"](recipe=recipe)
+        experiment.gflownet().fit(experiment.batches, recipe.steps)
     """
 
     steps: int = 1000
@@ -52,7 +71,12 @@ class Recipe:
     upper_layers: int | float | None = None
 
     def passes(self, count: int, seed: int = 0) -> Callable[[int], torch.Tensor]:
-        """Which of ``count`` observations a step trains on: a pass in an order of its own, then another."""
+        """Which observations a step trains on: passes over all of them, each in a new random order.
+
+        :param count: how many observations there are.
+        :param seed: of the orders.
+        :returns: a function of the step that returns the numbers of the observations.
+        """
         size = min(self.observations, count)
 
         def chosen(step: int) -> torch.Tensor:
@@ -63,7 +87,12 @@ class Recipe:
         return chosen
 
     def batches(self, *observations: torch.Tensor, seed: int = 0) -> Callable[[int], tuple[torch.Tensor, ...]]:
-        """The arguments of a training step: of each tensor the rows that `passes` chooses."""
+        """The batches of a training.
+
+        :param observations: the arguments of model and guide, one row of each for each observation.
+        :param seed: of the orders, see `passes`.
+        :returns: a function of the step that returns the arguments for the observations of this step.
+        """
         chosen = self.passes(len(observations[0]), seed)
 
         def batch(step: int) -> tuple[torch.Tensor, ...]:
@@ -73,11 +102,20 @@ class Recipe:
         return batch
 
     def length(self, quick: bool) -> int:
-        """How many steps to train."""
+        """How many steps to train.
+
+        :param quick: whether the run is quick.
+        """
         return self.quick_steps if quick else self.steps
 
     def guide_lm(self, lm: V, seed: int = 0, checkpoint: str | Path | None = None) -> V:
-        """``lm`` with a fresh adapter of this recipe, or with the adapter saved at ``checkpoint``."""
+        """The guide's language model: ``lm`` with a new adapter of this recipe, or with a saved one.
+
+        :param lm: a language model.
+        :param seed: of the adapter's first weights.
+        :param checkpoint: a directory with a saved adapter; None: a new one.
+        :returns: another view of the same network.
+        """
         if checkpoint is not None:
             return lm.with_adapter(checkpoint)
         with torch.random.fork_rng(devices=[]):
@@ -91,9 +129,10 @@ class Recipe:
             return lm.with_adapter(peft.LoraConfig(**self.adapter | layers))
 
     def adapted(self, layers: int) -> int:
-        """How many of so many layers, counted from the top, get an adapter.
+        """How many layers, counted from the top, get an adapter.
 
-        :raises ValueError: where ``upper_layers`` is no such number.
+        :param layers: how many layers the network has.
+        :raises ValueError: for an ``upper_layers`` that is out of its range.
         """
         upper = self.upper_layers
         if upper is None:
@@ -104,16 +143,16 @@ class Recipe:
         return max(1, math.ceil(upper * layers - 1e-9)) if isinstance(upper, float) else upper
 
 
-#: The recipe of networks of more than 20 million parameters, as `benchmarks/pretrained_recipes.py` measures it.
+#: The recipe for networks with more than 20 million parameters, measured by `benchmarks/pretrained_recipes.py`.
 PRETRAINED = Recipe(observations=2, particles=8, learning_rate=1e-3)
 LARGE = 20_000_000
 
 
 def recipe_for(lm: View, own: Recipe, large: int = LARGE) -> Recipe:
-    """An experiment's own recipe, and on a large network its batch, rate, adapter and objective those of `PRETRAINED`.
+    """An experiment's own recipe; on a large network with the sizes, rate, adapter and objective of `PRETRAINED`.
 
-    A network of more than ``large`` parameters is: none of the embedded ones, most pretrained ones.  What is the
-    experiment's own stays so: its steps, its replay buffer, and an objective other than the usual one.
+    A network is large if it has more than ``large`` parameters: no embedded one has, most pretrained ones have.  The
+    experiment keeps its steps, its replay buffer, and an objective other than the default.
     """
     if sum(p.numel() for p in lm.network.base_parameters) <= large:
         return own
@@ -130,10 +169,11 @@ def recipe_for(lm: View, own: Recipe, large: int = LARGE) -> Recipe:
 
 
 def linear_layers(lm: View) -> list[str]:
-    """The names of all linear layers, the output layer too, which PEFT's "all-linear" leaves out.
+    """The names of all linear layers, including the output layer, which PEFT's "all-linear" leaves out.
 
-    A small language model has nearly equal embeddings for words that it has no reason to tell apart, and the norm
-    before the output layer bounds what can be made of the difference: a guide that must tell them apart cannot.
+    A small language model has nearly equal embeddings for words that it has no reason to distinguish, and the norm
+    before the output layer bounds how far the difference can be amplified.  A guide that must distinguish them needs an
+    adapter on the output layer.
     """
     names = (key.removesuffix(".weight") for key in lm.network.base_keys if key.endswith(".weight"))
     layers = {name: lm.model.get_submodule(name) for name in names}
@@ -142,9 +182,9 @@ def linear_layers(lm: View) -> list[str]:
 
 
 def decoder_layers(lm: View) -> list[str]:
-    """What the names of each decoder layer's modules begin with, from the bottom to the top.
+    """The prefix of the module names of each decoder layer, from the bottom to the top.
 
-    :raises ValueError: where the network keeps its layers in no list.
+    :raises ValueError: where the network has no list of its layers.
     """
     count = lm.model.config.get_text_config().num_hidden_layers
     for name, module in lm.model.named_modules():
@@ -155,14 +195,42 @@ def decoder_layers(lm: View) -> list[str]:
 
 @dataclass
 class Experiment:
-    """A latent-variable model ready to run."""
+    """A latent-variable model ready to run: programs, data, a recipe, and the exact posterior where it can be computed.
+
+    :param name: the name in the catalogue.
+    :param lm: the language model of the model.
+    :param guide_lm: the language model of the guide.
+    :param model: a Pyro program.
+    :param guide: a Pyro program with the model's latent sites.
+    :param batches: a function of the step that returns the arguments of a training step; or a list of `Task`, where
+        training uses other programs.
+    :param held_out: validation observations: arguments of model and guide.
+    :param test: test observations, which training does not use.
+    :param describe: a function from the number of a test observation to its description.
+    :param site: the latent site that is shown.
+    :param exact: computes the exact posterior; None: the space is too large.
+    :param recipe: how the guide is trained.
+    :param target: the name of the target distribution.
+    :param demonstrations: arguments of model and guide and a dict of values, with which a replay buffer starts.
+    :param shows: a function of a directory that returns what `lmppl compare` prints in addition, and saves pictures
+        there; None: nothing.
+
+    Example::
+
+        from lmppl.models import EXPERIMENTS
+
+        experiment = EXPERIMENTS["infilling"]()
+        trainer = experiment.gflownet()
+        trainer.fit(experiment.batches, steps=100, held_out=experiment.held_out)
+        trainer.run(*experiment.test).table(experiment.site, 0)
+    """
 
     name: str
     lm: View
     guide_lm: View
     model: Program
     guide: Program
-    # The arguments of a training step, or a list of tasks: programs to train on, where they are not these.
+    # The arguments of a training step, or a list of tasks where training uses other programs.
     batches: Callable[[int], tuple[Any, ...]] | Sequence[Task]
     held_out: tuple[Any, ...]  # validation observations
     test: tuple[Any, ...]  # unseen observations
@@ -172,17 +240,22 @@ class Experiment:
     recipe: Recipe = field(default_factory=Recipe)
     target: str = "the posterior"
     demonstrations: tuple[Any, ...] = ()  # arguments, and values that a replay buffer starts with
-    shows: Callable[[Path], str] | None = None  # what `compare` shows besides: says it, with pictures in a directory
+    shows: Callable[[Path], str] | None = None  # what `lmppl compare` prints in addition; saves pictures there
 
     def optimizer(self, learning_rate: float | None = None) -> torch.optim.Optimizer:
-        """AdamW over the guide's parameters, by the recipe unless told another learning rate."""
+        """AdamW over the guide's parameters.
+
+        :param learning_rate: None: the recipe's.
+        """
         rate = self.recipe.learning_rate if learning_rate is None else learning_rate
         return torch.optim.AdamW(self.guide_lm.trainable_parameters(), lr=rate, betas=self.recipe.betas)
 
     def sized(self, observations: int, particles: int) -> Experiment:
-        """The same experiment, of whose batches a step takes so many observations at a time, of so many particles.
+        """The same experiment with other sizes of a training step.
 
-        What is left of a batch waits for another pass.
+        :param observations: observations in a step; a batch is split into parts of this size, and the rest of it is
+            left out.
+        :param particles: draws of the guide for each observation.
         """
         recipe = replace(self.recipe, observations=observations, particles=particles)
         if callable(self.batches):
@@ -192,11 +265,11 @@ class Experiment:
 
     @property
     def tasks(self) -> list[Task]:
-        """The programs to train on, with their batches."""
+        """The programs to train on, each with its batches."""
         return [Task(self.model, self.guide, self.batches)] if callable(self.batches) else [*self.batches]
 
     def gflownet(self) -> GFlowNet:
-        """A trainer for the guide."""
+        """A `GFlowNet` trainer of the guide, by the recipe."""
         trainer = GFlowNet(
             self.model,
             self.guide,
@@ -212,7 +285,7 @@ class Experiment:
 
 
 def _parts(batches: Callable[[int], tuple[Any, ...]], rows: int) -> Callable[[int], tuple[Any, ...]]:
-    """Each batch so many observations at a time: a function of the step."""
+    """Each batch in parts of so many observations: a function of the step."""
     parts = max(1, len(batches(0)[0]) // rows)
 
     def part(step: int) -> tuple[Any, ...]:
@@ -223,21 +296,21 @@ def _parts(batches: Callable[[int], tuple[Any, ...]], rows: int) -> Callable[[in
 
 
 class Options(TypedDict, total=False):
-    """What every experiment takes besides what is its own."""
+    """The options of every experiment."""
 
-    recipe: Recipe | None  # how the guide is trained; None: as is best for the experiment, see `recipe_for`
+    recipe: Recipe | None  # how the guide is trained; None: the experiment's own, see `recipe_for`
     seed: int  # of the guide's first weights and of the batches
-    checkpoint: str | Path | None  # a trained adapter that the guide starts from
-    setting: str  # the target: "posterior", or "paper", the paper's released one
-    device: str | None  # where the embedded language model goes
+    checkpoint: str | Path | None  # a saved adapter from which the guide starts
+    setting: str  # the target: "posterior", or "paper", that of the paper's released code
+    device: str | None  # of the embedded language model
 
 
 @dataclass(frozen=True)
 class Start:
-    """What there is of an experiment before its programs: the language models, the recipe, and what is wanted."""
+    """What an experiment has before its programs: the language models, the recipe and the options."""
 
     name: str
-    lm: Any  # a LanguageModel, or what the experiment asks for
+    lm: Any  # a LanguageModel, or another kind of language model that the experiment needs
     guide_lm: Any
     recipe: Recipe
     seed: int
@@ -261,12 +334,12 @@ class Start:
         kind: type[View] = LanguageModel,
         **unknown: Any,
     ) -> Start:
-        """The start on ``lm``, or on the embedded language model ``world``, with the `Options` that were given.
+        """The start with ``lm``, or with the embedded language model ``world``, and with these `Options`.
 
         :param default: the recipe where none is given; on a large network, see `recipe_for`.
-        :param needs: what another language model needs as ``data``; None: nothing.
-        :param kind: of language model.
-        :raises ValueError: for another language model without ``data``, what is none, and a setting that is none.
+        :param needs: what another language model needs as ``data``, in words; None: nothing.
+        :param kind: the class of the language model.
+        :raises ValueError: for another language model without ``data``, one of another class, and an unknown setting.
         :raises TypeError: for other options.
         """
         if unknown:
@@ -291,10 +364,10 @@ class Start:
     ) -> Experiment:
         """The experiment with the programs ``task.model`` and ``task.guide``.
 
-        :param splits: observations to train on, to validate on and to test on.
-        :param describe: one of them in words.
-        :param encode: them to the programs' arguments; None: ``task.encode``.
-        :param fields: others of `Experiment`, or in place of what is made of these.
+        :param splits: observations for training, validation and test.
+        :param describe: a function from an observation to its description.
+        :param encode: a function from observations to the programs' arguments; None: ``task.encode``.
+        :param fields: other fields of `Experiment`, or replacements of those made here.
         """
         train, held_out, test = splits
         encode = encode or task.encode
@@ -309,18 +382,18 @@ class Start:
         return Experiment(self.name, self.lm, self.guide_lm, recipe=self.recipe, **made | fields)
 
     def longest(self, texts: Sequence[str]) -> int:
-        """The tokens of the longest of these texts."""
+        """The number of tokens of the longest of these texts."""
         return int(length(self.lm.encode(texts)).max())
 
 
 def embedded_splits(name: str) -> tuple[list[Any], list[Any], list[Any]]:
-    """Embedded observations to train on, and the first ones to validate on and to test on."""
+    """Embedded observations for training, and the first ones for validation and for test."""
     train, held_out, test = (embedded.data(name, s) for s in ("train", "validation", "test"))
     return train, held_out[:TEST_OBSERVATIONS], test[:TEST_OBSERVATIONS]
 
 
 def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
-    """The last eighth to validate on and the eighth before it to test on; one or two observations serve all three."""
+    """Observations for training, validation (the last eighth) and test (the eighth before); one or two serve all."""
     n = max(1, min(TEST_OBSERVATIONS, len(observations) // 8))
     if len(observations) < 3:
         return observations, observations[-1:], observations[-1:]
@@ -328,7 +401,7 @@ def split(observations: list[T]) -> tuple[list[T], list[T], list[T]]:
 
 
 def tempered(model: Program, temperature: float) -> Program:
-    r"""The model with its joint to the power 1 / temperature: what training ends at for a final reward temperature."""
+    """The model with its joint to the power 1 / temperature: the target of training with a final reward temperature."""
     if temperature == 1:
         return model
 

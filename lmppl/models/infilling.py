@@ -1,4 +1,4 @@
-"""Infilling on the embedded stories, or on stories of one's own; its programs are `programs/infilling.py`."""
+"""Infilling on the embedded stories, or on the user's; the programs are in `programs/infilling.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def story(line: str) -> Story:
 
 
 def read_stories(path: str | Path) -> list[Story]:
-    """Stories from a text file, a story of three sentences a line; errors as of `read_each`."""
+    """Stories from a text file, a story of three sentences in each line; errors as in `read_each`."""
     return read_each(path, story, "story")
 
 
@@ -40,11 +40,17 @@ def experiment(
 ) -> Experiment:
     """The missing middle sentence of a story, given its beginning and its end.
 
-    On the embedded story LM, where the posterior is known, or on ``lm`` with the stories of the file ``data``.
+    It runs on the embedded story LM, whose posterior is known, or on ``lm`` with the stories of the file ``data``.
 
-    :raises ValueError: for another language model without ``data``: the embedded stories are written in its vocabulary.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with a story of three sentences in each line; None: the embedded stories.
+    :param template: the guide's prompt, with the fields x and y.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``: the embedded stories are written in the embedded
+        LM's vocabulary.
     """
-    needs = "stories of its own, a file with a story a line"
+    needs = "stories of its own, a file with one story per line"
     start = Start.of("infilling", "stories", lm, data, Recipe(), needs, **options)
     stories = embedded_splits("stories") if data is None else split(read_stories(data))
     longest = EMBEDDED_LONGEST if data is None else min(LONGEST_MIDDLE, start.longest([s.z for s in stories[0]]))

@@ -1,4 +1,4 @@
-"""`Labelling`: what follows from p(z | x) and p(y | x, z), the factors of labels y that have a reason z."""
+"""`Labelling`: what follows from the two factors p(z | x) and p(y | x, z) of labels y with a reason z."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ from ..text import length
 
 
 class Labelling:
-    r"""The base of programs that have these factors, and a proposal: sums over all reasons, and predictions.
+    r"""The base class of programs with these two factors and a proposal: sums over all reasons, and predictions.
 
-    .. math:: p(z, y \mid x) = p(z \mid x) \, p(y \mid x, z)
+    .. math:: p(z, y \mid x) = p(z \mid x) \, p(y \mid x, z), \qquad p(y \mid x) = \sum_z p(z, y \mid x)
     """
 
     lm: LanguageModel
     labels: tuple[str, ...]
-    penalty: float  # nats, where another label is likelier
+    penalty: float  # nats, where another label is more probable
     plainly: str  # the prompt without a reason
     prior: Callable[[Tensor], Completion]  # p(z | x)
     proposal: Callable[[Tensor], Completion]  # q(z | x)
     log_labels: Callable[[Tensor, Tensor], Tensor]  # log p(y | x, z) for reasons (..., B, L): (..., B, C)
 
     def log_joint(self, x: Tensor, y: Tensor) -> Tensor:
-        """log p(z, y | x) of every reason z there can be, (K, B), by one pass over all of them; with gradient.
+        """log p(z, y | x) of every possible reason z, by one pass over all of them; with gradient.
 
-        :raises ValueError: where there are more than a million.
+        :param x: sentences, (B, L).
+        :param y: labels, (B,).
+        :returns: (K, B).
+        :raises ValueError: where there are more than a million reasons.
         """
         prior = self.prior(x)
         z = prior.enumerate_support()  # (K, B, L)
@@ -42,15 +45,23 @@ class Labelling:
         return prior.log_prob(z) + own - self.penalty * (own < log_p[..., : len(self.labels)].amax(-1))
 
     def log_likelihood(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""log p(y | x) :math:`= \log \sum_z p(z, y | x)`, (B,), exactly."""
+        r"""log p(y | x) :math:`= \log \sum_z p(z, y | x)`, exactly; with gradient.
+
+        :param x: sentences, (B, L).
+        :param y: labels, (B,).
+        :returns: (B,), nats.
+        """
         return self.log_joint(x, y).logsumexp(0)
 
     @torch.no_grad()
     def predict(self, x: Tensor, sampler: str = "prior", num_particles: int | None = None) -> Prediction:
-        r"""The labels' probabilities :math:`\sum_n w_n p(y \mid x, z_n)` and the vote, without y.
+        r"""Predicts the labels' probabilities :math:`\sum_n w_n p(y \mid x, z_n)` and the vote, without y.
 
-        :param sampler: whose reasons: "prior", p(z | x), or "guide", q(z | x), which must read x alone.
-        :param num_particles: so many draws; None: the sum over every reason.
+        :param x: sentences, (B, L).
+        :param sampler: who draws the reasons: "prior", p(z | x), or "guide", q(z | x), which must read x alone.
+        :param num_particles: how many draws; None: the sum over every reason.
+        :returns: a `Prediction`.
+        :raises ValueError: for another ``sampler``.
         """
         if sampler not in ("prior", "guide"):
             raise ValueError(f"sampler: expected 'prior' or 'guide', got {sampler!r}")
@@ -65,7 +76,12 @@ class Labelling:
         return Prediction(list(self.labels), log_p.movedim(-1, 0), log_weights)
 
     def examples(self, sentences: Sequence[Sentence], tokens: int) -> str:
-        """As many labelled sentences as have room in so many tokens, a line each: what few-shot prompting shows."""
+        """Labelled sentences for few-shot prompting, a line each: as many as fit into ``tokens``.
+
+        :param sentences: the sentences, taken in their order.
+        :param tokens: the most tokens of all lines.
+        :returns: a string.
+        """
         shown = ""
         for s in sentences:
             longer = f"{shown}{self.plainly.format(x=s.text)} {s.label}.\n"
@@ -76,7 +92,7 @@ class Labelling:
 
 
 def at(log_p: Tensor, y: Tensor) -> Tensor:
-    """What the outcome y (..., B) has, of (..., B, C)."""
+    """The entry of the outcome y (..., B) in log_p (..., B, C)."""
     batch = broadcast_shapes(log_p.shape[:-1], y.shape)
     return log_p.expand(*batch, -1).gather(-1, y.expand(batch)[..., None])[..., 0]
 

@@ -1,4 +1,4 @@
-"""What the literature measures of generated texts: overlap with a reference, likelihood, diversity."""
+"""Measures of generated texts from the literature: overlap with a reference, likelihood, diversity."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .. import text
 from ..distributions import Completion
 from ..language_model import LanguageModel
 
-Encoder: TypeAlias = Callable[[str], Tensor]  # a text to a vector for each of its tokens, (L, D)
+Encoder: TypeAlias = Callable[[str], Tensor]  # from a text to a vector for each of its tokens, (L, D)
 
 
 def words(string: str) -> list[str]:
-    """Words and punctuation marks, apart.
+    """Words and punctuation marks, separately.
 
     >>> words(" He found it.")
     ['He', 'found', 'it', '.']
@@ -36,18 +36,21 @@ def bleu(candidates: Sequence[str], references: Sequence[str]) -> float:
 
     .. math:: \min(1, e^{1 - r/c}) \Big(\prod_{n=1}^4 p_n\Big)^{1/4}
 
-    with p_n the share of the candidates' n-grams that are in their references (clipped), c and r the words of all
-    candidates and references.  Papineni et al. 2002; counted by nltk.
+    with p_n the share of the candidates' n-grams that occur in their references (clipped), c and r the numbers of words
+    of all candidates and references.
 
-    :raises ValueError: for lists of different lengths.  ImportError without nltk, ``pip install pyro-lmppl[measures]``.
+    :raises ValueError: for lists of different lengths.
+    :raises ImportError: without nltk, ``pip install pyro-lmppl[measures]``.
+
+    Source: Papineni et al. 2002; computed by nltk.
     """
     return _overlap("bleu_score", "corpus_bleu", candidates, references)
 
 
 def gleu(candidates: Sequence[str], references: Sequence[str]) -> float:
-    """GLEU-4 of a corpus of pairs, 0 to 1: the shared n-grams, n = 1 to 4, over those of the richer side.
+    """GLEU-4 of a corpus of pairs, 0 to 1: shared n-grams, n = 1 to 4, over those of the side that has more.
 
-    Wu et al. 2016; counted by nltk; errors as for `bleu`.
+    Errors as for `bleu`.  Source: Wu et al. 2016; computed by nltk.
     """
     return _overlap("gleu_score", "corpus_gleu", candidates, references)
 
@@ -57,7 +60,7 @@ def _overlap(module: str, function: str, candidates: Sequence[str], references: 
 
     _paired(candidates, references)
     score = getattr(import_module(f"nltk.translate.{module}"), function)
-    with warnings.catch_warnings():  # that no 4-gram is shared is a score of 0 like any other
+    with warnings.catch_warnings():  # nltk warns where no 4-gram is shared; a score of 0 is no error
         warnings.simplefilter("ignore")
         return float(score([[words(r)] for r in references], [words(c) for c in candidates]))
 
@@ -73,11 +76,11 @@ def bert_score(candidates: Sequence[str], references: Sequence[str], encoder: En
     .. math:: P = \frac1{|c|} \sum_{i \in c} \max_{j \in r} \cos(c_i, r_j), \quad
               R = \frac1{|r|} \sum_{j \in r} \max_{i \in c} \cos(c_i, r_j), \quad F = \frac{2PR}{P + R}
 
-    Zhang et al. 2020, without idf weights.
-
-    :param encoder: a text to a vector for each token, e.g. `hidden_states`.
-    :param baseline: b in the rescaled (F - b) / (1 - b), the mean F of texts that have nothing to do with each other.
+    :param encoder: a function from a text to a vector for each token, e.g. `hidden_states`.
+    :param baseline: b in the rescaled (F - b) / (1 - b), the mean F of unrelated texts.
     :raises ValueError: for lists of different lengths.
+
+    Source: Zhang et al. 2020, without idf weights.
     """
     _paired(candidates, references)
     known = {s: normalize(encoder(s), dim=-1) for s in {*candidates, *references}}  # (L, D)
@@ -93,9 +96,11 @@ def bert_score(candidates: Sequence[str], references: Sequence[str], encoder: En
 
 
 def hidden_states(path: str | Path, layer: int = -1) -> Encoder:
-    """The hidden states of the Hugging Face encoder or language model in the directory ``path``.
+    """An encoder: the hidden states of the Hugging Face encoder or language model in the directory ``path``.
 
-    Special tokens are left out, and nothing is downloaded.  ``layer``: 0 the embeddings, -1 the last.
+    Special tokens are left out, and nothing is downloaded.
+
+    :param layer: 0: the embeddings; -1: the last layer.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
     network: Any = AutoModel.from_pretrained(path, local_files_only=True).eval()
@@ -114,19 +119,19 @@ def hidden_states(path: str | Path, layer: int = -1) -> Encoder:
 def story_log_likelihood(lm: LanguageModel, x: Tensor, z: Tensor, y: Tensor) -> Tensor:
     """log p(x z y) of whole stories under ``lm`` from its start: x (B, Lx), z (n, B, E), y (B, Ly) -> (n, B), nats.
 
-    The probability that a text begins with x z y, whoever wrote z.
+    It is the probability that a text begins with x z y, whatever method wrote z.
     """
     told = lm.join(x, z, y)
     return Completion(lm, lm.encode(""), max_tokens=text.length(told), stop=None).log_prob(told)
 
 
 def distinct(z: Tensor) -> Tensor:
-    """The share of distinct texts among each prompt's: (n, B, E) -> (B,)."""
+    """The share of distinct texts among the texts of each prompt: (n, B, E) -> (B,)."""
     return torch.tensor([len(torch.unique(column, dim=0)) / len(z) for column in z.unbind(1)])
 
 
 def edit_distance(z: Tensor) -> Tensor:
-    """The mean normalised edit distance, in tokens, between each prompt's texts: (n, B, E) -> (B,); 0 to 1.
+    """The mean normalised edit distance, in tokens, between the texts of each prompt: (n, B, E) -> (B,); 0 to 1.
 
     :raises ValueError: for fewer than two texts.
     """

@@ -1,6 +1,6 @@
-"""Preferences: whose choices, on the embedded stories or in a file; its programs are `programs/preferences.py`.
+"""Preferences: whose choices, on the embedded stories or in a file; the programs are in `programs/preferences.py`.
 
-The embedded annotators are forty, of three kinds, and chose between middles of stories ten times each.
+There are forty embedded annotators of three kinds, who chose between middles of stories ten times each.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ egg walnut apple orange lemon loaf cake bun pancake omelette fish potato turnip 
 TOYS = """
 bat ski marble ball drum gong bell rattle piano guitar banjo doll toy puppet kite robot
 """
-# At most one property of each group is liked; a property is called by a word that the story LM has a token for.
+# At most one property of each group is liked; its name is a word that is one token of the story LM.
 GROUPS: tuple[Group, ...] = ({word: (word,) for word in ADJECTIVES}, {"cake": FOOD.split(), "ball": TOYS.split()})
-# To the story LM, adjectives are one word: nothing depends on them.  Its guide is told a thing in their place.
+# The story LM does not distinguish adjectives: nothing depends on them.  Its guide reads a thing in their place.
 TOLD = {"small": "coin", "old": "clock", "new": "phone"}
 KINDS = (24, ("old", "cake")), (12, ("new", "cake")), (4, ("small", "ball"))  # annotators, and what they like
 CHOICES = 10  # of each annotator
-STRENGTH = 3.0  # nats: of two texts that differ in what one likes, 95% of the choices are right
+STRENGTH = 3.0  # nats: of two texts that differ in a liked property, 95% of the choices are right
 EMBEDDED_TEMPLATE, EMBEDDED_LONGEST = "Note:{w}.\n{x}", 5
 RECIPE = Recipe(steps=300, quick_steps=150, observations=32, particles=4, learning_rate=3e-3, output_layer=True)
 MOST = 100_000  # combinations of shares and kinds that are enumerated
@@ -46,7 +46,7 @@ LARGEST = 3 * 10**8  # numbers of the largest tensor of their enumeration: 40 an
 
 
 class Choice(NamedTuple):
-    """What an annotator chose after a prompt, and what was the alternative."""
+    """A prompt, the text that an annotator chose after it, and the alternative."""
 
     annotator: str
     prompt: str
@@ -72,19 +72,19 @@ def choices() -> list[Choice]:
 
 
 def choice(line: str) -> Choice:
-    """The choice of a line of JSON."""
+    """The choice in a line of JSON."""
     try:
         found = json.loads(line)
     except ValueError:
         found = None
     names = Choice._fields
     if not isinstance(found, dict) or not all(isinstance(found.get(n), str) and found[n] for n in names):
-        raise ValueError(f"is no JSON object with the strings {', '.join(names)}")
+        raise ValueError(f"is not a JSON object with the strings {', '.join(names)}")
     return Choice(*(found[n] for n in names))
 
 
 def read_choices(path: str | Path) -> list[Choice]:
-    """Choices from a JSONL file, one a line; errors as of `read_each`."""
+    """Choices from a JSONL file, one in each line; errors as in `read_each`."""
     return read_each(path, choice, "choice")
 
 
@@ -107,9 +107,9 @@ def parsed(properties: str) -> list[Group]:
 
 
 def differences(chosen: Sequence[Choice], properties: Group) -> tuple[Tensor, Tensor]:
-    """The arguments (d, y) of `Annotators`: d (A, J, F), what was chosen less what was not, and y (A, J), 1 or none.
+    """The arguments (d, y) of `Annotators`, on the CPU.
 
-    Both are on the CPU: who the annotators are is no matter of a network.
+    d (A, J, F) are the features of the chosen minus those of the rejected text, y (A, J) is 1, or -1 for no choice.
     """
     of: dict[str, list[Tensor]] = {}
     for c in chosen:
@@ -122,7 +122,7 @@ def differences(chosen: Sequence[Choice], properties: Group) -> tuple[Tensor, Te
 
 
 class People(NamedTuple):
-    """What there is to know of annotators: their choices, and the exact posterior of shares and kinds."""
+    """What is known of annotators: their choices, and the exact posterior of shares and kinds."""
 
     annotators: Annotators
     d: Tensor
@@ -136,11 +136,11 @@ class People(NamedTuple):
 
 
 def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, strength: float = STRENGTH) -> People:
-    """The exact posterior of the kinds of annotators who chose so.
+    """The exact posterior of the kinds of annotators, given their choices.
 
-    :param groups: of properties, see `one_of_each`.
+    :param groups: groups of properties, see `one_of_each`.
     :raises ValueError: where kinds and tastes have too many combinations, alone or times all choices, and for a
-        property in which no choice differs.
+        property in which the texts of no choice differ.
     """
     if not 0 < strength < math.inf:
         raise ValueError(f"strength: must be positive and finite, got {strength}")
@@ -152,7 +152,7 @@ def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, 
         )
     d, y = differences(chosen, flat(groups))
     if unknown := [name for name, any_ in zip(flat(groups), d.flatten(0, 1).any(0), strict=True) if not any_]:
-        raise ValueError(f"properties: no choice differs in {unknown[0]!r}, so that nothing says who likes it")
+        raise ValueError(f"properties: no choice differs in {unknown[0]!r}, so nothing tells who likes it")
     if (size := annotators.combinations * kinds * y.numel()) > LARGEST:
         raise ValueError(
             f"kinds: {annotators.combinations:,} combinations of {kinds} kinds, {len(y)} annotators and {y.shape[1]} "
@@ -162,7 +162,7 @@ def infer(chosen: Sequence[Choice], groups: Sequence[Group], *, kinds: int = 3, 
 
 
 def pooled(d: Tensor, y: Tensor, *, prior: float = 10.0, steps: int = 50) -> Tensor:
-    r"""The one utility that all choices together are most probable under, (F,): the reward model of RLHF.
+    r"""The one utility under which all choices together are most probable, (F,): the reward model of RLHF.
 
     :math:`\arg\max_w \sum \log \sigma(w \cdot d) - |w|^2 / 2 s^2`, by Newton's method; s = ``prior`` in nats.
     """
@@ -181,7 +181,7 @@ def pooled(d: Tensor, y: Tensor, *, prior: float = 10.0, steps: int = 50) -> Ten
 def flat(groups: Sequence[Group]) -> Group:
     """The properties of all groups.
 
-    :raises ValueError: where two have one name, and where one has what is no word.
+    :raises ValueError: where two have the same name, and where a word is not a single word.
     """
     found = {name: words for group in groups for name, words in group.items()}
     if len(found) < sum(map(len, groups)):
@@ -200,22 +200,28 @@ def experiment(
     max_tokens: int | None = None,
     **options: Unpack[Options],
 ) -> Experiment:
-    """Texts for people who disagree, in their shares: who likes what is inferred from choices.
+    """Texts for people who disagree, in proportion to their shares; tastes are inferred from choices.
 
-    The guide is trained for every taste after every training prompt; it is tested for people drawn from the posterior
-    of the next person's taste, after unseen prompts.  On the embedded story LM, whose 2,304 sentences can be counted,
-    or on ``lm`` with the file ``data``, a choice a line.
+    The guide is trained for every taste after every training prompt.  It is tested for people drawn from the posterior
+    of the next person's taste, after unseen prompts.  It runs on the embedded story LM, whose 2,304 sentences can be
+    counted, or on ``lm`` with the file ``data``.
 
-    :param properties: what can be liked, on choices of one's own, see `parsed`.
+    :param lm: a language model; None: the embedded one.
+    :param data: a JSONL file with a choice in each line; None: the embedded choices.
+    :param properties: with ``data``, what can be liked, see `parsed`.
     :param kinds: the most kinds of annotators.
-    :param strength: the utility of what is liked, nats.
-    :param beta: how much of it counts in the texts that are wanted.
-    :raises ValueError: for another language model without ``data``, and one of ``data`` and ``properties`` alone.
+    :param strength: the utility of a liked property, nats.
+    :param beta: how much of the utility counts in the target.
+    :param max_tokens: the most tokens of a text before its stop; None: 5 on the embedded stories, 30 with ``data``.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``, and for ``data`` without ``properties`` or the
+        reverse.
     """
-    needs = "choices of its own, a JSONL file with one a line"
+    needs = "choices of its own, a JSONL file with one per line"
     start = Start.of("preferences", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if (properties is None) != (data is None):
-        raise ValueError("properties: they go with choices of your own, `data`, and those with them")
+        raise ValueError("properties: choices of your own, `data`, need them; without `data` there are none to give")
     groups: Sequence[Group] = GROUPS
     longest = EMBEDDED_LONGEST if data is None else LONGEST
     own: dict[str, Any] = {"max_tokens": longest if max_tokens is None else max_tokens}

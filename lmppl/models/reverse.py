@@ -1,4 +1,4 @@
-"""Reverse on the embedded stories, or on stories of one's own; its programs are `programs/reverse.py`."""
+"""Reverse on the embedded stories, or on the user's; the programs are in `programs/reverse.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .infilling import read_stories
 from .programs.reverse import Reverse
 
 EMBEDDED_LONGEST, LONGEST_BEGINNING = 5, 24
-# On the embedded stories, chosen on validation stories: names are what the posterior is about and have nearly equal
-# embeddings, so that without its output layer the guide stays at a total variation of 0.09, however long it trains.
+# Chosen on embedded validation stories.  The posterior is about names, which have nearly equal embeddings: without an
+# adapted output layer the guide stays at a total variation of 0.09, however long it trains.
 EMBEDDED_RECIPE = Recipe(
     steps=600,
     quick_steps=200,
@@ -28,11 +28,16 @@ def experiment(
 ) -> Experiment:
     """The beginning of a story, given how it goes on.
 
-    On the embedded story LM, where the posterior is known, or on ``lm`` with the stories of the file ``data``.
+    It runs on the embedded story LM, whose posterior is known, or on ``lm`` with the stories of the file ``data``.
 
-    :raises ValueError: for another language model without ``data``: the embedded stories are written in its vocabulary.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with a story of three sentences in each line; None: the embedded stories.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``: the embedded stories are written in the embedded
+        LM's vocabulary.
     """
-    needs = "stories of its own, a file with a story a line"
+    needs = "stories of its own, a file with one story per line"
     start = Start.of("reverse", "stories", lm, data, EMBEDDED_RECIPE if data is None else Recipe(), needs, **options)
     stories = embedded_splits("stories") if data is None else split(read_stories(data))
     longest = EMBEDDED_LONGEST
@@ -44,6 +49,6 @@ def experiment(
         stories,
         lambda s: f"[...]{s.z}{s.y}    (told: {s.x})",
         site="x",
-        # With 0.99 of the prior's mass it would lack 3% of the posterior's.
+        # With 0.99 of the prior's mass, 3% of the posterior's would be missing.
         exact=Enumeration(task.model, mass=0.998) if data is None else None,
     )

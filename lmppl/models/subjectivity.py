@@ -1,4 +1,4 @@
-"""Subjectivity on the embedded sentences, or on sentences of one's own; its programs are `programs/subjectivity.py`."""
+"""Subjectivity on the embedded sentences, or on the user's; the programs are in `programs/subjectivity.py`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def sentence(line: str) -> Sentence:
     except (KeyError, TypeError, AttributeError):
         x = label = ""
     if not x or not label:
-        raise ValueError('is no object with the strings "text" and "label_text"')
+        raise ValueError('is not an object with the strings "text" and "label_text"')
     return Sentence(x, label, "")
 
 
 def read_sentences(path: str | Path) -> list[Sentence]:
-    """Sentences from a JSONL file, an object with "text" and "label_text" a line; errors as of `read_each`."""
+    """Sentences from a JSONL file, an object with "text" and "label_text" in each line; errors as in `read_each`."""
     return read_each(path, sentence, "sentence")
 
 
 def read_data(path: str | Path, count: int) -> tuple[list[Sentence], list[Sentence], list[Sentence]]:
-    """Sentences to train on, to validate on and to test on.
+    """Sentences for training, validation and test.
 
-    Of a directory: train.{count}.jsonl, or the first ``count`` of train.jsonl; others of train.jsonl, where there is
-    one; test.jsonl.  A file is split.
+    From a directory: train.{count}.jsonl, or the first ``count`` of train.jsonl; others of train.jsonl, where there is
+    one; test.jsonl.  A single file is split.
     """
     path = Path(path)
     if not path.is_dir():
@@ -59,11 +59,17 @@ def experiment(
 ) -> Experiment:
     """The reason why a sentence is called objective or subjective.
 
-    On the embedded LM, where the posterior is known, or on ``lm`` with the sentences of ``data``: a JSONL file, or a
-    directory with train.10.jsonl and the like.  ``reads``: what the guide reads, "xy" or "x".  ``count``: so many
-    labelled sentences to train on (0: all that the embedded LM has, 10 of a directory).
+    It runs on the embedded LM, whose posterior is known, or on ``lm`` with the sentences of ``data``.
 
-    :raises ValueError: for another language model without ``data``: the embedded sentences are in its vocabulary.
+    :param lm: a language model; None: the embedded one.
+    :param data: a JSONL file, or a directory with train.10.jsonl (or train.jsonl) and test.jsonl; None: the embedded
+        sentences.
+    :param reads: what the guide reads: "xy", sentence and label, or "x", the sentence.
+    :param count: how many labelled sentences to train on; 0: all embedded ones, 10 of a directory.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``: the embedded sentences are written in the embedded
+        LM's vocabulary.
     """
     if count < 0:
         raise ValueError(f"count: must not be negative, got {count}")

@@ -1,4 +1,4 @@
-"""Thoughts: sums that a fallible judge looks over, or questions of one's own; the programs: `programs/thoughts.py`."""
+"""Thoughts: sums evaluated by a fallible judge, or the user's questions; the programs are in `programs/thoughts.py`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .data_files import read_each
 from .experiment import Experiment, Options, Recipe, Start, split
 from .programs.thoughts import ChainOfThoughts, Thoughts, TreeOfThoughts
 
-SMALL = (1, 2, 3)  # digits of which the small world's questions and thoughts are made
+SMALL = (1, 2, 3)  # digits of the small questions and thoughts
 EVERY = tuple(range(10))
-RELIABLE = 0.85  # how often the judge is right
-PLAN, TREE = 3, 2  # steps at most of a plan, of a tree's path; a small question has two
+RELIABLE = 0.85  # the judge's probability of being right
+PLAN, TREE = 3, 2  # most steps of a plan, of a tree's path; a small question has two
 TEST = 16
 STEP = r"(-?[0-9]+) ([-+]) ([0-9]+)"
 RECIPE = Recipe(steps=200, quick_steps=100, learning_rate=3e-3, output_layer=True)
-# On other language models: a thought a line, "-" before another one, "=" before the answer.
+# On other language models: a thought in each line, "-" before another one, "=" before the answer.
 EXAMPLE = """Q: Ann has 3 pens and gets 2 more. Then she loses 1. How many has she?
 - 3 + 2 = 5
 - 5 - 1 = 4
@@ -44,14 +44,14 @@ LONGEST_THOUGHT, LONGEST_ANSWER = 16, 4
 
 
 class Asked(NamedTuple):
-    """What is told before the thoughts, a question, and its answer."""
+    """The text before the thoughts, which ends with a question, and the answer."""
 
     x: str
     answer: str
 
 
 def result(told: str) -> str:
-    """What follows from the words of a sum, as a calculator would have it; nothing where nothing does.
+    """What a calculator writes after the words of a sum; "" where nothing follows.
 
     >>> [result("Question: 3 - 1 = ? Answer:" + s) for s in ("", " 3 - 1", " 3 - 1 = 2,", " 3 - 1 = 2.")]
     [' 3', ' = 2', ' 2', '']
@@ -65,7 +65,7 @@ def result(told: str) -> str:
 
 
 def is_right(told: str) -> bool:
-    """Whether the last step of a sum takes the operand whose turn it is, and the sum goes on as long as there are any.
+    """Whether the last step of a sum takes the next operand, and the sum ends exactly when there is no other.
 
     >>> [is_right("Question: 3 - 1 + 2 = ? Answer: 3 - 1 = 2" + s) for s in (", 2", ".", ", 2 + 2 = 4.")]
     [True, False, True]
@@ -77,10 +77,10 @@ def is_right(told: str) -> bool:
 
 
 class Judge:
-    """A judge of sums who is right with probability ``reliable``, and says the same whenever asked.
+    """A judge of sums who is right with probability ``reliable``, and whose verdict on a string is always the same.
 
-    v is 0 for steps that are found right and log((1 - reliable) / reliable) for others: twice as far apart as what the
-    verdict says of either.  The verdicts are Python's own random numbers, one for each string: frozen.
+    v is 0 for steps that are found right and log((1 - reliable) / reliable) for others.  The verdicts are Python's own
+    random numbers, one for each string.
     """
 
     def __init__(self, lm: LanguageModel, reliable: float = RELIABLE):
@@ -89,7 +89,7 @@ class Judge:
         self.lm, self.reliable = lm, reliable
 
     def verdict(self, told: str) -> bool:
-        """Whether what has been told is found right."""
+        """Whether the text so far is found right."""
         return is_right(told) == (Random(told).random() < self.reliable)
 
     def __call__(self, told: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Judge:
 
 
 class SaysYes:
-    """The language model's own evaluation: log p of " yes", beside " no", asked whether the last step is right."""
+    """The language model's own evaluation: log p of " yes" among " yes" and " no", after "Is the last step right?"."""
 
     def __init__(self, lm: LanguageModel, asked: str = ASKED):
         self.lm, self.asked = lm, lm.encode(asked)
@@ -112,17 +112,17 @@ class SaysYes:
 
 
 def small_questions() -> tuple[list[Question], list[Question], list[Question]]:
-    """All sums of three digits from 1 to 3: 76 to train on, 16 to validate on and 16 to test on, always the same."""
+    """All sums of three digits from 1 to 3: 76 for training, 16 for validation, 16 for test, always the same."""
     found = [Question(n, "".join(s)) for n in product(SMALL, repeat=3) for s in product("+-", repeat=2)]
     Random("thoughts").shuffle(found)
     return found[2 * TEST :], found[:TEST], found[TEST : 2 * TEST]
 
 
 def small_answers() -> tuple[list[Asked], list[Asked], list[Asked]]:
-    """Those questions with answers that somebody gave, always the same; how did they come to them?
+    """These questions with given answers, always the same; the task is to find how the answers were reached.
 
-    To train on, every answer that two steps can give; to validate and to test on, one of each question: the right one
-    or, as often, another that two steps can give.
+    For training, every answer that two steps can give.  For validation and test, one for each question: the right one
+    or, equally often, another one that two steps can give.
     """
     train, *others = small_questions()
     random, most = Random("answers"), 2 * SMALL[-1]
@@ -141,7 +141,7 @@ def small_answers() -> tuple[list[Asked], list[Asked], list[Asked]]:
 def sums(
     lm: LanguageModel, guide_lm: LanguageModel | None = None, *, digits: Sequence[int] = SMALL, **options: Any
 ) -> dict[str, Any]:
-    """What both programs take for the embedded sums: a thought is a sign and a digit."""
+    """The arguments of both programs for the embedded sums: a thought is a sign and a digit."""
     allowed = Slots(lm, [[" +", " -"], [f" {n}" for n in digits]])
     return {"lm": lm, "guide_lm": guide_lm, "allowed": allowed, "after": result, "evaluate": Judge(lm)} | options
 
@@ -152,7 +152,7 @@ def encode(lm: LanguageModel, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
 
 
 def lines(lm: LanguageModel, guide_lm: LanguageModel | None = None, **options: Any) -> dict[str, Any]:
-    """What both programs take on other language models: a thought is a line, which they evaluate themselves."""
+    """The arguments of both programs for other language models: a thought is a line, evaluated by the model."""
     given = {"lm": lm, "guide_lm": guide_lm, "max_tokens": LONGEST_THOUGHT, "stop": "\n", "marks": LINES}
     return given | {"evaluate": SaysYes(lm), "max_answer": LONGEST_ANSWER} | options
 
@@ -166,7 +166,7 @@ def answered(line: str) -> Asked:
 
 
 def read_questions(path: str | Path) -> list[Asked]:
-    """Questions and answers from a text file, with a tab between; errors as of `read_each`."""
+    """Questions and answers from a text file, with a tab between; errors as in `read_each`."""
     return read_each(path, answered, "questions")
 
 
@@ -175,15 +175,19 @@ def experiment(
 ) -> Experiment:
     """The thoughts between a question and its answer: a plan of some steps, or a tree of which one path counts.
 
-    On the embedded arithmetic LM, where the posterior is known, or on ``lm`` with the questions of the file ``data``,
-    whose thoughts it evaluates itself.
+    It runs on the embedded arithmetic LM, whose posterior is known, or on ``lm`` with the questions of the file
+    ``data``; ``lm`` then evaluates its own thoughts.
 
-    :param children: 1: plans; more: trees of up to so many children.
+    :param lm: a language model; None: the embedded one.
+    :param data: a text file with a question, a tab and its answer in each line; None: the embedded sums.
+    :param children: 1: plans; more: trees with up to so many children.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
     :raises ValueError: for another language model without ``data``, and fewer children than one.
     """
     if children < 1:
         raise ValueError(f"children: expected 1 or more, got {children}")
-    needs = "questions of its own, a file with a question, a tab and its answer a line"
+    needs = "questions of its own, a file with a question, a tab and its answer per line"
     start = Start.of("thoughts", "arithmetic", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     splits: tuple[list[Any], list[Any], list[Any]]
     if data is None:

@@ -1,6 +1,6 @@
-"""Transfer: families of tasks on the embedded stories, or tasks of one's own.
+"""Transfer: families of tasks on the embedded stories, or the user's tasks.
 
-Its programs are `programs/transfer.py`.
+The programs are in `programs/transfer.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .experiment import Experiment, Options, Recipe, Start, split
 from .programs.transfer import Description, Transfer
 
 FAMILIES = "infilling", "reverse", "lexical", "tempered", "two endings"
-TRAINED = FAMILIES[:4]  # two endings are left out: two observations, of which training has seen one at a time
+TRAINED = FAMILIES[:4]  # without two endings: training has only one observation at a time
 EMBEDDED_PREFIX, EMBEDDED_LONGEST = "Beginning:", 5
 EMBEDDED_TEMPLATE = "Ending:{y}{v}\nNote:{w}{T}\nBeginning:{x}"
-STEPS = {2 ** (j / 2): j for j in range(-3, 4)}  # temperatures, and how many steps from 1 they are
+STEPS = {2 ** (j / 2): j for j in range(-3, 4)}  # temperatures, and their number of steps from 1
 TEMPERATURES, UNSEEN_TEMPERATURES = [[T for T, j in STEPS.items() if abs(j) in steps] for steps in ((1, 3), (2,))]
 WORDS, NEW_WORDS, NEW_VERBS = 24, 8, 16  # of 96 things and 96 verbs
 TRAINING_TASKS, TEST_TASKS = 1024, 8  # of each family
@@ -37,14 +37,14 @@ RECIPE = Recipe(
     observations=32,
     particles=4,
     learning_rate=3e-3,
-    adapter={"r": 64, "lora_alpha": 128, "target_modules": "all-linear"},  # to copy a word takes as many ranks
+    adapter={"r": 64, "lora_alpha": 128, "target_modules": "all-linear"},  # copying a word needs this rank
     output_layer=True,
     replay=lambda: Replay(fraction=0.5, capacity=4),
 )
 
 
 class Told(NamedTuple):
-    """A task, and two texts that may well be what it asks for: drawn with what is known of it."""
+    """A task, and two texts drawn given what it states."""
 
     task: Description
     z: tuple[str, str]
@@ -53,21 +53,21 @@ class Told(NamedTuple):
 class Parameters(NamedTuple):
     """What tasks may be about."""
 
-    words: tuple[str, ...]  # that are asked for
-    new_words: tuple[str, ...]  # and those that no training task has
-    new_verbs: tuple[str, ...]  # no training task has these either
+    words: tuple[str, ...]  # of training tasks
+    new_words: tuple[str, ...]  # of no training task
+    new_verbs: tuple[str, ...]  # of no training task
 
 
 @cache
 def parameters() -> Parameters:
-    """Those of the embedded tasks, always the same."""
+    """The parameters of the embedded tasks, always the same."""
     random = Random("parameters")
     words = random.sample(OBJECTS, WORDS + NEW_WORDS)
     return Parameters((*words[NEW_WORDS:],), (*words[:NEW_WORDS],), (*random.sample(VERBS, NEW_VERBS),))
 
 
 def told(family: str, story: Story, random: Random, temperatures: Sequence[float]) -> Told:
-    """The task of this family that a story makes, with the story's own text and another one that is as good."""
+    """The task of this family for a story, with the story's own text and another one that is equally good."""
     who, (thing, verb) = story.z.split()[0], facts(story)
     (other,) = {*verbs_of(thing)} - {verb}
     names = [name for name in (HE if who == "He" else SHE) if name not in story.x]
@@ -84,7 +84,7 @@ def told(family: str, story: Story, random: Random, temperatures: Sequence[float
 
 
 def write(T: float) -> str:
-    """An embedded temperature in words: so many marks as it is steps from 1, of one kind above and another below.
+    """An embedded temperature as a string: one mark for each step from 1, "!" above and "#" below.
 
     >>> write(1.0), write(2.0), write(2**-0.5)
     ('', '!!', '#')
@@ -94,9 +94,9 @@ def write(T: float) -> str:
 
 
 def embedded_tasks(family: str, split: str, *, new: bool = False) -> list[Told]:
-    """Tasks of a family, always the same: to train on, or on stories whose place and verb no training story has.
+    """Tasks of a family, always the same: for training, or on stories whose place and verb no training story has.
 
-    :param new: with what no training task has: a verb, a word, or a temperature.
+    :param new: tasks with a verb, a word or a temperature that no training task has.
     """
     own, random, found = parameters(), Random(f"{family} {split} {new}"), []
     stories, temperatures = embedded.data("stories", split), UNSEEN_TEMPERATURES if new else TEMPERATURES
@@ -117,7 +117,7 @@ def facts(story: Story) -> tuple[str, str]:
 
 
 def texts(lm: LanguageModel) -> Slots:
-    """All that an embedded task may ask for: the 64 beginnings and 2,304 middles of stories."""
+    """A constraint: the texts of all embedded tasks, 64 beginnings and 2,304 middles of stories."""
     who, got, adjectives, things = ([f" {w}" for w in words] for words in (("He", "She"), GETTING, ADJECTIVES, OBJECTS))
     names, places = list(NAMES), [f" {place}" for place in PLACES]
     return Slots(
@@ -128,19 +128,19 @@ def texts(lm: LanguageModel) -> Slots:
 
 
 def description(line: str) -> Description:
-    """The task of a line of JSON."""
+    """The task in a line of JSON."""
     try:
         found = json.loads(line)
     except ValueError:
         found = None
     kinds: dict[str, Any] = {"x": str, "y": str, "v": str, "w": str, "T": (int, float)}
     if not isinstance(found, dict) or not all(n in kinds and isinstance(v, kinds[n]) for n, v in found.items()):
-        raise ValueError("is no JSON object with strings x, y, v, w and a number T, each of which may be left out")
+        raise ValueError("is not a JSON object with strings x, y, v, w and a number T, each of which may be left out")
     return Description(**found)
 
 
 def read_tasks(path: str | Path) -> list[Description]:
-    """Tasks from a JSONL file, one a line; errors as of `read_each`."""
+    """Tasks from a JSONL file, one in each line; errors as in `read_each`."""
     return read_each(path, description, "task")
 
 
@@ -164,20 +164,25 @@ def experiment(
 ) -> Experiment:
     """Texts of many tasks by one guide that reads their descriptions; tested on a combination that it never saw.
 
-    On the embedded story LM, whose 2,368 beginnings and middles can be counted: trained for an ending, what goes on,
-    a word or a temperature, and tested for two endings at once.  Or on ``lm`` with the tasks of the file
-    ``data``, all of them alike.
+    It runs on the embedded story LM, whose 2,368 beginnings and middles can be counted: the guide is trained for an
+    ending, a continuation, a word or a temperature, and tested for two endings at once.  Or it runs on ``lm`` with the
+    tasks of the file ``data``, for training and test alike.
 
-    :param families: to train on, names of `FAMILIES` with commas between them.
-    :param strength: s, nats, how much containing one of the words counts.
-    :raises ValueError: for another language model without ``data``, families with it, or unknown ones.
+    :param lm: a language model; None: the embedded one.
+    :param data: a JSONL file with a task in each line; None: the embedded tasks.
+    :param families: the families to train on: names in `FAMILIES`, as a list or with commas between them.
+    :param strength: s, nats: how much it counts that a text contains one of the words.
+    :param max_tokens: the most tokens of a text before its stop; None: 5 on the embedded stories, 30 with ``data``.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
+    :raises ValueError: for another language model without ``data``, for families with ``data``, and unknown ones.
     """
     chosen = [f.strip() for f in families.split(",")] if isinstance(families, str) else list(families)
     if unknown := set(chosen) - set(FAMILIES) or ({"families"} if not chosen else set()):
         raise ValueError(f"families: expected some of {', '.join(FAMILIES)}; got {', '.join(sorted(unknown))}")
     if data is not None and tuple(chosen) != TRAINED:
-        raise ValueError("families: they are those of the embedded stories, without `data`")
-    needs = "tasks of its own, a JSONL file with one a line"
+        raise ValueError("families: they are for the embedded stories, without `data`")
+    needs = "tasks of its own, a JSONL file with one per line"
     start = Start.of("transfer", "stories", lm, data, RECIPE if data is None else Recipe(), needs, **options)
     if data is not None:
         task = Transfer(

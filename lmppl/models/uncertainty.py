@@ -1,13 +1,13 @@
-r"""Uncertainty on the embedded sentences: subjectivity by several adapters, and what their answers' entropy is made of.
+r"""Uncertainty on the embedded sentences: subjectivity by several adapters, and the parts of their answers' entropy.
 
-The labels of unseen sentences are answered by way of a reason, under parameters that a few labels have not settled:
+The labels of unseen sentences are predicted through a reason, under parameters that a few labels do not determine:
 
 .. math:: p(y \mid x) = \frac1J \sum_j \sum_z p_j(z \mid x) \, p_j(y \mid x, z)
 
-A member j is an adapter that gradient steps on log p(y | x), summed over all reasons, have trained on the same labelled
-sentences from first weights of its own: by Fisher's identity these are exact E-steps and M-steps.  The entropy of the
-answer splits into expected entropy, chain information and parameter information: `inference.Ensemble`.
-docs/uncertainty.md measures what they are worth.
+A member j is an adapter with its own first weights, trained on the same labelled sentences by gradient steps on log p(y
+| x), summed over all reasons.  By Fisher's identity these are exact E-steps and M-steps.  The entropy of the answer is
+the sum of expected entropy, chain information and parameter information, see `inference.Ensemble`.  docs/uncertainty.md
+measures what they are worth.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .forecasts import auroc, hits, selective_accuracy
 from .programs.subjectivity import Subjectivity
 
 STEPS, RATE, BATCH = 40, 3e-3, 10  # of a member's training: docs/subjectivity.md
-SENTENCES = 300  # unseen ones that are answered
+SENTENCES = 300  # unseen ones whose labels are predicted
 PICTURE = "uncertainty.png"
 PARTS = {
     "expected_entropy": "expected entropy: chance",
@@ -48,18 +48,24 @@ def experiment(
     members: int = 3,
     **options: Unpack[Options],
 ) -> Experiment:
-    """What of the uncertainty of a label chance, reasons and parameters leave open.
+    """How much of a label's uncertainty is due to chance, to reasons and to parameters.
 
-    It is the experiment `subjectivity`, whose guide reads the sentence alone; and what `lmppl compare` shows besides is
-    the entropy of answers by ``members`` adapters, each trained on ``count`` labelled sentences.
+    It is the experiment `subjectivity` with a guide that reads the sentence alone.  In addition `lmppl compare` shows
+    the parts of the entropy of answers by several adapters.
 
+    :param lm: None: other language models are refused.
+    :param data: None: other data are refused.
+    :param count: how many labelled sentences each adapter is trained on.
+    :param members: how many adapters.
+    :param options: those of every experiment, see `experiment.Options`.
+    :returns: an `Experiment`.
     :raises ValueError: for another language model or data, whose reasons cannot all be summed over, and for fewer than
         two members or no labelled sentence.
     """
     if isinstance(lm, LanguageModel) or data is not None:
         raise ValueError(
-            "lm, data: members are trained by a sum over all reasons, which only the embedded language model has few "
-            "enough of; for others see Ensemble in docs/uncertainty.md"
+            "lm, data: members are trained by a sum over all reasons, and only the embedded language model has few "
+            "enough; for others see Ensemble in docs/uncertainty.md"
         )
     if members < 2 or count < 1:
         raise ValueError(f"members, count: expected at least 2 and 1, got {members} and {count}")
@@ -79,7 +85,7 @@ def experiment(
 
 
 def member(lm: LanguageModel, labelled: list[embedded.Sentence], seed: int, steps: int) -> Subjectivity:
-    """The program under an adapter trained on these sentences, both its factors; first weights by ``seed``."""
+    """The program with an adapter trained on these sentences, in both factors; ``seed`` sets its first weights."""
     recipe = Recipe(observations=BATCH)
     p = recipe.guide_lm(lm, seed)
     task = Subjectivity(p, reads="x", allowed="reasons", max_tokens=2)
@@ -94,7 +100,7 @@ def climb(
     steps: int,
     clip: float = 1.0,
 ) -> None:
-    """Raise an objective (B,) of the batches over p's parameters, the learning rate decaying to zero."""
+    """Maximises an objective (B,) of the batches over p's parameters, with a learning rate that decays to zero."""
     optimizer = torch.optim.AdamW(p.trainable_parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for step in range(steps):
@@ -106,7 +112,7 @@ def climb(
 
 
 def told(answers: Ensemble, y: Tensor, count: int) -> str:
-    """How often the answers are right, and what their entropy is made of where they are and where they are not."""
+    """How many answers are right, and the parts of their entropy where they are right and where they are wrong."""
     right, split = hits(answers.probabilities, y), answers.split()
     some = 0 < float(right.sum()) < len(right)
     lines = [
@@ -122,7 +128,7 @@ def told(answers: Ensemble, y: Tensor, count: int) -> str:
 
 
 def plot(answers: Ensemble, y: Tensor, path: Path) -> None:
-    """The parts of each sentence's entropy, the surest first, with a mark under every wrong answer; and who is sure."""
+    """Plots the parts of each sentence's entropy, with a mark for every wrong answer, and the accuracy by coverage."""
     from matplotlib.figure import Figure
 
     split, wrong = answers.split(), 1 - hits(answers.probabilities, y)

@@ -91,10 +91,11 @@ def test_progress_is_on_standard_error_in_plain_lines_and_results_are_on_standar
     run = named("lmppl train")
     assert not CONTROL.search(run.out + run.err)
     *_, last = re.findall(r"^GFlowNet: \d+/.*$", run.err, re.MULTILINE)  # one, in less than ten seconds
-    figures = r"20/20 \[\d\d:\d\d<00:00, +[\d.]+(step/s|s/step), \w+.*, log Z -?\d+\.\d\d, loss [\d.]+, sd_u [\d.]+\]"
+    figures = r"\w+, log Z -?\d+\.\d\d, loss [\d.]+, sd_u [\d.]+( \(.*\))?"
+    figures = rf"20/20 \[\d\d:\d\d<00:00, +[\d.]+(step/s|s/step), {figures}\]"
     assert re.fullmatch(f"GFlowNet: {figures}", last), last
-    shown = re.search(r"^    (GFlowNet: .*)$", PAGE, re.MULTILINE)
-    assert shown and re.fullmatch(f"GFlowNet: {figures}", shown[1])  # the page's example is such a line
+    shown = re.findall(r"^    (GFlowNet: .*)$", PAGE, re.MULTILINE)
+    assert re.fullmatch(f"GFlowNet: {figures}", shown[-1])  # the page's example is such a line
     assert "20 steps: about " in run.err and "GFlowNet" not in run.out
     assert re.search(r"^[\d,]+ tokens; adapter in out/numbers/adapter$", run.out, re.MULTILINE)
     assert re.search(r"^Total variation on unseen observations: \d\.\d{3}$", run.out, re.MULTILINE)
@@ -384,7 +385,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, files, said):
 def test_a_log_that_is_being_written_has_a_report(tmp_path):
     (tmp_path / "run.jsonl").write_text('{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
     page = self_contained(write_report(tmp_path))
-    assert "1 steps in the log." in page.text and "There has been no look at held-out observations." in page.text
+    assert "1 steps in the log." in page.text and "There has been no evaluation on held-out observations." in page.text
 
 
 # -- completion --------------------------------------------------------------------------------------------------------

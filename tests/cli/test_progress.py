@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import select
 import sys
 
 import pytest
@@ -72,21 +73,34 @@ def test_nothing_is_said_where_nobody_wants_it(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_there_is_a_bar(monkeypatch):
+def on_a_terminal(monkeypatch, columns: int) -> str:
+    """What a terminal gets."""
     termios = pytest.importorskip("termios")
     outer, inner = os.openpty()
-    termios.tcsetwinsize(inner, (24, 100))
-    with open(inner, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
+    termios.tcsetwinsize(inner, (24, columns))
+    with open(inner, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
         with progress("Training", 4, done=1) as told:
             for _ in range(3):
                 told.update("loss 0.250")
             told.say("a line")
-    shown = os.read(outer, 100_000).decode()
+        shown = b""
+        while select.select([outer], [], [], 0)[0]:
+            shown += os.read(outer, 100_000)
     os.close(outer)
+    return shown.decode()
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    shown = on_a_terminal(monkeypatch, columns=100)
     assert "\r" in shown and "a line" in shown
     last = shown.replace("\n", "\r").rstrip("\r").split("\r")[-1]
     assert re.match(r"Training: 100%\|█+\| 4/4 \[00:00<00:00, .*step/s, loss 0.250\]", last), shown
+
+
+def test_on_a_terminal_without_columns_there_are_lines(monkeypatch):
+    first, last = on_a_terminal(monkeypatch, columns=0).splitlines()
+    assert first == "a line" and re.fullmatch(r"Training: 4/4 \[.*step/s, loss 0.250\]", last)
 
 
 def test_the_figures_are_the_loss_and_what_is_named_next():

@@ -289,7 +289,7 @@ def test_an_order_of_ones_own():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"canvas": torch.tensor([2, 3])}, "canvas: none"),
+        ({"canvas": torch.tensor([2, 3])}, "canvas: it has no mask token"),
         ({"canvas": torch.tensor([2, 9])}, "canvas"),
         ({"canvas": LM.gap(33)}, "canvas: 33 tokens"),
         ({"order": "by heart"}, "order: expected one of 'random'"),

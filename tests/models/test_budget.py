@@ -119,9 +119,9 @@ def maker(clock: Clock, seen: list):
 @pytest.mark.parametrize(
     ("minutes", "size", "why"),
     [
-        (2.0, Size(2, 4), "the fewest draws, and yet fewer than 100 steps, which seldom teach a guide"),
-        (12.0, Size(4, 8), "the most draws of which the recipe's 100 steps fit"),
-        (60.0, Size(8, 16), "the recipe's size, of which 100 steps fit"),
+        (2.0, Size(2, 4), "the fewest draws, and still fewer than 100 steps, which seldom suffice"),
+        (12.0, Size(4, 8), "the most draws with which the recipe's 100 steps fit"),
+        (60.0, Size(8, 16), "the recipe's size, with which 100 steps fit"),
     ],
 )
 def test_a_plan_is_what_was_measured_and_leaves_the_guide_alone(experiment, minutes, size, why):

@@ -84,13 +84,13 @@ def test_a_directory_is_no_file(read, tmp_path):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ('{"text": "a", label_text', "is no JSON: .* at character 15"),
+        ('{"text": "a", label_text', "is not JSON: .* at character 15"),
         ('{"text": "a", "label_text": "\\ud83d"}', "has half of a character"),
-        ("[" * 100_000, "is no JSON that can be read"),
-        ("1" * 5000, "is no JSON that can be read"),
-        ('{"text": "a"}', "is no object with the strings"),
-        ('{"text": 5, "label_text": "x"}', "is no object with the strings"),
-        ("[5]", "is no object with the strings"),
+        ("[" * 100_000, "is not JSON that can be read"),
+        ("1" * 5000, "is not JSON that can be read"),
+        ('{"text": "a"}', "is not an object with the strings"),
+        ('{"text": 5, "label_text": "x"}', "is not an object with the strings"),
+        ("[5]", "is not an object with the strings"),
     ],
 )
 def test_a_line_of_jsonl_that_cannot_be_read_is_named(line, said, file):
@@ -101,11 +101,11 @@ def test_a_line_of_jsonl_that_cannot_be_read_is_named(line, said, file):
 
 def test_a_json_file_that_cannot_be_read_is_named(file):
     path = file(b'[\n{"str_query": 5,}]')
-    with pytest.raises(ValueError, match=rf"^data: {path}, line 2 is no JSON: .* at character 1[67]"):
+    with pytest.raises(ValueError, match=rf"^data: {path}, line 2 is not JSON: .* at character 1[67]"):
         read_file(path)
     with pytest.raises(ValueError, match=rf"^data: {path}, line 2 is not UTF-8 at byte 2"):
         read_file(file(b'[\n"\xe9"]'))
-    with pytest.raises(ValueError, match=rf"^data: {path} is no file of questions"):
+    with pytest.raises(ValueError, match=rf"^data: {path} is not a file of questions"):
         read_file(file(b"5"))
 
 

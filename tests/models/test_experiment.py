@@ -25,5 +25,5 @@ def test_max_tokens_is_what_was_asked_for_even_if_nothing_is_left(name, longest)
 
 
 def test_max_tokens_is_not_ignored_on_embedded_prompts():
-    with pytest.raises(ValueError, match="max_tokens: it goes with prompts of your own"):
+    with pytest.raises(ValueError, match="max_tokens: it is for prompts of your own"):
         EXPERIMENTS["constrained"](max_tokens=3)

@@ -72,7 +72,7 @@ def test_auroc_counts_pairs(scores, bits):
     events = [bool(bits >> i & 1) for i in range(len(scores))]
     s, e = torch.tensor(scores).double(), torch.tensor(events)
     if len(set(events)) < 2:
-        with pytest.raises(ValueError, match="events: .* of either kind"):
+        with pytest.raises(ValueError, match="events: .* of both kinds"):
             auroc(s, e)
         return
     pairs = [(a, b) for (a, x), (b, y) in product(zip(scores, events, strict=True), repeat=2) if x and not y]
@@ -113,8 +113,8 @@ def test_equal_scores_count_as_the_mean_over_their_orders(items):
     [
         (lambda: hits(P, Y[:2]), r"expected shapes \(C, B\) and \(B,\)"),
         (lambda: brier_score(P[0], Y), "expected shapes"),
-        (lambda: log_score(P.log(), Y), "add up to one"),
-        (lambda: calibration_error(P * torch.nan, Y), "add up to one"),
+        (lambda: log_score(P.log(), Y), "sum to one"),
+        (lambda: calibration_error(P * torch.nan, Y), "sum to one"),
         (lambda: auroc(torch.tensor([1.0, torch.nan]), torch.tensor([True, False])), "NaN"),
         (lambda: auroc(torch.zeros(3), torch.zeros(2)), "scores, events: expected one of each"),
         (lambda: risk_coverage(torch.zeros(0), torch.zeros(0)), "scores, wrong"),

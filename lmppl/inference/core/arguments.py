@@ -76,8 +76,8 @@ def steps_by_itself(**given: Any) -> None:
             inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler has wrapped optimizer.step
         except TypeError as error:
             raise ValueError(
-                f"{name}: {type(optimizer).__name__} computes the loss again within a step, which draws anew; take one "
-                "whose step() needs no closure, AdamW for instance"
+                f"{name}: {type(optimizer).__name__} computes the loss again within a step, with new draws; use an "
+                "optimiser whose step() needs no closure, for instance AdamW"
             ) from error
 
 
@@ -85,7 +85,7 @@ def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
     """The element of plates of these sizes that ``index`` names; None names the only one."""
     if index is None:
         if plates.numel() > 1:
-            raise ValueError(f"index: there are plates of shape {tuple(plates)}; say which element")
+            raise ValueError(f"index: expected an element of the plates of shape {tuple(plates)}, got None")
         return (0,) * len(plates)
     found = index if isinstance(index, tuple | list) else (index,)
     if len(found) != len(plates) or not all(

@@ -126,7 +126,7 @@ class AutoGuide:
         key = id(lm.network)
         if key not in self._views:
             if getattr(self, "_complete", False):
-                raise ValueError("lm: a latent text has another base model than those the adapters were made for")
+                raise ValueError("lm: a latent text has a base model for which there is no adapter")
             config: Any = self.peft_config
             if isinstance(config, str | os.PathLike) and not (Path(config) / "adapter_config.json").is_file():
                 config = Path(config) / str(len(self._views))
@@ -229,14 +229,14 @@ class _Writer(Messenger):
     def _field(self, name: str, lm: LanguageModel) -> Tensor:
         if name not in self.fields:
             raise ValueError(
-                f"template: {name!r} names no argument of the model and no site before this one; there are "
+                f"template: {name!r} is neither an argument of the model nor a site before this one; expected one of "
                 f"{sorted(self.fields)}"
             )
         value = self.fields[name]
         if isinstance(value, str | list | tuple):
             return lm.encode(value)
         if not isinstance(value, Tensor) or value.dtype != torch.long or not value.dim():
-            raise ValueError(f"template: the field {name!r} is no text but {type(value).__name__}")
+            raise ValueError(f"template: expected a text in the field {name!r}, got {type(value).__name__}")
         return value
 
 

@@ -23,8 +23,8 @@ PARTICLES, PREFIXES = "lmppl_particles", "lmppl_prefixes"
 
 _INVALID = r"Expected parameter (\w+) .* of distribution (\w+)\(.* the constraint (.*?), but"
 _AXES = (
-    "Write it for axes on the left: particles stand on the left of the program's plates; sum over a plate by "
-    ".sum(-1, keepdim=True), and sum a site's own axes by .sum(-1) or .to_event()"
+    "Write the program for axes on the left: the particle axis is on the left of the program's plates. Sum over a "
+    "plate with .sum(-1, keepdim=True), and over a site's own axes with .sum(-1) or .to_event()"
 )
 
 
@@ -54,7 +54,7 @@ def explained() -> Iterator[None]:
             plate, site, dim, size, got = wrong.groups()
             own = {PARTICLES: f"there are {size} particles", PREFIXES: f"there are {size} prefixes of a text"}
             there = own.get(plate, f"the plate {plate!r} has {size}")
-            raise ValueError(f"site {site!r}: its axis {dim} has {got} elements, where {there}. {_AXES}") from error
+            raise ValueError(f"site {site!r}: its axis {dim} has {got} elements, but {there}. {_AXES}") from error
         if said != str(error) and type(error) in (ValueError, RuntimeError):  # without the trace that Pyro added
             raise type(error)(said) from error
         raise
@@ -83,7 +83,7 @@ def refuse_own_names(trace: Trace) -> None:
     """Raises ValueError if a site or plate has the name of a plate that the package opens around the program."""
     for name in (PARTICLES, PREFIXES):
         if name in trace.nodes:
-            raise ValueError(f"site {name!r}: this name is kept for an axis of the package; give it another")
+            raise ValueError(f"site {name!r}: this name is reserved for an axis of the package; choose another name")
 
 
 def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | None) -> None:
@@ -110,9 +110,9 @@ def check_shapes(trace: Trace, nesting: int, particles: int, prefixes: int | Non
         for i, size in enumerate(reversed(shape), 1):
             if size not in allowed.get(-i, {1}):
                 raise ValueError(
-                    f"site {node['name']!r}: its density has the shape {tuple(shape)}, with {particles} particles left "
-                    f"of {nesting} axes of plates; no plate has {size} elements at axis {-i}. Put the site into its "
-                    f"plate, a guide's too. {_AXES}"
+                    f"site {node['name']!r}: its density has the shape {tuple(shape)}, with {particles} particles on "
+                    f"the left of {nesting} plate axes; no plate has {size} elements at axis {-i}. Put the site into "
+                    f"its plate, in the guide too. {_AXES}"
                 )
 
 
@@ -126,13 +126,13 @@ def _batch(fn: Any, value: Any, name: str) -> torch.Size:
         return broadcast_shapes(shape, value.shape[: max(0, right)])
     except RuntimeError:
         raise ValueError(
-            f"site {name!r}: its value has the shape {tuple(value.shape)}, which does not go with a distribution of "
+            f"site {name!r}: its value has the shape {tuple(value.shape)}, which does not fit a distribution of "
             f"the batch shape {tuple(shape)} and the event shape {tuple(fn.event_shape)}. {_AXES}"
         ) from None
 
 
 def _twice(name: str) -> str:
     return (
-        f"site {name!r}: the program has two sites of this name; each needs its own, in a loop "
+        f"site {name!r}: the program has two sites of this name; give each its own name, in a loop for instance "
         f'pyro.sample(f"{name}_{{i}}", ...)'
     )

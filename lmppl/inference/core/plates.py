@@ -74,7 +74,7 @@ def kept_plates(traces: Iterable[Trace], nesting: int, *, subsampling: bool = Tr
                 if f.full_size not in (None, f.size) and f.name not in {k.name for k in frames}:
                     raise ValueError(
                         f"model: the plate {f.name!r} is subsampled ({f.size} of {f.full_size}) but does not enclose "
-                        "every latent, observation and factor, so that no evidence is defined; run it in full"
+                        "every latent, observation and factor, so the evidence is not defined; run the plate in full"
                     )
     return Plates(tuple(f.name for f in frames), tuple(f.dim for f in frames), tuple(f.size for f in frames), nesting)
 

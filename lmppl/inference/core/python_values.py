@@ -50,7 +50,7 @@ def no_python_values() -> Iterator[None]:
             raise
         raise PythonValueError(
             f"model or guide: {written(at)} needs one Python value, but "
-            f"a latent value here is a tensor, with one for each particle: {_advice(at.line or '')}"
+            f"a latent value here is a tensor with one value for each particle: {_advice(at.line or '')}"
         ) from error
 
 
@@ -69,11 +69,11 @@ def of_user(error: BaseException) -> str:
 def _advice(line: str) -> str:
     if "range(" in line:
         return (
-            "in place of `for i in range(int(k))` go over all that there can be, `for i in range(most)`, and put the "
-            "sites of step i under `with pyro.poutine.mask(mask=i < k)`, so that they count where i < k"
+            "instead of `for i in range(int(k))` loop over all possible steps, `for i in range(most)`, and put the "
+            "sites of step i under `with pyro.poutine.mask(mask=i < k)`, so that they count only where i < k"
         )
     return (
-        "in place of a Python `if`, `int`, `float` or `.item()` compute with tensors: `torch.where(k == 1, a, b)` "
+        "instead of a Python `if`, `int`, `float` or `.item()` compute with tensors: `torch.where(k == 1, a, b)` "
         "for a choice, `table[k]` for a look-up, `with pyro.poutine.mask(mask=k == 1)` around sites that only some "
         "particles have"
     )

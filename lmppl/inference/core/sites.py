@@ -65,7 +65,7 @@ class Site:
 
     @property
     def regrowable(self) -> bool:
-        """Whether the end of a text can be drawn anew."""
+        """Whether the end of a text can be drawn again."""
         return self.stepwise or (hasattr(self.fn, "regrow") and hasattr(self.fn, "token_log_probs"))
 
     @property
@@ -199,7 +199,7 @@ class Site:
         """
         lm, ends = lm_of(self.fn), self.stop_argument
         if lm is None:
-            raise ValueError(f"{type(self.fn).__name__} encodes no strings; give texts, LongTensors of token ids")
+            raise ValueError(f"{type(self.fn).__name__} cannot encode strings; give texts, LongTensors of token ids")
         value = lm.encode(strings)
         if not ends:
             return value

@@ -57,8 +57,8 @@ def check_axes(pair: Pair) -> None:
         other = programs.scored(alone).get(name)
         if other is None or not _same(node, other, query.nesting):
             raise AxesError(
-                f"model: site {name!r} is not written for a particle axis: the last of {n} particles has another "
-                "density there alone than among the others. Keep every axis on the left: sum by .sum(-1), not .sum(), "
+                f"model: site {name!r} is not written for a particle axis: the density of the last of {n} particles "
+                "changes when this particle is run alone. Keep every axis on the left: sum with .sum(-1), not .sum(), "
                 "and build prompts with lm.join or lm.fill"
             )
 

@@ -323,12 +323,12 @@ def balance(
 def _same_stop_strings(site: str, model: Site | None, guide: Site) -> None:
     """Raises SiteMismatch if model and guide have different stop strings for a site, so different prefixes."""
     if model is None:
-        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, and none in the model")
+        raise programs.SiteMismatch(f"guide: the site {site!r} is a text, but not in the model")
     given = [{x for x in texts.stop_argument if isinstance(x, str)} for texts in (model, guide)]
     if given[0] != given[1]:
         raise programs.SiteMismatch(
             f"guide: the texts of site {site!r} end at the stop strings {sorted(given[1])}, the model's at "
-            f"{sorted(given[0])}; give both the same"
+            f"{sorted(given[0])}; give both the same stop strings"
         )
 
 

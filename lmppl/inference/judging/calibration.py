@@ -77,7 +77,10 @@ def calibrate(
         does not run the model that it is given.
     """
     if query.guide is not None and to_args is None:
-        raise NotChecked("simulate: the guide reads the observations from its arguments; say where they go")
+        raise NotChecked(
+            "simulate: the guide reads the observations from its arguments; give simulate=, a function "
+            "that puts them there"
+        )
     if simulations:
         try:
             simulate(query.model, *query.args, **query.kwargs)
@@ -149,8 +152,9 @@ def _on(algorithm: Any, query: Query) -> Posterior:
     posterior = posterior_of(other, query.args, query.kwargs)
     if not asked:
         raise NotChecked(
-            f"simulate: {type(algorithm).__name__} does not ask the model that it is given, in which the simulated "
-            "observations are; write its method on(model, guide), which hands the model on, or say where they go"
+            f"simulate: {type(algorithm).__name__} does not run the model that it is given, which has the simulated "
+            "observations; write its method on(model, guide) so that it passes the model on, or give simulate=, a "
+            "function that puts the observations into the arguments"
         )
     return posterior
 

@@ -32,13 +32,13 @@ Axes = list[tuple[str, int]]
 HARDLY_EVER = 1e-4  # a stop that is less probable than this at every position is reported
 MOST_IMPOSSIBLE = 0.75  # a larger share of impossible draws is reported
 ON_THE_LEFT = (
-    "write it for axes on the left: index with [..., i], sum over .sum(-1), not .sum(), and build prompts with lm.join "
-    "or lm.fill"
+    "write the program for axes on the left: index with [..., i], sum with .sum(-1), not .sum(), and build prompts "
+    "with lm.join or lm.fill"
 )
 
 BRANCHES = (
-    "a latent has a value for each particle, which no Python `if`, `int` or `range` can follow: write all branches, "
-    "and mask those that a particle has not, with poutine.mask(mask=...)"
+    "a latent has one value for each particle, which a Python `if`, `int` or `range` cannot use: write all branches, "
+    "and mask those that a particle does not take, with poutine.mask(mask=...)"
 )
 RARE = (
     "soften the factor or improve the guide: mask its texts (allowed=), draw a part of the training draws from such a "
@@ -203,8 +203,9 @@ def _stops(report: Report, name: str, node: Node) -> None:
     stopped = site.ending(value).ended
     if not bool(stopped.all()):
         report.problems.append(
-            f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws come to where its constraint permits "
-            f"nothing, as after {site.fn.decode(value[~stopped][0])!r}, and get weight zero; permit a stop there"
+            f"site {name!r}: {int((~stopped).sum())} of {stopped.numel()} draws reach a prefix after which the "
+            f"constraint allows no token, for instance {site.fn.decode(value[~stopped][0])!r}, and get weight zero; "
+            "allow a stop there"
         )
     with torch.no_grad():
         stop = site.prefix_scores(value).stop_log_probs.exp()  # (particle, *plate axes, W)
@@ -217,8 +218,8 @@ def _stops(report: Report, name: str, node: Node) -> None:
     if bool(free.any()) and float(stop[free].max()) < HARDLY_EVER:
         report.problems.append(
             f"site {name!r}: the text never stops by itself (stop probability at most {float(stop[free].max()):.1g} at "
-            "every position), so all texts run into max_tokens; choose a stop that the language model does write "
-            "there, or change the prompt"
+            "every position), so all texts have max_tokens tokens; choose a stop that the language model writes there, "
+            "or change the prompt"
         )
 
 
@@ -242,7 +243,7 @@ def _has_evidence(report: Report, weighted: Weighted) -> bool:
             report.problems.append(f"site {name!r}: {_why_impossible(node, name in latents)}")
     if len(report.problems) == before:
         report.problems.append(
-            "every particle has probability zero, each for its own reason; use more particles or a better guide"
+            "every particle has probability zero, for different reasons; use more particles or a better guide"
         )
     return False
 
@@ -284,8 +285,8 @@ def _train(report: Report, query: Query, weighted: Weighted, steps: int, learnin
     target = set(Owners.of(query).target)
     if parameters and target.issuperset(map(id, parameters.values())):
         report.problems.append(
-            "guide: it has no trainable parameters of its own, those of its language model are the model's, which "
-            "training would move; draw its texts from lm.with_adapter(...) (one that only proposes can stay as it is)"
+            "guide: it has no trainable parameters of its own: its language model is the model's, which training would "
+            "change; draw its texts from lm.with_adapter(...), unless you do not train the guide"
         )
         return
     parameters = {name: p for name, p in parameters.items() if id(p) not in target}

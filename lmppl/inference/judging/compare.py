@@ -146,12 +146,12 @@ def compare(
     for row in rows:
         if row.suspect:
             result.notes.append(
-                f"{row.name}: suspect in {row.suspect:.0%} of its runs, where few particles speak for all; "
-                "ESS/N and k-hat need not show it."
+                f"{row.name}: suspect in {row.suspect:.0%} of its runs, which depend on too few particles; "
+                "ESS/N and k-hat may not show it."
             )
     if truth is None:
         result.notes.append(
-            "No exact posterior can be had here: evidence is an estimate, and ESS and k-hat say how good."
+            "There is no exact posterior here: the evidence is an estimate; ESS and k-hat show its quality."
         )
     elif result.unexplored is not None:
         result.notes.append(f"Prior mass left out of the enumeration: {result.unexplored:.2g} on average.")
@@ -312,7 +312,7 @@ def _tell(progress: bool | Callable[[str], None] | None, what: str) -> None:
 
 
 def _figure(row: Row) -> str:
-    """What progress says of an algorithm that is done: the distance of its draws, else its log evidence."""
+    """The line of progress of an algorithm that is done: the distance of its draws, or its log evidence."""
     for name, value in (("TV", row.draws_tv), ("log Z", row.log_evidence)):
         if value is not None:
             return f"{row.name}: {name} {value:.3f}"

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -14,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ... import markup
-from ...files import claim, save_figure, writing
+from ...files import claim, new_figure, save_figure, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FILES = "comparison.json", "comparison.png", "budget.png"
 
@@ -121,11 +124,9 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         parts: list[Any] = []
-        for title, columns in _TABLES:
-            shown, rows = self._filled(columns)
-            if shown:
-                cells = [[row.name, *(column.show(row) for column in shown)] for row in rows]
-                parts += [title, markup.table(["algorithm", *(column.title for column in shown)], cells)]
+        for title, columns, rows in self.cells():
+            cells = [[row.name, *figures] for row, figures in rows]
+            parts += [title, markup.table(["algorithm", *columns], cells)]
         return markup.page("Comparison", *parts, *map(markup.note, self.notes))
 
     def __getitem__(self, name: str) -> Row:
@@ -214,25 +215,25 @@ class Comparison:
             if self._drawn(_BUDGET, self.curves):
                 self.plot_budget(fresh / FILES[2])
 
-    def plot(self, path: str | Path) -> None:
-        """Writes a PNG with bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
+    def plot(self, path: str | Path | None = None) -> list[Axes]:
+        """Draws bars: distance of the draws, of the density, error of the evidence, and ESS, by algorithm.
 
         There are two panels in a row.  Each shows the rows that have its figure, algorithms in colour, and references
         hatched below them.  An infinite figure is written where its bar would begin.
 
-        :param path: the file.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         """
-        from matplotlib.figure import Figure
-
         panels = self._drawn(_BARS, self.rows)
         shown = [[row for row in self.rows if getattr(row, key) is not None] for key, _ in panels]
-        height = 0.42 * max(map(len, shown), default=1) + 1.6
         wide = min(2, max(1, len(panels)))
-        high = -(-max(1, len(panels)) // wide)
-        figure = Figure(figsize=(5.4 * wide, height * high), layout="constrained")
-        axes: list[Any] = [figure.add_subplot(high, wide, i + 1) for i in range(max(1, len(panels)))]
+        bars = [max(map(len, shown[i : i + wide])) for i in range(0, len(shown), wide)] or [1]  # of each row of panels
+        heights = [0.42 * n + 1.6 for n in bars]
+        figure = new_figure(path, figsize=(5.4 * wide, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(bars), wide, height_ratios=heights)
+        axes: list[Any] = [figure.add_subplot(grid[divmod(i, wide)]) for i in range(max(1, len(panels)))]
         colors = {row.name: f"C{i}" for i, row in enumerate(self.rows)}
-        for axis, (key, title), rows in zip(axes, panels, shown, strict=False):
+        for panel, (axis, (key, title), rows) in enumerate(zip(axes, panels, shown, strict=False)):
             for i, row in enumerate(rows):
                 value, error = getattr(row, key), row.sd.get(key)
                 length = value if math.isfinite(value) else 0.0
@@ -245,32 +246,36 @@ class Comparison:
             axis.set_title(title, fontsize=9)
             axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
             axis.margins(x=0.25)
-            axis.set_ylim(max(map(len, shown)) - 0.4, -0.6)  # bars of one height in all panels
+            axis.set_ylim(bars[panel // wide] - 0.4, -0.6)  # bars of one height, the first at the top
             axis.spines[["top", "right"]].set_visible(False)
-        save_figure(figure, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(axes)
 
-    def plot_budget(self, path: str | Path) -> None:
-        """Writes a PNG with curves: distance of the draws and error of the evidence against the cost per query.
+    def plot_budget(self, path: str | Path | None = None) -> list[Axes]:
+        """Draws curves: distance of the draws and error of the evidence against the cost per query.
 
-        :param path: the file.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         :raises ValueError: if there are no curves, because `compare` had no ``budgets`` or no ``exact``.
         """
-        from matplotlib.figure import Figure
-
         cost, panels = "seconds" if self.unit == "seconds" else "query_tokens", self._drawn(_BUDGET, self.curves)
         if not panels:
             raise ValueError("budgets: there is no curve; compare with budgets=... and exact=...")
-        figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-        for axis, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        figure = new_figure(path, figsize=(4.5 * len(panels), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (key, title) in zip(axes, panels, strict=True):
             for i, name in enumerate(dict.fromkeys(p.name for p in self.curves)):
                 points = [p for p in self.curves if p.name == name and _is_finite(getattr(p, key))]
                 if points:
                     x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
                     axis.plot(x, y, "o-", ms=3, lw=1, label=name, color=f"C{i}")
-            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} a query", title=title)
+            axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} per query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, fontsize=7)
-        save_figure(figure, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(axes)
 
     @staticmethod
     def _drawn(panels: list[tuple[str, str]], of: list[Row] | list[Point]) -> list[tuple[str, str]]:
@@ -327,7 +332,7 @@ _TABLES = (
         ),
     ),
     (
-        "On the way: what SMC's last weights do not show",
+        "During the run: what SMC's final weights do not show",
         (
             _Column("min_ess", "least ESS/N"),
             _Column("survival", "survival"),
@@ -354,7 +359,7 @@ _TABLES = (
         "Cost: tokens through the network",
         (
             _Column("training_tokens", "training", "{:,.0f}"),
-            _Column("query_tokens", "a query", "{:,.0f}"),
+            _Column("query_tokens", "per query", "{:,.0f}"),
             _Column("break_even", "queries to break even", "{:,.0f}"),
         ),
     ),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -26,6 +26,9 @@ from ..training.loop.verdict import MOST_LACKING, MOST_MISSED, judge
 from . import drift, pools
 from .calibration import Calibration, NotChecked, Simulate, Statistic, calibrate
 from .evidence import judge_evidence
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEVEL = 0.02  # how often calibration, all statistics together, rejects a correct algorithm
 WORST, ON_AVERAGE = 5, 10  # the least effective sample size of the worst run, and of all runs on average
@@ -141,14 +144,18 @@ class Diagnosis:
             "log_evidence_bounds": [_numbers(self.calibration.lowers), _numbers(self.calibration.uppers)],
         }
 
-    def plot(self, path: str | Path) -> None:
-        """Writes a PNG of calibration, evidence bounds, weights, and the lengths of the guide's and posterior's texts.
+    def plot(self, path: str | Path | None = None) -> list[Axes]:
+        """Draws calibration, evidence bounds, weights, and the lengths of the guide's and posterior's texts.
 
-        :param path: the file.
+        :param path: a PNG to write; None: a notebook shows the figure.
+        :returns: the axes of the panels.
         """
         from .plot import draw
 
-        save_figure(draw(self), path)
+        figure = draw(self, path)
+        if path is not None:
+            save_figure(figure, path)
+        return list(figure.axes)
 
 
 def diagnose(
@@ -216,7 +223,7 @@ def diagnose(
         result = Diagnosis(posterior=answers[0])
         _judge_weights(result, answers)
         if not hasattr(algorithm, "model"):
-            result.findings.append(_missing("the algorithm shows no model"))
+            result.findings.append(_missing("the algorithm has no model attribute"))
             return result
         query = query_of(algorithm, args, kwargs, answers[0].sites.plates.nesting)
         options: dict[str, Any] = {"num_particles": num_particles, "to_args": simulate, "statistics": statistics}
@@ -239,7 +246,7 @@ def _judge_guide(query: Query) -> list[Finding]:
     """What a trained guide misses, found with the model's own draws, because its own draws do not show it."""
     found = judge(query)
     missed, lacking = found["held_out_missed"], found["held_out_lacking"]
-    finds = "of the evidence is found by the model's own draws and not by the guide's"
+    finds = "of the evidence is found by the model's own draws, but not by the guide's"
     lacks = "of the posterior is where the guide's density is too low"
     return [
         Finding("guide misses", f"{missed:.0%}", finds, missed > MOST_MISSED, missed),
@@ -278,11 +285,11 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
     if len(khats):
         k = float(khats.sort().values[(3 * len(khats)) // 4 if len(khats) > 1 else 0])
         if k < 0.5:
-            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are alike"
+            meaning = "the weights have a finite variance" if math.isfinite(k) else "the largest weights are equal"
         elif k < 1:
             meaning = f"heavy tail: an average needs some {smallest_sample(k):,.0f} particles"
         else:
-            meaning = "heavy tail: no number of particles will do"
+            meaning = "heavy tail: no number of particles is enough"
         if k >= 0.7:
             meaning += "; the proposal misses posterior mass"
         result.findings.append(Finding("Pareto k-hat", f"{k:.2f}", meaning, k >= 0.7, k))
@@ -293,7 +300,7 @@ def _judge_weights(result: Diagnosis, answers: list[Posterior]) -> None:
         Finding(
             "log evidence",
             f"{float(low.mean()):.3f} +- {float(spread):.3f}",
-            "nats; its spread over runs is small" if float(spread) <= 1 else "nats; runs differ in what they find",
+            "nats; its spread over runs is small" if float(spread) <= 1 else "nats; the runs disagree",
             None if bool(spread.isnan()) and bool(low.isfinite().all()) else not float(spread) <= 1.0,
             float(low.mean()),
         )
@@ -310,8 +317,8 @@ def _judge_ways(answers: list[Sequential]) -> list[Finding]:
     n = answers[0].num_particles
     least, survive = (float(torch.stack([getattr(a, x) for a in answers]).min()) for x in ("min_ess", "survival"))
     share = float(torch.stack([a.suspect for a in answers]).double().mean(0).max())
-    meaning = f"at worst {least:.1f} of {n} particles speak for all on the way; {survive:.1%} of the first survive"
-    return [Finding("SMC on its way", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
+    meaning = f"at worst an ESS of {least:.1f} of {n} particles; {survive:.1%} of the first have descendants at the end"
+    return [Finding("SMC during the run", f"{share:.0%} of runs", meaning, share >= 0.5, share)]
 
 
 def _never_moved(answers: list[Posterior]) -> bool:
@@ -326,7 +333,7 @@ def _undefined_ess(answers: list[Posterior]) -> Finding:
         return Finding("ESS / N", "-", "no chain ever moved", True)
     chains = getattr(answers[0], "num_chains", None)
     short = chains is not None and answers[0].num_particles < 4 * chains
-    why = "fewer than 4 draws a chain" if short else "all draws are alike"
+    why = "fewer than 4 draws per chain" if short else "all draws are equal"
     return Finding("ESS / N", "-", f"not defined: {why}", None, checked=not short)
 
 
@@ -342,12 +349,12 @@ def _judge_calibration(result: Diagnosis) -> None:
     result.findings += [Finding(*row) for row in judge_evidence(found)]
     lost = int((found.lowers == -torch.inf).sum())
     if lost:
-        meaning = "simulated data sets for which nothing possible was found"
+        meaning = "simulated data sets for which no possible value was found"
         result.findings.append(Finding("zero evidence", f"{lost}", meaning, True, lost))
     few = len(found.lowers) < ENOUGH
     for name, verdict in pools.judge(found.pools).items():
         suspect = None if few and verdict.p >= LEVEL else verdict.p < LEVEL
-        meaning = "too few data sets to judge" if suspect is None else "as it should be"
+        meaning = "too few data sets to judge" if suspect is None else "as expected"
         meaning = _meaning(verdict, name, result.posterior) if suspect else meaning
         row = Finding(f"SBC: {name}", f"p = {verdict.p:.2g}", meaning, suspect, verdict.p, checked=suspect is not None)
         result.findings.append(row)
@@ -359,9 +366,9 @@ def _meaning(verdict: pools.Verdict, name: str, posterior: Posterior | None) -> 
     if verdict.function == "rank":
         return f"the posterior's values are too {'high' if less else 'low'}"
     if verdict.function == "spread":
-        return f"the posterior is too {'narrow' if more else 'wide'} in it"
+        return f"the posterior is too {'narrow' if more else 'wide'}"
     if verdict.function == "share":
-        return "the draws are too much alike" if less else "the draws repeat themselves too little"
+        return f"too {'many' if less else 'few'} draws are equal"
     assert posterior is not None
     token = int(verdict.function)
     string = posterior.sites.decoders[name.removeprefix("tokens of ")](torch.tensor([token]))

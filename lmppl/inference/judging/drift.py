@@ -105,7 +105,7 @@ def _length(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Ten
 def _stop(name: str, values: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor]) -> Drift:
     (q, error_q, _), (p, error_p, _) = (_moments(*x) for x in zip(values, weights, strict=True))
     suspect = abs(p - q) > 3 * math.hypot(error_q, error_p) and not 0.5 < p / max(q, 1e-30) < 2
-    meaning = f"the guide {'hardly' if p < q else 'all too readily'} stops where the posterior's texts end"
+    meaning = f"the guide stops too {'seldom' if p < q else 'often'} where the posterior's texts end"
     return Drift(
         f"stop of {name}",
         q,

@@ -27,7 +27,7 @@ def judge_evidence(found: Calibration) -> list[tuple[Any, ...]]:
     """The finding of the evidence bounds: name, figure, meaning, suspect, value, checked; none without an estimate."""
     name, own, below, above = "evidence sandwich", found.lowers, found.proposed, found.uppers
     if bool(above.isnan().any()):
-        return [(name, "-", "the guide has auxiliary sites, which the truth has no values for", None, None, False)]
+        return [(name, "-", "the guide has auxiliary sites, for which the truth has no values", None, None, False)]
     if bool((missed := above == torch.inf).any()):
         share = float(missed.double().mean())
         return [
@@ -39,14 +39,14 @@ def judge_evidence(found: Calibration) -> list[tuple[Any, ...]]:
     lack, lack_error = _mean(below - own)
     figure = f"{gap:.3f} +- {error:.3f}"
     if winnings((own - above).exp()) > CONSPICUOUS or gap < -4 * error:
-        return [(name, figure, "the wrong way round: the evidence is too high, the weights are wrong", True, gap)]
+        return [(name, figure, "above the upper bound: the evidence is too high, the weights are wrong", True, gap)]
     if lack > max(0.5, 4 * lack_error):
-        meaning = f"the evidence is too low, by {lack:.2g} nats at least: draws of the proposal find more"
+        meaning = f"the evidence is too low by at least {lack:.2g} nats: draws of the proposal find more"
         return [(name, figure, meaning, True, gap)]
     if gap > LOOSE and -lack < gap / 4:
         return [(name, figure, "nats up to the upper bound: the proposal misses posterior mass", True, gap)]
     meaning = "nats between the bounds of log Z"
-    return [(name, figure, meaning if gap <= LOOSE else f"{meaning}: loose, as the proposal is", False, gap)]
+    return [(name, figure, meaning if gap <= LOOSE else f"{meaning}: wide, because the proposal is poor", False, gap)]
 
 
 def winnings(ratios: Tensor) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...files import new_figure
 from ..posterior.posterior import Posterior
 from .calibration import Calibration
 from .drift import Drift
@@ -14,10 +16,8 @@ if TYPE_CHECKING:
     from .diagnose import Diagnosis
 
 
-def draw(diagnosis: Diagnosis) -> Any:
-    """One row of panels, without those that have nothing to show."""
-    from matplotlib.figure import Figure
-
+def draw(diagnosis: Diagnosis, path: str | Path | None = None) -> Any:
+    """One row of panels, without those that have nothing to show; see `new_figure`."""
     panels: list[tuple[Any, Any]] = []
     if diagnosis.calibration.positions:
         panels.append((_positions, diagnosis.calibration))
@@ -26,7 +26,7 @@ def draw(diagnosis: Diagnosis) -> Any:
     if diagnosis.posterior is not None and not hasattr(diagnosis.posterior, "unexplored"):
         panels.append((_weights, diagnosis.posterior))
     panels += [(_lengths, d) for d in diagnosis.drifts if d.name.startswith("length")][:1]
-    figure = Figure(figsize=(4.4 * max(1, len(panels)), 3.6), layout="constrained")
+    figure = new_figure(path, figsize=(4.4 * max(1, len(panels)), 3.6), layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
     for axis, (panel, what) in zip(axes, panels, strict=False):
         panel(axis, what)

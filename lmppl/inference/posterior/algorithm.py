@@ -108,7 +108,7 @@ def sized(algorithm: Any, num_particles: int) -> Any:
         return _with(algorithm, __class__=type(kind.__name__, (kind,), {"run": run}))
     if isinstance(getattr(algorithm, "num_particles", None), int):
         return _with(algorithm, num_particles=num_particles)
-    raise ValueError(f"budgets: {kind.__name__} has no number of particles to fit to one")
+    raise ValueError(f"budgets: {kind.__name__} has no number of particles, so it cannot be given a budget")
 
 
 def query_of(algorithm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], nesting: int | None = None) -> Query:

@@ -100,7 +100,7 @@ class _Carry(Messenger):
             raise _unclear(
                 new["name"],
                 local,
-                "of the arguments of that plate's size some are as they were in the run, others not",
+                "some arguments of that plate's size are equal to those of the run, and others are not",
             )
         return kept
 
@@ -149,9 +149,9 @@ def _chosen(keep: Collection[str], values: Mapping[str, Tensor], latents: Mappin
 
 def _unclear(name: str, local: list[Any], why: str) -> ValueError:
     return ValueError(
-        f"keep: it is not clear whether {name!r} is to be kept or drawn anew. It lies in the plate {local[0].name!r}, "
-        f"and {why}. Pass keep=[{name!r}, ...], the latent sites that are of the same elements as "
-        "in the run, or keep=[] for other elements"
+        f"keep: it is not clear whether to keep {name!r} or to draw it again. It is in the plate {local[0].name!r}, "
+        f"and {why}. Pass keep=[{name!r}, ...], the latent sites whose elements are those of the run, or keep=[] for "
+        "other elements"
     )
 
 

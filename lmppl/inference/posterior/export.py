@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from .posterior import Posterior
 
 OWN = ("chain", "draw")  # names of arviz's dimensions
+TEXTS = 10  # how many are named
 
 
 def to_arviz(posterior: Posterior) -> Any:
     """N equally weighted draws with plates as named dimensions, for `arviz.summary`, `arviz.plot_trace` and the like.
 
-    - ``posterior``: the sites that are numbers; for a text z its ``length(z)``, in tokens with its stop, and
-      ``log_prob(z)``, the log-probability under the model (missing for a posterior from a file).
+    - ``posterior``: the sites that are numbers; for a text z its ``length(z)``, in tokens with its stop;
+      ``log_prob(z)``, the log-probability under the model (missing for a posterior from a file); and ``one_hot(z)``,
+      whose coordinate ``z_text`` names the 10 most frequent texts: 1 in the draws that are that text, so that its mean
+      is the text's probability.
     - ``texts``: the texts as strings.
     - ``sample_stats``: ``log_weight``, the log weight of the particle that a draw copies; ``lp``, the log joint of
       Markov chains.
@@ -49,7 +52,7 @@ def to_arviz(posterior: Posterior) -> Any:
         return x.detach().cpu().unflatten(0, (chains, n // chains)).numpy()
 
     numbers: dict[str, Tensor] = {}
-    texts = {}
+    texts, named, one_hot = {}, {}, {}
     for site, value in posterior.samples.items():
         if site not in posterior.sites.decoders:
             numbers[site] = value
@@ -57,20 +60,27 @@ def to_arviz(posterior: Posterior) -> Any:
         numbers[f"length({site})"] = text.length(value)
         strings = np.array(posterior.strings(site))
         texts[site] = strings.reshape(chains, n // chains, *strings.shape[1:])
+        distinct, counts = np.unique(strings, return_counts=True)
+        named[f"{site}_text"] = distinct[np.argsort(-counts, kind="stable")[:TEXTS]]
+        one_hot[f"one_hot({site})"] = (texts[site][..., None] == named[f"{site}_text"]).astype(np.int64)
     shape, scores = log_weights.shape, posterior.text_log_probs  # each of several processes has only its own part
     numbers |= {f"log_prob({site})": x for site, x in scores.items() if x.shape[: log_weights.dim()] == shape}
     statistics = {"log_weight": log_weights}
     if (log_joint := getattr(posterior, "log_joint", None)) is not None:
         statistics["lp"] = log_joint.flatten(0, 1)
     groups = {
-        "posterior": {name: by_chain(x) for name, x in numbers.items()},
+        "posterior": {name: by_chain(x) for name, x in numbers.items()} | one_hot,
         "sample_stats": {name: by_chain(x) for name, x in statistics.items()},
         "constant_data": {"log_evidence": posterior.log_evidence.cpu().numpy()},
     }
     dims = {name: plates for variables in (*groups.values(), texts) for name in variables}
+    for site, strings in texts.items():
+        others = [f"{site}_dim_{i}" for i in range(strings.ndim - 2 - len(plates))]
+        dims[site] = [*plates, *others]
+        dims[f"one_hot({site})"] = [*plates, *others, f"{site}_text"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about more chains than draws, and the group "texts"
-        data = arviz.from_dict(**groups, dims=dims)
+        data = arviz.from_dict(**groups, dims=dims, coords=named)
         if texts:
             data.add_groups({"texts": texts}, dims=dims)
     return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +51,7 @@ def save(posterior: Posterior, path: Path) -> None:
     sites, tensors = posterior.sites, {f"values.{name}": value for name, value in posterior.values.items()}
     try:
         kind, extra = type(posterior).__name__, _flattened(posterior, _others(type(posterior)))
-    except TypeError:  # an ancestry, say
+    except TypeError:  # for instance an ancestry
         kind, extra = Posterior.__name__, _flattened(posterior, _others(Posterior))
     tensors |= {key: value for key, value in extra.items() if isinstance(value, Tensor)}
     arguments, given = _packed(sites.query)
@@ -67,6 +67,7 @@ def save(posterior: Posterior, path: Path) -> None:
         "strings": {site: _strings(posterior, site) for site in sites.decoders},
         "stops": sites.stops,
         "arguments": arguments,
+        "dependent": sites.dependent,
     }
     with files.writing(path, KIND) as fresh:
         save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, fresh / TENSORS)
@@ -82,7 +83,7 @@ def load(cls: type[P], path: Path, lm: Any = None) -> P:
         rest, tensors = files.read(path, lambda: _read(path))
         return _build(cls, rest, tensors, lm)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"path: {path} is no posterior that can be read: {first_line(error)}") from error
+        raise ValueError(f"path: {path} cannot be read as a posterior: {first_line(error)}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -116,7 +117,9 @@ def _build(cls: type[P], rest: dict[str, Any], tensors: dict[str, Tensor], lm: A
     if any(len(values[k]) != n or values[k].dim() != 1 + plates.nesting + e for k, e in rest["event_dims"].items()):
         raise ValueError("the shapes of its values do not fit its weights")
     query = _unpacked(rest.get("arguments"), tensors)
-    return kind(values=values, sites=Sites(plates, rest["event_dims"], decoders, lms, rest["stops"], query), **others)
+    sites = Sites(plates, rest["event_dims"], decoders, lms, rest["stops"], query)
+    sites = replace(sites, dependent=bool(rest.get("dependent", True)))  # of files that do not say
+    return kind(values=values, sites=sites, **others)
 
 
 def _packed(query: Query | None) -> tuple[Any, dict[str, Tensor]]:

@@ -205,11 +205,9 @@ class Posterior:
         :param index: the element; None: there is only one.
         """
         element = plate_element(index, self.log_weights.shape[1:])
-        found = {
-            "log evidence": float(self.log_evidence[element]),
-            "ESS": float(self.ess[element]),
-            "k-hat": pareto_khat(self.log_weights[all_particles(element)]),
-        }
+        found = {"log evidence": float(self.log_evidence[element]), "ESS": float(self.ess[element])}
+        khat = pareto_khat(self.log_weights[all_particles(element)])
+        found |= {"k-hat": khat} if math.isfinite(khat) else {}
         return {name: x for name, x in found.items() if not math.isnan(x)}
 
     def resample(self, n: int | None = None, scheme: str = "systematic") -> Posterior:

@@ -107,7 +107,7 @@ def _count(args: Arguments) -> int:
     if len(found) != 1:
         raise ValueError(
             f"batches: on several processes the first axis of every argument is that of the observations; these have "
-            f"lengths {sorted(found)}; what all observations share, a program can close over"
+            f"lengths {sorted(found)}; a value that all observations share can come from a closure"
         )
     return found.pop()
 
@@ -216,8 +216,8 @@ def sum_gradients(parameters: list[Tensor]) -> None:
         return
     if everywhere(all(p.grad is None for p in parameters)):
         raise ValueError(
-            "optimizer: the loss depends on none of its parameters; give it those of the guide, and where these are "
-            "sharded, shard the network before LanguageModel(network, tokenizer) wraps it"
+            "optimizer: the loss depends on none of its parameters; give it those of the guide; if these are sharded, "
+            "shard the network before LanguageModel(network, tokenizer) wraps it"
         )
     for p in parameters:
         if isinstance(p, DTensor) and p.grad is not None:

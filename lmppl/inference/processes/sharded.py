@@ -113,7 +113,7 @@ def plate_of(own_part: Callable[[], Query], all_of_it: Callable[[], Query], part
     same = own.keys == whole.keys[part.start * each : part.stop * each]
     if whole.keys == again.keys and not same:  # keys that differ between seeds are drawn and say nothing
         raise ValueError(
-            "batches: model and guide read other texts from a part of the arguments than from all; on several "
+            "batches: model and guide read other texts from a part of the arguments than from all of them; on several "
             "processes the first axis of each must be that of the observations"
         )
     return own.plates.dims[0]

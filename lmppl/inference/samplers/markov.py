@@ -157,7 +157,7 @@ class Markov:
     def __init__(self, prior: Completion, factor: Automaton, order: int | None = None):
         order = getattr(prior.lm.model.config, "order", None) if order is None else order
         if not isinstance(order, int) or order < 0:
-            raise ValueError(f"order: expected how many tokens back the language model looks, got {order}")
+            raise ValueError(f"order: expected the number of tokens that the language model reads back, got {order}")
         self.order: int = order
         if prior.batch_shape or prior.prompt.dim() != 1:
             raise ValueError(f"prior: expected one prompt, got the batch shape {tuple(prior.batch_shape)}")
@@ -166,7 +166,7 @@ class Markov:
         if prior.stop_strings is not None:
             raise ValueError("prior: a stop string reads several tokens of the text; use Enumeration or SMC")
         if prior.tools:
-            raise ValueError("prior: a tool reads the whole text, so that it is not Markov; use Enumeration or SMC")
+            raise ValueError("prior: a tool reads the whole text, so it is not Markov; use Enumeration or SMC")
         if factor.next.shape[1] != prior.lm.vocab_size:
             raise ValueError(f"factor: it reads {factor.next.shape[1]} tokens, the model has {prior.lm.vocab_size}")
         self.prior, self.factor = prior, factor
@@ -249,7 +249,7 @@ class Markov:
     def _next_token(self) -> Tensor:
         """p(next token | t, state, automaton state; psi), (width, S, A, V); uniform where no token is possible."""
         if self.log_evidence == -torch.inf:
-            raise ValueError("factor: it rules every text out; there is no posterior")
+            raise ValueError("factor: every text is impossible, so there is no posterior")
         dead = (self.log_beta[:-1] == -torch.inf)[..., None]
         return self.log_joint.masked_fill(dead, 0.0).softmax(-1)
 
@@ -286,7 +286,7 @@ class Markov:
             keys = torch.tensor([key for key in known if len(key) == k], dtype=torch.long).view(int(full.sum()), k)
             detour = torch.cat([keys.flip(0)[:, :1] if k else keys, keys], 1)  # other history, the same last k tokens
             if not torch.allclose(self._logits(detour, keys[:, :0]), logits[full], rtol=1e-3, atol=1e-3):
-                raise ValueError(f"order: the language model looks further back than {k} tokens")
+                raise ValueError(f"order: the language model reads further back than {k} tokens")
         return torch.tensor(following), logits
 
     def _logits(self, prompt: Tensor, after: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ def _told(query: Query, program: Program, values: Values, name: str) -> Trace:
     for site, node in run.nodes.items():
         if site_is_subsample(node) and (node["fn"].subsample_size or node["fn"].size) < node["fn"].size:
             raise ValueError(  # every run has another subsample
-                f"{name}: the plate {site!r} subsamples its observations, so that the values belong to unknown ones; "
-                "give the program batches, or the plate its subsample="
+                f"{name}: the plate {site!r} subsamples its observations, so that it is unknown to which ones the "
+                "values belong; pass batches to the program, or subsample= to the plate"
             )
     for site in latents:
         if site not in values:

@@ -40,9 +40,9 @@ class DirectPreferenceOptimization(Trainer):
         calls no network.
 
     The last two items of a batch are dicts of latent values by site: the chosen ones, then the rejected ones.  The
-    items before them are the arguments of model and guide.  Values have the shapes that the guide would draw, (*plates,
-    *event), and texts end with their stop.  The metric "margin" is the mean of :math:`\beta [\ldots]`, in nats;
-    "accuracy" is the share of choices for which it is positive.
+    items before them are the arguments of model and guide.  Values have the shapes that the guide would draw,
+    (*plates, *event), and texts end with their stop.  The metric "margin" is the mean of :math:`\beta [\ldots]`, in
+    nats; "accuracy" is the share of choices for which it is positive.
 
     :raises ValueError: for a ``beta`` that is not positive and finite; in a step, for latents without a value, values
         without a site, values that are impossible under model or guide, and a plate that subsamples its observations.

@@ -66,7 +66,7 @@ class Trainer(Sampler, ABC):
     Attributes: ``training_tokens``, the number of tokens that all steps so far have sent through the network, and
     ``history``, the metrics of every step of the last `fit` (of one that an exception has ended, too).
 
-    :raises ValueError: for a ``clip`` that is not positive and an optimiser that cannot step by itself (LBFGS); in
+    :raises ValueError: for a ``clip`` that is not positive and an optimiser whose step needs a closure (LBFGS); in
         `step` and `fit`, where the optimiser holds parameters of the model, or not all of the guide's.
 
     Example::
@@ -309,7 +309,8 @@ class Trainer(Sampler, ABC):
             and on SIGINT or SIGTERM (which then end the program; a second one ends it at once).  Where it holds a
             checkpoint, training resumes from it, with all state of the optimisers.  Other files in it are left alone.
         :param checkpoint_every: steps between two checkpoints.
-        :param progress: show a progress bar.
+        :param progress: show steps, rate, time left and figures on standard error: a bar on a terminal and in a
+            notebook, else a plain line every ten seconds.
         :param callback: a function of the step and its metrics, called before they are logged.  What it adds to them
             (numbers, strings, what JSON can hold) is logged, too.  It ends training by raising `StopTraining` (or
             StopIteration): the step counts, its checkpoint is written, and `fit` returns.  After any other exception
@@ -356,8 +357,8 @@ class Trainer(Sampler, ABC):
                 raise ValueError(f"identity: expected numbers and strings, got {value!r} for {name!r}")
         if accumulate > 1 and not self.accumulates:
             raise ValueError(
-                f"accumulate: {type(self).__name__} as it is set makes several updates of one batch, each of its own "
-                "gradient; give larger batches instead"
+                f"accumulate: {type(self).__name__} with these settings makes several updates from one batch, each "
+                "with a new gradient; use larger batches instead"
             )
         held = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
         stops = Stops(callback, stop, held, held_out is not None)
@@ -436,7 +437,7 @@ class Trainer(Sampler, ABC):
         """Compares the guide with the posterior, from N draws of the guide and N/2 draws of the model's latents.
 
         :param args: the arguments of model and guide.
-        :param num_particles: N.
+        :param num_particles: N, the draws of the guide.
         :param exact_sample: exact draws of the posterior of these observations, as in `fit`; None: there are none.
         :param kwargs: keyword arguments of model and guide.
         :returns: means over observations, the names beginning with ``held_out_``:

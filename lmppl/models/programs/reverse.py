@@ -20,16 +20,28 @@ TEMPLATE = "Ending:{y}\nBeginning:"
 
 
 class Reverse:
-    """The model and guide of reverse inference, for any language model.
+    r"""The model and guide of reverse inference: the beginning x of a story that goes on with y.
 
-    :param lm: the language model p, frozen.
-    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
-    :param prefix: what stands before every beginning; empty: the language model's own first words.
+    .. math:: p(x \mid y) \propto p(x) \, p(y \mid x)
+
+    :param lm: the language model p; it is not trained.
+    :param guide_lm: the guide's language model, usually ``lm.with_adapter(...)``; None: there is no guide.
+    :param prefix: the text before every beginning; "": none.
     :param max_tokens: the most tokens of a beginning before its stop.
-    :param stop: its stop, a sentence end.
+    :param stop: the beginning's stop, the end of a sentence.
     :param template: the guide's prompt, with the field y.
 
-    `model(y)` and `guide(y)` are Pyro programs over endings y (B, L), with one plate of stories.
+    `model(y)` and `guide(y)` are Pyro programs over texts y (B, L), with one plate of stories.  The latent site is "x",
+    (B, max_tokens + 1).
+
+    Example::
+
+        lm = LanguageModel.embedded("stories")
+        q = lm.with_adapter(LoraConfig(r=16, target_modules="all-linear"))
+        task = Reverse(lm, q)
+        (y,) = task.encode(embedded.data("stories", "test")[:4])
+        posterior = SMC(task.model, task.guide, num_particles=64).run(y)
+        posterior.table("x", 0)  # beginnings of the first story, with their probabilities
     """
 
     def __init__(
@@ -46,7 +58,11 @@ class Reverse:
         self.prefix, self.max_tokens, self.stop, self.template = lm.encode(prefix), max_tokens, stop, template
 
     def model(self, y: Tensor) -> Tensor:
-        """x ~ LM(prefix); the text after prefix and x begins with y."""
+        """x ~ LM(prefix); the text after prefix and x begins with y.
+
+        :param y: how the stories go on, (B, L).
+        :returns: x, (..., B, max_tokens + 1).
+        """
         with pyro.plate("stories", len(y)):
             x = pyro.sample("x", Completion(self.lm, self.prefix, max_tokens=self.max_tokens, stop=self.stop))
             told = self.lm.join(self.prefix, x)
@@ -54,7 +70,11 @@ class Reverse:
             return x
 
     def guide(self, y: Tensor) -> Tensor:
-        """x ~ q(x | y), a language model that reads the ending."""
+        """x ~ q(x | y), by a language model that reads y.
+
+        :param y: how the stories go on, (B, L).
+        :returns: x, (..., B, max_tokens + 1).
+        """
         if self.guide_lm is None:
             raise ValueError("guide_lm: this Reverse was made without a guide")
         prompt = self.guide_lm.fill(self.template, y=y)
@@ -62,5 +82,9 @@ class Reverse:
             return pyro.sample("x", Completion(self.guide_lm, prompt, max_tokens=self.max_tokens, stop=self.stop))
 
     def encode(self, stories: Sequence[Story]) -> tuple[Tensor]:
-        """The argument (y,) of model and guide: all of a story after its first sentence."""
+        """The argument of model and guide: each story after its first sentence.
+
+        :param stories: B of them.
+        :returns: (y,).
+        """
         return (self.lm.encode([s.z + s.y for s in stories]),)

@@ -1,19 +1,19 @@
-r"""Thoughts between a question and its answer: plans whose number of steps is random, and trees whose path counts.
+"""Thoughts between a question and its answer: plans with a random number of steps, and trees in which one path counts.
 
 A chain:  z_d ~ LM(s_d),   more_d ~ LM(s_d z_d): "," or ".",   s_{d+1} = s_d z_d more_d,   y ~ LM(s "The answer is"),
           with a factor e^(v(s_{d+1})), its evaluation, for each state that is reached
 A tree:   k_d ~ children,   z_d1 .. z_dk ~ LM(s_d),   j_d = i with probability e^(v_i) / sum_i e^(v_i),
-          v_i = v(s_d z_di),   s_{d+1} = s_d z_dj,   y likewise,
-          with a factor (1 / k_d) sum_i e^(v_i), the mean evaluation of the children, for each level
+          v_i = v(s_d z_di),   s_{d+1} = s_d z_dj,   y likewise, with a factor (1 / k_d) sum_i e^(v_i), the mean
+          evaluation of the children, for each level
 
-What follows from a thought, as the result of a sum, is written by the program; thoughts that are not there are texts
-of no tokens.  The path of a tree is a chain: choice and factor together are e^(v_j) / k, an even choice and the
-evaluation of the child that is taken, and children are alike, so that
+The program writes what follows from a thought, such as the result of a sum.  Thoughts that do not exist are texts of no
+tokens.  The path of a tree is a chain: choice and factor together are e^(v_j) / k, a uniform choice times the
+evaluation of the chosen child, and the children are alike, so that
 
     p(path, y) = p(z_1) .. p(z_D) e^(v(s_2) + .. + v(s_{D+1})) p(y | s_{D+1}),    whatever the number of children.
 
-`TreeOfThoughts.search` is the tree as one builds it, without the factors.  What it finds is a draw of the posterior
-only after it is weighted by them: by the mean evaluations of its own children.
+`TreeOfThoughts.search` builds the tree without the factors, as a search does.  Its result is a draw of the posterior
+only after weighting by the factors, the mean evaluations of its own children.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ...constraints import Constraint
 from ...distributions import Completion
 from ...language_model import LanguageModel
 
-TEMPLATE = "{y}{x}"  # what the guide reads: the answer before what has been told
+TEMPLATE = "{y}{x}"  # what the guide reads: the answer before the text so far
 MARKS = ",", "."  # after a step that is not the last one, and after the last one
 ASK, LONGEST_ANSWER = " The answer is", 1
 
@@ -41,20 +41,22 @@ Evaluation = Callable[[Tensor], Tensor]
 
 
 class Thoughts:
-    """What both programs are made of.
+    """The parts that the programs of chains and trees share.
 
-    :param lm: the language model p, frozen.
-    :param guide_lm: the guide's, usually ``lm.with_adapter(...)``; None: no guide.
-    :param steps: D, the most steps.
-    :param max_tokens: of a thought before its stop.
-    :param stop: its stop; None: a thought is exactly ``max_tokens`` tokens.
-    :param allowed: a constraint on the tokens of a thought that has no stop.
-    :param after: what follows from the string told so far, the question first; None: nothing.
-    :param evaluate: what has been told (..., B, L) -> its log score (..., B); None: 0.
-    :param marks: what is written after a step that is not the last one, and after the last one.
-    :param ask: what is written before the answer.
+    :param lm: the language model p; it is not trained.
+    :param guide_lm: the guide's language model, usually ``lm.with_adapter(...)``; None: there is no guide.
+    :param steps: D, the most steps, at least 1.
+    :param max_tokens: the most tokens of a thought before its stop.
+    :param stop: a thought's stop; None: a thought has exactly ``max_tokens`` tokens.
+    :param allowed: a constraint on the tokens of a thought without a stop; None: there is none.
+    :param after: a function from the string so far (the question first) to what follows from it; None: nothing.
+    :param evaluate: the evaluation v, a function from the texts so far (..., B, L) to their log scores (..., B); None:
+        0.
+    :param marks: the text after a step that is not the last one, and the text after the last one.
+    :param ask: the text before the answer.
     :param max_answer: the most tokens of an answer before ``stop_answer``.
-    :param template: the guide's prompt, with the fields x (what has been told) and y (the answer).
+    :param stop_answer: the answer's stop.
+    :param template: the guide's prompt, with the fields x (the text so far) and y (the answer).
 
     :raises ValueError: for fewer steps than one, and a constraint on thoughts that have a stop.
     """
@@ -79,19 +81,29 @@ class Thoughts:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         if allowed is not None and stop is not None:
-            raise ValueError("allowed: a thought with a stop may be empty, which a constraint would forbid; stop=None")
+            raise ValueError("allowed: a thought with a stop may be empty, which a constraint would forbid: stop=None")
         self.lm, self.guide_lm, self.steps = lm, guide_lm, steps
         self.max_tokens, self.stop, self.allowed = max_tokens, stop, allowed
         self.after, self.evaluate, self.marks = after, evaluate, marks
         self.ask, self.max_answer, self.stop_answer, self.template = ask, max_answer, stop_answer, template
 
     def thought(self, lm: LanguageModel, told: Tensor, there: Tensor) -> Completion:
-        """The thoughts that a language model has after ``told`` (..., B, L); where not ``there`` (..., B), no token."""
+        """The distribution of a thought.
+
+        :param lm: a language model.
+        :param told: the texts so far, (..., B, L).
+        :param there: whether the thought exists, (..., B); where not, it has no tokens.
+        :returns: a `Completion`.
+        """
         limit = torch.where(there, self.max_tokens, 0)
         return Completion(lm, told, max_tokens=limit, stop=self.stop, allowed=self.allowed)
 
     def follow(self, told: Tensor) -> Tensor:
-        """What has been told, with what follows from it: (..., L) -> (..., L')."""
+        """The texts so far, with what follows from them (``after``).
+
+        :param told: (..., L).
+        :returns: (..., L').
+        """
         if self.after is None:
             return told
         written: list[str] = []
@@ -104,42 +116,98 @@ class Thoughts:
         return self.lm.join(told, self.lm.encode(written)[which])
 
     def reads(self, told: Tensor, y: Tensor) -> Tensor:
-        """The guide's prompt."""
+        """The guide's prompt.
+
+        :param told: the texts so far, (..., B, L).
+        :param y: answers, (B, Ly).
+        :returns: texts (..., B, L').
+        :raises ValueError: where there is no guide.
+        """
         if self.guide_lm is None:
             raise ValueError(f"guide_lm: this {type(self).__name__} was made without a guide")
         return self.guide_lm.fill(self.template, x=told, y=y)
 
     def answer(self, told: Tensor, y: Tensor | None) -> Tensor:
-        """y ~ LM(told "The answer is"), observed or queried."""
+        """y ~ LM(told "The answer is"), observed or latent.
+
+        :param told: the texts so far, (..., B, L).
+        :param y: answers, (B, Ly); None: they are drawn.
+        :returns: the answers y.
+        """
         asked = self.lm.join(told, self.ask)
         return pyro.sample("y", Completion(self.lm, asked, max_tokens=self.max_answer, stop=self.stop_answer), obs=y)
 
 
 class ChainOfThoughts(Thoughts):
-    """Plans of 1 to D steps: after each the language model says whether another follows.
+    r"""Chains of 1 to D thoughts between a question x and its answer y; the model decides how many.
 
-    Parameters as of `Thoughts`, with marks of one token each.
+    .. math:: p(z, y \mid x) = \prod_d p(z_d \mid s_d) \, p(more_d \mid s_d z_d) \, e^{v(s_{d+1})} \; p(y \mid s)
 
-    `model(x, y)` and `guide(x, y)` are Pyro programs over questions x (B, Lx) and answers y (B, Ly), with one plate;
-    without y the answer is a latent site of the model.  Their sites are "thought d" and "more d"; of a plan that has
-    ended they are empty.
+    s_d is the text before thought d, v the evaluation.
+
+    :param lm: the language model p; it is not trained.
+    :param guide_lm: the guide's language model, usually ``lm.with_adapter(...)``; None: there is no guide.
+    :param steps: D, the most steps, at least 1.
+    :param max_tokens: the most tokens of a thought before its stop.
+    :param stop: a thought's stop; None: a thought has exactly ``max_tokens`` tokens.
+    :param allowed: a constraint on the tokens of a thought without a stop; None: there is none.
+    :param after: a function from the string so far (the question first) to what follows from it; None: nothing.
+    :param evaluate: the evaluation v, a function from the texts so far (..., B, L) to their log scores (..., B); None:
+        0.
+    :param marks: the text after a step that is not the last one, and the text after the last one; each is one token.
+    :param ask: the text before the answer.
+    :param max_answer: the most tokens of an answer before ``stop_answer``.
+    :param stop_answer: the answer's stop.
+    :param template: the guide's prompt, with the fields x (the text so far) and y (the answer).
+
+    `model(x, y)` and `guide(x, y)` are Pyro programs over questions x (B, Lx) and answers y (B, Ly), with one plate.
+    Without y the answer is a latent site of the model.  The sites are "thought d" and "more d"; after the end of a plan
+    they are empty.
+
+    :raises ValueError: for fewer steps than one, and a constraint on thoughts that have a stop.
+
+    Source: Wei et al. 2022, "Chain-of-thought prompting elicits reasoning in large language models"; docs/thoughts.md.
+
+    Example::
+
+        lm = LanguageModel.embedded("arithmetic")
+        digit = Slots(lm, [[" 1", " 2", " 3"]])
+        task = ChainOfThoughts(lm, steps=2, max_tokens=1, allowed=digit)
+        x, y = lm.encode(["Question: 2 + 3 = ? Answer:"]), lm.encode([" 5."])
+        posterior = Importance(task.model, num_particles=64).run(x, y)
     """
 
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Thoughts and marks of the language model, a factor for each state, the answer."""
+        """Thoughts and marks of the language model, a factor for each state, and the answer.
+
+        :param x: questions, (B, Lx).
+        :param y: answers, (B, Ly); None: they are drawn.
+        :returns: the answers y.
+        """
         with pyro.plate("questions", len(x)):
             told = self.plan(self.lm, x, lambda told: told, evaluated=True)
             return self.answer(told, y)
 
     def guide(self, x: Tensor, y: Tensor) -> None:
-        """Thoughts and marks of a language model that reads the answer."""
+        """Thoughts and marks of a language model that reads the answer.
+
+        :param x: questions, (B, Lx).
+        :param y: answers, (B, Ly).
+        """
         self.reads(x, y)
         assert self.guide_lm is not None
         with pyro.plate("questions", len(x)):
             self.plan(self.guide_lm, x, lambda told: self.reads(told, y), evaluated=False)
 
     def plan(self, lm: LanguageModel, x: Tensor, prompt: Callable[[Tensor], Tensor], *, evaluated: bool) -> Tensor:
-        """What has been told when the plan has ended, (..., B, L)."""
+        """Samples the sites of a plan.
+
+        :param lm: the language model that writes.
+        :param x: questions, (B, Lx).
+        :param prompt: a function from the texts so far (..., B, L) to what the language model reads.
+        :param evaluated: whether to add the factors of the evaluation.
+        :returns: the texts at the end of the plan, (..., B, L).
+        """
         told, more = self.follow(x), torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         for d in range(1, self.steps + 1):
             z = pyro.sample(f"thought {d}", self.thought(lm, prompt(told), more))
@@ -153,7 +221,14 @@ class ChainOfThoughts(Thoughts):
         return told
 
     def goes_on(self, lm: LanguageModel, d: int, prompt: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a step follows (..., B), as the language model has it, and the mark that says so (..., B, 1)."""
+        """Samples whether a step follows, by the language model's next token.
+
+        :param lm: the language model that writes.
+        :param d: the number of the step, from 1.
+        :param prompt: what the language model reads, (..., B, L).
+        :param more: whether the plan goes on before this step, (..., B).
+        :returns: whether a step follows, (..., B), and the mark that tells so, (..., B, 1).
+        """
         on, end = (self.lm.token_id(mark) for mark in self.marks)
         if d == self.steps:
             return torch.zeros_like(more), torch.where(more, end, text.PAD)[..., None]
@@ -164,18 +239,34 @@ class ChainOfThoughts(Thoughts):
 
 
 class TreeOfThoughts(Thoughts):
-    r"""Trees of D levels: children of the path so far, one of which the path goes on with.
+    r"""Trees of D levels between a question x and its answer y: at each level the path takes one of the thoughts.
 
-    :param children: the probabilities of 1, 2, .. children.
+    .. math:: p(path, y \mid x) = \prod_d p(z_d \mid s_d) \, e^{v(s_{d+1})} \; p(y \mid s_{D+1})
 
-    Other parameters as of `Thoughts`.
+    whatever the number of children; s_d is the text before thought d of the path, v the evaluation.
+
+    :param lm: the language model p; it is not trained.
+    :param guide_lm: the guide's language model, usually ``lm.with_adapter(...)``; None: there is no guide.
+    :param children: the probabilities of 1, 2, .. children, which sum to 1.
+    :param options: those of `Thoughts`: ``steps``, ``max_tokens``, ``stop``, ``allowed``, ``after``, ``evaluate``,
+        ``marks``, ``ask``, ``max_answer``, ``stop_answer``, ``template``.
 
     `model(x, y)`, `search(x, y)` and `guide(x, y)` are Pyro programs over questions x (B, Lx) and answers y (B, Ly),
-    with one plate; without y the answer is a latent site of the model and of the search.  Their sites are "children d"
-    (0 for one child), "thought d.i", and "expand d", the child that the path goes on with; with one child at most there
-    is nothing to choose, and neither the first nor the last.
+    with one plate.  Without y the answer is a latent site of the model and of the search.  The sites are "children d"
+    (0 for one child), "thought d.i", and "expand d", the child that the path takes.  With one child at most, there are
+    no sites "children d" and "expand d".
 
-    :raises ValueError: for ``children`` that are no probabilities.
+    :raises ValueError: for ``children`` that are not probabilities, and as `ChainOfThoughts`.
+
+    Source: Yao et al. 2023, "Tree of thoughts"; docs/thoughts.md.
+
+    Example::
+
+        lm = LanguageModel.embedded("arithmetic")
+        digit = Slots(lm, [[" 1", " 2", " 3"]])
+        task = TreeOfThoughts(lm, children=[0.5, 0.5], steps=2, max_tokens=1, allowed=digit)
+        x, y = lm.encode(["Question: 2 + 3 = ? Answer:"]), lm.encode([" 5."])
+        posterior = Importance(task.model, num_particles=64).run(x, y)
     """
 
     def __init__(
@@ -193,19 +284,33 @@ class TreeOfThoughts(Thoughts):
         self.most, self.log_children = len(share), share.log()
 
     def model(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Children of the language model, the path through them by evaluation, their mean evaluation, the answer."""
+        """Children of the language model, the path through them by evaluation, their mean evaluations, and the answer.
+
+        :param x: questions, (B, Lx).
+        :param y: answers, (B, Ly); None: they are drawn.
+        :returns: the answers y.
+        """
         with pyro.plate("questions", len(x)):
             return self.answer(self.path(x), y)
 
     def search(self, x: Tensor, y: Tensor | None = None) -> None:
-        """The same without the factors.  Given no answer, it asks for one; of a given one it knows nothing."""
+        """The same tree without the factors.  Without y it draws an answer; a given y it does not use.
+
+        :param x: questions, (B, Lx).
+        :param y: answers, (B, Ly); None: they are drawn.
+        """
         with pyro.plate("questions", len(x)):
             told = self.path(x, weighted=False)
             if y is None:
                 self.answer(told, None)
 
     def path(self, x: Tensor, *, weighted: bool = True) -> Tensor:
-        """The tree without its answer; what is told on its path, (..., B, L)."""
+        """Samples the tree without its answer.
+
+        :param x: questions, (B, Lx).
+        :param weighted: whether to add the factors of the evaluation.
+        :returns: the texts at the end of the path, (..., B, L).
+        """
         told = self.follow(x)
         for d in range(1, self.steps + 1):
             there = self.count(d, x)
@@ -220,7 +325,11 @@ class TreeOfThoughts(Thoughts):
         return told
 
     def guide(self, x: Tensor, y: Tensor) -> None:
-        """Which child the path will go on with, evenly; that one by a language model that reads the answer."""
+        """Chooses the child that the path takes uniformly; a language model that reads the answer writes that child.
+
+        :param x: questions, (B, Lx).
+        :param y: answers, (B, Ly).
+        """
         self.reads(x, y)
         with pyro.plate("questions", len(x)):
             told = self.follow(x)
@@ -230,7 +339,12 @@ class TreeOfThoughts(Thoughts):
                 told = pick(self.thoughts(d, told, there, self.guide_lm, self.reads(told, y), chosen), chosen)
 
     def count(self, d: int, x: Tensor) -> list[Tensor]:
-        """Whether there is a first child, a second, ..: (..., B) each."""
+        """Samples the number of children.
+
+        :param d: the level, from 1.
+        :param x: questions, (B, Lx).
+        :returns: whether there is a first child, a second, ..: (..., B) each.
+        """
         k = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
         if self.most > 1:
             k = pyro.sample(f"children {d}", Categorical(logits=self.log_children))
@@ -245,7 +359,16 @@ class TreeOfThoughts(Thoughts):
         read: Tensor | None = None,
         chosen: Tensor | None = None,
     ) -> list[Tensor]:
-        """The children of what has been told; what is told with each, (..., B, L). The ``chosen`` one is read about."""
+        """Samples the children of a level.
+
+        :param d: the level, from 1.
+        :param told: the texts so far, (..., B, L).
+        :param there: which children exist, (..., B) each.
+        :param lm: the language model that writes; None: the model's.
+        :param read: what the language model reads before the chosen child; None: ``told``, as before the others.
+        :param chosen: the number of the chosen child, (..., B); None: there is none.
+        :returns: the texts with each child, (..., B, L).
+        """
         states = []
         for i, here in enumerate(there):
             prompt = told if read is None or chosen is None else where(chosen == i, read, told)
@@ -254,27 +377,44 @@ class TreeOfThoughts(Thoughts):
         return states
 
     def state(self, d: int, told: Tensor, z: Tensor, there: Tensor) -> Tensor:
-        """What is told with a thought of level d and what follows from it."""
+        """The texts with a thought and what follows from it.
+
+        :param d: the level, from 1.
+        :param told: the texts so far, (..., B, L).
+        :param z: the thought, (..., B, L').
+        :param there: whether the thought exists, (..., B).
+        :returns: (..., B, L'').
+        """
         told = self.follow(self.lm.join(told, said(z, there)))
         return self.follow(self.lm.join(told, self.marks[d == self.steps]))
 
     def even(self, there: list[Tensor]) -> Tensor:
-        """The logits of an even choice among the children that are there, (..., B, K)."""
+        """The logits of a uniform choice among the children that exist.
+
+        :param there: which children exist, (..., B) each.
+        :returns: (..., B, K).
+        """
         present = torch.stack(there, -1)
         return torch.zeros(present.shape, device=present.device).masked_fill(~present, -torch.inf)
 
     def chosen(self, d: int, logits: Tensor) -> Tensor:
-        """The child that the path goes on with, (..., B)."""
+        """Samples the child that the path takes.
+
+        :param d: the level, from 1.
+        :param logits: (..., B, K).
+        :returns: (..., B).
+        """
         if self.most == 1:
             return torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
         return pyro.sample(f"expand {d}", Categorical(logits=logits))
 
     @torch.no_grad()
     def around(self, x: Tensor, thoughts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """A tree that has this path: how many children, where the path's is among them, and others, all drawn.
+        """Draws a tree that contains this path: the number of children, the place of the path's, and the others.
 
-        :param thoughts: of each step the path's thought, (..., B, L).
-        :returns: the values of all sites: a draw of the tree's posterior, where the path is one of the chain's.
+        :param x: questions, (B, Lx).
+        :param thoughts: the path's thought of each step, (..., B, L).
+        :returns: the values of all sites: a draw of the tree's posterior, if the path is a draw of the chain's.
         """
         values, told = dict[str, Tensor](), self.follow(x)
         for d, own in enumerate(thoughts, 1):
@@ -290,18 +430,18 @@ class TreeOfThoughts(Thoughts):
 
 
 def said(z: Tensor, there: Tensor) -> Tensor:
-    """Thoughts (..., B, L) where they are there, no token elsewhere."""
+    """Thoughts (..., B, L) where they exist, no tokens elsewhere."""
     return torch.where(there[..., None], z, text.PAD)
 
 
 def where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Texts ``one`` where ``chosen`` (..., B), else the ``other``'s."""
+    """Texts ``one`` where ``chosen`` (..., B), else those of ``other``."""
     width = max(one.shape[-1], other.shape[-1])
     return torch.where(chosen[..., None], text.pad(one, width), text.pad(other, width))
 
 
 def pick(states: list[Tensor], chosen: Tensor) -> Tensor:
-    """Of texts (..., B, L) each the one whose number is ``chosen`` (..., B)."""
+    """The text (..., B, L) whose number is ``chosen`` (..., B)."""
     told = states[0]
     for i, state in enumerate(states[1:], 1):
         told = where(chosen == i, state, told)

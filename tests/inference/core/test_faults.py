@@ -125,7 +125,7 @@ def test_a_site_that_is_called_like_an_internal_plate(run):
         (plated(name="lmppl_particles"), own_guide, "lmppl_particles"),
         (plated(plate="lmppl_prefixes"), guide, "lmppl_prefixes"),
     ):
-        with pytest.raises(ValueError, match=f"site '{name}': this name is kept"):
+        with pytest.raises(ValueError, match=f"site '{name}': this name is reserved"):
             RUNS[run](model, q)
 
 

@@ -172,7 +172,7 @@ def test_without_a_truth_the_comparison_says_so(task):
     _, model, _, args, _ = task
     result = compare(model, {"prior": Importance(model, num_particles=50)}, *args)
     assert len(result.rows) == 1 and result.rows[0].log_evidence_error is None and result.rows[0].ess is not None
-    assert "No exact posterior" in result.notes[0]
+    assert "no exact posterior" in result.notes[0]
 
 
 def test_a_comparison_of_nothing_is_refused(task):

@@ -353,7 +353,7 @@ def test_an_evidence_that_is_too_high_is_found():
             return replace(posterior, log_evidence=posterior.log_evidence + 1.0)
 
     found = diagnose(Boastful(model), X, Y, simulations=4, num_particles=8, repetitions=1)
-    assert found["evidence sandwich"].suspect and "wrong way round" in found["evidence sandwich"].meaning
+    assert found["evidence sandwich"].suspect and "above the upper bound" in found["evidence sandwich"].meaning
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------

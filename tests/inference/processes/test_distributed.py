@@ -119,7 +119,7 @@ def test_what_cannot_be_shared_out_is_refused(two):
         "subsampled": "'data' is subsampled",
         "joint": "its leftmost plate around every site has size () for 5 observations",
         "shared": "batches: model and guide read other texts",
-        "stranger": "optimizer: it holds 1 parameter (a tensor of shape (5,)), and none of the guide's own",
+        "stranger": "optimizer: it holds 1 parameter (a tensor of shape (5,)), but none of the guide's own",
         "algorithm": "algorithm: expected one with .model and .run, got Parameter",
     }
     for results in both:

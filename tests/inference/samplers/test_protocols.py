@@ -264,7 +264,7 @@ def test_a_wrapper_that_keeps_its_model_to_itself_is_not_judged():
         def __init__(self, inner):
             self.inner = inner
 
-    for wrapper, why in ((Deaf(IMPORTANCE), "Deaf does not ask the model"), (Fixed(IMPORTANCE), "Fixed.model cannot")):
+    for wrapper, why in ((Deaf(IMPORTANCE), "Deaf does not run the model"), (Fixed(IMPORTANCE), "Fixed.model cannot")):
         row = diagnose(wrapper, X, simulations=6, repetitions=1, num_particles=8)["calibration"]
         assert why in row.meaning and row.suspect is None and not row.checked
     with pytest.raises(ValueError, match=r"algorithm: Fixed.model cannot be set"):

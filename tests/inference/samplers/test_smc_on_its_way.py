@@ -84,7 +84,7 @@ def test_compare_and_diagnose_call_it_suspect():
     assert any("SMC: suspect in 100%" in note for note in found.notes) and found["prior"].suspect is None
     assert "suspect" in found.markdown() and json.loads(json.dumps(found.to_json()))["rows"][0]["suspect"] == 1.0
     diagnosis = diagnose(SMC(collapsing, None, 400), repetitions=3, simulations=0)
-    assert diagnosis["ESS / N"].suspect is False and diagnosis["SMC on its way"].suspect and not diagnosis.ok
+    assert diagnosis["ESS / N"].suspect is False and diagnosis["SMC during the run"].suspect and not diagnosis.ok
 
 
 # -- what has no right answer is refused -----------------------------------------------------------------------------

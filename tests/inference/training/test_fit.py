@@ -172,7 +172,7 @@ def test_what_is_no_scheduler_of_the_optimizer_is_refused():
         (5, "got 5"),
         (LambdaLR, "the class LambdaLR"),
         (LambdaLR(other, lambda t: 1.0), "this LambdaLR is over another optimizer"),
-        (ReduceLROnPlateau(trainer.optimizer), "that needs no figure"),
+        (ReduceLROnPlateau(trainer.optimizer), "that needs no metric"),
         ([late, late], "several are of one optimizer"),
     ):
         with pytest.raises(ValueError, match=f"scheduler: .*{said}"):
@@ -277,7 +277,7 @@ def test_what_updates_several_times_a_batch_is_refused():
     task = Task()
     em = VariationalEM(task.model, None, Enumeration(task.model), torch.optim.SGD([torch.zeros(1)], lr=1.0))
     for trainer in (task.trainer(PolicyGradient, algorithm="ppo"), em):
-        with pytest.raises(ValueError, match=f"accumulate: {type(trainer).__name__} .* give larger batches"):
+        with pytest.raises(ValueError, match=f"accumulate: {type(trainer).__name__} .* use larger batches"):
             trainer.fit([task.args], 2, accumulate=2, **QUIET)
     assert len(task.trainer(PolicyGradient, algorithm="ppo", epochs=1).fit([task.args], 1, accumulate=2, **QUIET)) == 1
     with pytest.raises(ValueError, match="accumulate: must be at least 1"):

@@ -31,7 +31,7 @@ def test_an_optimizer_of_others_is_refused_by_name(kind, tmp_path):
     refused = {
         "none of the guide's own": other.trainable_parameters(),
         "does not hold 1 parameter ": own[1:],
-        "of the model, which training must leave": [*own, *task.lm.network.base_parameters],
+        "of the model, which training must not change": [*own, *task.lm.network.base_parameters],
     }
     for said, parameters in refused.items():
         trainer = kind(task.model, task.guide, optimizer=adam(parameters))

@@ -293,7 +293,7 @@ def _multiply(name: str, fn: Any, log_root: Tensor, allowance: Tensor, max_suppo
         support = fn.enumerate_support(expand=False)  # (S, 1, ..., *event)
     except NotImplementedError:
         raise ValueError(
-            f"site {name!r}: {type(fn).__name__} has no finite support, so that it cannot be enumerated; observe it, "
+            f"site {name!r}: {type(fn).__name__} has no finite support, so it cannot be enumerated; observe it, "
             "or use Importance or SMC"
         ) from None
     count, cells = len(support), log_root.shape[1]

@@ -176,7 +176,7 @@ def _density(pair: Pair, plates: Plates, known: Values) -> Density:
     proposal, target = pair.proposal, pair.model
     latent = programs.latents(target)
     if not latent:
-        raise ValueError("model: it has no latent site, so that there is nothing to sample")
+        raise ValueError("model: it has no latent site, so there is nothing to sample")
     known = text_log_probs(programs.scored(target), besides=known) | known
     prior = log_density(only(target, set(latent)), plates, known=known)
     for name, node in latent.items():  # an element that the model masks follows q

@@ -166,8 +166,8 @@ class MetropolisHastings(Sampler):
 
         .. math:: \pi_k(z) \propto p(z)\, p(observed \mid z)^{1/T_k}
 
-        and neighbours try to exchange their states after each move; draws come from T_1.  Only observations and factors
-        are tempered, so that T = inf is the prior, because a tempered language model writes long nonsense.
+        and neighbours try to exchange their states after each move; draws come from T_1.  T = inf is the prior.  Only
+        observations and factors are tempered, because a tempered language model writes long nonsense.
     :param max_plate_nesting: how many batch axes the plates take; None: found from a run without a network.
 
     ``run(*args)`` passes its arguments to model and guide, and returns `MarkovChains`, a `Posterior` with diagnostics.

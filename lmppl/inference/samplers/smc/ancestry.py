@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ....files import save_figure
+from ....files import new_figure, save_figure
 from ...core.arguments import plate_element
 from ...posterior.log_weights import effective_sample_size, pareto_khat
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class Resampling(NamedTuple):
@@ -112,15 +115,22 @@ def khat_of_scores(ancestry: Ancestry) -> Tensor:
     return torch.stack(rows)
 
 
-def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, ...] | None = None) -> None:
-    """Draws the lines of descent of one plate element as a PNG file.
+def plot_ancestry(
+    ancestry: Ancestry,
+    path: str | Path | None = None,
+    index: int | tuple[int, ...] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws the lines of descent of one plate element.
 
     Each column has the particles before a resampling; the last column has them at the end.  Lines that lead to a
-    particle at the end are bold.  The file is written completely or not at all.
+    particle at the end are bold.
 
     :param ancestry: ``posterior.ancestry`` of a run of `SMC`.
-    :param path: the file.
+    :param path: a PNG to write, completely or not at all; None: a notebook shows the figure.
     :param index: a plate element, an integer or a tuple; None: there is only one.
+    :param ax: where to draw; None: a new figure.
+    :returns: the matplotlib axes.
     :raises ValueError: if nothing was resampled, and for an index that names no element.
 
     Example::
@@ -129,21 +139,23 @@ def plot_ancestry(ancestry: Ancestry, path: str | Path, index: int | tuple[int, 
         plot_ancestry(posterior.ancestry, "ancestry.png", index=0)
     """
     from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
 
     line = lineages(ancestry)  # (R, N, *plates)
     at: tuple[int | slice, ...] = (slice(None), *plate_element(index, line.shape[2:]))
     rounds, particles = line.shape[:2]
-    figure = Figure(figsize=(1.5 + 0.5 * rounds, 1.2 + 0.12 * particles), layout="constrained")
-    axis = figure.subplots()
+    if ax is None:
+        size = (1.5 + 0.5 * rounds, 1.2 + 0.12 * particles)
+        ax = new_figure(path, figsize=size, layout="constrained").subplots()
     for r, event in enumerate(ancestry):
         parent = event.chosen[at].tolist()
         alive = set(range(particles)) if r == rounds - 1 else set(line[r + 1][at].tolist())
         for bold in (False, True):
             lines = [[(r, m), (r + 1, n)] for n, m in enumerate(parent) if (n in alive) == bold]
             style = {"colors": "C0", "linewidths": 1.4} if bold else {"colors": "0.8", "linewidths": 0.6}
-            axis.add_collection(LineCollection(lines, zorder=1 + bold, **style))
-    axis.set_xticks(range(rounds + 1), [*(f"{e.site} {e.token}" for e in ancestry), "end"], rotation=90, fontsize=7)
-    axis.set(xlim=(-0.2, rounds + 0.2), ylim=(particles - 0.5, -0.5), xlabel="before token", ylabel="particle")
-    axis.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
+            ax.add_collection(LineCollection(lines, zorder=1 + bold, **style))
+    ax.set_xticks(range(rounds + 1), [*(f"{e.site} {e.token}" for e in ancestry), "end"], rotation=90, fontsize=7)
+    ax.set(xlim=(-0.2, rounds + 0.2), ylim=(particles - 0.5, -0.5), xlabel="before token", ylabel="particle")
+    ax.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        save_figure(ax.figure, path)
+    return ax

@@ -212,7 +212,7 @@ def simulate(model: Program, *args: Any, **kwargs: Any) -> Simulated:
         tempered = not bool((torch.as_tensor(scale(node, plates), dtype=torch.float64) - 1).abs().max() < 1e-9)
         if isinstance(node["fn"], Unit) or masked or tempered:
             what = "a factor" if isinstance(node["fn"], Unit) else "masked" if masked else "scaled"
-            raise ValueError(f"model: the site {name!r} is {what}, so that the model cannot be simulated forward")
+            raise ValueError(f"model: the site {name!r} is {what}, so the model cannot be simulated forward")
     observed = {n: node["value"] for n, node in nodes.items() if node["infer"].get("was_observed")}
     return Simulated({n: node["value"] for n, node in nodes.items() if n not in observed}, observed)
 

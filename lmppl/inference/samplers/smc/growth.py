@@ -147,7 +147,7 @@ class Term:
     def of(cls, node: Node) -> Term:
         texts = text_of(node["fn"])
         if texts is None or not texts.stepwise:
-            raise SiteMismatch(f"guide: site {node['name']!r} is a text that grows, and none in the model")
+            raise SiteMismatch(f"guide: site {node['name']!r} is drawn token by token, but not in the model")
         return cls({**node, "mask": None}, texts, texts.there(node["mask"]))
 
     def of_site(self, log_prob: Tensor, plates: Plates, *, scaled: bool = True) -> Tensor:

@@ -142,9 +142,9 @@ class SMC(Sampler):
     the effective sample size of W psi is below ``ess_threshold * N``.  They are chosen in proportion to V and V is
     divided out, :math:`W^n = \frac1N \sum_m V^m \, W^n / V^n`, so that :math:`E[\hat Z] = Z` for every positive psi.
     Without a twist, V is W.  With "stop" and "flow", V is half W psi and half W, each normalised; with a function psi
-    it is W psi, or this mixture where the effective sample size of W psi is below N / 2.  So a bad psi costs at most a
-    factor of two in variance.  An observation or factor enters the weights when the program reaches it, which is after
-    all particles have ended the text before it.
+    it is W psi, or this mixture where the effective sample size of W psi is below N / 2.  So even a bad psi makes the
+    result little worse than no twist.  An observation or factor enters the weights when the program reaches it, which
+    is after all particles have ended the text before it.
 
     The twist psi scores unfinished texts by what is still to come; weights never contain it:
 

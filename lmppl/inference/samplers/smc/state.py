@@ -215,7 +215,7 @@ class State:
         nodes = programs.scored(self.target).values()
         subsampled = any(f.full_size not in (None, f.size) for node in nodes for f in node["cond_indep_stack"])
         if self.retained is not None and subsampled:
-            raise ValueError("model: a plate is subsampled; run it in full, so that the exact sample is of these data")
+            raise ValueError("model: a plate is subsampled; run it in full, because the exact sample is of all data")
         if kept_plates([self.target, self.proposal], self.query.nesting, subsampling=False) != self.plates:
             raise ValueError("model: its plates changed with the values of its sites; they must not")
         check_axes(Pair(self.query, self.proposal, self.target, len(self.log_weights)))
@@ -226,7 +226,7 @@ def _mismatch(site: Node | None, met: Node | None, target: Trace) -> str:
         assert met is not None
         return f"guide: it does not sample {met['name']!r}, a latent site of the model"
     if met is not None:
-        return f"guide: it comes to {site['name']!r} where the model comes to {met['name']!r}; keep texts in one order"
+        return f"guide: it samples {site['name']!r} where the model samples {met['name']!r}; keep texts in one order"
     node = target.nodes.get(site["name"])
     observed = node is not None and node["is_observed"]
     return f"guide: it samples {site['name']!r}, but the model {'observes' if observed else 'does not have'} that site"

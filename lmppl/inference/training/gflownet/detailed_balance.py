@@ -24,8 +24,13 @@ class DetailedBalance(Objective):
     prefix can stop.  For other programs the loss of `VarGrad` is added, which compares whole samples; a log message
     tells so once.
 
-    :param kwargs: the arguments of `Objective`: ``num_particles``, ``prefixes``, ``exploration``,
-        ``reward_temperature``, ``floor``, ``divergence``, ``max_plate_nesting``.
+    :param num_particles: samples for each observation.
+    :param prefixes: "all", or how many prefixes of each text to use, at least 2.
+    :param exploration: the `Exploration` that draws the samples; None: the guide itself.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`, a number or a function of the step.
+    :param floor: nats.  A reward of zero counts as this much below the largest reward of its observation.
+    :param max_plate_nesting: how many axes the plates take; infinite: found from a run that calls no network.
+    :param divergence: g, a name in `DIVERGENCES` or a `Divergence`.
     :raises ValueError: as `Objective`.
 
     Sources: Bengio et al. 2023, "GFlowNet foundations"; Deleu et al. 2022, "Bayesian structure learning with generative

@@ -20,7 +20,7 @@ that no gradient through c is needed.  On-policy, as the number of samples grows
 up to a positive factor, if g is squared or of the alpha family.  For the others c is log Z near balance only, and far
 from it the loss minimises no :math:`D_f`.
 
-Every g but |x| has g''(0) = 2: near balance all of them are the squared loss.
+Every g but :math:`|x|` has g''(0) = 2: near balance all of them are the squared loss.
 
 Source: Fawkes and Hartford 2026, "f-trajectory balance", arXiv 2605.15417.
 """
@@ -258,7 +258,7 @@ BERNOULLI = [  # B_n / (n + 1)! for n = 2, 4, .., 14
 
 
 class TotalVariation(Divergence):
-    r"""g = |x|, from twice the total variation, :math:`\sum_z |p(z) - q(z)|`; the best c is the median of u.
+    r"""g = abs(x), from twice the total variation, :math:`\sum_z |p(z) - q(z)|`; the best c is the median of u.
 
     The slope depends on the sign of x only.  The loss is zero at the posterior, but steps of constant size do not
     converge.
@@ -279,7 +279,7 @@ class TotalVariation(Divergence):
 
 
 class LogCosh(Divergence):
-    r"""g = 2 log cosh x, a smooth total variation: squared near 0, 2|x| - 2 log 2 for large |x|.
+    r"""g = 2 log cosh x, a smooth total variation: squared near 0, 2 abs(x) - 2 log 2 far from it.
 
     .. math:: f = 2 (1 - r) + 4 r (\arctan r - \pi/4), \qquad g' = 2 \tanh x
     """

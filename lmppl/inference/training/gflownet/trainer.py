@@ -40,8 +40,8 @@ class GFlowNet(Trainer):
     :param guide: a Pyro program with the model's latent sites, whose trainable parameters the optimiser holds.
     :param objective: which u are compared and how, see `Objective`.  None: `HardVarGrad`, which is `VarGrad`, and
         `Linex` for a batch in which some draw has reward zero.
-    :param optimizer: a torch optimiser over the guide's parameters, e.g.  ``torch.optim.AdamW(q.trainable_parameters(),
-        lr=1e-3)``.  Parameters of the objective, such as those of log Z, are added to it.
+    :param optimizer: a torch optimiser over the guide's parameters, such as AdamW over ``q.trainable_parameters()``.
+        Parameters of the objective, such as those of log Z, are added to it.
     :param num_particles: samples for each observation; None: the objective's number, 16 by default.
     :param replay: a `Replay` buffer, from which a part of the samples is drawn; None: all are drawn afresh.
     :param exploration: what draws the training samples, an `Exploration`; None: the guide itself.  "default": the

@@ -103,9 +103,8 @@ class LogPartition(nn.Module):
     .. math:: \log Z_\psi(x) = b + w \cdot \tanh(P \bar e(x))
 
     :math:`\bar e` is the mean input embedding of the prompt's tokens, P a fixed random matrix.  w starts at zero, b at
-        the
-    mean of u in the first batch with a possible draw.  If the guide's first latent is no text, or its prompt differs
-    between particles, all observations share b alone.
+    the mean of u in the first batch with a possible draw.  If the guide's first latent is no text, or its prompt
+    differs between particles, all observations share b alone.
 
     :param features: the length of w.
     """

@@ -20,8 +20,13 @@ class VarGrad(Objective):
     divergence, with a bias of order 1/N.  With the other divergences the best c is log Z near balance only
     (docs/objectives.md).
 
-    :param kwargs: the arguments of `Objective`: ``num_particles``, ``exploration``, ``reward_temperature``, ``floor``,
-        ``divergence``, ``max_plate_nesting``.
+    :param num_particles: N, samples for each observation.
+    :param prefixes: not used.
+    :param exploration: the `Exploration` that draws the samples; None: the guide itself.
+    :param reward_temperature: T in the target :math:`p(z, observed)^{1/T}`, a number or a function of the step.
+    :param floor: nats.  A reward of zero counts as this much below the largest reward of its observation.
+    :param max_plate_nesting: how many axes the plates take; infinite: found from a run that calls no network.
+    :param divergence: g, a name in `DIVERGENCES` or a `Divergence`.
     :raises ValueError: for fewer than two particles, and as `Objective`.
 
     Source: Richter et al. 2020, "VarGrad"; Zhang et al. 2023, "Robust scheduling with GFlowNets".

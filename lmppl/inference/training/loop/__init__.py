@@ -1,1 +1,1 @@
-"""The training loop: batches, steps, looks at held-out observations, checkpoints and when it stops."""
+"""The training loop: batches, steps, evaluations, checkpoints, and when it stops."""

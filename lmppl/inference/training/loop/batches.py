@@ -156,7 +156,7 @@ class Stream:
             if fresh or self._iterator is self.batches:
                 break
             self._iterator, fresh = None, True
-        read = f"it ended after {self._next} batches, and training goes on" if self._next else "there is no batch in it"
+        read = f"it ended after {self._next} batches, before the last step" if self._next else "there is no batch in it"
         raise ValueError(f"batches: {read}; give {EXPECTED}")
 
 

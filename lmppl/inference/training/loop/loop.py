@@ -49,7 +49,7 @@ class Loop:
     checkpoint_every: int
     spent: Spent
     may_end: bool  # before its last step
-    said: str = field(default="", init=False)  # the last verdict
+    said: tuple[str, str] = field(default=("", ""), init=False)  # the last verdict, and why
 
     def run(self, start: int, name: str, shown: bool) -> None:
         """Makes all steps from ``start`` on."""
@@ -122,12 +122,14 @@ class Loop:
         return found
 
     def _figures(self) -> str:
-        """What progress says: the last verdict with log Z, and numbers, not what else a callback has added."""
+        """What progress says: the last verdict with log Z, the first metrics, and the reason of the verdict."""
         metrics = self.history[-1]
         if "verdict" in metrics:
-            evidence = f", log Z {metrics['held_out_log_z']:.2f}" if "held_out_log_z" in metrics else ""
-            self.said = f"{metrics['verdict']}{evidence}, "
-        return self.said + figures(metrics)
+            word, _, why = metrics["verdict"].partition(": ")
+            evidence = [f"log Z {metrics['held_out_log_z']:.2f}"] if "held_out_log_z" in metrics else []
+            self.said = ", ".join([word, *evidence]), f" ({why})" if why else ""
+        verdict, why = self.said
+        return ", ".join(filter(None, [verdict, figures(metrics)])) + why
 
 
 def figures(metrics: Mapping[str, Any], most: int = 2) -> str:

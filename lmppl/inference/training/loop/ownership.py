@@ -104,7 +104,7 @@ class Owners:
         self, wanted: Mapping[int, Tensor], found: Mapping[int, Tensor], optimizer: str, whose: str
     ) -> NoReturn:
         raise ValueError(
-            f"{optimizer}: it holds {self._told(found.values())}, and none of {whose}'s own, "
+            f"{optimizer}: it holds {self._told(found.values())}, but none of {whose}'s own, "
             f"{self._told(wanted.values())}; give it those, q.trainable_parameters() of a language model with an "
             f"adapter, {FREEZE}"
         )

@@ -113,7 +113,7 @@ class Scheduled:
 def _check(scheduler: Any, optimizers: Sequence[Optimizer]) -> None:
     expected = "expected a torch.optim.lr_scheduler.LRScheduler over the trainer's optimizer"
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(f"scheduler: {expected} that needs no figure; got ReduceLROnPlateau, see EarlyStopping")
+        raise ValueError(f"scheduler: {expected} that needs no metric; got ReduceLROnPlateau, see EarlyStopping")
     if not isinstance(scheduler, LRScheduler):
         found = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else repr(scheduler)
         raise ValueError(f"scheduler: {expected}, got {found}")

@@ -106,7 +106,7 @@ class Stops:
         self.rule = stop if isinstance(stop, EarlyStopping) else None
         if self.rule is not None:
             if self.rule.figure.startswith("held_out") and not held_out:
-                raise ValueError(f"stop: {self.rule.figure!r} is measured on held_out=, and there is none")
+                raise ValueError(f"stop: {self.rule.figure!r} is measured on held_out=, which is not given")
             self.rule.reset()
         self.calls = [given for given in (callback, stop) if given is not None]
         self.parameters, self.kept = parameters, list[Tensor]()
