@@ -49,6 +49,7 @@ def regex(lm: LanguageModel, pattern: str, stop: Stop = "eos") -> Grammar:
         >>> he.accepts(lm.encode([" He ran.", " She ran."]))
         tensor([ True, False])
     """
+    as_lm(lm)  # before the second argument, so that arguments in the wrong order are named by their types
     if not isinstance(pattern, str):
         raise ValueError(f"pattern: expected a regular expression as a string, got {pattern!r}")
     if not pattern:
@@ -76,6 +77,7 @@ def json_schema(lm: LanguageModel, schema: Mapping[str, Any] | str, stop: Stop =
         >>> booleans.accepts(lm.encode(["[true, false]", "[1]"]))
         tensor([ True, False])
     """
+    as_lm(lm)
     if not isinstance(schema, str | Mapping):
         raise ValueError(f"schema: expected a mapping, or JSON as a string, got {schema!r}")
     try:

@@ -25,6 +25,8 @@ UNREADABLE = [
     (lambda: regex(AB, "(a{1000}){1000}b"), "pattern: "),
     (lambda: regex(AB, 5), "pattern: expected a regular expression as a string, got 5"),
     (lambda: regex(AB, None), "pattern: expected a regular expression as a string, got None"),
+    (lambda: regex("a", AB), "lm: expected a LanguageModel, got 'a'"),
+    (lambda: json_schema({"type": "null"}, AB), "lm: expected a LanguageModel, got dict"),
     (lambda: grammar(AB, "start: other"), 'lark: line 1, column 8: unknown name: "other"'),
     (lambda: grammar(AB, 'start: "a"\n  | "b" @'), "lark: line 2, column 10: lexer error"),
     (lambda: grammar(AB, "start: /(/"), "lark: line 1, column 8: unclosed group"),

@@ -23,7 +23,7 @@ def instance_of(kind: type, **given: Any) -> None:
     for name, value in given.items():
         if not isinstance(value, kind):
             found = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-            raise ValueError(f"{name}: expected a {kind.__name__} instance, got {found}")
+            raise ValueError(f"{name}: expected an instance of {kind.__name__}, got {found}")
 
 
 def is_integer(**given: Any) -> None:
@@ -71,7 +71,7 @@ def steps_by_itself(**given: Any) -> None:
     for name, optimizer in given.items():
         if not isinstance(optimizer, torch.optim.Optimizer):
             kind = type(optimizer).__name__
-            raise ValueError(f"{name}: expected a torch.optim.Optimizer instance, got {kind}")
+            raise ValueError(f"{name}: expected an instance of torch.optim.Optimizer, got {kind}")
         try:
             inspect.signature(type(optimizer).step).bind(optimizer)  # a scheduler has wrapped optimizer.step
         except TypeError as error:
@@ -85,7 +85,9 @@ def plate_element(index: Any, plates: torch.Size) -> tuple[int, ...]:
     """The element of plates of these sizes that ``index`` names; None names the only one."""
     if index is None:
         if plates.numel() > 1:
-            raise ValueError(f"index: expected an element of the plates of shape {tuple(plates)}, got None")
+            first = 0 if len(plates) == 1 else (0,) * len(plates)
+            shape = tuple(plates)
+            raise ValueError(f"index: name one element of the plates of shape {shape}, for instance index={first}")
         return (0,) * len(plates)
     found = index if isinstance(index, tuple | list) else (index,)
     if len(found) != len(plates) or not all(

@@ -201,7 +201,8 @@ def diagnose(
     :param statistics: further statistics by name, functions of the latents ``{site: (n, *plates, ...)}`` that return
         (n, *plates).
     :returns: a `Diagnosis`.
-    :raises ValueError: for an algorithm without ``run``, and for counts that are not positive.
+    :raises ValueError: for an algorithm without ``run``, for counts that are not positive, and for a ``simulate`` that
+        is no function.
 
     Source: Talts et al. 2018 and Modrák et al. 2023 (calibration); Grosse et al. 2015 (bounds); Vehtari et al. 2024
     (k-hat).
@@ -216,7 +217,10 @@ def diagnose(
     at_least(1, repetitions=repetitions, num_particles=num_particles)
     at_least(0, simulations=simulations)
     if not hasattr(algorithm, "run"):
-        raise ValueError(f"algorithm: {type(algorithm).__name__} has no run(*args)")
+        kind = type(algorithm).__name__
+        raise ValueError(f"algorithm: expected one with run(*args), for instance Importance(model), got {kind}")
+    if simulate is not None and not callable(simulate):
+        raise ValueError(f"simulate: expected a function (args, observed) -> args, got {simulate!r}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         answers = [posterior_of(algorithm, args, kwargs) for _ in range(repetitions)]

@@ -70,7 +70,7 @@ CONSTRUCTORS = {
     "guide: a name": ("guide", lambda: Importance(model, "guide")),
     "objective: a class": ("objective.*the class SubTB", lambda: gflownet(objective=SubTB)),
     "objective: a name": ("objective", lambda: gflownet(objective="SubTB")),
-    "exploration: a name": ("exploration", lambda: gflownet(exploration="tempered")),
+    "exploration: a name": ("exploration: expected an instance of Exploration", lambda: gflownet(exploration="tempered")),
     "exploration: of an objective": ("exploration", lambda: DetailedBalance(exploration=Prior)),
     "replay: a class": ("replay", lambda: gflownet(replay=Replay)),
     "clip": ("clip", lambda: gflownet(clip=0.0)),
@@ -109,7 +109,7 @@ RUNS = {
 }
 ANCESTRY = (Resampling("z", 0, torch.zeros(3, 2, dtype=torch.long), torch.zeros(3, 2)),)
 ANSWERS = {
-    "index: none": ("index", lambda p: p.table("z")),
+    "index: none": (r"index: name one .* \(2,\), for instance index=0", lambda p: p.table("z")),
     "index: beyond": ("index", lambda p: p.table("z", 5)),
     "index: text": ("index", lambda p: p.table("z", "first")),
     "index: too many": ("index", lambda p: p.table("z", (0, 0))),

@@ -66,8 +66,10 @@ def test_what_is_not_possible_is_said():
     for bad, name in (({"repetitions": 0}, "repetitions"), ({"simulations": -1}, "simulations")):
         with pytest.raises(ValueError, match=name):
             diagnose(Importance(tempered), **bad)
-    with pytest.raises(ValueError, match="algorithm"):
-        diagnose(3)
+    with pytest.raises(ValueError, match=r"algorithm: expected one with run\(\*args\), .* got function"):
+        diagnose(tempered)
+    with pytest.raises(ValueError, match="simulate: expected a function .* got 'y'"):
+        diagnose(Importance(tempered), simulate="y")  # a calibration that is not possible must not hide it
 
 
 def test_an_error_on_simulated_data_is_suspect():
