@@ -20,7 +20,7 @@ def test_the_start_page_prints_what_it_shows(capsys):
     """Word for word; numbers to 10%, because another processor rounds otherwise."""
     names: dict = {"__name__": "page"}
     steps = STEP.findall(PAGE.read_text())
-    assert len(steps) == 6 and sum(bool(shown) for _, shown in steps) == 5
+    assert len(steps) == 7 and sum(bool(shown) for _, shown in steps) == 6
     for program, shown in steps:
         exec(compile(program, str(PAGE), "exec"), names)
         printed = capsys.readouterr().out

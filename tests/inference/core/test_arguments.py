@@ -70,7 +70,7 @@ CONSTRUCTORS = {
     "guide: a name": ("guide", lambda: Importance(model, "guide")),
     "objective: a class": ("objective.*the class SubTB", lambda: gflownet(objective=SubTB)),
     "objective: a name": ("objective", lambda: gflownet(objective="SubTB")),
-    "exploration: a name": ("exploration: expected an instance of Exploration", lambda: gflownet(exploration="tempered")),
+    "exploration: a name": ("expected an instance of Exploration", lambda: gflownet(exploration="tempered")),
     "exploration: of an objective": ("exploration", lambda: DetailedBalance(exploration=Prior)),
     "replay: a class": ("replay", lambda: gflownet(replay=Replay)),
     "clip": ("clip", lambda: gflownet(clip=0.0)),
