@@ -172,7 +172,7 @@ fig, ax = plt.subplots(figsize=(5, 2.4))
 for k, color in enumerate(("#4477aa", "#ee6677", "#ccbb44")):
     ax.plot([c[k] for c in path], color=color, label=sums[k])
 ax.set(xlabel="step of SVI", ylabel="concentration of θ", ylim=(0, None))
-ax.legend(frameon=False, ncols=3, fontsize=8, loc="upper left")
+ax.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
 plt.show()
 
 # %% [markdown]
