@@ -292,7 +292,8 @@ def train_command(
             record.results["density_tv"] = density_tv(exact, experiment)
             output.result(f"Total variation on unseen observations: {record.results['density_tv']:.3f}")
         torch.manual_seed(seed)
-        save_samples(samples(experiment, gflownet.run(*experiment.test, num_particles=PARTICLES), exact), out)
+        drawn = gflownet.run(*experiment.test, num_particles=PARTICLES)
+        save_samples(samples(experiment, drawn, exact, required=False), out)
 
 
 @app.command("sample", cls=ModelCommand)

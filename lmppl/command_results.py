@@ -264,15 +264,31 @@ def annotate(result: Comparison, experiment: Experiment, exact: Posterior | None
 
 
 def samples(
-    experiment: Experiment, posterior: Posterior, exact: Posterior | None, observations: int | None = None
+    experiment: Experiment,
+    posterior: Posterior,
+    exact: Posterior | None,
+    observations: int | None = None,
+    *,
+    required: bool = True,
 ) -> list[dict[str, Any]]:
-    """The most probable texts of each observation, with their exact probabilities where those are known."""
+    """The most probable texts of each observation, with their exact probabilities where those are known.
+
+    :raises ZeroEvidence: if every draw of an observation is impossible and texts are ``required``; else it has none.
+    """
+    from .inference import ZeroEvidence
+
     found = []
     for i in range(len(experiment.test[0]))[:observations]:
         truth = dict(exact.table(experiment.site, i)) if exact is not None else None
+        try:
+            table = posterior.table(experiment.site, i)[:SHOWN]
+        except ZeroEvidence:
+            if required:
+                raise
+            table = []
         texts = [
             {"text": text, "probability": p, "exact": None if truth is None else truth.get(text, 0.0)}
-            for text, p in posterior.table(experiment.site, i)[:SHOWN]
+            for text, p in table
         ]
         found.append({"observation": experiment.describe(i), "texts": texts})
     return found
@@ -286,6 +302,8 @@ def sample_text(found: list[dict[str, Any]]) -> str:
         for row in one["texts"]:
             known = "" if row["exact"] is None else f"   exact {row['exact']:.3f}"
             lines.append(f"    {row['probability']:.3f}{known}  {row['text'].strip()}")
+        if not one["texts"]:
+            lines.append("    (no draw of the guide is possible)")
     return "\n".join(lines) + "\n"
 
 

@@ -261,6 +261,7 @@ def test_the_command_line(tmp_path, monkeypatch, capfd):
     lexical = ("--set", "constraint=lexical", "--set", "words=a, bc", "--steps", "2", "--out", "out/train")
     run("train", "constrained", *options[:-2], *lexical)
     assert len((tmp_path / "out" / "train" / "run.jsonl").read_text().splitlines()) == 2
+    assert "(no draw of the guide is possible)" in (tmp_path / "out" / "train" / "samples.txt").read_text()
     run("compare", "constrained", *options, "--set", "constraint=lexical", code=1)
     assert "words" in capfd.readouterr().err
 

@@ -190,7 +190,7 @@ def test_exchangeable_elements_are_told_by_their_arguments():
 
     posterior = Importance(mixed, num_particles=50).run(x, x + 1, y)
     for call in ((x, x + 2, y), (x, x + 2, None)):  # the same points, or others that agree in x
-        with pytest.raises(ValueError, match=r"keep: it is not clear whether 'c'.*plate 'points'.*keep=\["):
+        with pytest.raises(ValueError, match=r"keep: it is not clear whether to keep 'c'.*plate 'points'.*keep=\["):
             posterior.predictive(mixed, *call)
         assert torch.equal(posterior.predictive(mixed, *call, keep=["c", "mean"]).samples["c"], posterior.samples["c"])
         assert not torch.equal(posterior.predictive(mixed, *call, keep=[]).samples["c"], posterior.samples["c"])
