@@ -58,7 +58,7 @@ def to_arviz(posterior: Posterior) -> Any:
             numbers[site] = value
             continue
         numbers[f"length({site})"] = text.length(value)
-        strings = np.array(posterior.strings(site))
+        strings = np.array(posterior.strings(site), dtype=object)  # numpy's own strings lose a NUL at the end
         texts[site] = strings.reshape(chains, n // chains, *strings.shape[1:])
         distinct, counts = np.unique(strings, return_counts=True)
         named[f"{site}_text"] = distinct[np.argsort(-counts, kind="stable")[:TEXTS]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import matplotlib
 import pyro
 import pyro.distributions as dist
@@ -270,3 +272,28 @@ def test_a_plot_says_which_argument_is_wrong(particles):
         particles.plot("y", 0)
     with pytest.raises(ValueError, match="^index: "):
         particles.plot("z")
+
+
+def test_arviz_keeps_texts_apart_that_differ_by_a_nul_at_the_end():
+    """numpy's own strings end before it, so that two texts would share one probability."""
+
+    def program():
+        pyro.sample("z", Words(words=["", "a", "a\0"]))
+
+    data = Enumeration(program).run().to_arviz()
+    shares = data.posterior["one_hot(z)"].mean(("chain", "draw"))
+    found = dict(zip(shares.coords["z_text"].values.tolist(), shares.values.tolist(), strict=True))
+    assert found == pytest.approx({"": 1 / 3, "a": 1 / 3, "a\0": 1 / 3})
+    assert set(data.texts["z"].values.flatten().tolist()) == {"", "a", "a\0"}
+
+
+@pytest.mark.parametrize("plate", [False, True])
+def test_chains_of_several_texts_in_one_site(plate):
+    def program():
+        with pyro.plate("data", 2) if plate else contextlib.nullcontext():
+            pyro.sample("z", Words((2, 3) if plate else (3,)).to_event(1))
+
+    posterior = MetropolisHastings(program, num_chains=2, num_samples=8, warmup=2).run()
+    tokens = (posterior.samples["z"] != -1).sum((-1, -2)).unflatten(0, (2, 8))
+    assert torch.equal(posterior.statistics["length(z)"], tokens.double())
+    assert "MarkovChains(z: 16 particles" in posterior._repr_html_()

@@ -130,3 +130,19 @@ def test_values_are_one_of_each_particle(particles):
         particles.standard_error(torch.ones(3), 0)
     with pytest.raises(ValueError, match="^index: "):
         particles.standard_error(torch.ones(60))
+
+
+def test_predictions_have_one_only_from_independent_particles(particles):
+    """Copies, chains, lines of descent and enumerated values carry weights that tell no error."""
+    f = torch.arange(60.0)
+    kept = particles.predictive(model, X, Y).draws
+    assert torch.equal(kept.samples["z"], particles.samples["z"])
+    assert float(kept.standard_error(f, 0)) == pytest.approx(float(particles.standard_error(f, 0)))
+    assert float(particles.predictive(model, X, Y, sampler="prior").draws.standard_error(f, 0)) > 0
+    chains = MetropolisHastings(model, num_chains=3, num_samples=20, warmup=2).run(X, Y)
+    for posterior in (particles.resample(60), chains, SMC(model, num_particles=60).run(X, Y)):
+        assert posterior.predictive(model, X, Y).draws.standard_error(f, 0).isnan(), type(posterior)
+    exact = Enumeration(model).run(X, Y)
+    found = exact.predictive(model, X, Y).draws
+    assert found.standard_error(found.log_weights[:, 0].exp(), 0).isnan()
+    assert particles.predictive(model, X, Y, num_particles=60).draws.standard_error(f, 0).isnan()  # resampled
