@@ -297,3 +297,33 @@ def test_chains_of_several_texts_in_one_site(plate):
     tokens = (posterior.samples["z"] != -1).sum((-1, -2)).unflatten(0, (2, 8))
     assert torch.equal(posterior.statistics["length(z)"], tokens.double())
     assert "MarkovChains(z: 16 particles" in posterior._repr_html_()
+
+
+def test_a_value_that_is_certain_has_a_bar_and_no_error():
+    """Weights in single precision sum to more than one here."""
+
+    def program():
+        z = pyro.sample("z", Words())
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", x.float() + torch.where(z[..., 0] == 1, 0.0, -torch.inf))
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        posterior = Importance(program, num_particles=60).run()
+        (bar,) = posterior.plot("z").patches
+        assert bar.get_width() == pytest.approx(1.0)
+        table = next(t for t in Page(posterior._repr_html_()).tables if t[0][0] == "z")
+        assert "± s.e." not in table[0] and table[1][2] == "1.000"
+
+
+def test_labels_name_control_characters_and_read_no_formula():
+    def program():
+        with pyro.plate("data", 1):
+            pyro.sample("$_{$", Words(words=["", "\x1b[31m$a_{$\0"]))
+            pyro.sample("$_$x{", dist.Normal(0.0, 1.0))
+
+    posterior = Importance(program, num_particles=40).run()
+    ax = posterior.plot("$_{$", 0)
+    ax.figure.canvas.draw()  # a warning is an error
+    assert {t.get_text() for t in ax.get_yticklabels()} == {"(empty)", r"\x1b[31m\$a_{\$\x00"}
+    posterior.plot("$_$x{", 0).figure.canvas.draw()
