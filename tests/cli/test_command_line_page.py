@@ -370,9 +370,7 @@ def test_a_long_text_is_cut_and_a_large_picture_is_named(tmp_path):
         ({"comparison.json": '{"rows": [{"nme": 1}], "curves": []}'}, "comparison.json: it is no comparison"),
         ({"comparison.json": "[" * 100_000}, "comparison.json: it is no JSON"),
         (
-            {
-                "comparison.json": '{"rows": [{"name": "a", "ess": "x"}], "curves": [], "unexplored": 0, "notes": [], "unit": "tokens"}'
-            },
+            {"comparison.json": json.dumps(Comparison([]).to_json() | {"rows": [{"name": "a", "ess": "x"}]})},
             "comparison.json: it is no comparison",
         ),
         ({"run.jsonl": "[1]\n"}, "run.jsonl: it is no log of a training"),
