@@ -25,6 +25,12 @@ class StopStrings:
     :raises ValueError: naming ``stop``, for an empty string or one that no tokens spell.
     """
 
+    strings: tuple[str, ...]
+    longest: int
+    next: Tensor
+    final: Tensor
+    _silent: Tensor
+
     def __init__(self, spelled: Sequence[bytes], strings: Iterable[str], device: torch.device | None = None):
         self.strings = tuple(dict.fromkeys(strings))
         whole = [s.encode() for s in self.strings]

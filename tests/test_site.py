@@ -67,3 +67,33 @@ def test_every_page_is_in_a_table_of_contents():
         new = {entry for page in new for entry in entries(page)} - reached
     pages = {p for kind in ("md", "rst", "ipynb") for p in DOCS.rglob(f"*.{kind}")}
     assert len(pages) > 40 and reached == pages
+
+
+@pytest.fixture
+def extensions(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    return import_module
+
+
+def test_a_formula_is_shown_as_it_is_meant(extensions):
+    mathml = extensions("mathml").mathml
+    words = mathml(r"z \sim q(z \mid prompt)", "inline")
+    assert "<mo>&#x0223C;</mo>" in words and "<mi>prompt</mi>" in words
+    assert "<mspace" in mathml(r"\log p", "inline") and "<mspace" not in mathml(r"\log (p)", "inline")
+    assert "\\" not in mathml(r"\arg\max_w \text{next\_logits}", "block")
+    assert "\\" in mathml(r"\nothing", "block"), "what the build warns of"
+
+
+def test_the_asterisk_of_a_shape_starts_no_emphasis(extensions):
+    given = [
+        "Weights (N, *plates), ``(N, *plates)``.",
+        "",
+        "Example::",
+        "",
+        "    f(x)  # (*plates)",
+        "",
+        "(*event) *not*",
+    ]
+    lines = list(given)
+    extensions("docstrings").escaped(None, "", "", None, None, lines)
+    assert lines == [r"Weights (N, \*plates), ``(N, *plates)``.", *given[1:-1], r"(\*event) *not*"]

@@ -89,8 +89,8 @@ print(f"largest relative difference of the loss in {len(curves[1])} steps: {diff
 fig, ax = plt.subplots(figsize=(5, 2.6))
 ax.plot(curves[1], label="one process", linewidth=4, color="#cccccc")
 ax.plot(curves[2], label="two processes", marker="o", markersize=4, linewidth=0, color="#4477aa")
-ax.set(xlabel="step", ylabel="loss, nats²", yscale="log")
-ax.legend(frameon=False)
+ax.set(xlabel="step", ylabel="loss, nats²", ylim=(0, None))
+ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
 plt.show()
 
 # %% [markdown]

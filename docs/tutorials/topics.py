@@ -161,14 +161,18 @@ def guide(y):
 pyro.clear_param_store()
 optimizer = pyro.optim.ClippedAdam({"lr": 0.2, "lrd": 0.97})
 svi = SVI(model, guide, optimizer, loss=VarGrad(num_particles=24, divergence="forward_kl"))
-losses = [svi.step(y) for _ in range(80)]
-concentration = pyro.param("concentration").detach()
-print("concentration", [round(c, 1) for c in concentration.tolist()])
+path = []
+for _ in range(80):
+    svi.step(y)
+    path.append(pyro.param("concentration").detach().clone())
+concentration = path[-1]
 
 # %%
 fig, ax = plt.subplots(figsize=(5, 2.4))
-ax.plot(losses)
-ax.set(xlabel="step of SVI", ylabel="loss, nats²")
+for k, color in enumerate(("#4477aa", "#ee6677", "#ccbb44")):
+    ax.plot([c[k] for c in path], color=color, label=sums[k])
+ax.set(xlabel="step of SVI", ylabel="concentration of θ", ylim=(0, None))
+ax.legend(frameon=False, ncols=3, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
 plt.show()
 
 # %% [markdown]

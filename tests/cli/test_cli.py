@@ -114,9 +114,9 @@ def test_train_within_a_budget_is_taken_up_by_the_same_command(tmp_path, lmppl):
     """What was chosen is in the checkpoint, and is not chosen anew."""
 
     def fit() -> tuple[list[str], dict]:
-        run = lmppl("train", "random_number", "--budget", "0.05", "--out", "out")
+        run = lmppl("train", "random_number", "--budget", "0.15", "--out", "out")
         assert run.returncode == 0, run.stderr
-        chosen = [line for line in run.stderr.splitlines() if line.startswith("0.05 minutes: ")]
+        chosen = [line for line in run.stderr.splitlines() if line.startswith("0.15 minutes: ")]
         return chosen, json.loads((tmp_path / "out" / "training" / "training.json").read_text())
 
     (chosen,), state = fit()
@@ -126,13 +126,13 @@ def test_train_within_a_budget_is_taken_up_by_the_same_command(tmp_path, lmppl):
     assert len((tmp_path / "out" / "run.jsonl").read_text().splitlines()) == steps
     assert fit() == ([chosen], state)
     for other, said in (
-        (["--budget", "0.06"], "with --budget 0.05"), ([], "with --budget 0.05"), (["--steps", "3"], "--budget 0.05"),
+        (["--budget", "0.06"], "with --budget 0.15"), ([], "with --budget 0.15"), (["--steps", "3"], "--budget 0.15"),
     ):  # fmt: skip
         run = lmppl("train", "random_number", *other, "--out", "out")
         assert run.returncode == 1 and said in run.stderr and run.stderr.count("\n") == 1, run.stderr
     run = lmppl("train", "random_number", "--steps", "1", "--out", "plain")
     assert run.returncode == 0, run.stderr
-    run = lmppl("train", "random_number", "--budget", "0.05", "--out", "plain")
+    run = lmppl("train", "random_number", "--budget", "0.15", "--out", "plain")
     assert run.returncode == 1 and "was begun without --budget" in run.stderr, run.stderr
 
 

@@ -179,7 +179,7 @@ def test_what_is_no_conversation(messages):
 
 def test_a_text_that_a_template_leaves_out_is_missed():
     lm = chatty("chatml", "qwen")
-    with pytest.raises(ValueError, match=r"texts of messages \[\], where \[0\]"):
+    with pytest.raises(ValueError, match=r"texts of messages \[\], expected \[0\]"):
         lm.chat(turns(lm.encode("a")), chat_template="{{ messages[0]['role'] }}")
 
 

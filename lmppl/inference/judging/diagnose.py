@@ -244,13 +244,21 @@ def diagnose(
 
 def _judge_guide(query: Query) -> list[Finding]:
     """What a trained guide misses, found with the model's own draws, because its own draws do not show it."""
-    found = judge(query)
-    missed, lacking = found["held_out_missed"], found["held_out_lacking"]
-    finds = "of the evidence is found by the model's own draws, but not by the guide's"
-    lacks = "of the posterior is where the guide's density is too low"
+    found = judge(query, thorough=True)
+    rows = {
+        "held_out_missed": (
+            "guide misses",
+            MOST_MISSED,
+            "of the evidence is found by the model's own draws, but not by the guide's",
+        ),
+        "held_out_lacking": ("guide lacks", MOST_LACKING, "of the posterior is where the guide's density is too low"),
+    }
+    few = "too few of the model's own draws are effective to say"
     return [
-        Finding("guide misses", f"{missed:.0%}", finds, missed > MOST_MISSED, missed),
-        Finding("guide lacks", f"{lacking:.0%}", lacks, lacking > MOST_LACKING, lacking),
+        Finding(name, f"{found[key]:.0%}", meaning, found[key] > most, found[key])
+        if key in found
+        else Finding(name, "-", few, None, checked=False)
+        for key, (name, most, meaning) in rows.items()
     ]
 
 

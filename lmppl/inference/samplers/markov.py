@@ -76,7 +76,7 @@ class Automaton:
         """The factor exp(present) for texts that contain a token, exp(absent) for all others.
 
         :param token: a token id.
-        :param vocab_size: V.
+        :param vocab_size: the number of tokens, V.
         :param present: a log factor.
         :param absent: a log factor; by default the text must contain the token.
         """

@@ -272,7 +272,7 @@ def test_observations_in_a_deeper_plate_are_joined(setup):
 
 @pytest.mark.parametrize(
     ("template", "match"),
-    [("{nothing}", "nothing"), ({"z": "{x}", "v": "{x}"}, "'v'"), ("{z}{x}", "'z'"), ("{n}", "no text")],
+    [("{nothing}", "nothing"), ({"z": "{x}", "v": "{x}"}, "'v'"), ("{z}{x}", "'z'"), ("{n}", "field .n., got int")],
 )
 def test_bad_templates_are_named(setup, template, match):
     def model(x, y, n=3):

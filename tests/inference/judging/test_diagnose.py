@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from io import StringIO
 from typing import Any
@@ -208,6 +209,32 @@ def test_what_a_trained_guide_misses_and_what_it_lacks(q, misses, lacks):
     found = diagnose(Importance(coins, tossed, num_particles=200), simulations=0, repetitions=1)
     for name, share in (("guide misses", misses), ("guide lacks", lacks)):
         assert found[name].value == pytest.approx(share, abs=0.05) and found[name].suspect == (share > 0.2)
+
+
+def soft(rare):
+    """A value that the prior draws with probability ``rare`` and that has nearly all of the posterior, softly."""
+
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.tensor([1 - 2 * rare, rare, rare])))
+        pyro.factor("soft", torch.tensor([-20.0, math.log(0.42 / rare), math.log(0.58 / rare)])[k])
+
+    def guide():
+        p = pyro.param("p", torch.tensor(1.0))
+        pyro.sample("k", dist.Categorical(torch.stack([1 - p, p, 0 * p])))
+
+    return diagnose(Importance(model, guide, num_particles=100), simulations=0, repetitions=1)
+
+
+def test_a_rare_value_that_the_guide_lost_is_found_though_nothing_is_impossible():
+    """Of 128 draws of the model less than one is that value; it has 0.58 of the posterior."""
+    found = soft(0.005)
+    assert found["guide misses"].suspect and found["guide lacks"].suspect
+    assert found["guide misses"].value == pytest.approx(0.58, abs=0.2)  # of some 20 effective draws
+
+
+def test_what_the_models_draws_are_too_few_for_is_not_checked():
+    found = soft(1e-7)
+    assert not found.ok and not any(found[name].checked for name in ("guide misses", "guide lacks"))
 
 
 @settings(max_examples=20)

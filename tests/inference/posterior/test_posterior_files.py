@@ -22,7 +22,9 @@ from lmppl.inference import SMC, Enumerated, Enumeration, Importance, Metropolis
 
 def test_arviz_has_equally_weighted_draws_and_named_plates(particles):
     data = particles.to_arviz()
-    assert dict(data.posterior.sizes) == {"chain": 1, "draw": 60, "data": 3}
+    assert dict(data.posterior.sizes) == {"chain": 1, "draw": 60, "data": 3, "z_text": 10}
+    named = data.posterior["one_hot(z)"].sel(z_text="ab")
+    assert named.values.tolist() == (data.texts["z"].values == "ab").astype(int).tolist()
     assert dict(data.sample_stats["log_weight"].sizes) == {"chain": 1, "draw": 60, "data": 3}
     for i in range(3):
         table = dict(particles.table("z", i))
@@ -39,7 +41,15 @@ def test_arviz_summarises_numeric_sites():
     data = posterior.to_arviz()
     assert float(arviz.ess(data, var_names=["k"])["k"]) == pytest.approx(500, rel=0.35)  # independent draws
     table = arviz.summary(data)  # texts are no numbers: they have a group of their own
-    assert list(table.index) == ["k", "length(z)", "log_prob(z)"]
+    numbers, named = list(table.index[:3]), list(table.index[3:])
+    assert numbers == ["k", "length(z)", "log_prob(z)"]
+    probable = posterior.table("z")[:10]
+    assert (
+        named == [f"one_hot(z)[{s}]" if s else "one_hot(z)" for s in data.posterior["z_text"].values]
+        and len(named) == 10
+    )
+    assert table.loc[named, "mean"].tolist() == pytest.approx([p for _, p in probable], abs=1e-3)
+    assert set(data.posterior["z_text"].values) >= {s for s, p in probable if p > probable[-1][1]}
     row = table.loc["k"]
     mean = sum(k * p for k, p in posterior.table("k"))
     assert row["mean"] == pytest.approx(mean, abs=1e-3)
@@ -75,14 +85,15 @@ def test_arviz_has_the_chains_of_metropolis_draw_for_draw(moves):
     chains = MetropolisHastings(program, num_chains=6, num_samples=5, warmup=0, moves=moves).run()
     assert bool((chains.log_weights == -torch.inf).any())
     data = chains.to_arviz()
-    assert dict(data.posterior.sizes) == {"chain": 6, "draw": 5, "data": 2}
+    named = min(10, len(set(data.texts["z"].values.flatten())))
+    assert dict(data.posterior.sizes) == {"chain": 6, "draw": 5, "data": 2, "z_text": named}
     assert np.array_equal(data.posterior["w"].values, chains.samples["w"].view(6, 5, 2).numpy())
     assert np.array_equal(data.sample_stats["lp"].values, chains.log_joint.numpy())
     log_p = prior(X[:2]).log_prob(chains.samples["z"]).detach().view(6, 5, 2)
     assert data.posterior["log_prob(z)"].values == pytest.approx(log_p.numpy())
     assert data.texts["z"].values.tolist() == np.array(chains.strings("z")).reshape(6, 5, 2).tolist()
     assert float(chains.rhat["w"][1]) == pytest.approx(arviz.rhat(data.posterior["w"].values[..., 1]))
-    assert list(chains.resample(10).to_arviz().posterior.sizes.values()) == [1, 10, 2]
+    assert list(chains.resample(10).to_arviz().posterior.sizes.values())[:3] == [1, 10, 2]
 
 
 def test_companions_of_texts_follow_their_particles(particles):
@@ -176,23 +187,23 @@ def test_broken_and_foreign_files(tmp_path, exact, particles):
     ):
         particles.save(tmp_path / f"{i}")
         (tmp_path / f"{i}" / file).write_bytes(content)
-        with pytest.raises(ValueError, match="can be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             Posterior.load(tmp_path / f"{i}")
     particles.save(tmp_path / "bare")
     (tmp_path / "bare" / "lmppl.json").unlink()
     (tmp_path / "bare" / "posterior.json").write_text("{")
-    with pytest.raises(ValueError, match="can be read: posterior.json: "):
+    with pytest.raises(ValueError, match="read as a posterior: posterior.json: "):
         Posterior.load(tmp_path / "bare")
     particles.save(tmp_path / "swapped")
     exact.save(tmp_path / "exact")
     (tmp_path / "exact" / "posterior.safetensors").replace(tmp_path / "swapped" / "posterior.safetensors")
-    with pytest.raises(ValueError, match=r"can be read: .*posterior.safetensors is .*changed"):  # of another run
+    with pytest.raises(ValueError, match=r"as a posterior: .*posterior.safetensors is .*changed"):  # of another run
         Posterior.load(tmp_path / "swapped")
     particles.save(tmp_path / "less")
     rest = json.loads((tmp_path / "less" / "posterior.json").read_text())
     for key, value in (("class", "Enumerated"), ("event_dims", {"w": 1}), ("plates", {})):
         (tmp_path / "less" / "posterior.json").write_text(json.dumps({**rest, key: value}))
-        with pytest.raises(ValueError, match="can be read"):
+        with pytest.raises(ValueError, match="cannot be read"):
             Posterior.load(tmp_path / "less")
     particles.save(tmp_path / "plain")
     with pytest.raises(ValueError, match="is no Enumerated"):

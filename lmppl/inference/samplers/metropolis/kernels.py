@@ -222,7 +222,7 @@ def regrow(query: Query, values: Values, log_p: Tensor, *, site: str | None = No
     :param values: (particle, *plate axes, *event) of every latent site, and of subsamples if there are any.
     :param log_p: log p(z, observed) of these values, (particle, *kept), from ``density(...).joint`` or the last move.
     :param site: the site to move; None: one of the guide's latent sites, chosen uniformly.
-    :param temperature: T.
+    :param temperature: the temperature T.
     """
     n = len(log_p)
     if site is None:

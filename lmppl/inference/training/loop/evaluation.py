@@ -18,7 +18,7 @@ from ...core.weights import weigh
 from ...posterior.posterior import Posterior, effective_sample_size
 from ...processes import distributed
 from ...samplers.smc.bounds import ExactSample, upper_bound
-from .verdict import khat, missed, of_all, verdict
+from .verdict import khat, known, missed, of_all, verdict
 
 REMEMBERED = 3  # earlier evaluations that a verdict compares with
 LOOK = 64  # draws of the guide in an evaluation
@@ -52,7 +52,7 @@ def examine(query: Query, num_particles: int, exact_sample: ExactSample | None =
     v = weigh(replace(query, guide=None), max(1, num_particles // 2)).u
     found["held_out_log_z_model"] = _log_mean(v)
     u, v = of_all(u), of_all(v)
-    return found | {"held_out_missed": missed(u, v)} | khat(u)
+    return found | known(held_out_missed=missed(u, v)) | khat(u)
 
 
 def standard_deviation(u: Tensor) -> Tensor:

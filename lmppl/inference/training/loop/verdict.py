@@ -35,20 +35,26 @@ REMEDY = (
 
 
 @torch.no_grad()
-def judge(query: Query, num_particles: int = 128) -> dict[str, float]:
+def judge(query: Query, num_particles: int = 128, *, thorough: bool = False) -> dict[str, float]:
     """Means over the observations of all processes, from draws of the guide and of the model's own latents.
 
-    ``held_out_khat`` is a median, absent where undefined.  ``held_out_missed`` and ``held_out_lacking`` are `missed`
-    and `lacking`; they use the model's draws, because a mode that the guide has lost does not show in the guide's
-    draws.
+    ``held_out_khat`` is a median.  ``held_out_missed`` and ``held_out_lacking`` are `missed` and `lacking`; they use
+    the model's draws, because a mode that the guide has lost does not show in the guide's draws.  A figure that cannot
+    be estimated is absent.  More of the model's draws are made while too few are effective, if some are impossible, or
+    if ``thorough``.
     """
     prior = replace(query, guide=None)
     own, found = weigh(query, num_particles).u, [weigh(prior, num_particles)]
     u, v = of_all(own), of_all(found[0].u)
-    while 2 * v.numel() <= MOST_DRAWS and bool((v == -torch.inf).any()) and effective(u, v) < ENOUGH:
+    while 2 * v.numel() <= MOST_DRAWS and (thorough or bool((v == -torch.inf).any())) and effective(u, v) < ENOUGH:
         found.append(weigh(prior, len(v)))
         v = torch.cat([v, of_all(found[-1].u)])
-    return {"held_out_missed": missed(u, v), "held_out_lacking": lacking(query, found, own)} | khat(u)
+    return known(held_out_missed=missed(u, v), held_out_lacking=lacking(query, found, own)) | khat(u)
+
+
+def known(**figures: float) -> dict[str, float]:
+    """The figures that are not NaN."""
+    return {name: x for name, x in figures.items() if not math.isnan(x)}
 
 
 def of_all(u: torch.Tensor) -> torch.Tensor:
@@ -67,10 +73,10 @@ def missed(u: torch.Tensor, v: torch.Tensor) -> float:
     r"""1 - 1/r for the mean r of :math:`\hat Z_v / \hat Z_u` over observations; 0 unless r > 1 by 3 standard errors.
 
     ``u`` and ``v`` (N, *plates) are log weights of two proposals for the same observations; observations for which u
-    finds nothing are left out.
+    finds nothing are left out.  NaN if too few draws of v are effective.
     """
     if effective(u, v) < SEEN:
-        return 0.0
+        return math.nan
     ratio = _ratios(u, v)
     mean, error = float(ratio.mean()), float(ratio.std() / ratio.numel() ** 0.5)
     return 1 - 1 / mean if mean - 3 * error > 1 else 0.0
@@ -82,7 +88,7 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
     .. math:: E_{p(z \mid y)} \max(0, 1 - e^{\log \hat Z - u(z)}),
 
     which is the total variation if :math:`\hat Z`, the mean of e^u over the guide's draws (N, *plates), is Z.  The
-    draws of the posterior are those of ``found``, resampled; 0 where they are too few.
+    draws of the posterior are those of ``found``, resampled; NaN if they are too few.
     """
     v, plates = torch.cat([w.u for w in found]).double(), found[0].plates
     guide, model = query.sketches
@@ -90,27 +96,34 @@ def lacking(query: Query, found: list[Weighted], u: torch.Tensor) -> float:
     frames = [f for node in programs.scored(model).values() for f in node["cond_indep_stack"]]
     subsampled = any(f.full_size not in (None, f.size) for f in frames)  # each run has other observations
     if subsampled or programs.latents(guide).keys() != names or v.shape[1:] != u.shape[1:]:
-        return 0.0
+        return math.nan
     values = programs.cat_particles([{name: w.values[name] for name in names} for w in found])
     some = (v > -torch.inf).any(0)  # (*plates)
     weights = v.masked_fill(~some, 0.0).softmax(0)
-    count = distributed.total(float((1 / (weights**2).sum(0))[some].sum()))  # over all processes, like the shares
+    log_z = u.double().logsumexp(0) - math.log(len(u))
+    finds = (v.logsumexp(0) - math.log(len(v)) - log_z).exp().clamp(max=1.0)  # as in `effective`
+    count = distributed.total(float((finds / (weights**2).sum(0))[some].sum()))  # over all processes, like the shares
     if count < SEEN:
-        return 0.0
+        return math.nan
     chosen = systematic(weights, AGAIN)
     again = {name: plates.take(x, chosen) for name, x in values.items()}
     pair = query.at(again, particles=AGAIN)
     log_w = log_ratio(*pair_densities(pair, pair.plates())).expand(1, AGAIN, *u.shape[1:])[0].double()
-    log_z = u.double().logsumexp(0) - math.log(len(u))
     short = of_all((1 - (log_z - log_w).exp()).clamp(min=0.0).masked_fill(~some, torch.nan))
     short = short[:, ~short.isnan().all(0)]
     return max(0.0, float(short.mean() - short.std() / min(count, short.numel()) ** 0.5))
 
 
 def effective(u: torch.Tensor, v: torch.Tensor) -> float:
-    """How many effective draws of the second proposal `missed` would use."""
+    """How many effective draws of the second proposal `missed` would use.
+
+    Draws that find less than the first proposal count in that proportion: if all of them miss its mode, their weights
+    are alike, and they say nothing.
+    """
     ratio = _ratios(u, v)
-    return float(ratio.sum() ** 2 / (ratio**2).sum()) if bool(ratio.sum() > 0) else 0.0
+    if not bool(ratio.sum() > 0):
+        return 0.0
+    return float(ratio.sum() ** 2 / (ratio**2).sum() * ratio.mean().clamp(max=1.0))
 
 
 def _ratios(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
