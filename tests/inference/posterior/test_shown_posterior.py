@@ -327,3 +327,15 @@ def test_labels_name_control_characters_and_read_no_formula():
     ax.figure.canvas.draw()  # a warning is an error
     assert {t.get_text() for t in ax.get_yticklabels()} == {"(empty)", r"\x1b[31m\$a_{\$\x00"}
     posterior.plot("$_$x{", 0).figure.canvas.draw()
+
+
+def test_arviz_loses_no_site_to_a_name_of_its_own():
+    def program():
+        pyro.sample("z", Words())
+        for name, mean in {"length(z)": 5.0, "z_text": 6.0, "draw": 7.0, "x": 8.0}.items():
+            pyro.sample(name, dist.Delta(torch.tensor(mean)))
+
+    found = Importance(program, num_particles=10).run().to_arviz().posterior
+    sites = {"length(z)_site": 5.0, "z_text_site": 6.0, "draw_site": 7.0, "x": 8.0}
+    assert {name: float(found[name].mean()) for name in sites} == sites
+    assert 1 <= float(found["length(z)"].mean()) <= 2 and found["one_hot(z)"].dims[-1] == "z_text"
