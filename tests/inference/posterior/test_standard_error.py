@@ -10,7 +10,7 @@ from plate_of_three import X, Y, model
 from torch import Tensor
 
 from lmppl.distributions import AutoregressiveText
-from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sequential
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sequential, lineages
 
 RUNS = 300
 
@@ -63,6 +63,18 @@ def test_smc_counts_common_ancestors():
     assert error == pytest.approx(deviation, rel=0.2)
     plain = Posterior(posterior.values, posterior.log_weights, posterior.log_evidence, Importance(program).run().sites)
     assert compared(plain)[0] < 0.9 * error  # as if they were independent
+
+
+def test_smc_with_few_particles_counts_what_merges_by_chance():
+    """Two lines of descent merge with probability 1 / N at each resampling, which hides some of the variance."""
+    torch.manual_seed(0)
+    posterior = SMC(program, guide, num_particles=12, ess_threshold=1.0, resampling="multinomial").run()
+    f, first = begins_with_b(posterior)[:, 0], lineages(posterior.ancestry)[0, :, 0]
+    w = posterior.log_weights[:, 0].double().softmax(0)
+    merged = sum(float((w * (f - (w * f).sum()))[first == e].sum()) ** 2 for e in range(12))
+    times = sum(int(event.resampled[0]) for event in posterior.ancestry)
+    assert times >= 3
+    assert float(posterior.standard_error(f, 0)) == pytest.approx((merged * (12 / 11) ** times) ** 0.5)
 
 
 def test_markov_chains_count_autocorrelation():
