@@ -177,6 +177,14 @@ def test_a_directory_says_which_command_wrote_it(runs, there):
     assert str(there) not in text and "command.json" in manifest(there / "out" / "numbers")
 
 
+def test_a_result_that_is_not_finite_is_recorded_as_none(tmp_path):
+    with Record(tmp_path, "train", {"seed": 0}) as record:
+        record.results |= {"density_tv": float("nan"), "steps": 3}
+    (entry,) = commands(tmp_path)
+    assert entry["results"] == {"density_tv": None, "steps": 3} and entry["status"] == "finished"
+    assert "total variation, unseen observations not defined" in self_contained(write_report(tmp_path)).text
+
+
 def test_every_file_is_on_the_page(runs, there):
     for run in ("numbers", "compared"):
         names = {path.name for path in (there / "out" / run).iterdir() if path.name[0] != "."}
