@@ -29,6 +29,7 @@ from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, Mixture, OnPolicy, Prior, Served, VarGrad
 
 torch.set_num_threads(1)
+pyro.set_rng_seed(0)
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
 examples = Path(lmppl.__file__).parents[1] / "examples"  # of a checkout
 

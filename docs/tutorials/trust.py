@@ -191,8 +191,9 @@ verdicts["limited"] = diagnose(limited, x, y, simulate=simulate)
 verdicts["limited"]
 
 # %% [markdown]
-# The simulated data contain what the guide cannot say. How often it does so matters: a guide that lacked a single
-# rare word would pass, unless that word came up in one of the 100 data sets.
+# The simulated data contain what the guide cannot say. How often they do so matters: one rare word that is missing is
+# found only if it comes up in one of the 100 data sets, or often enough among the model's own draws ("guide misses"
+# and "guide lacks").
 #
 # The last algorithm has a bug of another kind: somebody forgot the weights. Its draws are draws of the prior, with
 # equal weights. By ESS nothing is better than equal weights.
