@@ -88,7 +88,11 @@ def execute(name: str) -> NotebookNode:
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         }
         # Without directories to look in, the one kernel known is that of this interpreter.
-        kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        kernel = AsyncKernelManager(
+            kernel_name="python3",
+            kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+            connection_file=str(Path(folder, "kernel.json")),  # its own would stay, with the key of the kernel
+        )
         options = {"timeout": CELL_TIMEOUT, "record_timing": False, "extra_arguments": ["--log-level=ERROR"]}
         client = NotebookClient(notebook, km=kernel, **options)
         client.execute(cwd=str(here), env=environment)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
@@ -128,7 +129,8 @@ class Record:
             started, resumed = self._earlier["started"], [*self._earlier["resumed"], started]
         seconds = self._earlier.get("seconds", 0.0) + time.monotonic() - self._began
         self.entry |= {"resumed": resumed, "status": status, "finished": _now() if status == FINISHED else None}
-        self.entry |= {"seconds": round(seconds, 1), "results": self.results}
+        results = {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in self.results.items()}
+        self.entry |= {"seconds": round(seconds, 1), "results": results}
         commands = [*self._others, self.entry | {"started": started}]
         with writing(self.directory, "command") as fresh:
             (fresh / FILE).write_text(json.dumps({"format": FORMAT, "commands": commands}, indent=1, allow_nan=False))

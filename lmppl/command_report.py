@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import command_record, command_results
 from .catalogue import MODELS
 from .command_options import Failure
 from .files import manifest, read, writing
-
-if TYPE_CHECKING:
-    from .inference import Comparison
 
 FILE = "report.html"
 LONGEST = 2_000  # characters of a text that are shown
@@ -63,18 +60,28 @@ def _found(directory: Path) -> dict[str, Any]:
     histories = {name: h for name in ("", "wake-sleep", "ppo") if (h := _history(directory / name))}
     if not commands and compared is None and not histories:
         raise Failure(f"{directory}: there is no run of train or compare here; name what their --out named")
-    comparison = None if compared is None else _comparison(directory, compared)
     pictures, left_out = _pictures(directory)
-    return {
-        "commands": [_command(entry) for entry in reversed(commands)],
-        "comparison": comparison,
-        "bars": None if comparison is None else _svg_of(comparison.plot),
-        "budget": _svg_of(comparison.plot_budget) if comparison is not None and comparison.curves else None,
-        "trainings": [_training(name, history) for name, history in histories.items()],
-        "samples": _json(directory / command_results.SAMPLES[1]) or [],
-        "pictures": pictures,
-        "left_out": left_out,
-    }
+    found: dict[str, Any] = {"pictures": pictures, "left_out": left_out, "comparison": None, "trainings": []}
+    with _of_this_version(directory / command_record.FILE, "record of a command"):
+        found["commands"] = [_command(entry) for entry in reversed(commands)]
+    with _of_this_version(directory / "comparison.json", "comparison"):
+        found |= {} if compared is None else _comparison(compared)
+    for name, history in histories.items():
+        with _of_this_version(directory / name / "run.jsonl", "log of a training"):
+            found["trainings"].append(_training(name, history))
+    path = directory / command_results.SAMPLES[1]
+    with _of_this_version(path, "samples"):
+        found["samples"] = _samples(_json(path) or [])
+    return found
+
+
+@contextmanager
+def _of_this_version(path: Path, what: str) -> Iterator[None]:
+    """Raises Failure where a file is JSON, but not of the kind that the package writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise Failure(f"{path}: it is no {what} of this version ({error})") from None
 
 
 def _command(entry: dict[str, Any]) -> dict[str, Any]:
@@ -88,14 +95,24 @@ def _command(entry: dict[str, Any]) -> dict[str, Any]:
         command_record.RUNNING: "unfinished: it is running, or was killed",
         command_record.INTERRUPTED: "unfinished: it was interrupted",
     }.get(entry["status"], entry["status"])
-    return entry | {
-        "title": f"lmppl {entry['command']} {model}",
-        "infers": MODELS[model].infers if model in MODELS else "",
-        "ended": ended,
-        "said": said,
-        "line": shlex.join(entry["argv"]),
-        "took": duration(entry["seconds"]),
-    }
+    shown = {name: dict(entry[name]) for name in ("settings", "versions", "results")}
+    return (
+        entry
+        | shown
+        | {
+            "started": str(entry["started"]),
+            "finished": entry["finished"] and str(entry["finished"]),
+            "resumed": list(map(str, entry["resumed"])),
+            "processes": int(entry["processes"]),
+            "seed": entry["seed"],
+            "title": f"lmppl {entry['command']} {model}",
+            "infers": MODELS[model].infers if model in MODELS else "",
+            "ended": ended,
+            "said": said,
+            "line": shlex.join(entry["argv"]),
+            "took": duration(entry["seconds"]),
+        }
+    )
 
 
 def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -103,7 +120,6 @@ def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
     from .inference.training.loop import verdict
 
     last: dict[str, Any] = next((step for step in reversed(history) if "held_out_ess" in step), {})
-    known = {key: value for key, value in last.items() if value is not None}
     limits = {
         "held_out_sd_u": ("sd(u), nats", "0 at the posterior"),
         "held_out_ess": ("ESS / N", f"1 at the posterior; less than {verdict.LEAST_ESS} is suspect"),
@@ -117,26 +133,50 @@ def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
         "held_out_length": ("length of the texts", "tokens"),
         "held_out_stop": ("probability of stopping where texts stop", ""),
     }
+    known = {key: float(last[key]) for key in limits if last.get(key) is not None}
     return {
         "name": name,
         "steps": history[-1]["step"] + 1,
         "curves": _svg(lambda: command_results.training_figure(history)),
         "look": last.get("step", -1) + 1,
-        "verdict": last.get("verdict"),
+        "verdict": str(last.get("verdict") or ""),
         "reasons": verdict.reasons(known),
         "figures": [(title, known[key], meaning) for key, (title, meaning) in limits.items() if key in known],
     }
 
 
-def _comparison(directory: Path, found: Any) -> Comparison:
-    """The comparison that was saved, its infinite figures missing: JSON has none."""
+def _comparison(found: Any) -> dict[str, Any]:
+    """The tables, notes and plots of a comparison that was saved, its infinite figures missing: JSON has none."""
     from .inference.judging.comparison import Comparison, Point, Row
 
-    try:
-        rows, curves = [Row(**row) for row in found["rows"]], [Point(**point) for point in found["curves"]]
-        return Comparison(rows, found["unexplored"], found["notes"], curves, found["unit"])
-    except (KeyError, TypeError) as error:
-        raise Failure(f"{directory / 'comparison.json'}: it is no comparison of this version ({error})") from None
+    rows, curves = [Row(**row) for row in found["rows"]], [Point(**point) for point in found["curves"]]
+    saved = Comparison(rows, found["unexplored"], list(found["notes"]), curves, found["unit"])
+    return {
+        "comparison": {"tables": saved.cells(), "notes": saved.notes},
+        "bars": _svg_of(saved.plot),
+        "budget": _svg_of(saved.plot_budget) if any(map(_is_drawn, curves)) else None,
+    }
+
+
+def _is_drawn(point: Any) -> bool:
+    return point.draws_tv is not None or point.log_evidence_error is not None
+
+
+def _samples(found: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "observation": str(one["observation"]),
+            "texts": [
+                {
+                    "text": str(row["text"]),
+                    "probability": float(row["probability"]),
+                    "exact": None if row["exact"] is None else float(row["exact"]),
+                }
+                for row in one["texts"]
+            ],
+        }
+        for one in found
+    ]
 
 
 def _json(path: Path) -> Any:
@@ -145,7 +185,7 @@ def _json(path: Path) -> Any:
         return read(path.parent, lambda: json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{path}: it is no JSON ({error})") from None
 
 
@@ -167,7 +207,7 @@ def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
     found, left_out, size = [], [], 0
     for name in sorted(manifest(directory)):
         path = directory / name
-        if name.endswith(".png") and name not in OWN and path.is_file():
+        if name.endswith(".png") and name not in OWN and path.is_file() and not path.is_symlink():
             content = path.read_bytes()
             if size + len(content) > MOST_PICTURES:
                 left_out.append(name)

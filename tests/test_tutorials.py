@@ -57,7 +57,10 @@ def test_execution_writes_outputs_and_nothing_after_an_error(tmp_path):
     good = ["# %% [markdown]", "# Numbers", "", "# %%", "import os, sys", "print(os.listdir())"]
     good += ["print('a warning', file=sys.stderr)", "os.environ['OMP_NUM_THREADS']", ""]
     (folder / "good.py").write_text("\n".join(good))
-    found = run(script=script)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    found = run(script=script, TMPDIR=str(temporary))
+    assert not list(temporary.iterdir())  # no connection file, which has the kernel's key
     assert found.returncode == 0
     assert "good ..." in found.stdout and "a warning" in found.stderr
     written = (folder / "good.ipynb").read_bytes()

@@ -27,7 +27,7 @@ from lmppl.command_output import Output
 from lmppl.command_record import Record, commands
 from lmppl.command_report import report, write_report
 from lmppl.files import manifest, writing
-from lmppl.inference.judging.comparison import Comparison, Row
+from lmppl.inference.judging.comparison import Comparison, Point, Row
 
 PAGE = (ROOT / "docs" / "command_line.md").read_text()
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")
@@ -175,6 +175,14 @@ def test_a_directory_says_which_command_wrote_it(runs, there):
     assert set(trained["results"]) == {"steps", "training_tokens", "verdict", "density_tv"}
     text = (there / "out" / "numbers" / "command.json").read_text()
     assert str(there) not in text and "command.json" in manifest(there / "out" / "numbers")
+
+
+def test_a_result_that_is_not_finite_is_recorded_as_none(tmp_path):
+    with Record(tmp_path, "train", {"seed": 0}) as record:
+        record.results |= {"density_tv": float("nan"), "steps": 3}
+    (entry,) = commands(tmp_path)
+    assert entry["results"] == {"density_tv": None, "steps": 3} and entry["status"] == "finished"
+    assert "total variation, unseen observations not defined" in self_contained(write_report(tmp_path)).text
 
 
 def test_every_file_is_on_the_page(runs, there):
@@ -370,6 +378,24 @@ def test_a_long_text_is_cut_and_a_large_picture_is_named(tmp_path):
         ({"run.jsonl": '{"step": 0}\n', "samples.json": "{"}, "samples.json: it is no JSON"),
         ({"comparison.json": "{}"}, "comparison.json: it is no comparison of this version"),
         ({"comparison.json": '{"rows": [{"nme": 1}], "curves": []}'}, "comparison.json: it is no comparison"),
+        ({"comparison.json": "[" * 100_000}, "comparison.json: it is no JSON"),
+        (
+            {"comparison.json": json.dumps(Comparison([]).to_json() | {"rows": [{"name": "a", "ess": "x"}]})},
+            "comparison.json: it is no comparison",
+        ),
+        ({"run.jsonl": "[1]\n"}, "run.jsonl: it is no log of a training"),
+        ({"run.jsonl": '{"loss": 1}\n'}, "run.jsonl: it is no log of a training"),
+        ({"run.jsonl": '{"step": 0, "loss": "x"}\n{"step": 1, "loss": 1}\n'}, "run.jsonl: it is no log of a training"),
+        ({"run.jsonl": '{"step": 0}\n', "samples.json": '{"a": 1}'}, "samples.json: it is no samples"),
+        (
+            {"run.jsonl": '{"step": 0}\n', "samples.json": '[{"observation": "x", "texts": [{}]}]'},
+            "samples.json: it is no",
+        ),
+        ({"command.json": '{"format": "lmppl command 1", "commands": [1]}'}, "command.json: it is no record"),
+        (
+            {"command.json": '{"format": "lmppl command 1", "commands": [{"status": "finished", "settings": {}}]}'},
+            "command.json: it is no record",
+        ),
         ({"command.json": '{"format": "other"}'}, "command.json is no record of a command of lmppl"),
         ({"run.jsonl": '{"step": 0, "loss": 1.0}\n', "report.html": "mine"}, "report.html was not written by lmppl"),
     ],
@@ -382,6 +408,26 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, files, said):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
     with pytest.raises(Failure, match="there is no such directory"):
         report(tmp_path / "nowhere")
+
+
+def test_a_comparison_whose_curves_have_no_finite_figure_has_a_report(tmp_path):
+    point = {"name": "a", "budget": 1, "num_particles": 1, "query_tokens": 9.0, "seconds": 1.0, "draws_tv": None}
+    curves = [Point(**point, log_evidence_error=float("inf"))]
+    Comparison([Row("a", ess=0.5)], curves=curves).save(tmp_path)
+    page = self_contained(write_report(tmp_path))
+    assert [tag for tag, _ in page.elements].count("svg") == 1  # the bars
+
+
+def test_a_picture_that_is_a_link_is_not_in_the_report(tmp_path):
+    """What it leads to may be secret, and the page is made to be sent."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    out = tmp_path / "out"
+    with writing(out, "picture") as fresh:
+        (fresh / "a.png").write_bytes(b"\x89PNG")
+    (out / "run.jsonl").write_text('{"step": 0}\n')
+    (out / "a.png").unlink()
+    (out / "a.png").symlink_to(tmp_path / "secret")
+    assert not [tag for tag, _ in self_contained(write_report(out)).elements if tag == "img"]
 
 
 def test_a_log_that_is_being_written_has_a_report(tmp_path):

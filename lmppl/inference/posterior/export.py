@@ -35,9 +35,10 @@ def to_arviz(posterior: Posterior) -> Any:
     - ``constant_data``: ``log_evidence``.
 
     Dimensions are (chain, draw, *plates, ...); a plate of the name "chain" or "draw" becomes "chain_plate" or
-    "draw_plate".  The chains of `MarkovChains` stay separate, with their draws unchanged.  Every other posterior is one
-    chain; its particles are first resampled (systematically) if their weights differ.  Draws copied from one particle
-    are not independent: use `Posterior.ess`, not arviz's ESS of them.
+    "draw_plate"; a number whose site has the name of another variable or dimension gets the ending "_site".  The chains
+    of `MarkovChains` stay separate, with their draws unchanged.  Every other posterior is one chain; its particles are
+    first resampled (systematically) if their weights differ.  Draws copied from one particle are not independent: use
+    `Posterior.ess`, not arviz's ESS of them.
     """
     import arviz
 
@@ -53,12 +54,14 @@ def to_arviz(posterior: Posterior) -> Any:
 
     numbers: dict[str, Tensor] = {}
     texts, named, one_hot = {}, {}, {}
+    own = ("length({})", "log_prob({})", "one_hot({})", "{}_text")
+    taken = {*OWN, *(name.format(site) for site in posterior.sites.decoders for name in own)}
     for site, value in posterior.samples.items():
         if site not in posterior.sites.decoders:
-            numbers[site] = value
+            numbers[_free(site, taken, "site")] = value
             continue
         numbers[f"length({site})"] = text.length(value)
-        strings = np.array(posterior.strings(site))
+        strings = np.array(posterior.strings(site), dtype=object)  # numpy's own strings lose a NUL at the end
         texts[site] = strings.reshape(chains, n // chains, *strings.shape[1:])
         distinct, counts = np.unique(strings, return_counts=True)
         named[f"{site}_text"] = distinct[np.argsort(-counts, kind="stable")[:TEXTS]]

@@ -124,8 +124,8 @@ def _numbers(posterior: Posterior, site: str) -> Markup:
 
 
 def _known(error: float) -> bool:
-    """Whether an error is neither NaN nor zero; zero means that all draws are equal."""
-    return error > 0
+    """Whether an error is neither NaN nor zero, up to rounding; zero means that all draws are equal."""
+    return error > 1e-12
 
 
 def _cut(table: Markup, cut: int, site: str) -> Markup:

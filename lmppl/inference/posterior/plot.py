@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,8 @@ def _probabilities(posterior: Posterior, site: str, index: Index, ax: Axes | Non
         [_label(v.value) for v in found], [v.probability for v in found], [v.error for v in found], ax, capped=1.0
     )
     ax.set_xlabel("probability")
-    ax.set_title(site if there == len(found) else f"{site}: {len(found)} of {there} values", fontsize=9)
+    title = site if there == len(found) else f"{site}: {len(found)} of {there} values"
+    ax.set_title(_label(title), fontsize=9)
     return ax
 
 
@@ -52,7 +54,8 @@ def _means(posterior: Posterior, site: str, numbers: Tensor, element: tuple[int,
     means, sds = ([float(x[entry]) for entry in shown] for x in (found.mean, found.sd))
     ax = _bars([str(list(entry)) for entry in shown], means, sds, ax)
     ax.set_xlabel("mean and standard deviation")
-    ax.set_title(site if len(shown) == len(entries) else f"{site}: {len(shown)} of {len(entries)} numbers", fontsize=9)
+    title = site if len(shown) == len(entries) else f"{site}: {len(shown)} of {len(entries)} numbers"
+    ax.set_title(_label(title), fontsize=9)
     return ax
 
 
@@ -62,7 +65,7 @@ def _histogram(site: str, numbers: Tensor, weights: Tensor, ax: Axes | None) -> 
     x, w = (t[possible].double().cpu().numpy() for t in (numbers, weights.to(numbers.device)))
     bins = min(BINS, 2 + int(len(x) ** 0.5))
     ax.hist(x, bins=bins, weights=w, density=True, color="C0", alpha=0.8)
-    ax.set(xlabel=site, ylabel="density")
+    ax.set(xlabel=_label(site), ylabel="density")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -77,7 +80,7 @@ def _bars(
     known = [i for i, error in enumerate(errors) if error > 0]
     if known:
         xs, es = [lengths[i] for i in known], [errors[i] for i in known]
-        above = [min(e, capped - x) for x, e in zip(xs, es, strict=True)]
+        above = [max(0.0, min(e, capped - x)) for x, e in zip(xs, es, strict=True)]
         below = [min(e, x) if capped < torch.inf else e for x, e in zip(xs, es, strict=True)]
         ax.errorbar(xs, known, xerr=[below, above], fmt="none", ecolor="0.4", elinewidth=1, capsize=2)
     ax.set_yticks(places, labels, fontsize=8)
@@ -93,7 +96,8 @@ def _axes(height: float) -> Axes:
 
 
 def _label(value: object) -> str:
-    """A value as the label of its bar: long texts are cut, and dollar signs do not start a formula."""
+    """A value as the label of its bar: long texts are cut, control characters named, and dollars start no formula."""
     shown = str(value).replace("\n", "⏎")
+    shown = "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in shown)
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
     return (shown or "(empty)").replace("$", r"\$")

@@ -171,7 +171,8 @@ class Posterior:
         .. math:: \sqrt{\sum_n w_n^2 \, (f_n - \bar f)^2}, \qquad \bar f = \sum_n w_n f_n, \qquad \sum_n w_n = 1
 
         This is the error of self-normalised importance sampling; with equal weights it is that of independent draws.
-        It is NaN after `resample`, because particles are then copies of others.  Subclasses have their own estimates.
+        It is NaN after `resample`, because particles are then copies of others, and for predictions from such
+        particles.  Subclasses have their own estimates.
 
         :param values: one number, or several, for each particle of one element of the kept plates.
         :param index: the element; None: there is only one.
@@ -194,7 +195,7 @@ class Posterior:
         if not isinstance(values, Tensor) or not values.dim() or len(values) != self.num_particles:
             raise ValueError(f"values: expected a tensor of {self.num_particles} particles, got {values!r}")
         element = plate_element(index, self.log_weights.shape[1:])
-        weights = normalised(self.log_weights[all_particles(element)]).double().to(values.device)
+        weights = normalised(self.log_weights[all_particles(element)].double()).to(values.device)
         weights = weights.view(-1, *[1] * (values.dim() - 1))
         f = torch.where(weights > 0, values.double(), 0.0)
         return weights * (f - (weights * f).sum(0))

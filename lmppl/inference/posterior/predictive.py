@@ -174,14 +174,15 @@ def predictive(
 ) -> Predictive:
     """See `Posterior.predictive`."""
     query = _nested(query, posterior, sampler)
-    run, plates, log_weights = _run(posterior, query, sampler, num_particles, keep)
+    run, plates, log_weights, dependent = _run(posterior, query, sampler, num_particles, keep)
     observed = {name: node for name, node in programs.scored(run).items() if node["is_observed"]}
     known = text_log_probs(observed)
     log_probs = {
         name: site_log_prob(node, plates, known.get(name)).expand(1, *log_weights.shape)[0]
         for name, node in observed.items()
     }
-    return Predictive(Posterior.of(run, plates, log_weights, query), log_probs)
+    draws = Posterior.of(run, plates, log_weights, query)
+    return Predictive(replace(draws, sites=replace(draws.sites, dependent=dependent)), log_probs)
 
 
 @torch.no_grad()
@@ -207,7 +208,7 @@ def predict(
     values = values.reshape(len(values), *[1] * (1 + nesting - axes), *values.shape[1:])  # (C, 1, *plate axes, *event)
     # Latents are drawn once for all candidates; sites after this one are not scored.
     first = Observe({site: values[0]})
-    drawn, plates, log_weights = _run(posterior, query, sampler, num_particles, keep, first, site=site)
+    drawn, plates, log_weights, _ = _run(posterior, query, sampler, num_particles, keep, first, site=site)
     each, known = Observe({site: values}), Substitute(programs.values(drawn))
     run = query.trace(query.model, each, known, particles=len(log_weights), prefixes=len(values))
     log_probs = site_log_prob(run.nodes[site], plates).expand(len(values), *log_weights.shape)
@@ -248,10 +249,10 @@ def _run(
     keep: Collection[str] | None,
     *handlers: Messenger,
     site: str | None = None,
-) -> tuple[Trace, Plates, Tensor]:
+) -> tuple[Trace, Plates, Tensor, bool]:
     """The model's trace given latents from the sampler, its kept plates, and normalised log weights (N, *plates).
 
-    With ``site``, the plates are those of this site.
+    Then whether the particles are `Sites.dependent`.  With ``site``, the plates are those of this site.
     """
     if sampler not in (None, "prior", "guide"):
         raise ValueError(f"sampler: expected None, 'prior' or 'guide', got {sampler!r}")
@@ -267,6 +268,7 @@ def _run(
     log_weights = posterior.log_weights.new_full((n, *plates.sizes), -math.log(n))
     values: dict[str, Tensor] = {}
     kept: set[str] = set()
+    dependent = False
     if sampler is None:
         normalised(posterior.log_weights)
         known = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
@@ -278,11 +280,13 @@ def _run(
             log_weights = plates.reduce(_deeper(by_axis, nesting - own.nesting))[0]
         else:  # weights are separate for each plate element, but the particles here are joint: resample each element
             posterior = posterior.resample(n, "systematic" if shared else "multinomial")
+        # Of chains and enumerations too the weights alone give no error: their classes have estimates of their own.
+        dependent = posterior.sites.dependent or type(posterior).standard_error is not Posterior.standard_error
         values = {name: _deeper(posterior.values[name], nesting - own.nesting) for name in kept}
     if sampler == "guide" and posterior.guide is not None:
         values = programs.values(query.trace(posterior.guide, programs.Draw(), particles=n))
     run = query.trace(query.model, programs.Draw(), Substitute(values), *handlers, particles=n)
-    return run, plates, log_weights
+    return run, plates, log_weights, dependent
 
 
 def _deeper(x: Tensor, more: int) -> Tensor:

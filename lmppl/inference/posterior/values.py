@@ -37,7 +37,7 @@ def values(posterior: Posterior, site: str, index: Index = None, most: int | Non
     rows: dict[Any, list[int]] = {}
     for n, key in enumerate(keys):
         rows.setdefault(key, []).append(n)
-    weights = normalised(posterior.log_weights[all_particles(element)]).double().tolist()
+    weights = normalised(posterior.log_weights[all_particles(element)].double()).tolist()
     total = {key: sum(weights[n] for n in of) for key, of in rows.items()}
     possible = sorted((key for key in rows if total[key] > 0), key=lambda key: -total[key])
     shown = possible[:most]
@@ -55,7 +55,7 @@ def values(posterior: Posterior, site: str, index: Index = None, most: int | Non
 def moments(posterior: Posterior, numbers: Tensor, index: Index = None) -> Moments:
     """Mean and standard deviation, (...) each, of ``numbers`` (N, ...) of the particles of one plate element."""
     element = plate_element(index, posterior.log_weights.shape[1:])
-    weights = normalised(posterior.log_weights[all_particles(element)]).double().to(numbers.device)
+    weights = normalised(posterior.log_weights[all_particles(element)].double()).to(numbers.device)
     weights = weights.view(-1, *[1] * (numbers.dim() - 1))
     possible = torch.where(weights > 0, numbers.double(), 0.0)  # numbers of weight zero may be infinite
     mean = (weights * possible).sum(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import matplotlib
 import pyro
 import pyro.distributions as dist
@@ -270,3 +272,70 @@ def test_a_plot_says_which_argument_is_wrong(particles):
         particles.plot("y", 0)
     with pytest.raises(ValueError, match="^index: "):
         particles.plot("z")
+
+
+def test_arviz_keeps_texts_apart_that_differ_by_a_nul_at_the_end():
+    """numpy's own strings end before it, so that two texts would share one probability."""
+
+    def program():
+        pyro.sample("z", Words(words=["", "a", "a\0"]))
+
+    data = Enumeration(program).run().to_arviz()
+    shares = data.posterior["one_hot(z)"].mean(("chain", "draw"))
+    found = dict(zip(shares.coords["z_text"].values.tolist(), shares.values.tolist(), strict=True))
+    assert found == pytest.approx({"": 1 / 3, "a": 1 / 3, "a\0": 1 / 3})
+    assert set(data.texts["z"].values.flatten().tolist()) == {"", "a", "a\0"}
+
+
+@pytest.mark.parametrize("plate", [False, True])
+def test_chains_of_several_texts_in_one_site(plate):
+    def program():
+        with pyro.plate("data", 2) if plate else contextlib.nullcontext():
+            pyro.sample("z", Words((2, 3) if plate else (3,)).to_event(1))
+
+    posterior = MetropolisHastings(program, num_chains=2, num_samples=8, warmup=2).run()
+    tokens = (posterior.samples["z"] != -1).sum((-1, -2)).unflatten(0, (2, 8))
+    assert torch.equal(posterior.statistics["length(z)"], tokens.double())
+    assert "MarkovChains(z: 16 particles" in posterior._repr_html_()
+
+
+def test_a_value_that_is_certain_has_a_bar_and_no_error():
+    """Weights in single precision sum to more than one here."""
+
+    def program():
+        z = pyro.sample("z", Words())
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("f", x.float() + torch.where(z[..., 0] == 1, 0.0, -torch.inf))
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        posterior = Importance(program, num_particles=60).run()
+        (bar,) = posterior.plot("z").patches
+        assert bar.get_width() == pytest.approx(1.0)
+        table = next(t for t in Page(posterior._repr_html_()).tables if t[0][0] == "z")
+        assert "± s.e." not in table[0] and table[1][2] == "1.000"
+
+
+def test_labels_name_control_characters_and_read_no_formula():
+    def program():
+        with pyro.plate("data", 1):
+            pyro.sample("$_{$", Words(words=["", "\x1b[31m$a_{$\0"]))
+            pyro.sample("$_$x{", dist.Normal(0.0, 1.0))
+
+    posterior = Importance(program, num_particles=40).run()
+    ax = posterior.plot("$_{$", 0)
+    ax.figure.canvas.draw()  # a warning is an error
+    assert {t.get_text() for t in ax.get_yticklabels()} == {"(empty)", r"\x1b[31m\$a_{\$\x00"}
+    posterior.plot("$_$x{", 0).figure.canvas.draw()
+
+
+def test_arviz_loses_no_site_to_a_name_of_its_own():
+    def program():
+        pyro.sample("z", Words())
+        for name, mean in {"length(z)": 5.0, "z_text": 6.0, "draw": 7.0, "x": 8.0}.items():
+            pyro.sample(name, dist.Delta(torch.tensor(mean)))
+
+    found = Importance(program, num_particles=10).run().to_arviz().posterior
+    sites = {"length(z)_site": 5.0, "z_text_site": 6.0, "draw_site": 7.0, "x": 8.0}
+    assert {name: float(found[name].mean()) for name in sites} == sites
+    assert 1 <= float(found["length(z)"].mean()) <= 2 and found["one_hot(z)"].dims[-1] == "z_text"

@@ -10,7 +10,7 @@ from plate_of_three import X, Y, model
 from torch import Tensor
 
 from lmppl.distributions import AutoregressiveText
-from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sequential
+from lmppl.inference import SMC, Enumeration, Importance, MetropolisHastings, Posterior, Sequential, lineages
 
 RUNS = 300
 
@@ -63,6 +63,18 @@ def test_smc_counts_common_ancestors():
     assert error == pytest.approx(deviation, rel=0.2)
     plain = Posterior(posterior.values, posterior.log_weights, posterior.log_evidence, Importance(program).run().sites)
     assert compared(plain)[0] < 0.9 * error  # as if they were independent
+
+
+def test_smc_with_few_particles_counts_what_merges_by_chance():
+    """Two lines of descent merge with probability 1 / N at each resampling, which hides some of the variance."""
+    torch.manual_seed(0)
+    posterior = SMC(program, guide, num_particles=12, ess_threshold=1.0, resampling="multinomial").run()
+    f, first = begins_with_b(posterior)[:, 0], lineages(posterior.ancestry)[0, :, 0]
+    w = posterior.log_weights[:, 0].double().softmax(0)
+    merged = sum(float((w * (f - (w * f).sum()))[first == e].sum()) ** 2 for e in range(12))
+    times = sum(int(event.resampled[0]) for event in posterior.ancestry)
+    assert times >= 3
+    assert float(posterior.standard_error(f, 0)) == pytest.approx((merged * (12 / 11) ** times) ** 0.5)
 
 
 def test_markov_chains_count_autocorrelation():
@@ -130,3 +142,19 @@ def test_values_are_one_of_each_particle(particles):
         particles.standard_error(torch.ones(3), 0)
     with pytest.raises(ValueError, match="^index: "):
         particles.standard_error(torch.ones(60))
+
+
+def test_predictions_have_one_only_from_independent_particles(particles):
+    """Copies, chains, lines of descent and enumerated values carry weights that tell no error."""
+    f = torch.arange(60.0)
+    kept = particles.predictive(model, X, Y).draws
+    assert torch.equal(kept.samples["z"], particles.samples["z"])
+    assert float(kept.standard_error(f, 0)) == pytest.approx(float(particles.standard_error(f, 0)))
+    assert float(particles.predictive(model, X, Y, sampler="prior").draws.standard_error(f, 0)) > 0
+    chains = MetropolisHastings(model, num_chains=3, num_samples=20, warmup=2).run(X, Y)
+    for posterior in (particles.resample(60), chains, SMC(model, num_particles=60).run(X, Y)):
+        assert posterior.predictive(model, X, Y).draws.standard_error(f, 0).isnan(), type(posterior)
+    exact = Enumeration(model).run(X, Y)
+    found = exact.predictive(model, X, Y).draws
+    assert found.standard_error(found.log_weights[:, 0].exp(), 0).isnan()
+    assert particles.predictive(model, X, Y, num_particles=60).draws.standard_error(f, 0).isnan()  # resampled

@@ -62,13 +62,16 @@ class MarkovChains(Posterior):
     def statistics(self) -> dict[str, Tensor]:
         """The numbers that diagnostics use, (chain, draw, *plates, ...) each, by name.
 
-        They are ``log_joint``, ``length(z)`` of every text z, in tokens with its stop, and the sites that are numbers.
+        They are ``log_joint``, ``length(z)`` of every text z, in tokens with its stop (of several, their sum), and the
+        sites that are numbers.
         """
         chains = self.log_joint.shape[:2]
         found = {"log_joint": self.log_joint}
         for name, value in self.values.items():
             if name in self.sites.decoders:
-                length = self.sites.plates.reduce(text.length(value).double())[0]
+                axes = range(1 - self.sites.event_dims[name], 0)  # of several texts (.to_event)
+                length = text.length(value).double()
+                length = self.sites.plates.reduce(length.sum(tuple(axes)) if axes else length)[0]
                 found[f"length({name})"] = length.view(self.log_joint.shape)
             elif name in self.samples:
                 found[name] = self.samples[name].unflatten(0, chains)

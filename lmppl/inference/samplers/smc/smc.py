@@ -96,9 +96,9 @@ class Sequential(Posterior):
     def standard_error(self, values: Tensor, index: Index = None) -> Tensor:
         r"""The standard error of the weighted mean of ``values`` (N, ...), a function of the particles, (...).
 
-        .. math:: \sqrt{\sum_e \Big(\sum_{n: e(n) = e} w_n \, (f_n - \bar f)\Big)^2}
+        .. math:: \sqrt{\Big(\frac{N}{N - 1}\Big)^R \sum_e \Big(\sum_{n: e(n) = e} w_n \, (f_n - \bar f)\Big)^2}
 
-        with e(n) the particle before the first resampling from which n descends, because particles with a common
+        with e(n) the particle before the first of R resamplings from which n descends, because particles with a common
         ancestor are not independent.  It is too small if few ancestors survive (see `survival`), and NaN if all
         particles have the same ancestor.
 
@@ -113,6 +113,8 @@ class Sequential(Posterior):
             return deviations.square().sum(0).sqrt()
         first = lineages(one.ancestry)[0].to(deviations.device)
         error = torch.zeros_like(deviations).index_add(0, first, deviations).square().sum(0).sqrt()
+        resampled, n = sum(bool(event.resampled) for event in one.ancestry), self.num_particles
+        error = error * (n / max(1, n - 1)) ** (resampled / 2)  # two lines merge with probability 1 / N
         return torch.full_like(error, torch.nan) if len(first.unique()) == 1 else error
 
     def summary(self, index: Index = None) -> dict[str, float]:
