@@ -1,6 +1,6 @@
 """Which objective and recipe trains the infilling guide best? Successive halving at equal tokens, on unseen stories.
 
-    python -m benchmarks.recipes --jobs 2 --out docs/recipes.md
+    python -m benchmarks.recipes --jobs 2 --out out/recipes.md
 
 Every recipe trains on the same number of tokens scored (sampling, rewards and guide), 3 seeds; the best four by mean
 total variation to the exact posterior of held-out stories goes on, from scratch, to twice the tokens; the last two meet
@@ -120,10 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="a recipe's training tokens in round one")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/recipes.md"))
+    parser.add_argument("--out", type=Path, default=Path("out/recipes.md"))
     parser.add_argument("--log", type=Path, default=None)
     arguments = parser.parse_args()
     rounds = halve(arguments.tokens, arguments.jobs, arguments.log)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(markdown(rounds))
     print(markdown(rounds))
 

@@ -11,6 +11,7 @@ from .command_options import Failure
 from .command_output import Output
 from .command_record import FILE
 from .files import claim, save_figure, writing
+from .markup import visible
 
 if TYPE_CHECKING:  # what computes is imported by the function that computes: --help waits for none of it
     from collections.abc import Callable
@@ -301,7 +302,7 @@ def sample_text(found: list[dict[str, Any]]) -> str:
         lines.append(one["observation"])
         for row in one["texts"]:
             known = "" if row["exact"] is None else f"   exact {row['exact']:.3f}"
-            lines.append(f"    {row['probability']:.3f}{known}  {row['text'].strip()}")
+            lines.append(f"    {row['probability']:.3f}{known}  {visible(row['text'].strip())}")
         if not one["texts"]:
             lines.append("    (no draw of the guide is possible)")
     return "\n".join(lines) + "\n"

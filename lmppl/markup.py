@@ -1,8 +1,9 @@
-"""Pieces of HTML for notebooks: what is not `Markup` is escaped, and colours are those of the page, light or dark."""
+"""Texts as they are shown, and pieces of HTML: what is not `Markup` is escaped; colours are those of the page."""
 
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,15 @@ def text(string: str) -> Markup:
         return note("(empty)")
     shown = string if len(string) <= LONGEST else string[:LONGEST] + "…"
     return Markup(f'<span style="white-space:pre-wrap">{html.escape(shown)}</span>')
+
+
+def visible(string: str, keep: str = "\n\t") -> str:
+    r"""A text whose control characters are named, except those in ``keep``: a terminal would obey them.
+
+    >>> visible("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in keep else c for c in string)
 
 
 def note(string: str) -> Markup:

@@ -304,3 +304,12 @@ def test_a_wrong_usage_is_one_line_too_and_names_what_was_given(lmppl, arguments
 def test_without_arguments_the_help_is_shown(lmppl):
     run = lmppl()
     assert "compare" in run.stdout and run.stderr == ""
+
+
+def test_what_a_text_says_is_no_order_to_the_terminal():
+    from lmppl.command_results import sample_text
+
+    shown = sample_text(
+        [{"observation": "x", "texts": [{"text": "\x1b[31mred\n\there", "probability": 1.0, "exact": None}]}]
+    )
+    assert "\x1b" not in shown and r"\x1b[31mred" in shown and "\n\there" in shown

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ...markup import visible
 from ..core.arguments import all_particles
 from .html import is_discrete
 from .log_weights import normalised
@@ -97,7 +97,6 @@ def _axes(height: float) -> Axes:
 
 def _label(value: object) -> str:
     """A value as the label of its bar: long texts are cut, control characters named, and dollars start no formula."""
-    shown = str(value).replace("\n", "⏎")
-    shown = "".join(ascii(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in shown)
+    shown = visible(str(value).replace("\n", "⏎"), keep="")
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
     return (shown or "(empty)").replace("$", r"\$")
