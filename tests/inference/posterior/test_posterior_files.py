@@ -53,7 +53,7 @@ def test_arviz_summarises_numeric_sites():
     row = table.loc["k"]
     mean = sum(k * p for k, p in posterior.table("k"))
     assert row["mean"] == pytest.approx(mean, abs=1e-3)
-    assert data.texts["z"].values.dtype.kind == "U"
+    assert all(isinstance(s, str) for s in data.texts["z"].values.ravel())  # numpy's own strings lose a NUL at the end
     z, k = posterior.samples["z"], posterior.samples["k"]
     assert data.posterior["length(z)"].values[0].tolist() == text.length(z).tolist()
     expected = prior(X[0], temperature=1.0 + k).log_prob(z).detach()

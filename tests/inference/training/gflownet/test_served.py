@@ -247,7 +247,7 @@ def test_bad_arguments_are_named(lm):
     for key in (5, b"secret"):
         with pytest.raises(ValueError, match="api_key"):
             Served(lm, "http://localhost:8000/v1", "guide", api_key=key)
-    with pytest.raises(ValueError, match="model: expected a str"):
+    with pytest.raises(ValueError, match="model: expected an instance of str"):
         Served(lm, "http://localhost:8000/v1", 5)
     with pytest.raises(ValueError, match="api_key") as found:
         Served(lm, "http://localhost:8000/v1", "guide", api_key="secret\n")
