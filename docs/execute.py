@@ -21,6 +21,8 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+from lmppl import files
+
 ROOT = Path(__file__).parents[1]
 TUTORIALS = ROOT / "docs" / "tutorials"
 CELL_TIMEOUT = 1800  # seconds: of a busy machine
@@ -102,13 +104,8 @@ def execute(name: str) -> NotebookNode:
 
 def write(notebook: NotebookNode, path: Path) -> None:
     """Writes a notebook, whole or not at all."""
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        nbformat.validate(notebook)
-        nbformat.write(notebook, fresh)
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    nbformat.validate(notebook)
+    files.write(path, (nbformat.writes(notebook) + "\n").encode())
 
 
 def clean(notebook: NotebookNode) -> None:

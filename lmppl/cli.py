@@ -65,8 +65,8 @@ from .command_results import (
 from .files import claim, writing
 
 EXIT_CODES = (
-    "Exit codes: 0, done; 1, a mistake in what was given, or a run that failed; 2, a wrong usage of the command; "
-    "130 or 143, interrupted by Ctrl-C or SIGTERM: train has saved first."
+    "Exit codes: 0, success; 1, a wrong value, or a run that failed; 2, wrong usage of the command; "
+    "130 or 143, interrupted by Ctrl-C or SIGTERM, after train has saved."
 )
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, epilog=EXIT_CODES)
 TRAINED = ("wake-sleep", "ppo")
@@ -140,14 +140,12 @@ def compare_command(
     device: Device = "cpu",
     dtype: Dtype = None,
     quiet: Quiet = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the comparison as JSON instead of tables; progress is no part of it.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of tables.")] = False,
 ) -> None:
     """Infer the latent texts of unseen observations by several algorithms, beside the exact posterior.
 
-    The minutes of --budget are for everything: loading, the exact posterior, trainings, which share alike what is left,
-    and the comparison.
+    The minutes of --budget include everything: loading, the exact posterior, the comparison, and the trainings, which
+    share the rest equally.
     """
     chosen = chosen_algorithms(algorithms)
     trained = [n for n in ("gflownet", *TRAINED) if n in chosen and not (n == "gflownet" and checkpoint)]
@@ -239,10 +237,11 @@ def train_command(
     ] = 100,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model's guide at leisure: checkpoints under --out, and the same command resumes.
+    """Train a model's guide, with checkpoints under --out; the same command resumes.
 
-    Interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is refused.
-    The minutes of --budget are for the training, looks at held-out observations in it; the choice is in the checkpoint.
+    If it is interrupted (Ctrl-C, SIGTERM) it saves first. A checkpoint of another model, setting, seed, data or --lm is
+    refused. The minutes of --budget include the evaluations on held-out observations; the choice is saved in the
+    checkpoint.
     """
     check_budget(budget, steps=steps)
     set_threads(threads)

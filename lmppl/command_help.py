@@ -1,4 +1,4 @@
-"""The pages of ``--help``: what typer makes of the options, and what the catalogue says of the models."""
+"""The pages of ``--help``: the options, as typer shows them, and the models, from the catalogue."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelCommand(TyperCommand):
 
 
 def model_asked(ctx: Any) -> str | None:
-    """The model that a command line names, also one that is not complete."""
+    """Returns the model in a command line, which may be incomplete."""
     found: str | None = ctx.meta.get(_ASKED)
     return found
 
@@ -44,7 +44,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def usage(error: Any, arguments: list[str]) -> str:
-    """What is wrong with a command's arguments, the value that was given, and where it is said what there is."""
+    """Returns what is wrong with a command's arguments, the wrong value, and where the possible ones are listed."""
     if type(error).__name__ == "NoArgsIsHelpError":
         return ""  # nothing was asked: the help has been printed
     given, context = _given(getattr(error, "param", None), arguments), getattr(error, "ctx", None)
@@ -54,7 +54,7 @@ def usage(error: Any, arguments: list[str]) -> str:
 
 
 def _given(param: Any, arguments: list[str]) -> str | None:
-    """What follows an option's name, where it was given."""
+    """Returns the value after an option's name; None if the option is absent."""
     for name in (n for n in getattr(param, "opts", []) if n.startswith("-")):
         for at, argument in enumerate(arguments):
             if argument.startswith(f"{name}="):

@@ -1,4 +1,4 @@
-"""What the options of a command say, read and refused before anything is computed."""
+"""The options of the commands, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Failure(Exception):
-    """Something the user can mend; printed in one line."""
+    """An error that the user can correct; it is printed in one line."""
 
 
 def _known(ctx: typer.Context, model: str) -> str:
@@ -44,14 +44,14 @@ def _models(incomplete: str) -> list[tuple[str, str]]:
 
 
 def _model_options(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Of the model that the line names so far; of none, where it names none."""
+    """The options of the model in the command line; none if there is no model yet."""
     entry = MODELS.get(model_asked(ctx) or "")
     options = {} if entry is None else entry.options
     return [(f"{name}=", meaning) for name, meaning in options.items() if name.startswith(incomplete)]
 
 
 def _algorithms(incomplete: str) -> list[str]:
-    """After the last comma, an algorithm that has not been named."""
+    """Completes the name after the last comma, with algorithms that are not in the list yet."""
     before, comma, last = incomplete.rpartition(",")
     named = before.split(",")
     return [before + comma + a for a in (*ALGORITHMS, *FURTHER) if a.startswith(last) and a not in named]
@@ -125,7 +125,7 @@ Dtype = Annotated[
 
 
 def chosen_algorithms(algorithms: str) -> list[str]:
-    """The names of a comma-separated choice."""
+    """Returns the names in a comma-separated list."""
     chosen = [a.strip() for a in algorithms.split(",") if a.strip()]
     for name in chosen:
         if name not in (*ALGORITHMS, *FURTHER):
@@ -137,7 +137,7 @@ def chosen_algorithms(algorithms: str) -> list[str]:
 
 
 def check_budget(budget: float | None, **others: Any) -> None:
-    """Refuse what is no time, and other options that say how long to train."""
+    """Raises Failure for a budget that is not a time, or together with another option for the length of training."""
     if budget is None:
         return
     if not 0 < 60 * budget < math.inf:
@@ -158,7 +158,7 @@ def experiment_of(
     dtype: str | None,
     checkpoint: Path | None = None,
 ) -> Experiment:
-    """The model that the options ask for, with its data and language models."""
+    """Returns the experiment for these options, with its data and language models."""
     if data is not None and not data.exists():
         raise Failure(f"--data {data}: there is no such file or directory")
     if lm == "":
@@ -189,7 +189,7 @@ def experiment_of(
 
 
 def own_device(device: str) -> str:
-    """Of several processes each takes a GPU of its own."""
+    """Returns the device of this process: each of several processes has its own GPU."""
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return device
@@ -209,7 +209,7 @@ def _check_device(device: str, dtype: str | None, lm: str | None) -> None:
 
 
 def _own_options(model: str, options: list[str]) -> dict[str, Any]:
-    """What a model's `experiment` takes besides what all of them take: numbers as numbers, the rest as text."""
+    """Returns the options of one model's `experiment`: numbers as numbers, the rest as strings."""
     from .models import EXPERIMENTS
 
     known = [p for p in inspect.signature(EXPERIMENTS[model]).parameters if p not in COMMON]
@@ -232,13 +232,13 @@ def _own_options(model: str, options: list[str]) -> dict[str, Any]:
 
 
 def _said(kind: Any) -> str:
-    """What an option is annotated with, in words."""
+    """Returns the type of an option in words."""
     words = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     return " or ".join(words.get(k, "several, as [0.8, 0.9]") for k in (typing.get_args(kind) or (kind,)))
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON is of a type that an option is annotated with."""
+    """Returns whether a value read from JSON has the type of an option."""
     if isinstance(value, list):
         return any(
             typing.get_origin(k) is Sequence and all(_is(v, typing.get_args(k)[0]) for v in value)

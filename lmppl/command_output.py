@@ -1,4 +1,4 @@
-"""Where the words of a command go: results to standard output, what it says on the way to standard error."""
+"""The output of a command: results go to standard output, everything else to standard error."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WIDE = 10_000  # columns where there is no terminal: no line is wrapped, no tabl
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Users' texts, data and file names are shown as they are; where there is no terminal, without wrapping."""
+    """A console without markup, which prints texts and file names unchanged; it wraps on a terminal only."""
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(markup=False, emoji=False, highlight=False, stderr=stderr, width=None if terminal else WIDE)
 
 
 class Output:
-    """What one command prints.
+    """The output of one command.
 
-    :param quiet: results alone.
-    :param json: standard output has JSON alone, which the command prints itself.
+    :param quiet: print results only.
+    :param json: print no results, because the command prints JSON instead.
     """
 
     def __init__(self, quiet: bool = False, json: bool = False):
@@ -35,17 +35,17 @@ class Output:
         self.results = console()
 
     def result(self, shown: Any) -> None:
-        """Print a result: a string or a table."""
+        """Prints a result: a string or a table."""
         if not self.json:
             self.results.print(shown, soft_wrap=isinstance(shown, str))
 
     def say(self, line: str) -> None:
-        """Print a line about what goes on."""
+        """Prints a line about progress."""
         if not self.quiet:
             console(stderr=True).print(line, soft_wrap=True)
 
     def status(self, what: str) -> AbstractContextManager[Any]:
-        """Around something that takes a while: a spinner on a terminal, elsewhere a line."""
+        """A context for something slow: it shows a spinner on a terminal, and prints a line elsewhere."""
         if not self.quiet and on_terminal():
             return console(stderr=True).status(Text(what))
         self.say(what)
@@ -53,7 +53,7 @@ class Output:
 
     @contextmanager
     def quietly(self) -> Iterator[None]:
-        """Where only results are wanted, without the warnings of libraries either; errors are still raised."""
+        """A context that also suppresses warnings if ``quiet``; errors are still raised."""
         if not self.quiet:
             yield
             return

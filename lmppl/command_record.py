@@ -1,4 +1,4 @@
-"""``command.json``: which commands wrote a directory, with which settings and versions, when, and how they ended."""
+"""``command.json``: the commands that wrote a directory, with settings, versions, times and how they ended."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ from .files import read, writing
 FILE, FORMAT = "command.json", "lmppl command 1"
 PACKAGES = {"torch": "torch", "transformers": "transformers", "pyro": "pyro-ppl", "peft": "peft"}
 RUNNING, FINISHED, INTERRUPTED = "running", "finished", "interrupted"
-
-
-SILENT = {"quiet", "json"}  # what is printed is no part of a run
+SILENT = {"quiet", "json"}  # options that do not change a run
 
 
 def versions() -> dict[str, str]:
-    """Of lmppl, Python and the libraries that compute."""
+    """Returns the versions of lmppl, Python and the main libraries."""
     return {"lmppl": __version__, "python": platform.python_version()} | {k: version(p) for k, p in PACKAGES.items()}
 
 
 def settings_of(ctx: typer.Context) -> dict[str, Any]:
-    """What a command was called with, by the names of its options: {"model": "infilling", "set": ["max_tokens=4"]}."""
+    """Returns the values of a command's options by name: {"model": "infilling", "set": ["max_tokens=4"]}."""
     found = {}
     for param in ctx.command.params:
         name = max(param.opts, key=len).lstrip("-").replace("-", "_")
@@ -43,9 +41,9 @@ def settings_of(ctx: typer.Context) -> dict[str, Any]:
 
 
 def commands(directory: Path) -> list[dict[str, Any]]:
-    """What `Record` has written there, the command that ran last at the end; nothing where no command has.
+    """Returns the entries that `Record` has written, the latest command last; empty if there are none.
 
-    :raises ValueError: where a file of this name is none of ours.
+    :raises ValueError: if a file of this name was not written by the package.
     """
     path = directory / FILE
 
@@ -64,14 +62,15 @@ def commands(directory: Path) -> list[dict[str, Any]]:
 
 
 class Record:
-    """A context that keeps ``command.json`` of a directory: an entry for each command, that of its last run.
+    """A context that writes ``command.json`` of a directory: one entry per command, for its last run.
 
-    Nothing is written before `begin`, or a good end: a command that is refused leaves the directory as it was.
+    Nothing is written before `begin`, or a successful end: a command that is refused leaves the directory unchanged.
 
     :param command: "train" or "compare".
-    :param settings: every argument and option by its name, whether it was given or not, see `settings_of`.
-    :param resumes: whether the run goes on that the entry there is of; it keeps when that began.
-    :param processes: how many compute; the first one alone has a ``Record`` that is ``kept``.
+    :param settings: all arguments and options by name, with defaults, see `settings_of`.
+    :param resumes: whether this run resumes the one of the existing entry; it then keeps that start time.
+    :param processes: the number of processes.
+    :param kept: whether this process writes; only the first one does.
 
     ``results``, figures and texts, are written at the end.
     """
@@ -103,7 +102,7 @@ class Record:
         return self
 
     def begin(self, *_: Any) -> None:
-        """Say that the command runs; calls after the first do nothing, so that it may be a callback of `fit`."""
+        """Writes that the command runs; later calls do nothing, so it can be a callback of `fit`."""
         if not self._written and self.kept:
             before = commands(self.directory)
             own = [entry for entry in before if entry["command"] == self.command]

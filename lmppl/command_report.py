@@ -1,4 +1,4 @@
-"""``report.html``: one page with everything about a run, which needs no other file."""
+"""``report.html``: one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INK = "#010203"  # what is drawn in this colour has that of the page's text, in 
 
 
 def write_report(directory: Path) -> Path:
-    """Write the page into the directory of a run, whole or not at all; its path.
+    """Writes the page into the directory of a run, whole or not at all, and returns its path.
 
     :raises Failure: where there is no such directory, no run in it, or a file of it that cannot be read.
     """
@@ -85,7 +85,7 @@ def _of_this_version(path: Path, what: str) -> Iterator[None]:
 
 
 def _command(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of ``command.json``, with what the page says of it."""
+    """Returns an entry of ``command.json``, with the page's texts about it."""
     from .inference.training.loop.cost import duration
 
     model = str(entry["settings"].get("model", ""))
@@ -116,7 +116,7 @@ def _command(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The curves of a log, and how near its guide was to the posterior at the last look."""
+    """Returns the curves of a log, and the last evaluation of its guide."""
     from .inference.training.loop import verdict
 
     last: dict[str, Any] = next((step for step in reversed(history) if "held_out_ess" in step), {})
@@ -146,7 +146,7 @@ def _training(name: str, history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _comparison(found: Any) -> dict[str, Any]:
-    """The tables, notes and plots of a comparison that was saved, its infinite figures missing: JSON has none."""
+    """Returns tables, notes and plots of a saved comparison, without infinite figures, which JSON cannot hold."""
     from .inference.judging.comparison import Comparison, Point, Row
 
     rows, curves = [Row(**row) for row in found["rows"]], [Point(**point) for point in found["curves"]]
@@ -180,7 +180,7 @@ def _samples(found: Any) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> Any:
-    """What a file holds; None where there is none."""
+    """Returns the contents of a file; None if it does not exist."""
     try:
         return read(path.parent, lambda: json.loads(path.read_bytes()))
     except FileNotFoundError:
@@ -190,7 +190,7 @@ def _json(path: Path) -> Any:
 
 
 def _history(directory: Path) -> list[dict[str, Any]]:
-    """The log of a training; nothing where there is none."""
+    """Returns the log of a training; empty if there is none."""
     try:
         return command_results.history_of(directory)
     except FileNotFoundError:
@@ -203,7 +203,7 @@ def _history(directory: Path) -> list[dict[str, Any]]:
 
 
 def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
-    """Those of the model's own, as (name, data URI), and the names of those that are too large."""
+    """Returns the model's own pictures as (name, data URI), and the names of those that are too large."""
     found, left_out, size = [], [], 0
     for name in sorted(manifest(directory)):
         path = directory / name
@@ -218,7 +218,7 @@ def _pictures(directory: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _svg_of(plot: Callable[[Path], object]) -> str:
-    """What a method draws into a file."""
+    """Returns the SVG that a method writes to a file."""
     with tempfile.TemporaryDirectory() as folder, _on_any_page():
         path = Path(folder) / "figure.svg"
         plot(path)
@@ -234,7 +234,7 @@ def _svg(draw: Callable[[], Any]) -> str:
 
 @contextmanager
 def _on_any_page() -> Iterator[None]:
-    """Figures without a background, their text as text, in the page's own colour."""
+    """A context for figures without background, whose texts are texts in the page's own colour."""
     from matplotlib import rc_context
 
     ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
@@ -244,7 +244,7 @@ def _on_any_page() -> Iterator[None]:
 
 
 def _inline(svg: str) -> Any:
-    """An SVG file as an element of the page: no prologue, no metadata, no names that another has, too."""
+    """Returns an SVG file as an element of the page, without prologue, metadata and identifiers that could repeat."""
     from markupsafe import Markup
 
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

@@ -29,7 +29,7 @@ SHOWN = 6  # texts of an observation
 
 
 def exact_posterior(experiment: Experiment, output: Output) -> tuple[Posterior | None, int | None]:
-    """The exact posterior of the test observations and its cost in tokens, where it can be had."""
+    """Returns the exact posterior of the test observations and its cost in tokens; None if there is none."""
     if experiment.exact is None:
         return None, None
     before, started = experiment.lm.tokens_scored, time.time()
@@ -40,7 +40,7 @@ def exact_posterior(experiment: Experiment, output: Output) -> tuple[Posterior |
 
 
 def trainer_of(name: str, experiment: Experiment) -> Trainer:
-    """What trains the experiment's guide: "gflownet", "wake-sleep", or a policy gradient."""
+    """Returns the trainer of the experiment's guide: "gflownet", "wake-sleep", or a policy gradient."""
     if name == "gflownet":
         return experiment.gflownet()
     from .inference import PolicyGradient, ReweightedWakeSleep
@@ -161,18 +161,18 @@ def contents(path: Path | None) -> dict[str, str]:
 
 
 def history_of(out: Path) -> list[dict[str, Any]]:
-    """The metrics of every step of the log in a directory; of a line that is half written, nothing."""
+    """Returns the metrics of every step of the log in a directory, without a line that is half written."""
     lines = (out / "run.jsonl").read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
 def verdict_of(out: Path) -> str | None:
-    """The last verdict on held-out observations, where there is one."""
+    """Returns the last verdict on held-out observations; None if there is none."""
     return next((step["verdict"] for step in reversed(history_of(out)) if "verdict" in step), None)
 
 
 def save_training(experiment: Experiment, out: Path) -> None:
-    """The adapter, and the training curve of the log."""
+    """Saves the adapter, and the training curves of the log."""
     history = history_of(out)
     with writing(out, "training curve") as fresh:
         save_figure(training_figure(history), fresh / CURVE)
@@ -296,7 +296,7 @@ def samples(
 
 
 def sample_text(found: list[dict[str, Any]]) -> str:
-    """Samples as text."""
+    """Returns samples as text."""
     lines = []
     for one in found:
         lines.append(one["observation"])
@@ -309,7 +309,7 @@ def sample_text(found: list[dict[str, Any]]) -> str:
 
 
 def save_samples(found: list[dict[str, Any]], out: Path) -> None:
-    """Samples, to be read and to be read by programs."""
+    """Writes samples as text and as JSON."""
     with writing(out, "samples") as fresh:
         (fresh / SAMPLES[0]).write_text(sample_text(found))
         (fresh / SAMPLES[1]).write_text(json.dumps(found, indent=1, allow_nan=False))
@@ -332,7 +332,7 @@ POINTS = 400  # of a line; of more, means are drawn
 
 
 def training_figure(history: list[dict[str, Any]]) -> Any:
-    """What was measured in training, against steps: a panel for each of `PANELS` of which there is a figure."""
+    """Draws the metrics of a training against its steps: one panel for each of `PANELS` that has data."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

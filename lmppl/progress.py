@@ -1,4 +1,4 @@
-"""How far something is, on standard error: a bar on a terminal or in a notebook, elsewhere a plain line now and then.
+"""Progress on standard error: a bar on a terminal or in a notebook, and plain lines at intervals elsewhere.
 
 The bar is tqdm's. Both say how much is done, the mean rate, the time left at that rate, and the figures that matter.
 """
@@ -17,18 +17,18 @@ LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]
 
 
 class Progress(Protocol):
-    """What is told how far something is."""
+    """Shows the progress of something."""
 
     def update(self, figures: str = "") -> None:
-        """One more is done; the figures that matter."""
+        """Counts one more unit as done, and shows these figures."""
 
     def say(self, line: str) -> None:
-        """A line by itself."""
+        """Prints a separate line."""
 
 
 @contextmanager
 def progress(name: str, total: int, *, done: int = 0, unit: str = "step", shown: bool = True) -> Iterator[Progress]:
-    """Shows how far something of ``total`` units is, of which some may be ``done`` already; nothing unless ``shown``.
+    """Shows the progress of something with ``total`` units, ``done`` of which are done already, if ``shown``.
 
     >>> with progress("Training", total=2, shown=False) as bar:
     ...     for loss in (1.5, 0.5):
@@ -43,7 +43,7 @@ def progress(name: str, total: int, *, done: int = 0, unit: str = "step", shown:
 
 
 def on_terminal() -> bool:
-    """Whether standard error is a terminal that has room for a bar: some that jobs are given have no columns."""
+    """Returns whether standard error is a terminal with room for a bar; terminals of batch jobs may have no columns."""
     try:
         return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # a stream without a file
@@ -51,12 +51,12 @@ def on_terminal() -> bool:
 
 
 def in_notebook() -> bool:
-    """Whether this runs in a notebook, whose output shows a bar and is no terminal."""
+    """Returns whether this runs in a notebook, which shows a bar although it is not a terminal."""
     return "ipykernel.zmqshell" in sys.modules
 
 
 class Silence:
-    """Says nothing."""
+    """Shows nothing."""
 
     def update(self, figures: str = "") -> None:
         pass
@@ -66,7 +66,7 @@ class Silence:
 
 
 class Bar:
-    """A bar that moves: tqdm's for terminals, or its widget where a notebook has ipywidgets."""
+    """tqdm's bar for terminals, or its widget in a notebook with ipywidgets."""
 
     def __init__(self, name: str, total: int, done: int, unit: str):
         from tqdm.auto import tqdm
@@ -91,7 +91,7 @@ class Bar:
         self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Closes the bar and leaves it visible."""
         self._bar.close()
 
 
@@ -120,7 +120,7 @@ class Lines:
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Say the last line, unless it has been said."""
+        """Prints the last line, unless it has been printed."""
         if self.untold:
             self.say(self.untold)
         self.untold = ""
