@@ -32,6 +32,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 # These do not change the base weights; "pissa", "olora" and others do.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# What an adapter of these types computes of a token depends on more than the tokens before it.
+OTHER_INPUTS = {
+    "LILY": "mixes all tokens of a pass, those of other texts included",
+    "POLY": "needs the number of a task for each text",
+    "XLORA": "mixes several saved adapters",
+}
+# The same for these settings of a LoRA; the second changes the base network's layers.
+OTHER_LORA = {
+    "alora_invocation_tokens": "starts at a token of the text",
+    "layer_replication": "repeats layers of the base model",
+    "arrow_config": "mixes several saved adapters",
+}
 # Model types with layers whose weights are used without the adapter around them (PEFT refuses most of these layers).
 # There "all-linear" means all other layers.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
@@ -203,6 +215,8 @@ class Network(Passes):
     def save_base(self, directory: Path) -> None:
         """Saves the base weights as a Hugging Face checkpoint without any adapter."""
         state = {plain_key(k): w for k, w in self.model.state_dict().items() if plain_key(k) in self.base_keys}
+        if lost := self.base_keys.difference(state):
+            raise RuntimeError(f"{min(lost)} cannot be saved while an adapter wraps its layer; remove that adapter")
         self.model.save_pretrained(directory, state_dict=state, safe_serialization=True)
 
     @_locked
@@ -266,6 +280,11 @@ def _refuse(config: peft.PeftConfig) -> None:
     kind = config.peft_type
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(f"peft_config of type {kind} has no layers of its own to switch; use LoRA or a similar method")
+    if reason := OTHER_INPUTS.get(getattr(kind, "value", str(kind))):
+        raise ValueError(f"peft_config of type {kind} {reason}; use LoRA or a similar method")
+    for setting, reason in OTHER_LORA.items():
+        if getattr(config, setting, None):
+            raise ValueError(f"peft_config.{setting} {reason}, which a view of shared weights cannot; leave it out")
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"peft_config.bias={config.bias!r} trains the base model's biases; use bias='none'")
     start = getattr(config, "init_lora_weights", True)

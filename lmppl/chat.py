@@ -10,6 +10,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 Part = str | int
+# Arguments of ``apply_chat_template`` that concern token ids and not the template.
+OF_TOKENS = ("tokenize", "padding", "truncation", "max_length", "tokenizer_kwargs", "return_assistant_tokens_mask")
 
 
 def render(
@@ -20,7 +22,9 @@ def render(
     The template sees a placeholder for each text. Raises ValueError for a tokenizer without a template; and, naming
     ``messages``, for anything that is no conversation, that the template refuses, or whose text it leaves out.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if unknown := [name for name in OF_TOKENS if name in arguments]:
+        raise ValueError(f"{unknown[0]}: chat writes the whole conversation as one text; leave this argument out")
+    if not (getattr(tokenizer, "chat_template", None) or arguments.get("chat_template")):
         raise ValueError("chat: the tokenizer has no chat template; set lm.tokenizer.chat_template, or use lm.fill")
     if not isinstance(messages, list | tuple) or not messages or not all(_is_message(m) for m in messages):
         found: Any = messages if isinstance(messages, list | tuple) else [messages]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from lmppl.encoding import Stop
+from lmppl.suitable import refuse_other_predictions
 from lmppl.view import TOKEN_BUDGET, View
 
 __all__ = ["TOKEN_BUDGET", "LanguageModel", "Stop", "View"]
@@ -37,7 +39,8 @@ class LanguageModel(View):
 
     :param model: a causal language model of transformers, without PEFT layers.
     :param tokenizer: its tokenizer.
-    :raises ValueError: if ``model`` or ``tokenizer`` is not one of transformers, or the model already has PEFT layers.
+    :raises ValueError: if ``model`` or ``tokenizer`` is not one of transformers, the model is not causal, or it already
+        has PEFT layers.
 
     Attributes: ``.model`` and ``.tokenizer`` as given; ``.max_length``, the number of tokens of the model's context, or
     None; ``.token_budget``.
@@ -50,3 +53,14 @@ class LanguageModel(View):
 
     kind = "causal language model"
     loader = AutoModelForCausalLM
+
+    @torch.no_grad()
+    def _refuse_unsuitable(self) -> None:
+        network = self.network
+        with network.lock:
+            if network.sharded or "predicts" in network.kept:
+                return
+            refuse_other_predictions(
+                self.model, network.vocab_size, lambda ids: network.run(None, ids.to(self.device), use_cache=False)
+            )
+            network.kept["predicts"] = True

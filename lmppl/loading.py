@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from lmppl import damage, files, gguf_files, hub
 from lmppl.damage import CheckpointError, first_line
@@ -52,6 +53,10 @@ def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) 
     except Exception as error:  # a damaged file can make transformers raise anything
         reason = f"{hub.unreachable()}: " if away else damage.culprit(Path(name))
         raise CheckpointError(f"{name}: no language model can be loaded ({reason}{first_line(error)})") from error
+    if loader is AutoModelForCausalLM and (whole := _encoder_decoders(model)):
+        raise CheckpointError(
+            f"{name}: it is an encoder-decoder model ({whole[0]}); as a causal language model it would lack its encoder"
+        )
     _refuse_partial(name, model, info)
     if loader is AutoModelForCausalLM and (masked := [a for a in _made_as(model) if a.endswith("ForMaskedLM")]):
         # As a causal model, transformers would let it read the tokens that it predicts.
@@ -59,6 +64,13 @@ def checkpoint(name: str, loader: Any = AutoModelForCausalLM, **hf_kwargs: Any) 
             f"{name}: it is a masked language model ({masked[0]}); MaskedLanguageModel.from_pretrained loads it"
         )
     return model, tokenizer
+
+
+def _encoder_decoders(model: Any) -> list[str]:
+    """Returns the names of the classes with an encoder and a decoder from which a checkpoint was saved."""
+    if not getattr(type(model.config)(), "is_encoder_decoder", False):
+        return []
+    return [a for a in _made_as(model) if a in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()]
 
 
 def _made_as(model: Any) -> list[str]:

@@ -114,4 +114,5 @@ class Parts:
 
 def plain_key(key: str) -> str:
     """Returns the key that a weight would have if no adapter wrapped its layer."""
-    return ".".join(part for part in key.split(".") if part not in ("base_layer", "original_module"))
+    parts = key.replace(".token_adapter.base_layer.", ".base_layer.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))

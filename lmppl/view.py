@@ -14,9 +14,22 @@ from torch import Tensor, nn
 from lmppl import files, loading
 from lmppl.adapters import Adapter, Network
 from lmppl.encoding import Encoding
+from lmppl.suitable import refuse_unloaded
 from lmppl.vocabulary import Vocabulary, first_int
 
 TOKEN_BUDGET = 16_384
+CONTEXT = ("max_position_embeddings", "n_positions", "max_target_positions")  # the configuration's names for its length
+
+
+def _context(model: Any, config: Any) -> int | None:
+    """Returns how many tokens the network can read; None if there is no limit."""
+    most = first_int(*(getattr(config, name, None) for name in CONTEXT))
+    if most is None or most < 1:  # XLNet's -1
+        return None
+    tables = (getattr(module, "position_embeddings", None) for module in model.modules())
+    # RoBERTa's positions begin after that of padding.
+    padding = next((i for t in tables if (i := getattr(t, "padding_idx", None)) is not None), -1)
+    return most - padding - 1
 
 
 class View(Encoding, nn.Module):
@@ -38,6 +51,7 @@ class View(Encoding, nn.Module):
             raise ValueError(f"model: expected a {self.kind} of transformers, got {type(model).__name__}")
         if not hasattr(tokenizer, "all_special_ids"):
             raise ValueError(f"tokenizer: expected a tokenizer of transformers, got {type(tokenizer).__name__}")
+        refuse_unloaded(model)
         network = model.__dict__.get("_lmppl_network")
         if network is None:
             # Kept on the model: two wrappers of one model share one record of which adapter is active.
@@ -51,13 +65,15 @@ class View(Encoding, nn.Module):
         self.vocabulary = _vocabulary or Vocabulary(
             tokenizer, config, network.vocab_size, getattr(model, "generation_config", None)
         )
-        self.max_length: int | None = first_int(
-            getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)
-        )
+        self.max_length: int | None = _context(model, config)
         self.token_budget = TOKEN_BUDGET
         self._adapter = _adapter
         self._vocab_size = network.vocab_size
         self._long: bool | None = None
+        self._refuse_unsuitable()
+
+    def _refuse_unsuitable(self) -> None:
+        """Raises ValueError if the network cannot be a language model of this class."""
 
     @classmethod
     def from_pretrained(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from .spelling import BYTE, special_ids, spellings
@@ -41,12 +42,30 @@ class Vocabulary:
         # If there are several, the tokenizer's own is written.
         self.eos_id = own if own in self.eos_ids else next(iter(self.eos_ids), None)
         starts = self._configured(generation, config, "bos_token_id")
-        self.bos_id = next((i for i in (tokenizer.bos_token_id, *starts, self.eos_id) if i is not None), None)
-        written = tokenizer("", add_special_tokens=True)["input_ids"]
-        self.adds_bos = len(written) > 0 and written[0] == tokenizer.bos_token_id
+        self.bos_id = next(iter(self._known_ids([tokenizer.bos_token_id, *starts, self.eos_id])), None)
+        self.adds_bos = self._begins_with(tokenizer.bos_token_id)
+        if self.adds_bos and tokenizer.bos_token_id >= size:
+            raise ValueError(
+                f"tokenizer: it begins each text with {tokenizer.bos_token!r}, the id {tokenizer.bos_token_id}, and "
+                f"the model has {size} ids; call model.resize_token_embeddings first"
+            )
         self._cache: dict[tuple[str, bool], Ids] = {}
         self._endings: dict[int, str] = {}
         self._stop_strings: dict[tuple[Any, ...], StopStrings] = {}
+
+    def _begins_with(self, bos: int | None) -> bool:
+        """Returns whether the tokenizer puts ``bos`` before every text, and not after it, where it may be the eos."""
+        if bos is None:
+            return False
+        own = islice((word for word, i in self.tokenizer.get_vocab().items() if i not in self.special), len(_ANCHORS))
+        for text in (*_ANCHORS, *own, ""):
+            try:
+                bare, framed = (self.tokenizer(text, add_special_tokens=a)["input_ids"] for a in (False, True))
+            except Exception:  # a closed vocabulary lacks the word
+                continue
+            if bare[:1] != [bos] and (bare or not text):  # an unknown word may be written as bos
+                return bool(framed[:1] == [bos])
+        return False
 
     def _configured(self, generation: Any, config: Any, name: str) -> Ids:
         """Returns the ids in the generation configuration, else those in the model's, in their order.
@@ -260,6 +279,11 @@ class Vocabulary:
         if stop == "eos":
             if self.eos_id is None:
                 raise ValueError("stop='eos', but the tokenizer has no eos token")
+            if self.eos_id >= self.size:
+                raise ValueError(
+                    f"stop='eos' is the id {self.eos_id}, outside the model's {self.size} ids; call "
+                    "model.resize_token_embeddings before it is wrapped"
+                )
             return self.eos_id
         if isinstance(stop, str):
             if (found := self.one_token(stop)) is None:

@@ -26,6 +26,7 @@ LAYERS = {
     "activations": 0,
     "layers": 0,
     "positions": 0,
+    "suitable": 0,
     "spelling": 0,
     "chat": 0,
     "stop_strings": 0,

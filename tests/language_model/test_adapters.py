@@ -274,6 +274,10 @@ def test_names_are_unique():
         LoraConfig(target_modules=["c_attn", "ln_1"]),
         LoraConfig(target_modules="all-linear", bias="all"),
         LoraConfig(target_modules="all-linear", init_lora_weights="pissa"),
+        LoraConfig(target_modules="all-linear", alora_invocation_tokens=[2], task_type="CAUSAL_LM"),
+        LoraConfig(target_modules="all-linear", layer_replication=[[0, 2], [1, 2]]),
+        peft.PolyConfig(target_modules=["c_attn"], n_skills=2, n_tasks=2),
+        peft.LilyConfig(target_modules=["c_attn"]),
         {"r": 2},
     ],
 )
@@ -356,6 +360,23 @@ def test_an_adapter_that_nobody_holds_leaves_the_model_as_it_was(config):
     kept.remove_adapter()
     assert inventory(lm) == before and torch.equal(logits(lm), base)
     assert all(p.requires_grad for p in lm.network.base_parameters)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings:UserWarning")
+def test_every_base_weight_is_saved_whatever_adapter_wraps_its_layer(config, tied, tmp_path):
+    made = tiny_lm("llama", dtype=torch.float32)
+    network = type(made.model)(copy.deepcopy(made.model.config))
+    network.load_state_dict(made.model.state_dict())
+    if tied:
+        network.config.tie_word_embeddings = True
+        network.lm_head.weight = network.model.embed_tokens.weight
+    lm = LanguageModel(network, made.tokenizer)
+    kept = adapted(lm, 1, config)
+    lm.save_pretrained(tmp_path)
+    loaded = LanguageModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(lm)) and not torch.equal(logits(kept), logits(lm))
 
 
 def test_adapters_are_removed_by_name_and_unknown_ones_are_refused():

@@ -91,6 +91,16 @@ def test_what_cannot_be_is_refused_in_one_line(lm, template, messages, reason):
     assert "\n" not in str(error.value)
 
 
+def test_a_template_may_be_an_argument_and_arguments_about_tokens_are_refused(lm):
+    plain = LanguageModel(lm.model, tiny_tokenizer(26))
+    plain.tokenizer.chat_template = None
+    messages = [user("ab"), model_("c")]
+    assert tokens(plain.chat(messages, chat_template=TEMPLATE)) == tokens(lm.chat(messages, chat_template=TEMPLATE))
+    for name, value in {"truncation": True, "max_length": 2, "padding": True, "tokenize": False}.items():
+        with pytest.raises(ValueError, match=f"{name}: .*leave this argument out"):
+            lm.chat(messages, **{name: value})
+
+
 def reasoning(lm: LanguageModel):
     """A question is asked, a reason is thought of, the answer follows in a turn of its own."""
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import GPT2, tiny_lm
+from tiny import GPT2, tiny_lm, tiny_tokenizer
 from tokenizer_cases import EXTRA, FAMILIES, Family, model_of
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lmppl import LanguageModel, text
@@ -242,6 +242,38 @@ def test_a_tokenizer_without_unknowns_loses_nothing_either():
     for lost, named in (("a\nb", "'\\n' in"), ("\n", "'\\n' cannot"), ("ab abd a", "'d' in ' abd'")):
         with pytest.raises(ValueError, match=re.escape(named)):
             lm.encode(["abc", lost])
+
+
+@pytest.mark.parametrize("single", ["$A </s>", "</s> $A", "</s> $A </s>", "$A"])
+@pytest.mark.parametrize("words", [["a", "."], ["zoo"]])
+def test_a_bos_is_put_first_where_the_tokenizer_does_so_and_not_where_it_is_the_end(single, words):
+    """One token is bos and eos, and may be written after a text; a vocabulary may lack all common characters."""
+    ids = {word: i for i, word in enumerate(["</s>", *words])}
+    backend = Tokenizer(models.WordLevel(ids, unk_token="</s>") if "." in words else models.WordLevel(ids))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="</s>", eos_token="</s>")
+    assert LanguageModel(tiny_lm(vocab=8).model, tokenizer).adds_bos == single.startswith("</s>")
+
+
+def test_a_bos_that_the_network_does_not_know_is_not_read():
+    """A tokenizer with tokens added, and a network that was not resized."""
+    network = tiny_lm(vocab=8, dtype=torch.float32).model
+    added = tiny_tokenizer(8)
+    added.add_special_tokens({"bos_token": "<begin>", "eos_token": "<end>"})
+    network.generation_config.eos_token_id = network.config.eos_token_id = None
+    network.generation_config.bos_token_id = network.config.bos_token_id = None
+    lm = LanguageModel(network, added)
+    assert lm.bos_id is None
+    for use in (lambda: lm.encode("a", stop="eos"), lambda: lm.stop_ids("eos"), lambda: lm.eos_ids):
+        with pytest.raises(ValueError, match="stop='eos' is the id 9, .* model's 8 ids"):
+            use()
+    with pytest.raises(ValueError, match="prompt: an empty prompt"):
+        Completion(lm, "", max_tokens=2, stop=".").sample()
+    backend = added.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", 8)])
+    with pytest.raises(ValueError, match="tokenizer: .*'<begin>', the id 8, .*8 ids; call model.resize_token_emb"):
+        LanguageModel(network, added)
 
 
 def test_special_tokens_in_strings_are_themselves(case):
