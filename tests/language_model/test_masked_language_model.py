@@ -84,3 +84,16 @@ def test_checkpointed_layers_give_the_same_gradient():
 
 def test_the_tokenizer_of_tests_spells_its_letters():
     assert masked_tokenizer(5).decode([2, 3, 4]) == "abc"
+
+
+def test_robertas_context_is_shorter_than_its_table_of_positions():
+    """Positions begin after that of padding, which is 0 here; longer texts are refused by name."""
+    lm = masked_lm("roberta")
+    assert lm.max_length == 31 and masked_lm("bert").max_length == 32
+    for length, fits in ((31, True), (32, False)):
+        canvas = lm.join(torch.full((length - 1,), 3), lm.gap(1))
+        if fits:
+            assert Unmasking(lm, canvas).sample().shape[-1] > 0
+        else:
+            with pytest.raises(ValueError, match="context holds 31"):
+                Unmasking(lm, canvas).sample()
