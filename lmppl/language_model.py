@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lmppl.encoding import Stop
@@ -60,7 +63,9 @@ class LanguageModel(View):
         with network.lock:
             if network.sharded or "predicts" in network.kept:
                 return
-            refuse_other_predictions(
-                self.model, network.vocab_size, lambda ids: network.run(None, ids.to(self.device), use_cache=False)
-            )
+
+            def read(ids: Tensor) -> Any:
+                return network.run(None, ids.to(self.device), use_cache=False)
+
+            refuse_other_predictions(self.model, network.vocab_size, self.max_length, read)
             network.kept["predicts"] = True
