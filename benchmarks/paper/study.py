@@ -74,7 +74,12 @@ def mean_of(values: Sequence[float | None]) -> float | None:
 
 def opening(question: str, setting: str, columns: Mapping[str, str]) -> str:
     """How a section begins: what was asked, the setting, and what each column means."""
-    return f"{question}\n\n{setting}\n\n" + "".join(f"- {name}: {means}.\n" for name, means in columns.items()) + "\n"
+    return f"{question}\n\n{setting}\n\n{meanings(columns)}\n"
+
+
+def meanings(of: Mapping[str, str]) -> str:
+    """A Markdown list of what columns or rows mean."""
+    return "".join(f"- {name}: {means}.\n" for name, means in of.items())
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -90,7 +90,11 @@ def test_a_cell_that_fails_stops_no_other_and_the_page_says_what_lacks(run, caps
 def test_a_study_that_is_not_paired_shows_what_there_is_of_each_cell(run):
     run("heads", seeds=2, paired=False)
     _, page = run("broken", "heads", seeds=2, paired=False)
-    assert "Not complete. Seeds that have run, of 2: broken 0; heads 2." in page and "| heads |" in page and "| broken |" not in page
+    assert (
+        "Not complete. Seeds that have run, of 2: broken 0; heads 2." in page
+        and "| heads |" in page
+        and "| broken |" not in page
+    )
     assert "2 seeds." in run("heads", seeds=2, paired=False)[1] and RUNS == []
 
 
