@@ -413,7 +413,7 @@ def test_the_report_of_grpo_compares_with_the_other_studies():
         "subjectivity: 50": [labels("GFlowNet", (1, 1, 1, 0))],
     }
     text = states(grpo.STUDY, results)
-    assert "**seen**. +20.00 ± 0.00 nats, -0.60 ± 0.00 of edit distance" in text
+    assert "**seen**. +20.00 ± 0.00 nats and -0.60 ± 0.00 of edit distance" in text
     assert "log Z - ELBO is 9.00 nats, the GFlowNet's 1.00." in text
     assert "-50.0 ± 91.9 points on 4 sentences" in text  # of the seed that both have
     assert "| 0.25 | 0.50 |" in text and "| -30.00 | -20.00 |" in text and "greedy" not in text
@@ -489,7 +489,7 @@ def test_infillings_bleu_is_compared_seed_by_seed():
         return {name: [{"seed": seed, "bleu": b} for seed, b in bleu.items()] for name, bleu in of.items()}
 
     one = runs(GFlowNet={0: 0.3, 1: 0.1}, prompting={1: 0.05})
-    assert "not testable here**. +0.050, of one seed." in infilling.in_bleu(one, infilling.ASKED)
+    assert "not testable here**. The difference is +0.050 with one seed." in infilling.in_bleu(one, infilling.ASKED)
     two = runs(GFlowNet={0: 0.3, 2: 0.2}, prompting={2: 0.1, 1: 9.0, 0: 0.2})
-    assert "**seen**. +0.100 ± 0.000, over 2 seeds." in infilling.in_bleu(two, infilling.ASKED)
+    assert "**seen**. The difference is +0.100 ± 0.000 over 2 seeds." in infilling.in_bleu(two, infilling.ASKED)
     assert infilling.in_bleu(runs(GFlowNet={0: 0.3}, prompting={1: 0.1}), infilling.ASKED) == ""
