@@ -71,9 +71,9 @@ shows all that `lmppl compare subjectivity` shows.
 **The error of few chains.** Entropy is concave, so the entropy of an average of S draws is too small, by (1 / 2S)
 sum_c Var_z p(c|z) / p(c) to first order. Therefore chain information is too small (with one chain it is zero), and
 parameter information is *too large*: members that drew different chains look like members that disagree. In the last
-table below it is more than twice the exact value with two chains. The jackknife leaves out each chain in turn and removes
-the first order; the rest is O(1 / S^2), tested by a sum over all possible samples. It does not make the estimate of one
-sentence less noisy.
+table below it is more than twice the exact value with two chains. The jackknife leaves out each chain in turn and
+removes the first order; the rest is O(1 / S^2), tested by a sum over all possible samples. It does not make the
+estimate of one sentence less noisy.
 
 ## On SmolLM2
 
