@@ -193,7 +193,7 @@ def report(results: Results) -> str:
             "vote, 3 operands, 4, 5": "right answers in percent by majority vote of 10 chains",
             "one answer, 4": "right answers in percent of single chains, 4 operands",
             "right chains": "share in percent of these right answers whose chain is right too",
-            "TV, KL": "total variation and Kullback-Leibler divergence, nats, of the guide from its target",
+            "TV, KL": "total variation between target and guide, and KL(target, guide), nats",
             "right / zeros / cancel": f"the guide's mass on {', '.join(KINDS.values())}; all of these end at the "
             "answer",
         },

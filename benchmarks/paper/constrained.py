@@ -76,8 +76,8 @@ def report(results: Results) -> str:
         "training never asked for this object after this beginning. *Regex*: the rest of the story matches a pattern. "
         "*Learned*: a classifier likes the next sentence. The last two are tested on beginnings that no guide was "
         "trained on. The targets are exact: every text of the embedded grammar that can satisfy the condition is "
-        "enumerated. *Evidence* is the probability that a text of the language model satisfies it. *Locally masked* "
-        "is the language model with every token forbidden after which the condition cannot be met any more. The paper "
+        "enumerated. *Evidence* is the mean of c(z) over texts of the language model. *Locally masked* is the language "
+        "model with a mask: at every step it forbids the tokens after which the condition cannot be met. The paper "
         "names these targets and has no figures for them.",
         COLUMNS | {"mass on the support": "probability that q gives to the texts that the target allows; under "
         "*lexical* and *regex*, that its text satisfies the condition"},

@@ -66,7 +66,7 @@ COLUMNS = {
     "ESS/N": "effective sample size of the weighted draws, as a share of N",
     "error of log Z": "absolute error of the estimated log evidence, nats",
     "effective texts": "exp of the entropy of q on the support: as many equally probable texts have this entropy",
-    "– and infinite": "the method has no such figure; in some run all weights were zero",
+    "a dash, infinite": "the method has no such figure; in some run all weights were zero",
 }
 
 

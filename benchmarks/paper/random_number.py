@@ -127,9 +127,9 @@ SETTING = (
     "without leading zeros."
 )
 COLUMNS = {
-    "KL(target‖q)": "Kullback-Leibler divergence of the method's distribution q from the target, nats, exact; infinite "
-    "if q gives no mass to some valid number",
-    "KL(q(·|valid)‖target)": "the divergence of the target from q restricted to valid answers, nats",
+    "KL(target‖q)": "Kullback-Leibler divergence between the target and the method's distribution q, nats, exact; "
+    "infinite if q gives no mass to some valid number",
+    "KL(q(·|valid)‖target)": "the divergence in the other direction, for q restricted to valid answers, nats",
     "valid": "mass of q on valid answers",
     "training tokens": "tokens that the network read during training",
 }

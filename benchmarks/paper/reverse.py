@@ -97,7 +97,7 @@ def report(results: Results) -> str:
         {
             "TV": "total variation between the method's distribution and the posterior, computed exactly, mean over "
             "stories",
-            "KL(p,q)": "Kullback-Leibler divergence of the method's distribution q from the posterior p, nats",
+            "KL(p,q)": "Kullback-Leibler divergence between the posterior p and the method's distribution q, nats",
             "TV of the draws": f"total variation between the frequencies of the {DRAWS} draws and the posterior; the "
             f"row *{EXACT}* shows how far perfect draws are from it",
             "log p(x y)": "log-probability of the whole story under the base model, nats, mean over draws",

@@ -305,7 +305,7 @@ def report(results: Results) -> str:
     text += verdict(
         "GFlowNet + EM ends within 0.05 nats per label of exact EM",
         max(lag) <= 0.05,
-        "By how much log p(y|x) is smaller, the largest of a draw: "
+        "The largest difference in log p(y|x) of a draw: "
         + ", ".join(f"{x:+.3f} at {c}" for x, c in zip(lag, CELLS[:3], strict=True))
         + " labels.",
     )
