@@ -4,7 +4,7 @@
     python -m benchmarks.step --checkpoint PATH    # a pretrained network instead of a random one
 
 A step is: sample, rewards of all prefixes with the observation after each, loss, backward, optimiser.  The published
-form samples with a graph and a KV cache, and scores prompt, prefix, stop and observation in a forward pass of the
+shape samples with a graph and a KV cache, and scores prompt, prefix, stop and observation in a forward pass of the
 frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  It uses only the loss of lmppl, and
 the same weights in networks of transformers and peft.  Both use plain causal attention in float32 and one thread, in
 one process, in alternating repetitions; a ratio above 1 is faster than the published shape.  Before the measurement,
