@@ -25,7 +25,7 @@ import transformers
 import typer
 
 from benchmarks.paper.study import markdown
-from lmppl import LanguageModel, text
+from lmppl import LanguageModel, files, text
 from lmppl.distributions import Completion
 from lmppl.engine.prompts import prompts
 from lmppl.inference import GFlowNet, VarGrad
@@ -116,7 +116,7 @@ def main(
     print(f"Token budget {budget:,}; processor seconds of one thread.\n")
     print(markdown(("case", "difference, nats", *runs), rows))
     if out is not None:
-        out.write_text(json.dumps({"budget": budget, "cases": found}, indent=1))
+        files.write(out, json.dumps({"budget": budget, "cases": found}, indent=1).encode())
 
 
 if __name__ == "__main__":

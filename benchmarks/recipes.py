@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lmppl import files
 from lmppl.inference import Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 
 STORIES = 16
@@ -125,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds = halve(arguments.tokens, arguments.jobs, arguments.log)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(markdown(rounds))
+    files.write(arguments.out, markdown(rounds).encode())
     print(markdown(rounds))
 
 

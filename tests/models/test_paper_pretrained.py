@@ -125,13 +125,15 @@ def told(monkeypatch):
     monkeypatch.setitem(infilling.LIMIT, "max_tokens", 3)
     stories = tell(lm, 12, 0)
     monkeypatch.setattr(infilling, "stories", lambda: (stories[4:], stories[2:4], stories[:2]))
+    monkeypatch.setattr(infilling, "written", lambda: stories[2:4])
     return lm, stories
 
 
 def test_infilling_runs_on_any_language_model(told):
     results = of(infilling.STUDY, told[0])
     text = states(infilling.STUDY, results)
-    assert all(f"| {name} |" in text for name in (*infilling.CELLS, infilling.SEQUENTIAL))
+    assert all(text.count(f"| {name} |") == 2 for name in (*infilling.METHODS, infilling.SEQUENTIAL))
+    assert text.count("hand-written stories (1 seed)") == 1
     states(infilling.STUDY, {cell: results[cell] for cell in ("supervised", "GFlowNet")})
 
 
@@ -454,7 +456,8 @@ def test_every_story_is_one_that_the_pretrained_model_may_tell(smollm2_lm):
     """Its sentences are those tokens again, none of them barred: no density of one is zero."""
     task = infilling.Told(smollm2_lm)
     limit, stop, allowed = *infilling.LIMIT.values(), task.text["allowed"]
-    for sentence in (sentence for part in infilling.stories() for story in part for sentence in (story.z, story.y)):
+    stories = (*infilling.stories(), infilling.written())
+    for sentence in (sentence for part in stories for story in part for sentence in (story.z, story.y)):
         z = smollm2_lm.encode(sentence)
         assert smollm2_lm.decode(z[-1:]) == stop and len(z) <= limit + 1 and bool(allowed[z].all()), sentence
         assert smollm2_lm.token_id(stop) not in z[:-1].tolist(), sentence

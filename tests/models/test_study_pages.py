@@ -358,7 +358,6 @@ def test_the_row_of_a_study_has_the_figures_of_its_section(name, values):
     assert says(ROWS[name], sentence, *values, seeds(name))
 
 
-@pytest.mark.skipif(not RECORDS.exists(), reason="the records are not in this checkout")
 @pytest.mark.parametrize("name", PAGES)
 def test_the_row_of_a_study_is_what_its_records_say(name):
     study = next(s for s in STUDIES if s.name == name)
