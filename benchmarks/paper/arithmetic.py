@@ -62,6 +62,10 @@ PPO_STEPS = 100  # with four updates on the same draws: half the draws of the GF
 ROUNDS, ROUND_DRAWS, ROUND_STEPS = 3, 4, 100  # of self-training
 SHORT = {"steps": 2, "questions": 8, "truth": 1, "particles": 4}
 SHORT_MASS = 0.4
+QUESTION = (
+    "Does GFlowNet tuning teach chains of thought better than fine-tuning and PPO, when few chains and many answers "
+    "are known?"
+)
 
 
 def trained(cell: str, seed: int, short: bool) -> Experiment:
@@ -181,8 +185,7 @@ def report(results: Results) -> str:
         rows.append([*row, " / ".join(f"{mean(r[k] for r in found):.3f}" for k in KINDS)])
     header = ("method", "paper: 3 / 4 / 5", "vote, 3 operands", "4", "5", "one answer, 4", "right chains", "TV", "KL")
     text = opening(
-        "Does GFlowNet tuning teach chains of thought better than fine-tuning and PPO, when few chains and many "
-        "answers are known?",
+        QUESTION,
         "Target: the posterior p(z | x, y) of the chain z, given the question x and the answer y; a row with *the "
         "paper's target* aims at the paper's. Guides read x only; the exact posterior knows y. Data: 50 questions with "
         f"chains (rationales), 1,000 with answers only, and unseen test questions: {QUESTIONS[3]} of 3 operands, "

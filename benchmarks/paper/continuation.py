@@ -29,6 +29,10 @@ STEPS, STEPS_GIVEN_T = 150, 300
 MASS, SHORT_MASS = 0.998, 0.9  # of the language model that is enumerated
 FAR = 3.0  # nats below the best: in the table, not in the picture
 GUIDE, GIVEN_T, EXACT, BY_TOKEN = "GFlowNet", "GFlowNet given T", "exact target", "token temperature"
+QUESTION = (
+    "Are sentences drawn from the tempered distribution p(z|x)^(1/T) more likely and more diverse than those of the "
+    "usual decoding methods?"
+)
 
 
 @lru_cache(1)
@@ -202,8 +206,7 @@ def claims(rows: Rows) -> str:
 def report(results: Results) -> str:
     rows = gathered(results)
     text = opening(
-        "Are sentences drawn from the tempered distribution p(z|x)^(1/T) more likely and more diverse than those of "
-        "the usual decoding methods?",
+        QUESTION,
         "Target: p(z|x)^(1/T), the next sentence z after a beginning x; the paper's setting is the same. Data: "
         f"{continuation.TEST_PROMPTS} beginnings that no guide was trained on, {DRAWS} texts each. *{GUIDE}*: one "
         f"guide for each temperature. *{GIVEN_T}*: one guide that reads the temperature. The paper shows its figures "

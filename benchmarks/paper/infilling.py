@@ -30,6 +30,7 @@ GUIDE, TEMPERED, TOLD, ASKED, PRIOR, EXACT = (
     "GFlowNet", "GFlowNet, paper's setting", "supervised", "prompting", "language model", "exact posterior",
 )  # fmt: skip
 CELLS = (PRIOR, ASKED, TOLD, GUIDE, TEMPERED, EXACT)
+QUESTION = "Can a trained guide draw the missing middle of a story, given its beginning and its end?"
 
 
 def truth(stories: int, temperature: float = 1.0) -> Enumerated:
@@ -137,7 +138,7 @@ def _between(a: Enumerated, b: Enumerated) -> Tensor:
 
 def report(results: Results) -> str:
     text = opening(
-        "Can a trained guide draw the missing middle of a story, given its beginning and its end?",
+        QUESTION,
         "Target: the posterior p(z|x, y) of the middle z, given the beginning x and the end y. "
         f"*{TEMPERED}* aims at this posterior to the power 1 / {infilling.PAPER_TEMPERATURE:g}. Data: "
         f"{TEST_OBSERVATIONS} stories that no method was trained on; each method draws {DRAWS} middles for each story. "

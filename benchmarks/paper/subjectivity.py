@@ -43,6 +43,7 @@ PAPER = {
     "GFlowNet": ("71.4", "81.1", "87.7"),
     "GFlowNet + EM": ("75.2", "78.7", "89.9"),
 }
+QUESTION = "Does a latent reason z between a sentence x and its label y help to learn labels from few examples?"
 
 
 def examples(seed: int, count: int, draw: int) -> list[Sentence]:
@@ -253,7 +254,7 @@ def report(results: Results) -> str:
     em = pooled(results, "10", "GFlowNet + EM")
     by_prior = spread(em, "prior average", 1, 100)
     text = opening(
-        "Does a latent reason z between a sentence x and its label y help to learn labels from few examples?",
+        QUESTION,
         f"Data: {TEST_SENTENCES} test sentences; 10, 20 or 50 labelled examples, drawn several times for each seed, "
         "the same for all methods. GFlowNet rows draw reasons from the guide q(z|x), which never sees the label of a "
         f"test sentence; exact EM draws them from p(z|x). Every prediction averages over {SAMPLES} reasons. EM trains "

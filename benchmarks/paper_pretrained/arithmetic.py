@@ -56,7 +56,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from benchmarks.paper.arithmetic import PAPER
+from benchmarks.paper.arithmetic import PAPER, QUESTION
 from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, verdict
 from benchmarks.paper.targets import ppo
 from lmppl import LanguageModel
@@ -282,8 +282,7 @@ def report(results: Results) -> str:
     of = with_one_evidence({cell: results[cell] for cell in CELLS if cell in results})
     asked = ", ".join(f"{count} of {n} operands" for n, count in QUESTIONS.items())
     text = opening(
-        "Does GFlowNet tuning teach chains of thought better than fine-tuning and PPO, when few chains and many "
-        "answers are known?",
+        QUESTION,
         "Target: the posterior p(z∣x, y) of the chain z, given the question x and the answer y; guides read only x. "
         f"Data: test questions that are in no training set, for each seed {asked}, the same for all methods; prompting "
         f"has the first {PROMPTED} of each. PPO and the GFlowNet start from SFT on the 50 rationales. A calculator "

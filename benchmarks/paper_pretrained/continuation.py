@@ -161,8 +161,7 @@ def report(results: Results) -> str:
     """The tables and the claims."""
     rows = embedded.gathered(results)
     text = opening(
-        "Are sentences drawn from the tempered distribution p(z|x)^(1/T) more likely and more diverse than those of "
-        "the usual decoding methods?",
+        embedded.QUESTION,
         f"Target: p(z|x)^(1/T), the rest z of a web sentence after its beginning x, at most {LIMIT['max_tokens']} "
         f"tokens. It is not known exactly. Data: {TEST} prompts that no guide was trained on, {DRAWS} texts each. "
         f"*{GUIDE}*: one guide for each temperature.",

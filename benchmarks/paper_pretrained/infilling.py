@@ -60,6 +60,7 @@ import torch
 from pyro import condition, poutine
 from torch import Tensor
 
+from benchmarks.paper.infilling import QUESTION
 from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, spread, verdict
 from lmppl import LanguageModel, embedded
 from lmppl.distributions import Completion
@@ -240,7 +241,7 @@ def of_written(runs: dict[str, list[Figures]]) -> str:
 def of_told(runs: dict[str, list[Figures]]) -> str:
     """The table of the stories that the model has written, and the claims."""
     text = opening(
-        "Can a trained guide draw the missing middle of a story, given its beginning and its end?",
+        QUESTION,
         "Target: the posterior p(z|x, y) of the middle z, given the beginning x and the end y. Data: stories that the "
         f"base model has written itself, so that their own middles are draws of the posterior; {TEST} of them that no "
         f"method was trained on, {DRAWS} middles for each story. Log-probabilities are in nats, means over stories.",

@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, verdict
-from benchmarks.paper.subjectivity import PAPER
+from benchmarks.paper.subjectivity import PAPER, QUESTION
 from lmppl import LanguageModel
 from lmppl.embedded import Sentence
 from lmppl.inference import GFlowNet, SupervisedFineTuning, VariationalEM
@@ -261,7 +261,7 @@ def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures
 def report(results: Results) -> str:
     """Accuracy and calibration by method and number of labels, reasons, and the claims."""
     text = opening(
-        "Does a latent reason z between a sentence x and its label y help to learn labels from few examples?",
+        QUESTION,
         f"Data: {TEST} test sentences for each seed. The labelled sentences are the paper's files, the same for every "
         "seed. *Exact-prior chains* draw reasons from the untrained p(z|x). *Calibrated*: the median log-odds of "
         f"{UNLABELLED} unlabelled training sentences is subtracted. Labelled sentences that training read, with "
