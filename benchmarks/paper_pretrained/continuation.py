@@ -194,19 +194,33 @@ def tables(rows: embedded.Rows) -> str:
     if sure:
         text += (
             "\nHow far weighted draws are from the target, means over prompts. log Z - ELBO estimates KL(q, target) of "
-            "the distribution q of the draws, and sd(u) is the standard deviation of their log weights; both are 0 if "
-            "q is the target. ESS/N is the effective sample size as a share of the draws. Pareto k-hat below 0.7 means "
-            "that the estimates by these weights can be trusted.\n\n"
+            "the distribution q of the draws. Its log Z is the largest estimate in this table at the same T: draws "
+            "that miss most of the target estimate log Z too low, and their weights do not show it. sd(u) is the "
+            "standard deviation of the log weights: 0 if q is the target, and also if all draws are one text. ESS/N is "
+            "the effective sample size as a share of the draws. Pareto k-hat below 0.7 means that averages by these "
+            "weights can be trusted, as far as the draws reach.\n\n"
         )
         text += markdown(
-            ("draws", "T", "log Z - ELBO", "sd(u)", "ESS/N", "prompts with k-hat < 0.7"),
+            ("draws", "T", "estimate of log Z", "log Z - ELBO", "sd(u)", "ESS/N", "prompts with k-hat < 0.7"),
             [
-                (family, setting.removeprefix("T = "), *(spread(runs, key, 2) for key in ("gap", "sd", "ess")),
+                (family, setting.removeprefix("T = "), spread(runs, "log_z", 2), spread(distances(rows, runs), "kl", 2),
+                 *(spread(runs, key, 2) for key in ("sd", "ess")),
                  f"{100 * mean(k < 0.7 for r in runs for k in r['khat']):.0f}%")
                 for (family, setting), runs in sure.items()
             ],
         )  # fmt: skip
     return text
+
+
+def distances(rows: embedded.Rows, runs: Sequence[Figures]) -> list[Figures]:
+    """log Z - ELBO of each run, with the largest estimate of log Z of all methods at the same temperature."""
+    log_z = max(mean(r["log_z"] for r in of) for of in rows.values() if shares(of[0], runs[0]))
+    return [{"kl": log_z - (r["log_z"] - r["gap"])} for r in runs]
+
+
+def shares(run: Figures, other: Figures) -> bool:
+    """Whether a run's draws are weighted for the same target."""
+    return "gap" in run and run["setting"] == other["setting"]
 
 
 def claims(rows: embedded.Rows) -> list[str]:
@@ -239,7 +253,7 @@ def claims(rows: embedded.Rows) -> list[str]:
         because = f"Diversity is the edit distance, mean over prompts and seeds, without an interval. {listed}."
         said.append(verdict(claim, not compared["ahead"] and not compared["beyond"], because))
     if there:
-        worst = max(mean(r["gap"] for r in rows[GUIDE, f"T = {t:g}"]) for t in there)
+        worst = max(mean(r["kl"] for r in distances(rows, rows[GUIDE, f"T = {t:g}"])) for t in there)
         because = f"The largest mean of log Z - ELBO is {worst:.2f} nats."
         said.append(verdict("the guides sample the target (log Z - ELBO less than 0.1 nats)", worst < 0.1, because))
     return said

@@ -136,7 +136,9 @@ def report(results: Results) -> str:
         beside = f"continuation: T={TEMPERATURE:g}"
         rows = continuation.embedded.gathered(texts | {beside: results.get(beside, [])})
         text += f"Texts for the prompts of the section on continuation:\n\n{meanings(continuation.COLUMNS)}\n"
-        text += continuation.tables(rows) + "\n"
+        text += continuation.tables(rows)
+        shown = [f"- {family}: {' / '.join(z.strip() for z in of[0]['texts'])}\n" for (family, _), of in rows.items()]
+        text += f"\nThree texts of the first prompt:\n\n{''.join(shown)}\n"
         said += continuation_claims(rows)
     if "subjectivity" in results:
         runs = subjectivity.together(results["subjectivity"], results.get(f"subjectivity: {LABELS}", []))
@@ -183,7 +185,7 @@ def continuation_claims(rows: continuation.embedded.Rows) -> list[str]:
             because = f"{likelier:+.2f} ± {by:.2f} nats and {wider:+.2f} ± {half:.2f} of edit distance, over prompts."
             said.append(verdict(claim, likelier > by and wider < -half, because))
     if plain and guide:
-        gaps = [mean(r["gap"] for r in runs) for runs in (plain, guide)]
+        gaps = [mean(r["kl"] for r in continuation.distances(rows, runs)) for runs in (plain, guide)]
         because = f"log Z - ELBO is {gaps[0]:.2f} nats, the GFlowNet's {gaps[1]:.2f}."
         said.append(verdict("GRPO's policy is further from the target than the GFlowNet", gaps[0] > gaps[1], because))
     return said
@@ -203,8 +205,9 @@ def headline(results: Results) -> Headline:
     beside = results.get(f"continuation: T={TEMPERATURE:g}")
     if "continuation" not in results or not beside:
         return []
-    runs = [[found["rows"][0] for found in of] for of in (beside, results["continuation"])]
-    here = "; ".join(", ".join(spread(rows, key, 2) for key in ("gap", "distinct")) for rows in runs)
+    rows = continuation.embedded.gathered({"guide": beside, GRPO: results["continuation"]})
+    runs = [[r | found for r, found in zip(of, continuation.distances(rows, of), strict=True)] for of in rows.values()]
+    here = "; ".join(", ".join(spread(of, key, 2) for key in ("kl", "distinct")) for of in runs)
     measured = f"log Z - ELBO, distinct texts of {continuation.GUIDE}; TRL's {GRPO}, T = {TEMPERATURE:g}"
     return [(measured, "", here, min(map(len, runs)))]
 
