@@ -2,17 +2,20 @@
 
     python -m benchmarks.paper --jobs 2 --seeds 5
 
-Every unit of work (an experiment's cell and a seed) is one JSON file under --runs. The same command continues an
-interrupted run. The page is written from the units that have run.
+Every unit of work (an experiment's cell and a seed) is one JSON file under --runs: the committed records, unless another
+folder is named. The same command runs what is not there yet, and writes the page from the units that have run.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from benchmarks import diffusion, paper
 
 from . import preferences, runner, thoughts, transfer
 from .study import Told, markdown
 
+RECORDS = Path(__file__).with_name("records")
 PREAMBLE = """# Results
 
 The paper's experiments (Hu et al. 2024) on the embedded language models, where the exact optimum is known.
@@ -60,7 +63,7 @@ def beyond() -> str:
 
 
 def main() -> None:
-    parser = runner.options(__doc__, paper.STUDIES, seeds=5, jobs=2, runs="out/paper", out="docs/results.md")
+    parser = runner.options(__doc__, paper.STUDIES, seeds=5, jobs=2, runs=str(RECORDS), out="docs/results.md")
     a = parser.parse_args()
     runner.run("benchmarks.paper", PREAMBLE.replace("@BEYOND@", beyond()), a, runner.chosen(parser, a, paper.STUDIES))
 

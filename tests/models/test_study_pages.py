@@ -9,12 +9,12 @@ import pytest
 from markdown_tables import mean, rounds_to, says, section, tables
 from paths import ROOT
 
-from benchmarks.paper import STUDIES, preferences, runner, thoughts, transfer
+from benchmarks.paper import STUDIES, __main__, preferences, runner, thoughts, transfer
 from benchmarks.paper.__main__ import BEYOND, beyond
 from benchmarks.paper.study import Told
 
 RESULTS = (ROOT / "docs" / "results.md").read_text()
-RECORDS = ROOT / "benchmarks" / "paper" / "records"
+RECORDS = __main__.RECORDS
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("preferences", "transfer", "thoughts")}
 SECTIONS = {s.name: section(RESULTS, s.title) for s in STUDIES if s.name in PAGES}
 
