@@ -2,8 +2,8 @@
 
     python -m benchmarks.paper --jobs 2 --seeds 5
 
-Every unit of work (an experiment's cell and a seed) is one JSON file under --runs: the committed records, unless another
-folder is named. The same command runs what is not there yet, and writes the page from the units that have run.
+Every unit of work (an experiment's cell and a seed) is one JSON file under --runs: the committed records, unless
+another folder is named. The same command runs what is not there yet, and writes the page from what has run.
 """
 
 from __future__ import annotations
