@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the machine and its limits, networks of a checkpoint, goals and tables."""
+"""Shared parts of the benchmarks: clocks, the machine and its limits, networks of a checkpoint, goals and tables."""
 
 from __future__ import annotations
 
