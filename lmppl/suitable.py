@@ -18,8 +18,8 @@ def refuse_unloaded(model: Any) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.startswith("torch.ao.nn.quantized"):
             raise ValueError(
-                f"model: {name} is quantised by torch.ao, which rounds a text by the others of its batch; pass the model "
-                "before quantisation"
+                f"model: {name} is quantised by torch.ao, which rounds a text by the others of its batch; pass the "
+                "model before quantisation"
             )
         if hasattr(module, "_hf_hook"):  # accelerate brings the weights when they are needed
             continue
