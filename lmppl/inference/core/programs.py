@@ -5,8 +5,8 @@ A vectorised run gives every site the shape (prefix, particle, *plates).  The pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -124,7 +125,7 @@ def trace(
     """
     with ExitStack() as stack:
         stack.enter_context(explained())
-        stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample"))
+        stack.enter_context(_apart())
         for handler in handlers:
             stack.enter_context(handler)
         stack.enter_context(Unmasked())
@@ -136,6 +137,18 @@ def trace(
     refuse_own_names(found)
     check_shapes(found, nesting, particles, prefixes)
     return found
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Hides sites from the handlers outside, and the plates outside from the choice of axes; not parameters."""
+    occupied = list(_DIM_ALLOCATOR._stack)
+    _DIM_ALLOCATOR._stack.clear()
+    try:
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack[:] = occupied
 
 
 def latents(trace: Trace) -> dict[str, Node]:
@@ -191,7 +204,7 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
         for program in programs:
             with (
                 explained(),
-                poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
+                _apart(),
                 Sketch(),
                 Substitute(known),
                 Unmasked(),

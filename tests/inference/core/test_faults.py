@@ -206,3 +206,24 @@ def test_an_observation_that_does_not_fit():
                     "smc": lambda n=n: SMC(model, num_particles=n),
                     "metropolis": lambda n=n: MetropolisHastings(model, num_chains=n, num_samples=2),
                 }[run]().run()
+
+
+# -- inference inside a program --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_program_may_run_an_algorithm_inside_its_plates(run):
+    def author():
+        with pyro.plate("letters", 2):
+            z = pyro.sample("z", Completion(P, X[:2], max_tokens=1))
+            pyro.factor("long", 0.5 * text.length(z))
+
+    known = Enumeration(author).run().log_evidence.sum()
+
+    def found(strength):
+        pyro.set_rng_seed(0)
+        result = RUNS[run](plated(lambda z: strength() * text.length(z)), guide)
+        return result["loss"] if isinstance(result, dict) else result.log_weights.tolist()
+
+    inside = found(lambda: Enumeration(author).run().log_evidence.sum())
+    assert inside == found(lambda: known)
