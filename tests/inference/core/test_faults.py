@@ -147,6 +147,16 @@ def test_the_same_name_twice(run):
 
 
 @pytest.mark.parametrize("run", GUIDED)
+def test_a_guide_that_draws_a_number_for_a_text(run):
+    def q():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Categorical(torch.ones(5)))
+
+    with pytest.raises(ValueError, match="guide: the site 'z' is a Categorical with 0 event axes, the model's a Com"):
+        RUNS[run](plated(), q)
+
+
+@pytest.mark.parametrize("run", GUIDED)
 def test_a_guide_without_the_models_plate(run):
     def bare():
         pyro.sample("z", Completion(Q, X, max_tokens=2))
