@@ -1,13 +1,13 @@
-"""Every algorithm on the embedded infilling task, at equal tokens scored, beside the exact posterior.
+"""Every algorithm on the embedded infilling task, at equal tokens scored, compared with the exact posterior.
 
     python -m benchmarks.algorithms --jobs 2 --out docs/algorithms.md
 
-Each trained guide gets the same number of tokens through the network (draws, rewards, likelihoods and gradients alike),
-on the same training stories, with 16 particles and 8 stories a step where it has particles. Its learning rate is the
-better of two on *validation* stories, chosen with a seed of its own at half the budget; then five seeds are trained
-from scratch and measured on the test stories. Each sampler without training gets as many particles as cost what 64
-draws of a guide cost before it is trained; "guide" there is VarGrad's. Runs are kept one file each under --runs: an
-interrupted command goes on where it was.
+The network reads the same number of tokens for each trained guide (draws, rewards, likelihoods and gradients), on the
+same training stories, with 16 particles and 8 stories per step if the method has particles. The learning rate is the
+better of two on *validation* stories, chosen with another seed at half the budget. Then five seeds are trained from
+scratch and measured on the test stories. Each sampler without training gets as many particles as cost the same as 64
+draws of an untrained guide; "guide" there is VarGrad's. Every run is one file under --runs, so that the same command
+continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, Any]]) -> Comparison:
-    """All seeds' rows as one comparison: trained guides first, the best by their mean total variation leading."""
+    """The rows of all seeds as one comparison: trained guides first, sorted by their mean total variation."""
     rows: dict[str, list[Row]] = {}
     for run in runs:
         for row in run["rows"]:
@@ -276,7 +276,7 @@ def table(runs: list[dict[str, Any]]) -> Comparison:
 
 
 def plot_training(runs: list[dict[str, Any]], path: Path) -> None:
-    """Total variation of the density against training tokens, the mean over seeds."""
+    """Total variation of the density by training tokens, mean over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
@@ -294,10 +294,10 @@ def plot_training(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def markdown(comparison: Comparison, runs: list[dict[str, Any]], picture: str) -> str:
-    """The page's generated part."""
+    """The generated part of the page."""
     rates = {run["name"]: (run["rate"], run["steps"]) for run in runs}
     lines = [comparison.markdown(), f"![training curves]({picture})", "",
-             "Learning rate, chosen on validation stories, and steps: "
+             "Learning rates, chosen on validation stories, and numbers of steps: "
              + "; ".join(f"{n} {r:g}, {s}" for n, (r, s) in rates.items()) + "."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -306,7 +306,7 @@ BEGIN, END = "<!-- begin: python -m benchmarks.algorithms -->", "<!-- end -->"
 
 
 def insert(page: str, generated: str) -> str:
-    """The page with its generated part replaced; what is written around it stays."""
+    """The page with its generated part replaced; the text around it stays."""
     head, _, rest = page.partition(BEGIN)
     return f"{head.rstrip()}\n\n{BEGIN}\n\n{generated}\n{END}{rest.partition(END)[2]}".lstrip() + ("" if rest else "\n")
 

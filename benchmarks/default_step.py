@@ -1,10 +1,11 @@
-"""What a step of a GFlowNet's training costs at its defaults: 8 observations x 16 particles, the default objective.
+"""The cost of a GFlowNet's training step with default settings: 8 observations x 16 particles, default objective.
 
     python -m benchmarks.default_step --out default_step.json
     python -m benchmarks.default_step --checkpoint PATH    # a pretrained network instead of a random one
 
-The problem is that of `benchmarks.step`; nothing is known of a prompt beforehand, as in training, where each batch is
-another.  Seconds of one thread, tokens through the network, and peak memory above that of the loaded network.
+The problem is that of `benchmarks.step`. No keys or values of a prompt are cached before, as in training, where every
+batch is new.  Figures: seconds of one thread, tokens that the network reads, and peak memory above that of the loaded
+network.
 """
 
 from __future__ import annotations

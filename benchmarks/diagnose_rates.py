@@ -1,4 +1,4 @@
-"""How often `diagnose` finds planted faults, and how often it finds fault with what is right: `docs/diagnose.md`.
+"""How often `diagnose` finds planted faults, and how often it reports a fault where there is none: `docs/diagnose.md`.
 
     python -m benchmarks.diagnose_rates [--seeds 40] [--simulations 100]
 

@@ -1,11 +1,11 @@
-"""What holds on which family of networks: a tiny random one of each, asked everything that the package relies on.
+"""Checks of all that the package relies on, on a tiny random network of every family.
 
     python -m benchmarks.families
     python -m benchmarks.families --only Llama,Mamba
 
-Each number is held against a plain loop: one forward pass of transformers' own network for each prefix of each text,
-alone, without a cache. Networks are in float64 where they allow it; *differs by* is the largest difference of a
-log-probability, draws and rewards included. A family's name is its configuration's, without "Config".
+Each number is compared with a plain loop: one forward pass of transformers' own network for each prefix of each text,
+alone, without a cache. Networks are in float64 if they allow it. *Differs by* is the largest difference between
+log-probabilities, including those of draws and rewards. A family is named after its configuration, without "Config".
 """
 
 from __future__ import annotations

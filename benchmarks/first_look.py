@@ -1,4 +1,4 @@
-"""The picture at the top of the README: what the quickstart's samplers make of one story, beside the exact posterior.
+"""The picture at the top of the README: posteriors of one story by the quickstart's samplers, and the exact one.
 
     python -m benchmarks.first_look        # writes docs/first-look.png; half a minute on one core
 

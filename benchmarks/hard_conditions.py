@@ -3,14 +3,14 @@
     python -m benchmarks.hard_conditions [--task word] [--how default] [--learning-rate 1e-2] [--steps 100]
         [--seeds 10,11] [--diagnose]
 
-Total variation to the exact posterior, tokens, and whether the end of `fit` warned.  Tasks, all on the embedded
-stories, a LoRA adapter of rank 16 on all linear layers and the output layer, AdamW, 16 particles, no mask and no
-relaxation:
+Figures: total variation to the exact posterior, tokens, and whether `fit` warned at its end.  Tasks, all on the
+embedded stories, a LoRA adapter of rank 16 on all linear layers and the output layer, AdamW, 16 particles, no mask
+and no relaxation:
 
 * ``word``, ``pattern``: the next sentence after *one* beginning contains "lemon", or matches " (He|She) \\w+ the old
   l\\w+\\."; 10 to 50 seconds for 100 steps on one core.
-* ``regex``, ``lexical``: those of `lmppl compare constrained` by the hard model, 8 observations a step, total variation
-  on 8 unseen ones; one to two minutes for 100 steps.
+* ``regex``, ``lexical``: those of `lmppl compare constrained` by the hard model, 8 observations per step, total
+  variation on 8 unseen ones; one to two minutes for 100 steps.
 
 Without options: ``word`` and ``pattern`` at both learning rates, four seeds each; some 10 minutes.
 """

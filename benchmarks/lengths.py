@@ -1,11 +1,11 @@
-"""Long prompts, long texts and a large vocabulary on a language model of your own: right, and at what price?
+"""Long prompts, long texts and a large vocabulary on your own language model: are results right, and at what cost?
 
     python -m benchmarks.lengths --lm LM [--budget 4096] [--out lengths.json]
 
-Each case is a process of its own. Texts are drawn, and scored as they were drawn: *difference* is the largest one, in
-nats, between the log-probability that a text was drawn with and its `log_prob`, all texts together and, of the first,
-alone. *Peak* is the most memory beyond what the process held before, weights included in that. A training step is
-VarGrad's over whole texts, with a LoRA adapter of rank 16 on all linear layers.
+Each case runs in its own process. Texts are drawn and then scored. *Difference* is the largest difference, in nats,
+between the log-probability with which a text was drawn and its `log_prob`, for all texts together and for the first one
+alone. *Peak* is the peak memory above what the process, with the weights, had before. A training step is VarGrad over
+whole texts, with a LoRA adapter of rank 16 on all linear layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import transformers
 import typer
 
 from benchmarks.paper.study import markdown
-from lmppl import LanguageModel, text
+from lmppl import LanguageModel, files, text
 from lmppl.distributions import Completion
 from lmppl.engine.prompts import prompts
 from lmppl.inference import GFlowNet, VarGrad
@@ -116,7 +116,7 @@ def main(
     print(f"Token budget {budget:,}; processor seconds of one thread.\n")
     print(markdown(("case", "difference, nats", *runs), rows))
     if out is not None:
-        out.write_text(json.dumps({"budget": budget, "cases": found}, indent=1))
+        files.write(out, json.dumps({"budget": budget, "cases": found}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, the machine and its limits, networks of a checkpoint, goals and tables."""
+"""Shared parts of the benchmarks: clocks, the machine and its limits, networks of a checkpoint, goals and tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.paper.study import markdown
-from lmppl import LanguageModel
+from lmppl import LanguageModel, files
 
 # Options that they share.
 Out = Annotated[Path | None, typer.Option(help="Write the measurements to this JSON file.")]
@@ -238,7 +238,7 @@ def introduce(place: Place, limits: Sequence[tuple[float, float]], weights: int 
 def save(out: Path | None, **found: Any) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1, default=str))
+        files.write(out, json.dumps(found, indent=1, default=str).encode())
 
 
 def judge(goals: Iterable[Goal], in_markdown: bool = False) -> None:

@@ -1,13 +1,13 @@
-"""What each divergence does to modes and tails, where q cannot be p: one bell for two modes, exact by enumeration.
+"""The effect of each divergence on modes and tails if q cannot equal p: one bell for two modes, exact by enumeration.
 
     python -m benchmarks.objectives
 
 The posterior is on a grid of 81 points: a narrow mode with 0.65 of the mass on the left, a broad one with 0.35 on the
-right, and little between them. The guide is a bell with a mean and a scale. Each divergence trains it from one wide
-start, on-policy, with 32 particles, by `VarGrad`; where the best c is not log Z, by `TrajectoryBalance` at the true
-log Z too. In brackets the *best* q of the divergence, found by descent of D_f itself, summed over the grid. All figures
-of a q are sums over the grid. The noise of the gradient is that of 4,000 losses of 32 particles at the start: the
-standard deviation over the norm of the mean.
+right, and little between them. The guide is a bell with a mean and a scale. Each divergence trains it on-policy from
+the same wide start, with 32 particles, by `VarGrad`; if the best c is not log Z, also by `TrajectoryBalance` with the
+true log Z. In brackets is the *best* q of the divergence, found by gradient descent on D_f itself, a sum over the grid.
+All figures of a q are sums over the grid. The noise of the gradient is the standard deviation, divided by the norm of
+the mean, of 4,000 gradients with 32 particles at the start.
 """
 
 from __future__ import annotations

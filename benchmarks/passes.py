@@ -1,12 +1,12 @@
-"""At what share of the machine's peak texts are scored, and trained on.
+"""Speed of scoring texts and of training on them, as a share of the machine's peak.
 
     python -m benchmarks.passes --out passes.json
     python -m benchmarks.passes --checkpoint PATH    # a pretrained network instead of a random one
 
 *Scoring* is log p of texts after a prompt, without gradient; *training* is log q of texts under an adapter, and its
-gradient.  Seconds are of one thread, repetitions interleaved with a large matrix product.  The operations counted are
-those that no way of doing it avoids: all tokens of a text but the last go through all matrices, two operations a
-number; for a gradient through the frozen matrices once more, and through the adapter's twice more.
+gradient.  Seconds are those of one thread; repetitions alternate with a large matrix product.  Only operations that no
+implementation can avoid are counted: all tokens of a text except the last pass all matrices, with two operations per
+number; a gradient passes the frozen matrices once more and those of the adapter twice more.
 """
 
 from __future__ import annotations

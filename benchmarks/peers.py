@@ -1,15 +1,15 @@
-"""SMC beside llamppl and genlm-control: the same task, the same number of particles, the same answer.
+"""SMC compared with llamppl and genlm-control: the same task, the same number of particles, the same answer.
 
     make peers              # python -m benchmarks.peers --out out/peers.json
     python -m benchmarks.peers --checkpoint PATH    # a pretrained network with a byte-level tokenizer
 
 The task: which texts of exactly T tokens after a prompt have no token with a letter e.  All three propose each token
 from the language model under that mask, weigh by the mass that the mask keeps, and resample systematically below an
-effective sample size of N/2, so that their estimates of the evidence, the probability that T tokens have no e, are
-equally distributed.  The peers live in an environment of their own (``--environment``, made on the first run with this
-repository's versions of torch and transformers); each is a process (`benchmarks.peers_worker`), one thread, and all
-take turns.  Counted are processor seconds of the inference alone, with nothing known of the prompt beforehand; a ratio
-above 1 is faster than the peer.  Where the peers cannot be installed the command says why, and is done.
+effective sample size of N/2.  So their estimates of the evidence, the probability that T tokens have no e, have the
+same distribution.  The peers have their own environment (``--environment``, made on the first run with this
+repository's versions of torch and transformers).  Each is a process (`benchmarks.peers_worker`) with one thread, and
+they take turns. Only processor seconds of the inference are counted, without a cached prompt; a ratio above 1 is
+faster than the peer. If the peers cannot be installed, the command says why and ends.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""One peer's side of `benchmarks.peers`, run by the interpreter of the peers' own environment: no lmppl here.
+"""One peer's side of `benchmarks.peers`, run by the interpreter of the peers' environment, which has no lmppl.
 
     .venv-peers/bin/python benchmarks/peers_worker.py llamppl CHECKPOINT
 
-A line of standard input is a task in JSON; the answer is a line of JSON with the processor and wall-clock seconds of
-the inference alone, and its log evidence.  Every run starts with empty caches.  In the peers' favour: the prompt's keys
-and values are cached first, and one forward pass takes all particles (the defaults are no prompt cache, and 20 a pass
-after a wait of 20 ms).
+Each line of standard input is a task in JSON.  The answer is a line of JSON with the processor and wall-clock seconds
+of the inference alone, and its log evidence.  Every run starts with empty caches.  Two settings favour the peers: keys
+and values of the prompt are cached first, and one forward pass reads all particles (their defaults are no prompt cache,
+and 20 particles per pass after a wait of 20 ms).
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python -m benchmarks.pretrained_recipes --lm "$(python -m lmppl.pretrained smollm2)" --minutes 10
 
 Every candidate (learning rate, rank, observations x particles, upper layers, objective) trains a guide of each
-experiment for as many processor minutes; the better half, by the geometric mean over experiments of sd(u) on validation
-observations (0 at the posterior), trains anew for twice as long, and so on. The rate rises in a tenth of the time and
-falls on a line to zero, whatever a step takes; judging is not counted. Runs are kept one file each under --runs: an
-interrupted command goes on where it was. What wins goes to `lmppl.models.PRETRAINED`. Without --data prompts and
-stories are those of the embedded story language model; DATA is a folder of prompts.txt and stories.txt.
+experiment for the same number of processor minutes. The better half trains again from scratch for twice as long, and
+so on. Candidates are compared by the geometric mean over experiments of sd(u) on validation observations (0 at the
+posterior). The learning rate rises during a tenth of the time and then falls linearly to zero, however long a step
+takes; the time of validation is not counted. Every run is one file under --runs, so that the same command continues
+an interrupted one. The winner goes to `lmppl.models.PRETRAINED`. DATA is a folder with prompts.txt and stories.txt;
+without --data, prompts and stories are those of the embedded story language model.
 """
 
 from __future__ import annotations

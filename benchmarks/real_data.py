@@ -1,14 +1,14 @@
-"""Every model on a language model and data of your own: does it run, and does training bring the guide nearer?
+"""Every model on a language model and data of your own: does it run, and does training bring the guide closer?
 
     python -m benchmarks.real_data --lm LM --data DATA --steps 20 --out docs/real_data.md
 
-On a large language model, fewer of everything: ``--observations 2 --particles 8 --test 4 --draws 8``.
+On a large language model, with smaller numbers: ``--observations 2 --particles 8 --test 4 --draws 8``.
 
-LM is a Hugging Face checkpoint; DATA a folder with prompts/prompts.txt (a prompt a line), subj/ (train.10.jsonl and the
-like) and arithmetic/ (the paper's files). Stories are sampled from the language model itself, three sentences each. The
-truth is not known here. What can be said of a guide is sd(u) on observations it was not trained on (0 at the posterior)
-and the effective share of importance samples from it, beside the same of the prior. A smoke run: short, one seed, no
-claim.
+LM is a Hugging Face checkpoint. DATA is a folder with prompts/prompts.txt (one prompt per line), subj/ (train.10.jsonl
+and others) and arithmetic/ (the paper's files). Stories are sampled from the language model itself, three sentences
+each. The posterior is not known here. A guide is judged by sd(u) on observations that it was not trained on (0 at the
+posterior) and by ESS/N of importance samples from it, compared with the same figures of the prior. This is a smoke run:
+short, with one seed, without a claim.
 """
 
 from __future__ import annotations
@@ -39,12 +39,20 @@ SHOWN = 60  # characters of a text
 DEFAULTS = {"observations": 0, "particles": 0, "test": 16, "draws": DRAWS}
 PAGE = """# On real data
 
-`{command}`: every model on a language model and data
-that the project did not make (LM: {parameters:.1f} million parameters), {steps} training steps each, one
-seed, {draws} draws for each of {test} unseen observations. A smoke run and no claim: the truth is not known. *sd(u)*
-on unseen observations, nats, is 0 at the posterior (a dash: some sample has probability 0); *ESS/N* is the effective
-share of importance samples, a mean over the observations that any sample explains; *seconds* are the processor's, of
-everything in the row.
+Do the models run on a language model and data that the project did not make, and does training bring the guide closer
+to the posterior?
+
+`{command}`: a language model with {parameters:.1f} million
+parameters, {steps} training steps for each model, one seed, {draws} draws for each of {test} unseen observations.
+This is a smoke run and no evidence for a claim, because the posterior is not known.
+
+- sd(u): standard deviation of the log weights on unseen observations, nats; 0 at the posterior; a dash if some draw has
+  probability 0.
+- ESS/N: effective sample size of importance samples as a share of N, mean over the observations that some draw
+  explains.
+- prior, before, after: proposals of the model's prior, of the guide before training and of the guide after it.
+- seconds: processor seconds of everything in the row.
+- a draw: a text of the trained guide.
 
 {table}
 """
@@ -60,7 +68,7 @@ def stories(lm: LanguageModel) -> list[str]:
 
 
 def inputs(lm: LanguageModel, data: Path, folder: Path) -> dict[str, tuple[Path | None, dict[str, Any]]]:
-    """The data and the options of each model; what must be written goes to ``folder``."""
+    """The data and the options of each model; files are written to ``folder``."""
     lines = [line.strip() for _, line in read_lines(data / "prompts" / "prompts.txt")]
     short = [s for s in lines if lm.encode(s).shape[0] <= LONGEST][: 2 * PROMPTS]
 
@@ -86,7 +94,7 @@ def inputs(lm: LanguageModel, data: Path, folder: Path) -> dict[str, tuple[Path 
 
 @torch.no_grad()
 def figures(e: Experiment, guide: Any, test: tuple[Any, ...], draws: int) -> tuple[float, float]:
-    """sd(u) and ESS/N on the test observations, means over those that any sample explains."""
+    """sd(u) and ESS/N on the test observations, means over those that some draw explains."""
     found = Importance(e.model, guide, num_particles=draws).run(*test)
     explained = (found.log_weights > -torch.inf).any(0)
     spread = found.log_weights.std(0)
@@ -98,7 +106,7 @@ def figures(e: Experiment, guide: Any, test: tuple[Any, ...], draws: int) -> tup
 def row(
     name: str, lm: LanguageModel, data: Path | None, options: dict[str, Any], steps: int, size: dict[str, int]
 ) -> list[str]:
-    """One model, trained for ``steps``: a line of the table."""
+    """Train one model for ``steps`` and return its row of the table."""
     start, make = time.process_time(), partial(EXPERIMENTS[name], lm, data, seed=0, **options)
     e = make()
     smaller = {key: size[key] for key in ("observations", "particles") if size[key]}
@@ -123,8 +131,8 @@ def main(
     data: Annotated[Path, typer.Option(help="A folder with prompts/, subj/ and arithmetic/.")],
     out: Annotated[Path | None, typer.Option(help="Write the page here.")] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each model.")] = 20,
-    observations: Annotated[int, typer.Option(help="Observations of a step; 0: the recipe's.")] = 0,
-    particles: Annotated[int, typer.Option(help="Particles of a step; 0: the recipe's.")] = 0,
+    observations: Annotated[int, typer.Option(help="Observations per step; 0: the recipe's.")] = 0,
+    particles: Annotated[int, typer.Option(help="Particles per step; 0: the recipe's.")] = 0,
     test: Annotated[int, typer.Option(help="Unseen observations.")] = 16,
     draws: Annotated[int, typer.Option(help="Draws for each of them.")] = DRAWS,
     only: Annotated[str | None, typer.Option(help="A comma-separated choice of models.")] = None,
@@ -149,7 +157,7 @@ def main(
         parameters = sum(p.numel() for p in base.trainable_parameters()) / 1e6
         for name, (path, options) in inputs(base, data, Path(folder)).items():
             if only is None or name in only.split(","):
-                # A language model of its own for each: adapters of the others would only take room.
+                # A fresh language model for each, because the adapters of the others would only take memory.
                 cells = row(name, LanguageModel.from_pretrained(lm), path, options, steps, size)
                 lines.append("| " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)

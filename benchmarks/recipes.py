@@ -2,9 +2,9 @@
 
     python -m benchmarks.recipes --jobs 2 --out out/recipes.md
 
-Every recipe trains on the same number of tokens scored (sampling, rewards and guide), 3 seeds; the best four by mean
-total variation to the exact posterior of held-out stories goes on, from scratch, to twice the tokens; the last two meet
-with 5 seeds. Nothing here sees the test stories.
+Every recipe trains on the same number of tokens scored (sampling, rewards and guide), with 3 seeds. The best four, by
+mean total variation to the exact posterior of held-out stories, train again from scratch on twice the tokens. The best
+two of these are compared with 5 seeds. The test stories are not used here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lmppl import files
 from lmppl.inference import Objective, PooledVarGrad, SubTB, Tempered, VarGrad
 
 STORIES = 16
@@ -125,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds = halve(arguments.tokens, arguments.jobs, arguments.log)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(markdown(rounds))
+    files.write(arguments.out, markdown(rounds).encode())
     print(markdown(rounds))
 
 

@@ -1,14 +1,14 @@
-"""Speed of sampling with log-probabilities, and of SMC with a token mask, beside Hugging Face's ``generate``.
+"""Speed of sampling with log-probabilities, and of SMC with a token mask, compared with Hugging Face's ``generate``.
 
     python -m benchmarks.sampling --out sampling.json
     python -m benchmarks.sampling --checkpoint PATH    # a pretrained network instead of random ones
 
-All write exactly ``--tokens`` new tokens from one prompt, in one process, on one thread, repetitions interleaved;
-``generate``, of the network as transformers makes it, samples with its KV cache and returns no probabilities.
+All write exactly ``--tokens`` new tokens from one prompt, in one process, on one thread, in alternating repetitions.
+``generate`` is that of transformers' own network; it samples with its KV cache and returns no probabilities.
 *Sampling* is from the base network, *adapter* from a view with LoRA on it.  The SMC proposes from a mask that keeps a
 quarter of the vocabulary and weighs by the mass it keeps, resampling below an effective sample size of N/2.  A ratio
 above 1 is faster than ``generate``; each repetition gives one, and the table shows their median and range.  The *share
-of peak* counts the matrices that all tokens of a text but the last must go through, two operations a number.
+of peak* counts the matrices that all tokens of a text except the last must pass, two operations per number.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Speed of a GFlowNet step beside the published shape of its computation, on the same network and samples.
+"""Speed of a GFlowNet step compared with the published shape of its computation, on the same network and samples.
 
     python -m benchmarks.step --out step.json
     python -m benchmarks.step --checkpoint PATH    # a pretrained network instead of a random one
 
 A step is: sample, rewards of all prefixes with the observation after each, loss, backward, optimiser.  The published
 shape samples with a graph and a KV cache, and scores prompt, prefix, stop and observation in a forward pass of the
-frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  It uses nothing of lmppl but the loss:
-the same weights in networks as transformers and peft make them.  Both are plain causal attention in float32, one
-thread, in one process, repetitions interleaved; a ratio above 1 is faster than the published shape.  Before anything is
-timed, both must give the same loss and gradient on the same texts.  Shares of peak are of operations as torch counts
-them.
+frozen network at every decoding step; the loss is SubTB(1) over all prefixes.  It uses only the loss of lmppl, and
+the same weights in networks of transformers and peft.  Both use plain causal attention in float32 and one thread, in
+one process, in alternating repetitions; a ratio above 1 is faster than the published shape.  Before the measurement,
+both must give the same loss and gradient on the same texts.  Shares of peak use the operations that torch counts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python -m benchmarks.twists [--tokens 500,2000] [--runs 24]
 
-For each twist the largest number of particles whose run costs at most so many tokens; the root mean square error and
-the mean error of log Z over the runs, an estimate of zero counted as 10 nats.  About three minutes on one core.
+Each twist gets the largest number of particles whose run costs at most this number of tokens.  Figures: root mean
+square error and mean error of log Z over the runs; an estimate of zero counts as 10 nats.  About three minutes on one
+core.
 """
 
 from __future__ import annotations

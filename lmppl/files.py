@@ -260,6 +260,11 @@ def new_figure(path: str | os.PathLike[str] | None, **options: Any) -> Any:
     return Figure(**options)
 
 
+def plain(label: str) -> str:
+    """A label for matplotlib whose dollars start no formula."""
+    return label.replace("$", r"\$")
+
+
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Saves a matplotlib figure, whole or not at all; as PNG if the name has no ending.
 

@@ -1,9 +1,9 @@
-"""Infilling by unmasking beside the exact posterior of texts: docs/diffusion.md.
+"""Infilling by unmasking, compared with the exact posterior of texts: docs/diffusion.md.
 
     python -m benchmarks.diffusion
 
-Every unit of work (a cell and a seed) is one JSON file under --runs: the committed records, from which the page is
-made, unless another folder is named. The same command runs what is not there yet.
+Every unit of work (a cell and a seed) is one JSON file under --runs. By default these are the committed records, from
+which the page is made. The same command runs the units that have no file yet.
 """
 
 from __future__ import annotations
@@ -13,26 +13,28 @@ from benchmarks.paper import runner
 
 PREAMBLE = """# Masked diffusion language models
 
-**The question.** A masked language model fills the gaps of a text word by word, in any order. What it gives to a *text*
-is a sum over all orders, which nobody can write down for long texts. Can it be a sample site all the same, with the
+**The question.** A masked language model fills the gaps of a text word by word, in any order. Its probability of a
+*text* is a sum over all orders, which cannot be computed for long texts. Can it still be a sample site, with the
 algorithms of this package unchanged?
 
-**What came out.** Yes, with the *path* of unmasking steps as the site's value: importance sampling, SMC between
-denoising steps, enumeration, Metropolis moves, VarGrad and relative trajectory balance run on it as they are, and agree
-with sums over all paths (`tests/distributions/test_unmasking.py`,
-`tests/inference/samplers/test_unmasking_samplers.py`; a trained guide within a total variation of 0.04 there).
-On the embedded stories training hardly paid. Untrained, the masked language model fills a middle given both ends at a
-total variation of {untrained} from the exact posterior, a mean over {stories} unseen stories (without the end:
-{prior}). 300 steps of Linex change that by {linex_gain}, of VarGrad by {vargrad_gain} (95% intervals over stories); on
-stories whose pairs of place and verb are trained on, where it begins at {untrained_seen}, by {linex_gain_seen} and
-{vargrad_gain_seen}. A causal guide, which understands no end before its training, is at {causal} of its own posterior
-after as many steps. Resampling between denoising steps did not help.
+**The result.** Yes, if the value of the site is the *path* of unmasking steps. Importance sampling, SMC between
+denoising steps, enumeration, Metropolis moves, VarGrad and relative trajectory balance run on it without a change, and
+agree with sums over all paths (`tests/distributions/test_unmasking.py`,
+`tests/inference/samplers/test_unmasking_samplers.py`; there a trained guide has a total variation, TV, of at most
+0.04).
 
-**What it cost.** {seeds} seeds, {hours:.2f} core-hours; a training of 300 steps {vargrad_tokens} million tokens, of the
-causal guide {causal_tokens} million.
+On the embedded stories training was hardly worth its cost. Without training, the masked language model fills a middle
+given both ends with a TV of {untrained} to the exact posterior, a mean over {stories} unseen stories (without the end:
+{prior}). 300 steps of Linex change this by {linex_gain}, of VarGrad by {vargrad_gain} (95% intervals over stories). On
+stories whose pairs of place and verb are trained on, the TV is {untrained_seen} without training, and the changes are
+{linex_gain_seen} and {vargrad_gain_seen}. A causal guide does not understand ends before its training; after as many
+steps its TV to its own posterior is {causal}. Resampling between denoising steps did not help.
 
-    python -m benchmarks.diffusion     # runs what is missing of the records, and writes this page
-    lmppl compare diffusion            # the algorithms beside each other, with a picture
+**The cost.** {seeds} seeds, {hours:.2f} core-hours. A training of 300 steps reads {vargrad_tokens} million tokens, that
+of the causal guide {causal_tokens} million.
+
+    python -m benchmarks.diffusion     # runs the units without a record, and writes this page
+    lmppl compare diffusion            # compares the algorithms, with a picture
 
 ## A path is the value
 
@@ -46,99 +48,100 @@ path = d.sample()  # (6,) steps: which gap was filled, and by which word
 lm.decode(d.fill(path)), d.log_prob(path)
 ```
 
-A canvas is a text some of whose tokens are masks. A step chooses an open hole i and a word w for it:
+A canvas is a text in which some tokens are masks. A step chooses an open hole i and a word w for it:
 
-    p(path) = product over t of  pi(i_t | x_t) p(w_t | x_t, i_t)        x_t: the canvas as far as it is filled
+    p(path) = product over t of  pi(i_t | x_t) p(w_t | x_t, i_t)        x_t: the canvas before step t
 
-The order pi is "random", "left-to-right", "confidence" (in proportion to the probability of a hole's likeliest word),
-"learned" (in proportion to the network's odds of a word against the mask, an output that masked language models have
-and do not use), or a function. The mask is never drawn, and `allowed` says which words each hole may get.
+The order pi is "random", "left-to-right", "confidence" (proportional to the probability of the hole's most likely
+word), "learned" (proportional to the network's odds of a word against the mask, an output that masked language models
+have and do not use), or a function. The mask itself is never drawn. `allowed` says which words each hole may get.
 
-So a path's log-probability is exact and differentiable, and u = log p - log q of a path is exact, with q another
-network on another canvas: one that sees more. VarGrad and trajectory balance apply as they are, as Venkatraman et al.
-found for diffusion models ([arXiv 2405.20971](https://arxiv.org/abs/2405.20971)). A path is written as a text of n
-symbols, hole times V plus word, that keeps the promise `Stepwise` ([extending.md](extending.md)): SMC resamples between
-denoising steps, `Enumeration` searches the tree of paths, `MetropolisHastings` regrows their ends. Tables decode a path
-to what it writes, which sums over paths.
+So the log-probability of a path is exact and differentiable. u = log p - log q of a path is exact too, where q is
+another network on another canvas, which may show more. VarGrad and trajectory balance apply without a change, as
+Venkatraman et al. found for diffusion models ([arXiv 2405.20971](https://arxiv.org/abs/2405.20971)). A path is written
+as a text of n symbols, hole times V plus word, and keeps the promises of `Stepwise` ([extending.md](extending.md)): SMC
+resamples between denoising steps, `Enumeration` searches the tree of paths, `MetropolisHastings` redraws the end of a
+path. Tables decode a path to its text, and so sum over paths.
 
-`log_prob` of R paths reads R n texts, equal ones once, in passes within `lm.token_budget`; a causal language model
-reads R. That is the price: of a path of six words over a story of 16 tokens, 96 tokens with gradient instead of 16.
+`log_prob` of R paths reads R n texts, each different one once, in passes within `lm.token_budget`; a causal language
+model reads R. This is the price: a path of six words in a story of 16 tokens takes 96 tokens with gradient instead of
+16.
 
 ## The text's own probability
 
-What is still to be filled depends on *which* holes are filled, not on their order. So the sum over n! orders is one
-over 2^n subsets:
+The next step depends on *which* holes are filled, not on the order in which they were filled. So the sum over n!
+orders is a sum over 2^n subsets:
 
     f(S) = sum over i in S of  f(S - i) pi(i | x_(S - i)) p(w_i | x_(S - i), i),        p(text) = f(all)
 
-`d.text_log_prob(words)` is that, up to 16 holes, with gradient; from left to right there is one path, and no limit.
-Beyond, it is bounded from both sides by what is there: "the path writes this text" is a factor, a guide that is allowed
-nothing but its words draws the order, `Sandwich` bounds the evidence, and where the model wrote the text itself, the
-path by which it did is the exact sample that the upper bound needs.
+`d.text_log_prob(words)` computes it, with gradient, for up to 16 holes; from left to right there is one path, and no
+limit. For more holes there are bounds from both sides. "The path writes this text" is a factor; a guide that is allowed
+only the words of the text draws the order; `Sandwich` bounds the evidence. If the model wrote the text itself, the path
+that it took is the exact sample that the upper bound needs.
 
-On 100 middles a seed that the embedded masked language model wrote itself, log p of a text is {text} on average and of
-its path {path}, the difference being log 720 = 6.579 nearly. The last table below has the bounds: from one path already
-within thousandths of a nat, since this network hardly minds the order. Resampling does: the weights on the way say
-which words were easy, so that orders survive which begin with easy words, and the hard words are still to come.
-`ess_threshold=0` is the better bound here.
+For each seed the embedded masked language model wrote 100 middles. The mean of log p is {text} for the texts and {path}
+for their paths; the difference is nearly log 720 = 6.579. The last table below has the bounds. One path already gives
+bounds within thousandths of a nat, because the order matters little to this network. Resampling makes them worse: the
+weights on the way show which words were easy, so orders survive that begin with easy words, and the hard words are
+still to come. `ess_threshold=0` gives the better bound here.
 
 ## Infilling
 
-`lmppl compare diffusion`, `lmppl train diffusion`: the middle sentence of a story, of as many words as were told. The
-model unmasks it after the beginning, and a causal language model reads the end:
+`lmppl compare diffusion`, `lmppl train diffusion`: the middle sentence of a story, with the story's own number of
+words. The model unmasks it after the beginning, and a causal language model reads the end:
 
     z ~ Unmasking(x ______),    y ~ LM(x z) observed
 
-The guide is the same masked language model with an adapter, on a canvas that has the end behind the gap. It was never
-taught this posterior, and yet it starts near it: having read stories with gaps anywhere, it fills the middle given both
-ends. Beside it the causal guide of [infilling.md](infilling.md), trained by as many steps of as many draws. Their
-targets differ, since the priors do, and each is held against its own.
+The guide is the same masked language model with an adapter, on a canvas that has the end after the gap. It was never
+trained on this posterior, but it starts near it: it has read stories with gaps anywhere, so it fills the middle given
+both ends. It is compared with the causal guide of [infilling.md](infilling.md), trained by as many steps of as many
+draws. Their priors differ, and so do their targets; each is compared with its own.
 
-In the study model and guide unmask from left to right (`--set order=left-to-right`): a text has one path, so that the
-exact posterior is a sum over the 1,152 middles of the stories' grammar. In random order, with its 720 paths a text, the
-untrained guide is as near: {random} for {in_order} on the same {summed} stories. Stories are of two kinds: *unseen*,
-whose pairs of place and verb no training story has, and those that guides are *trained on*. The recipe is that of the
-command, 4 stories x 8 paths a step, rate 1e-3, rank 16; TV is that of texts; u, ESS and log Z are of 64 draws, and a
-weight of zero counts as u = -50. Texts outside the grammar hold {outside} of the posterior, by weighted draws.
+In the study, model and guide unmask from left to right (`--set order=left-to-right`). Then a text has one path, and the
+exact posterior is a sum over the 1,152 middles of the stories' grammar. In random order a text has 720 paths, and the
+untrained guide is as near: TV {random}, and {in_order} from left to right on the same {summed} stories. There are two
+kinds of stories: *unseen* ones, whose pairs of place and verb no training story has, and those that guides are *trained
+on*. The recipe is that of the command: 4 stories x 8 paths per step, rate 1e-3, rank 16. TV is that of texts; u, ESS
+and log Z are from 64 draws, and a weight of zero counts as u = -50. Texts outside the grammar have {outside} of the
+posterior, estimated from weighted draws.
 
-- *What the network knows both ways needs no training.* It is near the posterior for the reason that a causal language
-  model is not: it has read endings before middles. What is left is the difference between two networks, of how likely
-  each of the two objects is that a verb happens to, in this place.
-- *VarGrad descends what a few bad draws weigh.* sd(u) falls from {sd} to {vargrad_sd} by it, and texts come no
-  nearer. A draw several nats below the others counts by its square there, in Linex by at most 1/N. Linex was taken
-  for that reason, and by four pilots that were not kept (seed 11, validation stories): VarGrad in random order and from
-  left to right, which came out alike, and Linex from left to right, by 4 stories x 8 paths at rate 1e-3, the best of
-  them, and by 16 x 4 at 3e-3, which was no better on trained pairs and worse on others.
-- *What is learnt of one pair tells little of another.* Trained as long on eight stories alone (seeds: {few_seeds}) the
-  guide comes to {few_seen} of their posterior, and is at {few} on unseen ones. So neither the adapter nor the objective
-  is in the way: 300 steps of 4 stories show each of 538 pairs of place and verb about twice, and what they teach of
-  these does not carry over to others.
-- *SMC is worse than importance sampling* from the guide, and no better from the prior: its error of log Z is {smc} and
-  {prior_smc}, for {error} and {prior_error}. The end enters the weights only once all words are
-  there, and until then they pull towards the prior. A flow as twist needs a stop, which paths have not; a twist of
-  one's own can read the text as far as it is filled (`d.fill`).
-- *The causal guide* is at {causal} on unseen pairs and {causal_seen} on those it was trained on (seeds:
-  {causal_seeds}). It is the better
-  choice for this task: a text that is read once says all about each of its tokens, where a path is as many texts as it
-  has steps. Its posterior is easier, too: its prior hardly knows what a place offers ([infilling.md](infilling.md)), so
-  that unseen pairs of place and verb are no test of it, as they are here.
+- *What the network knows in both directions needs no training.* It is near the posterior because it has read endings
+  before middles, which a causal language model has not. The rest is the difference between two networks in how likely
+  each of the two objects is that a verb can happen to, in this place.
+- *VarGrad reduces the effect of a few bad draws.* sd(u) falls from {sd} to {vargrad_sd}, but the texts come no
+  nearer. In VarGrad a draw several nats below the others counts by its square, in Linex by at most 1/N. Linex was
+  chosen for this reason, and by four pilots that were not kept (seed 11, validation stories): VarGrad in random order
+  and from left to right, which were equally good; Linex from left to right with 4 stories x 8 paths at rate 1e-3,
+  which was the best; and Linex with 16 x 4 at 3e-3, which was no better on trained pairs and worse on others.
+- *What is learnt about one pair says little about another.* If the guide is trained as long on only eight stories
+  (seeds: {few_seeds}), its TV to their posterior is {few_seen}, and {few} on unseen stories. So neither the adapter
+  nor the objective is the obstacle. 300 steps of 4 stories show each of 538 pairs of place and verb about twice, and
+  what is learnt about these pairs does not transfer to others.
+- *SMC is worse than importance sampling* from the guide, and no better from the prior: its errors of log Z are {smc}
+  and {prior_smc}, those of importance sampling {error} and {prior_error}. The end enters the weights only when all
+  words are there; until then the weights pull towards the prior. A flow as twist needs a stop, which paths do not
+  have. Your own twist can read the text that is filled so far (`d.fill`).
+- *The causal guide* has a TV of {causal} on unseen pairs and {causal_seen} on those that it was trained on (seeds:
+  {causal_seeds}). It is the better choice for this task: reading a text once gives the probabilities of all its tokens,
+  while a path needs one text for each of its steps. Its posterior is also easier: its prior hardly knows what a place
+  offers ([infilling.md](infilling.md)), so unseen pairs of place and verb do not test it as they do here.
 
 ## The embedded masked language model
 
 `python -m worlds.build masked_stories --seed 0 --out DIR` trained it: a BERT of two layers of width 64 (0.5 MB), on
-stories and their first two sentences with k of n words masked, k evenly from 1..n, of some of the sentences. Its loss
-is the mean of -log p(path) over random orders, word by word. Its words have the ids of the causal story LM's. 4,000
-steps of 128 rows took 290 seconds on a part of a core; on 64 test stories it gives 0.94 to objects that the verb
-happens to, 0.95 to verbs that happen to the object, and 0.78 to objects that the place offers, where the causal one has
-0.56.
+stories and on their first two sentences. In some of the sentences k of n words were masked, k uniform on 1..n. The
+loss is the mean of -log p(path) over random orders, for each word. Words have the same ids as in the causal story
+language model. 4,000 steps of 128 rows took 290 seconds on a part of a core. On 64 test stories it gives 0.94 of its
+mass to objects that the verb happens to, 0.95 to verbs that happen to the object, and 0.78 to objects that the place
+offers (the causal model: 0.56).
 
 ## What this does not show
 
 - Any masked language model of transformers can be wrapped (`tests/language_model/test_masked_language_model.py` has
-  BERT, DistilBERT, RoBERTa and ModernBERT, random and tiny); none that was pretrained was tried.
-- {stories} unseen stories, and a recipe that was not tuned beyond the choice of the objective.
-- Nothing is kept between steps: a masked language model reads the whole text anew for each word.
-- Words are drawn one at a time. Several at once would be fewer passes and another distribution.
+  tiny random BERT, DistilBERT, RoBERTa and ModernBERT), but no pretrained one was tried.
+- There are {stories} unseen stories, and only the objective of the recipe was chosen by trials.
+- Nothing is kept between steps: a masked language model reads the whole text again for each word.
+- Words are drawn one at a time. Several at once would need fewer passes, and would be another distribution.
 
 """
 

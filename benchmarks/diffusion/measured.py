@@ -1,4 +1,4 @@
-"""What a guide of infilling by unmasking comes to beside the exact posterior of texts, in one cell and seed."""
+"""Measures of a guide of infilling by unmasking, compared with the exact posterior of texts, for a cell and a seed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DRAWS, RUNS, TOLD = 64, 4, 100
 
 
 class Stories:
-    """Stories, their grammatical middles, and the exact posterior of these."""
+    """Stories, their grammatical middles, and the exact posterior of the middles."""
 
     def __init__(self, e: Experiment, stories: list[Story]):
         self.task = programs(e)
@@ -54,7 +54,7 @@ class Stories:
 
     @torch.no_grad()
     def tv(self, guide: Unmasking) -> list[float]:
-        """Total variation of texts by story; a guide's mass on other texts counts in full."""
+        """Total variation of texts for each story; the guide's mass on other texts counts in full."""
         p, q = self.log_p.exp(), guide.text_log_prob(self.middles).exp()
         return (0.5 * ((p - q).abs().sum(0) + (1 - q.sum(0)).clamp(min=0))).tolist()
 
@@ -65,7 +65,7 @@ class Stories:
         return self.task.prior(self.x)
 
     def weights(self, e: Experiment, guide: Program | None) -> Figures:
-        """sd(u), ESS/N and the error of log Z of draws of a guide, None: of the prior; means over stories and runs."""
+        """sd(u), ESS/N and the error of log Z of draws of a guide (None: the prior), means over stories and runs."""
         found = []
         for run in range(RUNS):
             pyro.set_rng_seed(run)
@@ -93,7 +93,7 @@ def seen(seed: int, count: int) -> list[Story]:
 
 
 def programs(e: Experiment) -> Any:
-    """The object whose methods the programs are."""
+    """The object of which the two programs are methods."""
     return e.model.__self__  # type: ignore[attr-defined]
 
 
@@ -106,7 +106,7 @@ def made(seed: int, order: str = LEFT_TO_RIGHT, **changes: Any) -> Experiment:
 
 
 def untrained(seed: int, count: int) -> Figures:
-    """The prior and the untrained guide, and SMC by each."""
+    """The prior, the untrained guide, and SMC with each."""
     e = made(seed)
     stories = Stories(e, unseen(seed, count))
     found: Figures = {"prior": {"tv": stories.tv(stories.prior())} | stories.weights(e, None)}
@@ -126,13 +126,13 @@ def untrained(seed: int, count: int) -> Figures:
 
 
 def judged(e: Experiment, stories: Stories, seed: int, count: int) -> Figures:
-    """The guide on a seed's unseen stories and on some that it was trained on."""
+    """Measures of the guide on unseen stories of a seed, and on stories that it was trained on."""
     known = Stories(e, seen(seed, count))
     return {"tv": stories.tv(stories.guide()), "seen tv": known.tv(known.guide())} | stories.weights(e, e.guide)
 
 
 def trained(cell: str, seed: int, count: int, steps: int) -> Figures:
-    """A guide that unmasks from left to right; of `FEW`, trained and judged on eight of the seed's seen stories."""
+    """A trained guide that unmasks from left to right; in `FEW` on eight of the seed's seen stories only."""
     e = made(seed, objective=VarGrad if cell == VARIANCE else Linex)
     batches, known = e.batches, count
     if cell == FEW:
@@ -145,7 +145,7 @@ def trained(cell: str, seed: int, count: int, steps: int) -> Figures:
 
 
 def causal(seed: int, count: int, steps: int) -> Figures:
-    """The guide of the experiment `infilling`, by as many steps of as many draws, beside its own posterior."""
+    """The guide of the experiment `infilling`, trained as long, compared with its own posterior."""
     e = infilling.experiment(seed=seed, recipe=RECIPE)
     before = e.lm.tokens_scored
     pyro.set_rng_seed(seed)
@@ -160,7 +160,7 @@ def causal(seed: int, count: int, steps: int) -> Figures:
 
 
 def bounds(seed: int, count: int, most: int) -> Figures:
-    """log p(z | x) of middles that the masked language model wrote in random order, between its bounds."""
+    """log p(z | x) of middles that the masked language model wrote in random order, and its bounds."""
     e = made(seed, "random")
     task = programs(e)
     x = task.encode(unseen(seed, 1))[0].expand(count, -1)
@@ -195,7 +195,7 @@ def bounds(seed: int, count: int, most: int) -> Figures:
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """One cell; short, on two stories and by two steps."""
+    """Run one cell; if short, on two stories with two steps."""
     count, steps = (2, 2) if short else (STORIES, STEPS)
     if cell == UNTRAINED:
         return untrained(seed, count)

@@ -1,20 +1,28 @@
-"""Tables and claims of `python -m benchmarks.diffusion`, and what the text of its page tells of them."""
+"""Tables and claims of `python -m benchmarks.diffusion`, and the figures that the text of its page quotes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
 
-from ..paper.study import Figures, Results, markdown, paired, spread, verdict
+from ..paper.study import Figures, Results, markdown, meanings, paired, spread, verdict
 from .measured import BOUNDED, BOUNDS, CAUSAL, FEW, STEPS, UNTRAINED, VARIANCE
 
 HEADER = ("guide", "TV, unseen", "TV, trained pairs", "sd(u)", "ESS/N", "error of log Z", "training tokens")
+COLUMNS = {
+    "TV, unseen; TV, trained pairs": "total variation between the guide's distribution of texts and the exact "
+    "posterior, mean over stories whose pairs of place and verb were not, or were, in training",
+    "sd(u)": "standard deviation of the log weights on unseen stories, 0 at the posterior",
+    "ESS/N": "effective sample size of the weighted draws, as a share of N",
+    "error of log Z": "absolute error of the log evidence, nats",
+    "training tokens": "tokens that the networks read during training",
+}
 TRAINED = {VARIANCE: "VarGrad", BOUNDED: "Linex"}
 ENOUGH = 0.05  # total variation
 
 
 def flat(runs: Sequence[Figures], key: str = "tv") -> list[float]:
-    """By story, all seeds one after another."""
+    """A figure of every story, all seeds one after another."""
     return [tv for r in runs for tv in r[key]]
 
 
@@ -41,26 +49,29 @@ def by_story(ours: Sequence[Figures], theirs: Sequence[Figures], key: str = "tv"
 
 
 def claims(results: Results) -> str:
-    """What was expected, and whether it was seen."""
+    """The verdict on every claim."""
     text, start = "", before(results)
     for cell in (c for c in TRAINED if c in results and len(start) == len(results[c])):
         for key, what in (("seen tv", "pairs of place and verb that it was trained on"), ("tv", "unseen pairs")):
             difference, half, said = by_story(results[cell], start, key)
-            claim = f"training by {TRAINED[cell]} brings the guide nearer to the posterior on {what}"
+            claim = f"training by {TRAINED[cell]} brings the guide closer to the posterior on {what}"
             text += verdict(claim, difference < -half, f"{said}.")
     if BOUNDED in results and VARIANCE in results:
         difference, half, said = by_story(results[BOUNDED], results[VARIANCE])
-        text += verdict("Linex ends nearer than VarGrad, on unseen pairs", difference < -half, f"{said}.")
+        text += verdict(
+            "Linex ends closer to the posterior than VarGrad on unseen pairs", difference < -half, f"{said}."
+        )
     if FEW in results:
         worst = max(mean(r["seen tv"]) for r in results[FEW])
-        because = f"{averaged(results[FEW], 'seen tv')}, the worst seed {worst:.3f}; they are all that it sees."
-        claim = f"trained on eight stories alone, by Linex, the guide is at their posterior (TV at most {ENOUGH:g})"
+        because = f"TV is {averaged(results[FEW], 'seen tv')}, at the worst seed {worst:.3f}."
+        claim = f"trained by Linex on only eight stories, the guide samples their posterior (TV at most {ENOUGH:g})"
         text += verdict(claim, worst <= ENOUGH, because)
     if CAUSAL in results and start:
         worst = max(mean(r["tv"]) for r in results[CAUSAL])
         best = min(mean(r["tv"]) for cell in (*TRAINED, UNTRAINED) for r in guides(results, cell))
-        because = f"Its worst seed has {worst:.3f}, the best of the others {best:.3f}; each of its own posterior."
-        text += verdict("the causal guide, trained as long, is nearer to its own posterior", worst < best, because)
+        because = f"Its TV at the worst seed is {worst:.3f}, the smallest of the others in a seed {best:.3f}."
+        claim = "the causal guide, trained as long, is closer to its own posterior than the other guides are to theirs"
+        text += verdict(claim, worst < best, because)
     return text
 
 
@@ -70,7 +81,7 @@ def guides(results: Results, cell: str) -> list[Figures]:
 
 def report(results: Results) -> str:
     """The table of guides, that of bounds, and the claims."""
-    rows = []
+    rows: list[list[str]] = []
     if UNTRAINED in results:
         rows += [row("the prior p(z given x), untrained", [r["prior"] for r in results[UNTRAINED]])]
         rows += [row("both ends, untrained", before(results))]
@@ -79,19 +90,19 @@ def report(results: Results) -> str:
         rows.append(row(f"Linex, {STEPS} steps on eight stories", results[FEW]))
     if CAUSAL in results:
         rows.append(row(f"causal guide, VarGrad, {STEPS} steps, its own posterior", results[CAUSAL]))
-    text = markdown(HEADER, rows) + "\n"
+    text = meanings(COLUMNS) + "\n" + markdown(HEADER, rows) + "\n"
     if BOUNDS in results:
         runs = results[BOUNDS]
         sandwiches = [name for name, found in runs[0].items() if isinstance(found, dict)]
         both = [[spread([r[name] for r in runs], side, 4) for side in ("below", "above")] for name in sandwiches]
         rows = [[name, *cells] for name, cells in zip(sandwiches, both, strict=True)]
-        text += "Bounds of log p of a text, nats from the sum over subsets:\n\n"
+        text += "How far bounds of log p of a text are from the sum over subsets, nats:\n\n"
         text += markdown(("particles", "below", "above"), rows) + "\n"
     return text + claims(results)
 
 
 def told(results: Results) -> dict[str, str]:
-    """Figures in the text of the page, and in its row of docs/results.md."""
+    """The figures in the text of the page and in its row of docs/results.md."""
     found: dict[str, str] = {}
     if start := before(results):
         prior = [r["prior"] for r in results[UNTRAINED]]

@@ -1,6 +1,6 @@
 """The paper's experiments on the embedded language models; `python -m benchmarks.paper` runs them.
 
-The study of an experiment is the file of its name, with `STUDY` in it.
+The file with the name of an experiment has its study, `STUDY`.
 """
 
 from importlib import import_module

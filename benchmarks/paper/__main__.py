@@ -1,73 +1,69 @@
-"""Every experiment of the paper on the embedded language models, beside the exact optimum: docs/results.md.
+"""Every experiment of the paper on the embedded language models, compared with the exact optimum: docs/results.md.
 
     python -m benchmarks.paper --jobs 2 --seeds 5
 
-Every unit of work (an experiment's cell and a seed) is one JSON file under --runs; the same command goes on where an
-interrupted one was. The page is written from the seeds that all cells of an experiment have.
+Every unit of work (an experiment's cell and a seed) is one JSON file under --runs: the committed records, unless
+another folder is named. The same command runs what is not there yet, and writes the page from what has run.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from benchmarks import diffusion, paper
 
-from . import runner
+from . import preferences, runner, thoughts, transfer
 from .study import Told, markdown
 
+RECORDS = Path(__file__).with_name("records")
 PREAMBLE = """# Results
 
 The paper's experiments (Hu et al. 2024) on the embedded language models, where the exact optimum is known.
 
 {claims}
 @BEYOND@
-Written by `make paper`. Figures are means over {seeds} seeds with their standard deviation in brackets, or over fewer
-if a section says that it is not complete; intervals are then wide, and a claim that rests on one may read "not seen"
-because there are too few seeds. All of it took {hours:.1f} core-hours. Results on a pretrained language model and the
-paper's data: [results-pretrained.md](results-pretrained.md).
+How to read this page:
+
+- A number is a mean over {seeds} seeds, or over fewer if its section says so. The number in brackets after it is the
+  standard deviation over seeds.
+- An interval is given as ±. With few seeds it is wide, and a claim may be "not seen" for this reason alone.
+- Each section says what was asked, the setting and what each column means. Then come tables and verdicts: a claim, and
+  whether it was seen.
+- TV, total variation, is half of the summed absolute differences of two distributions: 0 if they are equal, 1 if they
+  share no text.
+
+Written by `make paper` in {hours:.1f} core-hours. Results on a pretrained language model and the paper's data:
+[results-pretrained.md](results-pretrained.md).
 
 """
-BEYOND = (  # page, question, what came out: figures of these pages, by name where the page's study tells them
+BEYOND = (  # page, question, result; the figures are those of the page, by name if its study tells them
     (
         "uncertainty",
         "does a model that reasons know when it does not know?",
         "AUROC of its errors 0.81 by all chains of five adapters, 0.70 by their direct answers (10 labels, five seeds: "
-        "+0.11 ± 0.21); the parts of the entropy find the same errors",
+        "+0.11 ± 0.21). Every part of the entropy finds errors equally well",
     ),
-    (
-        "diffusion",
-        "can a masked language model be a sample site?",
-        diffusion.FOUND,
-    ),
-    (
-        "preferences",
-        "can texts be drawn for people who disagree?",
-        "yes, each in their share: TV to the exact mixture 0.010; the one utility that all choices are most probable "
-        "under is at 0.383, its nearest power at 0.194, with half or less of the minority's texts (three seeds)",
-    ),
-    (
-        "transfer",
-        "can one guide serve many posteriors, and can guides be put together?",
-        "TV 0.006 to 0.10 on four families, 0.93 on words it never met; on a fifth, two observations at once, 0.191 "
-        "by its description, 0.037 as a product of the guide's answers to each over the prior, untrained (three seeds)",
-    ),
-    (
-        "thoughts",
-        "what does a tree of thoughts buy beside a chain?",
-        "a start: votes right in 0.36 against 0.18 with 100 tokens a question, level with 300; with 1,000 SMC over "
-        "chains is closer to the posterior, error 0.10 against 0.15; unweighted trees are no posterior (three seeds)",
-    ),
+    ("diffusion", "can a masked language model be a sample site?", diffusion.FOUND),
+    ("preferences", "can texts be drawn for people who disagree?", preferences.FOUND),
+    ("transfer", "can one guide serve many posteriors, and can guides be combined?", transfer.FOUND),
+    ("thoughts", "are trees of thoughts better than chains?", thoughts.FOUND),
 )
 
 
 def beyond() -> str:
-    """A row for each page on what the paper leaves open."""
+    """A table of the pages on questions that the paper leaves open.
+
+    Figures of studies of this package are still names, which `runner.page` replaces.
+    """
     results = runner.section(diffusion.STUDY, runner.kept_of(diffusion.STUDY, 3, diffusion.RECORDS), 3)[1]
-    told = Told(diffusion.told(results))
-    rows = [(f"[{name}.md]({name}.md)", asked, found.format_map(told)) for name, asked, found in BEYOND]
+    told = diffusion.told(results)
+    found = {name: text.format_map(Told(told)) if name == "diffusion" else text for name, _, text in BEYOND}
+    rows = [(f"[{name}.md]({name}.md)", asked, found[name]) for name, asked, _ in BEYOND]
     return markdown(("beyond the paper", "question", "result"), rows)
 
 
 def main() -> None:
-    parser = runner.options(__doc__, paper.STUDIES, seeds=5, jobs=2, runs="out/paper", out="docs/results.md")
+    parser = runner.options(__doc__, paper.STUDIES, seeds=5, jobs=2, runs=str(RECORDS), out="docs/results.md")
     a = parser.parse_args()
     runner.run("benchmarks.paper", PREAMBLE.replace("@BEYOND@", beyond()), a, runner.chosen(parser, a, paper.STUDIES))
 

@@ -1,4 +1,4 @@
-"""Chains of thought with a calculator: prompting, fine-tuning on 50 rationales, and what 1,000 answers add to it."""
+"""Chains of thought with a calculator: prompting, fine-tuning on 50 rationales, and training on 1,000 answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lmppl.models.arithmetic import (
     teach,
 )
 
-from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .study import Figures, Results, Study, markdown, opening, paired, spread, verdict
 from .targets import power, ppo
 
 CELLS = {
@@ -51,21 +51,25 @@ PAPER = {
 }
 KINDS = {  # of chains that end at the answer
     "right": "right chains",
-    "zeros": "chains that are wrong about zeros only (one dropped, added or with another sign)",
+    "zeros": "chains that are wrong about zeros only (a zero left out, added, or with the other sign)",
     "luck": "chains whose errors cancel",
 }
-TAUGHT = replace(RECIPE, output_layer=True)  # SFT and what starts from it: the GFlowNet's adapter, SFT's own rate
-QUESTIONS = {3: 200, 4: 1000, 5: 200}  # asked of every method and seed
-TRUTH, MASS = 8, 0.96  # test questions of four operands whose posterior is enumerated; the prior mass explored
-COLD = "prompting_cold", "gflownet_paper"  # votes at the paper's temperature
-PPO_STEPS = 100  # four updates on the same draws: half as many draws as the GFlowNet, at a similar cost
+TAUGHT = replace(RECIPE, output_layer=True)  # SFT and what starts from it: the GFlowNet's adapter, the rate of SFT
+QUESTIONS = {3: 200, 4: 1000, 5: 200}  # test questions by the number of operands, for every method and seed
+TRUTH, MASS = 8, 0.96  # test questions of four operands whose posterior is enumerated; the prior mass enumerated
+COLD = "prompting_cold", "gflownet_paper"  # vote at the paper's temperature
+PPO_STEPS = 100  # with four updates on the same draws: half the draws of the GFlowNet, at a similar cost
 ROUNDS, ROUND_DRAWS, ROUND_STEPS = 3, 4, 100  # of self-training
 SHORT = {"steps": 2, "questions": 8, "truth": 1, "particles": 4}
 SHORT_MASS = 0.4
+QUESTION = (
+    "Does GFlowNet tuning teach chains of thought better than fine-tuning and PPO, when few chains and many answers "
+    "are known?"
+)
 
 
 def trained(cell: str, seed: int, short: bool) -> Experiment:
-    """The experiment with its guide trained by one method."""
+    """The experiment, with its guide trained by one method."""
     recipe = EMBEDDED_RECIPE if cell.startswith("gflownet") else TAUGHT
     recipe = replace(recipe, steps=SHORT["steps"], particles=SHORT["particles"]) if short else recipe
     warm_start = 0 if cell.startswith(("prompting", "gflownet")) else recipe.steps if short else WARM_START
@@ -81,7 +85,7 @@ def trained(cell: str, seed: int, short: bool) -> Experiment:
 
 
 def self_train(task: Arithmetic, short: bool, seed: int) -> None:
-    """Rounds of drawing chains for the questions with answers, and fine-tuning on those that led to the answer."""
+    """Draw chains for the questions with answers, fine-tune on those that end at the answer, and repeat."""
     rationales, train = (embedded.data("arithmetic", name) for name in ("rationales", "train"))
     train = train[: SHORT["questions"]] if short else train
     found = {(q, q.chain) for q in rationales}
@@ -96,7 +100,7 @@ def self_train(task: Arithmetic, short: bool, seed: int) -> None:
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Votes and chains on questions of 3, 4 and 5 operands, and the distance to the exact posterior on a few."""
+    """Votes and chains on questions of 3, 4 and 5 operands; the distance to the exact posterior on a few of them."""
     torch.manual_seed(seed)
     if cell == "exact":
         return truth(short)
@@ -130,14 +134,14 @@ def _asked(short: bool) -> list[Question]:
 
 @cache
 def _exact(short: bool) -> Enumerated:
-    """The enumerated posterior of the first test questions; once a process."""
+    """The enumerated posterior of the first test questions; computed once per process."""
     e = experiment(warm_start=0)
     return Enumeration(e.model, mass=SHORT_MASS if short else MASS).run(*Arithmetic(e.lm).encode(_asked(short)))
 
 
 @torch.no_grad()
 def truth(short: bool) -> Figures:
-    """What the exact posterior, which knows y, would answer: chains z ~ p(z | x, y), then y ~ p(y | x z)."""
+    """Figures of the exact posterior, which knows y: chains z ~ p(z | x, y), then an answer y ~ p(y | x z)."""
     e, exact, asked = experiment(warm_start=0), _exact(short), _asked(short)
     x, y = Arithmetic(e.lm).encode(asked)
     z = exact.samples["z"]  # (chain, question, L)
@@ -149,7 +153,7 @@ def truth(short: bool) -> Figures:
 
 
 def shares(exact: Enumerated, mass: torch.Tensor, asked: list[Question]) -> Figures:
-    """How much of a mass (chain, question) on enumerated chains each kind of chain has, mean over questions."""
+    """The share of each kind of chain in a mass (chain, question) on enumerated chains, mean over questions."""
     rows = exact.sites.decoders["z"](exact.samples["z"])
     kinds = [[kind(q, chain) for q, chain in zip(asked, row, strict=True)] for row in rows]
     return {
@@ -158,7 +162,7 @@ def shares(exact: Enumerated, mass: torch.Tensor, asked: list[Question]) -> Figu
 
 
 def kind(question: Question, chain: str) -> str | None:
-    """Which of `KINDS` a chain is; None: it does not end at the answer."""
+    """The kind of a chain, one of `KINDS`, or None if it does not end at the answer."""
     if is_right(question, chain):
         return "right"
     if not re.search(rf"= {question.answer}\.$", chain):
@@ -169,7 +173,7 @@ def kind(question: Question, chain: str) -> str | None:
 
 
 def report(results: Results) -> str:
-    """Accuracy by vote beside the paper's, in per cent; chains; distances; and the claims."""
+    """Accuracy by vote, the paper's and ours; kinds of chains; distances to the posterior; and the claims."""
     rows = []
     for cell, name in CELLS.items():
         found = results[cell]
@@ -180,13 +184,22 @@ def report(results: Results) -> str:
         row += ["0" if cell == "exact" else spread(found, key) for key in ("total_variation", "forward_kl")]
         rows.append([*row, " / ".join(f"{mean(r[k] for r in found):.3f}" for k in KINDS)])
     header = ("method", "paper: 3 / 4 / 5", "vote, 3 operands", "4", "5", "one answer, 4", "right chains", "TV", "KL")
-    text = (
-        "Target: the posterior p(z | x, y), unless the row says otherwise; guides read x only. Right answers in per "
-        f"cent, by majority vote of 10 on {QUESTIONS[4]:,} unseen questions of 4 operands ({QUESTIONS[3]} of 3 and "
-        f"{QUESTIONS[5]} of 5, one more than in training), and of single answers; the share of right answers whose "
-        f"chain is right, too; and, on {TRUTH} questions of 4 operands whose posterior is enumerated, the guide's "
-        f"distance to its target and the mass that it gives to {', '.join(KINDS.values())}. The exact posterior "
-        "knows y.\n\n"
+    text = opening(
+        QUESTION,
+        "Target: the posterior p(z | x, y) of the chain z, given the question x and the answer y; a row with *the "
+        "paper's target* aims at the paper's. Guides read x only; the exact posterior knows y. Data: 50 questions with "
+        f"chains (rationales), 1,000 with answers only, and unseen test questions: {QUESTIONS[3]} of 3 operands, "
+        f"{QUESTIONS[4]:,} of 4, and {QUESTIONS[5]} of 5, which is one more than in training. A calculator computes "
+        f"every step. The posterior is enumerated on {TRUTH} questions of 4 operands, for the last three columns.",
+        {
+            "paper: 3 / 4 / 5": "the paper's right votes in percent, for 3, 4 and 5 operands",
+            "vote, 3 operands, 4, 5": "right answers in percent by majority vote of 10 chains",
+            "one answer, 4": "right answers in percent of single chains, 4 operands",
+            "right chains": "share in percent of these right answers whose chain is right too",
+            "TV, KL": "total variation between target and guide, and KL(target, guide), nats",
+            "right / zeros / cancel": f"the guide's mass on {', '.join(KINDS.values())}; all of these end at the "
+            "answer",
+        },
     )
     return text + markdown((*header, "right / zeros / cancel"), rows) + "\n" + "".join(claims(results))
 
@@ -198,14 +211,14 @@ def claims(results: Results) -> list[str]:
     def average(cell: str, key: str) -> float:
         return mean(r[key] for r in results[cell])
 
-    names, said = {"sft": "SFT", "ppo": "PPO for the reward alone", "self_training": "self-training"}, []
+    names, said = {"sft": "SFT", "ppo": "PPO for the reward only", "self_training": "self-training"}, []
     for other, least in (("sft", 10), ("ppo", 10), ("self_training", 0)):
         for operands, margin in ((4, least), (5, 0)):
             d, half = ahead(other, operands)
-            because = f"It is ahead by {d:+.1f} ± {half:.1f} points (paired over seeds, 95%)."
+            because = f"The difference is {d:+.1f} ± {half:.1f} points (95% interval, paired over seeds)."
             there = 100 * average(other, f"vote {operands}")
             if there > 100 - margin:
-                because += f" There is no room: {names[other]} is right on {there:.1f}%."
+                because += f" There is little room: {names[other]} is right on {there:.1f}%."
             by = f" by {margin} points" if margin else ""
             said.append(
                 verdict(
@@ -220,10 +233,10 @@ def claims(results: Results) -> list[str]:
         verdict(
             "GFlowNet tuning samples from the posterior",
             distance <= 0.05,
-            f"Its total variation is {distance:.2f}. Right chains have {p[0]:.2f} of the posterior's mass and "
-            f"{q[0]:.2f} of the guide's; chains that are wrong about zeros only {p[1]:.2f} and {q[1]:.2f}; chains "
-            f"whose errors cancel {p[2]:.2f} and {q[2]:.2f}: which ones cancel, a guide that reads x can know only if "
-            "it works out the sum, which the calculator does for this language model.",
+            f"Its TV is {distance:.2f}. Right chains have {p[0]:.2f} of the posterior's mass and {q[0]:.2f} of the "
+            f"guide's, chains that are wrong about zeros only {p[1]:.2f} and {q[1]:.2f}, chains whose errors cancel "
+            f"{p[2]:.2f} and {q[2]:.2f}. To know which errors cancel, a guide that reads only x would have to compute "
+            "the sum itself, and this language model leaves that to the calculator.",
         )
     )
     return said

@@ -1,4 +1,4 @@
-"""Constrained generation, p(z|x) c(z): words to contain on unseen (prompt, word) pairs, a pattern, a classifier."""
+"""Constrained generation, p(z|x) c(z): a word that the text must contain, a pattern, a classifier."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lmppl.inference import Importance, Posterior
 from lmppl.models import constrained
 from lmppl.models.constrained import PATTERN, RECIPES, Constrained, next_sentence
 
-from .contrastive import HEADER, row
-from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
+from .contrastive import COLUMNS, HEADER, row
+from .study import Figures, Results, Study, markdown, mean_of, opening, spread, verdict
 from .targets import PARTICLES, enumerated, of_density, of_draws, programs, trained, untrained
 
 # cell: constraint, method, steps
@@ -43,7 +43,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def masked(task: Constrained, lm: Any, exact: Posterior, args: tuple[Any, ...]) -> Figures:
-    """The language model masked token by token; a mask knows no observation, so that each has its own."""
+    """The language model masked token by token, with a mask for each observation."""
     found = []
     for i in range(len(args[0])):
         one = tuple(given[i : i + 1] for given in args)
@@ -69,14 +69,19 @@ def truth_of(exact: Posterior, i: int) -> Posterior:
 
 
 def report(results: Results) -> str:
-    text = (
-        "The paper names these targets and has no numbers for them. *Lexical*: a story's next sentence "
-        "contains an object that training never asked for after this beginning. "
-        "*Regex*: the rest of a story matches a pattern. *Learned*: its next sentence is liked by a classifier; both "
-        "tested on unseen beginnings. The exact targets list every text of the "
-        "embedded grammar that can satisfy. For a hard condition the mass on the support is the share of texts that "
-        "satisfy it.\n"
-    )
+    text = opening(
+        "Can a trained guide draw texts of the language model that satisfy a condition c, in the language model's own "
+        "proportions?",
+        "Target: p(z|x) c(z), with three conditions. *Lexical*: the next sentence of a story contains a given object; "
+        "training never asked for this object after this beginning. *Regex*: the rest of the story matches a pattern. "
+        "*Learned*: a classifier likes the next sentence. The last two are tested on beginnings that no guide was "
+        "trained on. The targets are exact: every text of the embedded grammar that can satisfy the condition is "
+        "enumerated. *Evidence* is the mean of c(z) over texts of the language model. *Locally masked* is the language "
+        "model with a mask: at every step it forbids the tokens after which the condition cannot be met. The paper "
+        "names these targets and has no figures for them.",
+        COLUMNS | {"mass on the support": "probability that q gives to the texts that the target allows; under "
+        "*lexical* and *regex*, that its text satisfies the condition"},
+    ).rstrip("\n") + "\n"  # fmt: skip
     for constraint in constrained.CONSTRAINTS:
         sampling = results[f"{constraint}-sampling"]
         rows = [row("GFlowNet", results[f"{constraint}-GFlowNet"])]
@@ -94,19 +99,20 @@ def report(results: Results) -> str:
         + verdict(
             "the trained guide samples the constrained posterior on unseen observations",
             max(worst.values()) <= 0.05,
-            f"Its largest total variation over seeds (asked: 0.05): {told}.",
+            f"Its largest TV of a seed (at most 0.05 was asked): {told}.",
         )
         + verdict(
             "maximising the reward loses diversity",
             max(kept) < 0.5,
-            f"On the texts that satisfy, PPO's guide is worth {spread(ppo, 'perplexity', 1)} of them, the target "
-            f"{spread(ppo, 'target_perplexity', 1)}; {spread(ppo, 'inside')} of its mass satisfies.",
+            f"Among the texts that satisfy the lexical condition, PPO's guide has {spread(ppo, 'perplexity', 1)} "
+            f"effective texts, the target {spread(ppo, 'target_perplexity', 1)}. {spread(ppo, 'inside')} of PPO's mass "
+            "satisfies the condition.",
         )
         + verdict(
             "masking tokens is not conditioning",
             min(f["tv"] for f in local) > 0.05,
-            "Masked by the pattern, the language model always satisfies, at a total variation of "
-            f"{spread(local, 'tv')}; for one word at a sentence's end there is little to plan, see its row.",
+            "Masked by the pattern, the language model always satisfies the condition, but its TV is "
+            f"{spread(local, 'tv')}. The lexical condition is easier: it concerns one word at the end of a sentence.",
         )
     )
 

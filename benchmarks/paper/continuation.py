@@ -1,4 +1,4 @@
-"""Tempered continuation against the usual decoding: likelihood under the base language model, against diversity."""
+"""Tempered continuation compared with the usual decoding methods, by likelihood and by diversity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmppl.inference import Enumeration, Posterior
 from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, continuation, decoding, measures
 
-from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .study import Figures, Results, Study, markdown, opening, paired, spread, verdict
 from .targets import power
 
 TEMPERATURES = (0.95, 0.9, 0.85, 0.8, 0.5, 0.25)  # the paper's four and two colder ones
@@ -29,23 +29,27 @@ STEPS, STEPS_GIVEN_T = 150, 300
 MASS, SHORT_MASS = 0.998, 0.9  # of the language model that is enumerated
 FAR = 3.0  # nats below the best: in the table, not in the picture
 GUIDE, GIVEN_T, EXACT, BY_TOKEN = "GFlowNet", "GFlowNet given T", "exact target", "token temperature"
+QUESTION = (
+    "Are sentences drawn from the tempered distribution p(z|x)^(1/T) more likely and more diverse than those of the "
+    "usual decoding methods?"
+)
 
 
 @lru_cache(1)
 def enumerated(prompts: int) -> Posterior:
-    """The language model's own continuations of the first test prompts, with their probabilities."""
+    """The language model's continuations of the first test prompts, with their probabilities."""
     experiment = continuation.experiment(temperature=1.0)
     x, one = (a[:prompts] for a in experiment.test)
     return Enumeration(experiment.model, mass=MASS if prompts == continuation.TEST_PROMPTS else SHORT_MASS).run(x, one)
 
 
 def target(temperature: float, prompts: int) -> Posterior:
-    """p(z|x)^(1/T), exact: the same texts with other weights."""
+    """The exact target p(z|x)^(1/T): the same texts with other weights."""
     return power(enumerated(prompts), temperature)
 
 
 def measure(e: Experiment, x: Tensor, family: str, setting: str, z: Tensor) -> Figures:
-    """A row: texts z (n, B, E) for the prompts x."""
+    """A row of the table: measures of the texts z (n, B, E) for the prompts x."""
     log_p = decoding.log_likelihood(e.lm, x, z, **LIMIT)
     distance = measures.edit_distance(z)
     return {
@@ -56,7 +60,7 @@ def measure(e: Experiment, x: Tensor, family: str, setting: str, z: Tensor) -> F
 
 
 def usual(e: Experiment, x: Tensor, n: int) -> list[Figures]:
-    """The usual decoding methods."""
+    """Rows of the usual decoding methods."""
 
     def generated(family: str, setting: str = "", **options: Any) -> Figures:
         return measure(e, x, family, setting, decoding.generate(e.lm, x, n, **LIMIT, **options))
@@ -70,7 +74,7 @@ def usual(e: Experiment, x: Tensor, n: int) -> list[Figures]:
 
 
 def guided(e: Experiment, x: Tensor, temperature: float, n: int, family: str) -> Figures:
-    """A trained guide at one temperature: its texts, and the distance of its density from the target."""
+    """The row of a trained guide at one temperature, with the distance of its distribution from the target."""
     args = x, torch.full((len(x),), temperature)
     exact = target(temperature, len(x))
     z = e.gflownet().run(*args, num_particles=n).samples["z"]
@@ -79,7 +83,7 @@ def guided(e: Experiment, x: Tensor, temperature: float, n: int, family: str) ->
 
 
 def reference(e: Experiment, x: Tensor, temperature: float, n: int) -> Figures:
-    """The exact target at one temperature, and how far two densities without training are from it."""
+    """The row of the exact target at one temperature, and the distances of two untrained distributions from it."""
     exact = target(temperature, len(x))
 
     def by_token(x: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def reference(e: Experiment, x: Tensor, temperature: float, n: int) -> Figures:
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Texts for unseen prompts by the usual decoding, or by guides trained for one temperature, or for all."""
+    """Texts for unseen prompts by the usual decoding, by a guide for one temperature, or by a guide for all."""
     prompts, n = (2, 8) if short else (continuation.TEST_PROMPTS, DRAWS)
     temperature = TEMPERATURES if cell == GIVEN_T else float(cell.removeprefix("T=")) if cell != "decoding" else 1.0
     e = continuation.experiment(temperature=temperature, seed=seed)
@@ -118,7 +122,7 @@ Rows = dict[tuple[str, str], list[Figures]]  # by family and setting, one a seed
 
 
 def gathered(results: Results) -> Rows:
-    """Every cell's rows, the usual decoding first."""
+    """The rows of every cell, the usual decoding first."""
     rows: Rows = {}
     for runs in results.values():
         for found in runs:
@@ -129,9 +133,9 @@ def gathered(results: Results) -> Rows:
 
 
 def diversity_at(curve: Sequence[Figures], log_likelihood: float) -> float | None:
-    """How different the guides' texts are at this likelihood, between two temperatures linearly.
+    """The edit distance of the guides' texts at this likelihood, interpolated linearly between two temperatures.
 
-    Below the likelihood of all of them it is the most diverse one's, which is then ahead in both; above, None.
+    Below the likelihood of all guides: the largest edit distance of a guide, which is then ahead in both.  Above: None.
     """
     points = sorted((r["log_likelihood"], r["distance"]) for r in curve)
     if log_likelihood > points[-1][0]:
@@ -143,8 +147,16 @@ def diversity_at(curve: Sequence[Figures], log_likelihood: float) -> float | Non
     return low + (high - low) * (log_likelihood - a) / (b - a)
 
 
+WORDS = {  # of `versus`, in the verdict
+    "behind": "Less diverse than the guides",
+    "ahead": "More diverse than the guides",
+    "even": "No difference at 95%",
+    "beyond": "More likely than every guide, so not comparable",
+}
+
+
 def versus(rows: Rows) -> dict[str, list[str]]:
-    """Each usual setting against the guides at equal likelihood: "behind", "ahead", "even" or "beyond" them."""
+    """Each decoding method compared with the guides at equal likelihood: "behind", "ahead", "even" or "beyond"."""
     guides = [runs for (family, _), runs in rows.items() if family == GUIDE]
     found: dict[str, list[str]] = {"behind": [], "ahead": [], "even": [], "beyond": []}
     for (family, setting), runs in rows.items():
@@ -163,14 +175,15 @@ def versus(rows: Rows) -> dict[str, list[str]]:
 def claims(rows: Rows) -> str:
     """The paper's claims, each with what was found."""
     found = versus(rows)
-    listed = "; ".join(f"{word}: {', '.join(names)}" for word, names in found.items() if names)
+    listed = ". ".join(f"{WORDS[word]}: {'; '.join(names)}" for word, names in found.items() if names)
     text = verdict(
         "at equal likelihood the GFlowNet's texts are more diverse than those of the usual decoding",
         not found["ahead"] and not found["even"] and bool(found["behind"]),
-        f"By edit distance, against the guides of all temperatures (beyond: more likely than any guide's; to what is "
-        f"less likely than any, the widest is compared): {listed}.",
+        "Diversity is the edit distance. Each decoding method is compared with the guides at its own likelihood, "
+        "interpolated between their temperatures; one that is less likely than all guides is compared with the most "
+        f"diverse guide. {listed}.",
     )
-    for key, words in (("log_likelihood", "on average"), ("best", "in the best of a prompt's texts")):
+    for key, which in (("log_likelihood", "on average"), ("best", "for the best text of a prompt")):
         ahead, said = [], []
         for t in TEMPERATURES:
             ours, theirs = (rows[family, f"T = {t:g}"] for family in (GUIDE, BY_TOKEN))
@@ -178,23 +191,35 @@ def claims(rows: Rows) -> str:
             ahead.append(difference > half)
             said.append(f"{difference:+.2f} ± {half:.2f} at {t:g}")
         text += verdict(
-            f"a tempered sequence is more likely than one of tempered tokens at the same T, {words}",
-            all(ahead), f"{sum(ahead)} of {len(ahead)} temperatures; nats, with 95% intervals: {', '.join(said)}.",
+            f"at the same T, GFlowNet texts are more likely than those of token temperature, {which}",
+            all(ahead), f"They are at {sum(ahead)} of {len(ahead)} temperatures. Differences in nats, with 95% "
+            f"intervals: {', '.join(said)}.",
         )  # fmt: skip
     worst = max(mean(r["tv"] for r in runs) for (family, _), runs in rows.items() if family == GUIDE)
     return text + verdict(
-        "the guides sample the tempered sequences (not the paper's words; it has no truth to compare with)",
+        "the guides for one temperature sample the target (TV at most 0.1; the paper has no exact target)",
         worst <= 0.1,
-        f"The largest total variation of a guide of its own is {worst:.3f} (asked for here: 0.1).",
+        f"The largest TV of such a guide is {worst:.3f}.",
     )
 
 
 def report(results: Results) -> str:
     rows = gathered(results)
-    text = (
-        "Target: p(z|x)^(1/T), in either setting. The next sentence after unseen beginnings; every log-likelihood is "
-        f"the base model's, whoever wrote the text; {DRAWS} texts a prompt, *best* the most likely of them; TV is the "
-        "density's, to the enumerated target. The paper's figures are a plot, of another model and other prompts.\n\n"
+    text = opening(
+        QUESTION,
+        "Target: p(z|x)^(1/T), the next sentence z after a beginning x; the paper's setting is the same. Data: "
+        f"{continuation.TEST_PROMPTS} beginnings that no guide was trained on, {DRAWS} texts each. *{GUIDE}*: one "
+        f"guide for each temperature. *{GIVEN_T}*: one guide that reads the temperature. The paper shows its figures "
+        "in a plot, for another model and other prompts.",
+        {
+            "setting": "the option of the decoding method, or the temperature of the target",
+            "log p(z given x)": "log-probability of the texts under the base model, nats, mean over draws, whatever "
+            "method wrote them",
+            "best": f"the same, for the most likely of a prompt's {DRAWS} texts",
+            "distinct": "share of different texts among those of a prompt",
+            "edit distance": "mean distance in tokens between two texts of a prompt, from 0 (equal) to 1",
+            "TV": "total variation between the method's distribution and the enumerated target, mean over prompts",
+        },
     )
     header = ("method", "setting", "log p(z given x)", "best", "distinct", "edit distance", "TV")
     text += markdown(
@@ -205,8 +230,9 @@ def report(results: Results) -> str:
             for (family, setting), runs in rows.items()
         ],
     )  # fmt: skip
-    text += "\nTotal variation to the target:\n\n" + markdown(
-        ("target", "the LM itself", "token temperature T", GUIDE, GIVEN_T),
+    text += "\nTotal variation to the target at each temperature; the first two columns need no training:\n\n"
+    text += markdown(
+        ("target", "the language model itself", "token temperature T", GUIDE, GIVEN_T),
         [
             (s, spread(rows[EXACT, s], "lm_tv"), spread(rows[EXACT, s], "token_temperature_tv"),
              spread(rows[GUIDE, s], "tv"), spread(rows[GIVEN_T, s], "tv"))

@@ -1,4 +1,4 @@
-"""Infilling: the paper's measures of middles, beside the exact posterior."""
+"""Infilling: the paper's measures of middle sentences, compared with the exact posterior."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from lmppl.inference.judging.quality import density_quality
 from lmppl.models import Experiment, Infilling, infilling, measures
 from lmppl.models.experiment import TEST_OBSERVATIONS
 
-from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .study import Figures, Results, Study, markdown, opening, paired, spread, verdict
 from .targets import enumerated, power
 
 DRAWS = 64  # middles a story
 SHOTS = 3
 STEPS = 500
-# Supervised: as many texts a step as the GFlowNet draws; the steps and rate of the best validation likelihood.
+# Supervised: as many texts per step as the GFlowNet draws; steps and rate by validation likelihood.
 TOLD_STEPS, TOLD_RATE, TOLD_BATCH = 500, 1e-3, 128
 GUIDE, TEMPERED, TOLD, ASKED, PRIOR, EXACT = (
     "GFlowNet", "GFlowNet, paper's setting", "supervised", "prompting", "language model", "exact posterior",
 )  # fmt: skip
 CELLS = (PRIOR, ASKED, TOLD, GUIDE, TEMPERED, EXACT)
+QUESTION = "Can a trained guide draw the missing middle of a story, given its beginning and its end?"
 
 
 def truth(stories: int, temperature: float = 1.0) -> Enumerated:
-    """The exact target p(z|x, y)^(1/T): the posterior's texts with other weights."""
+    """The exact target p(z|x, y)^(1/T): the texts of the posterior, with other weights."""
     return power(enumerated("infilling", stories), temperature)
 
 
 def told(e: Experiment, seed: int) -> Callable[[int], tuple[Any, ...]]:
-    """Batches (x, y, {"z": the middle that was told})."""
+    """Batches (x, y, {"z": the middle of the story in the corpus})."""
     stories = embedded.data("stories", "train")
     x, y, z = (e.lm.encode([getattr(s, part) for s in stories]) for part in "xyz")
 
@@ -51,7 +52,7 @@ def told(e: Experiment, seed: int) -> Callable[[int], tuple[Any, ...]]:
 
 
 def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program, int]:
-    """The program of a method, trained where it is one that trains; the tokens that took."""
+    """The program of a method, after training if the method trains, and the tokens that training took."""
     if cell == PRIOR:
 
         def prior(x: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def answering(cell: str, e: Experiment, seed: int, short: bool) -> tuple[Program
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Middles of unseen stories by one method, measured."""
+    """Draw middles of unseen stories by one method and measure them."""
     stories = 4 if short else TEST_OBSERVATIONS
     e = infilling.experiment(seed=seed, setting="paper" if cell == TEMPERED else "posterior")
     args = tuple(a[:stories] for a in e.test)
@@ -93,7 +94,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def measured(e: Experiment, args: tuple[Tensor, ...], z: Tensor) -> Figures:
-    """The paper's measures of middles z (n, B, E) beside the ones that were told."""
+    """The paper's measures of middles z (n, B, E), compared with the middles of the corpus."""
     x, y = args
     candidates = [s for row in e.lm.decode(z) for s in row]
     references = [s.z for s in embedded.data("stories", "test")[: len(x)]] * len(z)
@@ -107,7 +108,7 @@ def measured(e: Experiment, args: tuple[Tensor, ...], z: Tensor) -> Figures:
 
 
 def resemblance(lm: LanguageModel, candidates: list[str], references: list[str]) -> float:
-    """The mean BERTScore; what is no text of the vocabulary (two words without a space) counts as another story's."""
+    """The mean BERTScore; a draw with two words and no space between them counts as another story's middle."""
     pairs = [pair for pair in zip(candidates, references, strict=True) if spelled(lm, pair[0])]
     return float(measures.bert_score(*map(list, zip(*pairs, strict=True)), *encoder()).sum()) / len(candidates)
 
@@ -122,9 +123,9 @@ def spelled(lm: LanguageModel, string: str) -> bool:
 
 @lru_cache(1)
 def encoder() -> tuple[measures.Encoder, float]:
-    """The story language model's own hidden states, since no other encoder that ships here knows its vocabulary.
+    """The story language model's hidden states, and the score of middles of different stories, to rescale by.
 
-    With the score of middles of different stories, to rescale by.
+    No other encoder of the package knows its vocabulary.
     """
     states = measures.hidden_states(embedded.path("stories"))
     told = [s.z for s in embedded.data("stories", "validation")]
@@ -136,12 +137,24 @@ def _between(a: Enumerated, b: Enumerated) -> Tensor:
 
 
 def report(results: Results) -> str:
-    text = (
-        f"Targets: the posterior p(z|x, y), and for *{TEMPERED}* its power 1 / {infilling.PAPER_TEMPERATURE:g}. "
-        f"{TEST_OBSERVATIONS} unseen stories, {DRAWS} middles of each. BLEU-4 and GLEU-4 are of all middles "
-        "against the ones that were told, BERTScore with the story language model's hidden states, rescaled so that 0 "
-        "is another story's middle; log p(x z y) is the story's under the base model; TV the density's. The paper's "
-        "figures (its Table 2) are of another model and other stories: only the order can be held against them.\n\n"
+    text = opening(
+        QUESTION,
+        "Target: the posterior p(z|x, y) of the middle z, given the beginning x and the end y. "
+        f"*{TEMPERED}* aims at this posterior to the power 1 / {infilling.PAPER_TEMPERATURE:g}. Data: "
+        f"{TEST_OBSERVATIONS} stories that no method was trained on; each method draws {DRAWS} middles for each story. "
+        "The paper's figures (its Table 2) are for another model and other stories, so only the order of the methods "
+        "can be compared with it.",
+        {
+            "TV to the posterior": "total variation between the method's distribution and the posterior, computed "
+            "exactly, mean over stories; 0 is best, 1 is worst",
+            "TV to its power": f"the same, to the posterior to the power 1 / {infilling.PAPER_TEMPERATURE:g}",
+            "BLEU-4, GLEU-4": "overlap of words between the draws and the story's own middle; larger is closer",
+            "BERTScore": "similarity to the story's own middle by hidden states of the story language model, scaled so "
+            "that 0 is the middle of another story and 1 the same text",
+            "log p(x z y)": "log-probability of the whole story under the base model, nats, mean over draws",
+            "distinct": "share of different texts among the draws for a story",
+            "tokens to train": "tokens that the network read during training",
+        },
     )
     text += markdown(
         ("method", "TV to the posterior", "TV to its power", "BLEU-4", "GLEU-4", "BERTScore", "log p(x z y)",
@@ -168,14 +181,16 @@ def claims(results: Results) -> str:
     for theirs in (ASKED, TOLD):
         for name, key in (("BLEU-4", "bleu"), ("GLEU-4", "gleu"), ("BERTScore", "bert")):
             seen, said = ahead(results, GUIDE, theirs, key)
-            top = f"exact posterior draws {spread(results[EXACT], key)}"
-            text += verdict(f"GFlowNet ahead of {theirs} in {name}", seen, f"{said}, 95% interval over seeds; {top}.")
+            top = f"Draws of the exact posterior have {spread(results[EXACT], key)}"
+            because = f"The difference is {said} (95% interval over seeds). {top}."
+            text += verdict(f"the GFlowNet is ahead of {theirs} in {name}", seen, because)
     seen, said = ahead(results, GUIDE, TOLD, "tv", -1)
-    text += verdict("the GFlowNet is nearer to the posterior than supervision on told stories", seen, f"TV {said}.")
+    because = f"The difference in TV is {said} (95% interval over seeds)."
+    text += verdict("the GFlowNet is closer to the posterior than supervised fine-tuning", seen, because)
     worst = max(r["tv"] for r in results[GUIDE])
     return text + verdict(
         "the GFlowNet samples the posterior of unseen stories (TV at most 0.05)", worst <= 0.05,
-        f"{spread(results[GUIDE], 'tv')}, the worst seed {worst:.3f}.",
+        f"TV is {spread(results[GUIDE], 'tv')}, at the worst seed {worst:.3f}.",
     )  # fmt: skip
 
 

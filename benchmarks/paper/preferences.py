@@ -1,7 +1,7 @@
-"""Preferences as a distribution: texts for people who disagree, beside the exact mixture over the kinds of people.
+"""Preferences as a distribution: texts for people who disagree, compared with the exact mixture over kinds of people.
 
-Not an experiment of the paper.  The claims are this package's own, written down after a pilot on seed 100; the rows of
-a utility for every sort of text, and what is said of them, came after all seeds had run.
+Not an experiment of the paper.  The claims are our own.  They were written down after a pilot on seed 100.  The rows
+with a utility for every sort of text, and what is said about them, came after all seeds had run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lmppl.models.constrained import beginnings, next_sentence
 from lmppl.models.preferences import GROUPS, KINDS, RECIPE, TOLD, People, choices, experiment, flat, infer, pooled
 from lmppl.models.programs.preferences import features
 
-from .study import Figures, Results, Study, markdown, spread, verdict
+from .study import Figures, Results, Study, markdown, meanings, opening, spread, verdict
 from .targets import perplexity, ppo, programs
 
 EXACT, GFLOWNET, POOLED = "exact", "GFlowNet for each taste", "GFlowNet, one utility"
@@ -36,13 +36,19 @@ SORTS, OF_MIXTURE = "utility of every sort, exact", "utility of every sort, from
 TILTS = [0.25 * n for n in range(65)]  # powers of e^u
 STEPS = {GFLOWNET: 300, POOLED: 200, MATCHED: 150, REWARD: 150, DPO: 120}
 DPO_RATE = 1e-3  # 120 steps of 32 choices, nine passes; chosen of 40 and 120 on seed 100
-SELDOM = 1e-3  # tastes of less probability are left out of a guide's mixture
+SELDOM = 1e-3  # tastes with a smaller probability are left out of a guide's mixture
 THINGS = ("food", "toys", "other")
-DRAWS = 10  # texts among which somebody looks for one
+DRAWS = 10  # texts among which a person looks for one
+FOUND = (  # in the first lines of docs/results.md
+    "TV to the exact mixture over people: {preferences_tv} for a guide that is told the taste, {preferences_one} for "
+    "one utility fitted to all choices, {preferences_power} for the power of it that is closest. Share of texts for "
+    "the smallest kind: {preferences_minority} in the mixture, {preferences_tv_minority}, {preferences_one_minority} "
+    "and {preferences_power_minority} in these ({preferences_seeds} seeds)"
+)
 
 
 class World(NamedTuple):
-    """All texts after the test prompts, and what everyone thinks of them."""
+    """All texts after the test prompts, and the utilities of the kinds of people."""
 
     people: People
     x: Tensor  # (B, L) test prompts
@@ -66,7 +72,7 @@ class World(NamedTuple):
         return self.phi @ w
 
     def figures(self, q: Tensor) -> Figures:
-        """What there is to say of a distribution over the texts, (K, B)."""
+        """Measures of a distribution over the texts, (K, B)."""
         utility = self.kinds()
         all_ = (utility == utility.amax(0)).double()  # (K, kinds)
         p, of_kind = self.log_p.exp(), all_.T @ q  # (kinds, B)
@@ -81,7 +87,7 @@ class World(NamedTuple):
 
 
 def sorts(phi: Tensor) -> Tensor:
-    """Which adjective and thing a text has, as one of their products: (..., F) to (..., adjectives * things)."""
+    """The pair of adjective and thing of a text, one-hot: (..., F) to (..., adjectives * things)."""
     adjectives, things = phi[..., : len(ADJECTIVES)], phi[..., len(ADJECTIVES) :]
     things = torch.cat([things, 1 - things.sum(-1, keepdim=True)], -1)
     return (adjectives[..., None] * things[..., None, :]).flatten(-2)
@@ -90,7 +96,7 @@ def sorts(phi: Tensor) -> Tensor:
 def preferred(q: Tensor, p: Tensor, utility: Tensor) -> Tensor:
     """The probability that each kind chooses a text of q rather than one of p, (kinds, B).
 
-    q and p (K, B), utility (K, kinds), of which a kind has few levels.
+    q and p have shape (K, B), utility (K, kinds); a kind has few different utilities.
     """
     found = []
     for u in utility.unbind(-1):
@@ -119,7 +125,7 @@ def density(task: Preferences, of: World, w: Tensor) -> Tensor:
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Train one method, and hold its density against the exact mixture."""
+    """Train one method, and compare its distribution with the exact mixture."""
     of, steps = world(2 if short else 8), 2 if short else STEPS.get(cell, 0)
     one = pooled(of.people.d, of.people.y)
     m, tastes = of.people.next_taste.double(), of.people.annotators.tastes
@@ -157,7 +163,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def utility_of_sorts() -> Tensor:
-    """The utility that all choices are most probable under where every sort of text has a number of its own."""
+    """The utility with a number for every sort of text under which all choices are most probable."""
     names, told = flat(GROUPS), choices()
     d = torch.stack([sorts(features(c.chosen, names)) - sorts(features(c.rejected, names)) for c in told])
     return pooled(d[None], torch.ones(1, len(told)))
@@ -173,13 +179,13 @@ def alike(words: Sequence[str]) -> float:
 
 
 def taste(tastes: Tensor, liked: Sequence[str]) -> int:
-    """The row of those who like this."""
+    """The row of the taste that likes exactly this."""
     asked = torch.tensor([name in liked for name in flat(GROUPS)])
     return int(((tastes > 0) == asked).all(-1).nonzero()[0, 0])
 
 
 def unaware(e: Experiment, one: Tensor) -> Experiment:
-    """The experiment of one utility for everyone: the guide reads the prompt alone."""
+    """The experiment with one utility for everyone: the guide reads only the prompt."""
     given = programs(e)
     task = Preferences(
         e.lm,
@@ -194,7 +200,7 @@ def unaware(e: Experiment, one: Tensor) -> Experiment:
 
 
 def methods(cell: str, e: Experiment) -> Trainer:
-    """The trainer of a cell of one utility."""
+    """The trainer of a cell with one utility."""
     if cell == POOLED:
         return e.gflownet()
     if cell == DPO:  # beta 1: its optimum is then that of the others
@@ -204,7 +210,7 @@ def methods(cell: str, e: Experiment) -> Trainer:
 
 
 def pairs(e: Experiment, one: Tensor, seed: int) -> Any:
-    """The observed choices in batches, in passes of an order of their own."""
+    """The observed choices in batches; every pass has its own order."""
     told = choices()
     x, best, other = (e.lm.encode([getattr(c, name) for c in told]) for name in ("prompt", "chosen", "rejected"))
     passes = e.recipe.passes(len(told), seed)
@@ -217,19 +223,19 @@ def pairs(e: Experiment, one: Tensor, seed: int) -> Any:
 
 
 def rows(results: Results) -> list[tuple[str, list[Figures]]]:
-    """Every row of the table and what its runs found."""
+    """The rows of the table: their names and the figures of each seed."""
     names = MIXTURE, PRIOR, FITTED, NEAREST, SORTS, MEAN, OF_MIXTURE
     exact = [(name, [r[name] for r in results[EXACT]]) for name in names]
     return exact[:1] + [(GFLOWNET, results[GFLOWNET])] + exact[1:] + [(c, results[c]) for c in CELLS[2:]]
 
 
 def report(results: Results) -> str:
-    """The table, and a sentence a claim."""
+    """The table and the claims."""
     exact = results[EXACT][0]
     shares = exact["shares"]
     liked = [" ".join(names) for _, names in KINDS]
     total = sum(count for count, _ in KINDS)
-    told = ", ".join(
+    shown = ", ".join(
         f"{like} {count / total:.2f} (posterior {s:.2f})"
         for (count, _), like, s in zip(KINDS, liked, shares, strict=True)
     )
@@ -244,65 +250,91 @@ def report(results: Results) -> str:
         ]  # fmt: skip
 
     header = ["method", "TV to the mixture", *(f"all of: {x}" for x in liked), *(f"chosen by: {x}" for x in liked)]
-    text = (
-        "Not an experiment of the paper ([preferences.md](preferences.md)). Forty annotators of three kinds chose "
-        "between two middles of stories, ten times each; who they are is inferred exactly. Kinds, and their shares: "
-        f"{told}. Wanted, after unseen beginnings, is the mixture of what each kind would have, weighted by the "
-        "posterior. *All of*: the share of texts that have all that a kind likes; *chosen by*: how often it takes a "
-        "text rather than one of the language model; *worth*: exp of the entropy, so many texts. All densities are "
-        "exact, over 2,304 texts, means over 8 prompts. *One utility* is the Bradley-Terry utility fitted to all "
-        "choices, a sum over properties "
-        f"({', '.join(f'{name} {w:.2f}' for name, w in zip(flat(GROUPS), exact['fitted'], strict=True))} nats); its "
-        "exact row is the optimum of GFlowNet and PPO with matched KL. *Nearest power*: that of e^u which comes "
-        f"nearest to the mixture, {exact[NEAREST]['tilt']:g}. *Every sort*: a number for each of nine sorts of text (an"
-        " adjective and food, toys or neither), fitted to the same choices, for DPO's utility need be no sum; "
-        f"the nearest of its powers is at {exact['sorts']['tv']:.3f}. *From the mixture*: log(mixture / language "
-        "model) of the sorts in its place. *Mean utility*: the posterior's mean.\n\n"
-        f"Recipes are not equal. Steps of {RECIPE.observations} prompts with {RECIPE.particles} draws: "
-        + ", ".join(f"{cell} {steps}" for cell, steps in STEPS.items() if cell != DPO)
-        + f". {DPO}: {STEPS[DPO]} steps of {RECIPE.observations} of the {len(choices())} choices, with a learning rate "
-        "of its own. Tokens are in the table. Steps, rates and claims were written down after a pilot on seed 100, and "
-        "before these seeds; the rows of *every sort* were added after them.\n\n"
+    fitted = ", ".join(f"{name} {w:.2f}" for name, w in zip(flat(GROUPS), exact["fitted"], strict=True))
+    described = {
+        GFLOWNET: "one guide that reads a taste; tastes are drawn from the posterior",
+        FITTED: f"the Bradley-Terry utility u fitted to all choices, a sum over properties ({fitted} nats). This row "
+        "is the optimum of the GFlowNet and of PPO with matched KL",
+        NEAREST: f"the power of e^u that is closest to the mixture, {exact[NEAREST]['tilt']:g}",
+        SORTS: "a number for each of nine sorts of text (an adjective, and food, toys or neither), fitted to the same "
+        f"choices, because DPO's utility need not be a sum. The closest of its powers has a TV of "
+        f"{exact['sorts']['tv']:.3f}",
+        OF_MIXTURE: "here the number of every sort is log(mixture / language model)",
+        MEAN: "the posterior mean of the kinds' utilities",
+    }
+    text = opening(
+        "If people disagree, can texts be drawn for every kind of person in proportion to its share?",
+        "This is not an experiment of the paper ([preferences.md](preferences.md)). Data: forty annotators of three "
+        "kinds, who chose ten times each between two middles of stories. Who they are is inferred exactly. The kinds "
+        f"and their shares: {shown}. Target: the mixture of the texts that each kind would have, weighted by the "
+        "posterior, after 8 beginnings that no guide was trained on. All distributions are exact, over 2,304 texts.\n\n"
+        f"Rows:\n\n{meanings(described)}\nColumns:",
+        {
+            "TV to the mixture": "total variation between the method's distribution and the target, mean over prompts",
+            "all of": "share of the texts that have everything that this kind likes",
+            "chosen by": "probability that this kind prefers a text of the method to one of the language model",
+            "effective texts": "exp of the entropy: as many equally probable texts have this entropy",
+            "training tokens": "tokens that the network read during training",
+        },
     )
-    text += markdown([*header, "worth", "training tokens"], [row(*r) for r in rows(results)]) + "\n"
+    text += (
+        "The methods have different recipes. Steps, each of "
+        f"{RECIPE.observations} prompts with {RECIPE.particles} draws: "
+        + "; ".join(f"{cell} {steps}" for cell, steps in STEPS.items() if cell != DPO)
+        + f". {DPO}: {STEPS[DPO]} steps, each of {RECIPE.observations} of the {len(choices())} choices, with its own "
+        "learning rate. Steps, learning rates and claims were written down after a pilot on seed 100 and before these "
+        "seeds ran. The rows *utility of every sort* were added after all seeds had run.\n\n"
+    )
+    text += markdown([*header, "effective texts", "training tokens"], [row(*r) for r in rows(results)]) + "\n"
     of_ten = ", ".join(
         f"{name} {average(r['found'][-1] for r in runs):.2f}"
         for name, runs in ((MIXTURE, [exact[MIXTURE]]), (GFLOWNET, results[GFLOWNET]), (FITTED, [exact[FITTED]]))
     )
-    text += f"Of {DRAWS} texts one or more has all that the smallest kind likes with probability: {of_ten}. "
     text += (
-        "The story language model's embeddings of the adjectives have cosines of {:.3f} and more, of the words that "
-        "the guide is told in their place {:.3f} and more.\n\n".format(*exact["alike"])
+        f"The probability that at least one of {DRAWS} texts has everything that the smallest kind likes: {of_ten}. "
+        "The smallest cosine between embeddings of adjectives in the story language model is {:.3f}; between those of "
+        "the words that the guide reads instead it is {:.3f}.\n\n".format(*exact["alike"])
     )
     worst = max(r["tv"] for r in results[GFLOWNET])
     minority = {c: max(r["kinds"][-1] for r in results[c]) for c in CELLS[2:]}
     wanted, nearest, optimum = exact[MIXTURE]["kinds"][-1], exact[NEAREST], exact[FITTED]["tv"]
     text += verdict(
         "the guide that is told the taste samples the mixture over people (TV at most 0.05)", worst <= 0.05,
-        f"Largest of a seed {worst:.3f}; of single tastes, by their shares, {spread(results[GFLOWNET], 'each')}; of "
-        f"the worst of all tastes {spread(results[GFLOWNET], 'worst')}.",
+        f"The largest TV of a seed is {worst:.3f}. For single tastes, weighted by their shares, it is "
+        f"{spread(results[GFLOWNET], 'each')}, for the worst of all tastes {spread(results[GFLOWNET], 'worst')}.",
     )  # fmt: skip
     text += verdict(
-        "one utility for all drops the minority (at most half of the texts that the mixture has for it)",
+        "one utility for all drops the smallest kind (at most half of the texts that the mixture has for it)",
         max(minority.values()) <= wanted / 2,
-        f"The mixture has {wanted:.3f}, the language model {exact[PRIOR]['kinds'][-1]:.3f}; "
-        + ", ".join(f"{c} {x:.2g}" for c, x in minority.items())
-        + " (the largest of a seed).",
+        f"The share of texts for it is {wanted:.3f} in the mixture and {exact[PRIOR]['kinds'][-1]:.3f} in the language "
+        "model. The largest of a seed: " + "; ".join(f"{c} {x:.2g}" for c, x in minority.items()) + ".",
     )
     exactly = {c: max(abs(r["tv"] - optimum) for r in results[c]) for c in (POOLED, MATCHED)}
     text += verdict(
-        "it is the utility and not the algorithm: GFlowNet and PPO with matched KL reach its optimum (TV to the "
+        "the reason is the utility, not the algorithm: GFlowNet and PPO with matched KL reach its optimum (TV to the "
         "mixture within 0.01), and no power of it is near the mixture (TV at least 0.1)",
         max(exactly.values()) <= 0.01 and nearest["tv"] >= 0.1,
-        f"The optimum is at {optimum:.3f}, they at "
-        + ", ".join(f"{spread(results[c], 'tv')}" for c in exactly)
-        + f"; the nearest power is at {nearest['tv']:.3f}, with {nearest['kinds'][-1]:.3f} for the minority.",
+        f"The TV of the optimum is {optimum:.3f}, of the two methods "
+        + " and ".join(f"{spread(results[c], 'tv')}" for c in exactly)
+        + f". The closest power has {nearest['tv']:.3f}, with {nearest['kinds'][-1]:.3f} for the smallest kind.",
     )
     return text
 
 
+def told(results: Results) -> dict[str, str]:
+    """The figures of `FOUND`."""
+    if not {EXACT, GFLOWNET} <= results.keys():
+        return {}
+    exact, runs = results[EXACT][0], results[GFLOWNET]
+    found = {"preferences_seeds": str(len(runs)), "preferences_minority": f"{exact[MIXTURE]['kinds'][-1]:.2f}"}
+    for name, of in (("tv", runs), ("one", [exact[FITTED]]), ("power", [exact[NEAREST]])):
+        found[f"preferences_{name}"] = f"{average(r['tv'] for r in of):.3f}"
+        found[f"preferences_{name}_minority"] = f"{average(r['kinds'][-1] for r in of):.2f}"
+    return found
+
+
 def plot(results: Results, path: Path) -> None:
-    """Mass of adjective and thing for each method, frames what a kind likes; below, all powers of one utility."""
+    """Mass by adjective and thing for each method, with frames around what a kind likes; all powers of one utility."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -330,11 +362,11 @@ def plot(results: Results, path: Path) -> None:
         axis.plot(powers, [f["kinds"][k] for f in swept], color=colour, label=f"all of: {' '.join(names)}")
         axis.axhline(exact[MIXTURE]["kinds"][k], color=colour, lw=0.8, ls="--")
     axis.set(xlabel="one utility for all: the power of e^u", ylabel="share of texts", xlim=(0, 8), ylim=(0, 1))
-    axis.set_title("dashed: what the mixture has for each kind", fontsize=8, loc="left")
+    axis.set_title("dashed: the share in the mixture", fontsize=8, loc="left")
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120)
 
 
-STUDY = Study("preferences", "Preferences: people who disagree", CELLS, run, report, plot, paired=False)
+STUDY = Study("preferences", "Preferences: people who disagree", CELLS, run, report, plot, paired=False, told=told)

@@ -1,11 +1,11 @@
-"""The random number (Hu et al. 2024, section 2): every method's distribution over 0..100 beside the target.
+"""The random number (Hu et al. 2024, section 2): every method's distribution over 0..100, compared with the target.
 
-All trained guides get the same number of steps and of draws a step, and the same adapter.  PPO's reward is the model's:
-with the matched KL its optimum is the target, without it any valid number is as good as any other and nothing keeps the
-spread.  Supervised fine-tuning is told the numbers that the language model draws and that are valid.  Importance
-sampling has no density; its weighted draws are its answer.  On unseen bounds a row of maximum likelihood, told exact
-uniform draws for the training pairs, says what the same guide learns from the answers themselves in as many steps, each
-of a quarter of the draws.
+All trained guides have the same adapter, the same number of steps, and the same number of draws per step.  PPO's reward
+is the model's.  With the matched KL its optimum is the target.  Without it all valid numbers are equally good, and
+nothing keeps the distribution wide.  Supervised fine-tuning learns from valid numbers that the language model drew.
+Importance sampling has no density: its weighted draws are measured instead.  On unseen bounds, the row of maximum
+likelihood shows what the same guide learns from exact uniform draws for the training pairs, in as many steps with a
+quarter of the draws.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lmppl.models import Experiment, RandomNumber
 from lmppl.models.programs.random_number import number_in, tensors
 from lmppl.models.random_number import BOUNDS_RECIPE, FIXED_RECIPE, experiment
 
-from .study import Figures, Results, Study, markdown, mean_of, spread, verdict
+from .study import Figures, Results, Study, markdown, mean_of, opening, spread, verdict
 from .targets import ppo
 
 GFLOWNET, VALID, BOUNDS = "GFlowNet", "GFlowNet, valid", "GFlowNet, unseen bounds"
@@ -41,7 +41,7 @@ SHORT: dict[str, Any] = {"steps": 15, "particles": 64}  # for tests
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Train one method and hold it against the exact target."""
+    """Train one method and compare it with the exact target."""
     unseen, target = cell in (BOUNDS, LIKELIHOOD), "valid" if cell == VALID else "uniform"
     recipe = BOUNDS_RECIPE if unseen else FIXED_RECIPE
     recipe = replace(recipe, observations=min(4, recipe.observations), **SHORT) if short else recipe
@@ -66,7 +66,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def train(cell: str, e: Experiment, seed: int) -> int:
-    """Train the guide by the method; the tokens that it took."""
+    """Train the guide by the method, and return how many tokens that took."""
     method: Trainer
     batches: Any = e.batches
     if cell in (MATCHED, REWARD):
@@ -98,19 +98,19 @@ def valid_draws(e: Experiment, count: int) -> Tensor:
 
 @torch.no_grad()
 def log_probs(base: LanguageModel, lm: LanguageModel, pair: Bounds) -> Tensor:
-    """The log-probability that a language model gives every valid number, (b - a + 1,)."""
+    """The log-probability that a language model gives to every valid number, (b - a + 1,)."""
     numbers = base.encode([f"{n}." for n in range(pair.a, pair.b + 1)])[:, None]
     return RandomNumber(base).completion(lm, *tensors([pair])).log_prob(numbers)[:, 0].double()
 
 
 def log_target(lm: LanguageModel, pair: Bounds, target: str) -> Tensor:
-    """The exact posterior of every valid number, (b - a + 1,)."""
+    """The exact log-probability of every valid number under the target, (b - a + 1,)."""
     log_p = log_probs(lm, lm, pair)
     return (log_p if target == "valid" else torch.zeros_like(log_p)).log_softmax(0)
 
 
 def divergences(log_p: Tensor, log_q: Tensor) -> Figures:
-    """KL(target || q), nats, null where infinite; KL(q(. | valid) || target); the share of q that is valid."""
+    """KL(target || q), nats, None if infinite; KL(q(. | valid) || target); the mass of q on valid numbers."""
     among = log_q.log_softmax(0)
     reverse = torch.where(among > -torch.inf, among.exp() * (among - log_p), 0.0).sum()
     forward = (log_p.exp() * (log_p - log_q)).sum().item()
@@ -121,8 +121,22 @@ def divergences(log_p: Tensor, log_q: Tensor) -> Figures:
     }
 
 
+QUESTION = "Can a language model be tuned to draw random numbers from a given distribution?"
+SETTING = (
+    "A prompt asks for a random integer between two bounds. An answer is valid if it is a number between them, written "
+    "without leading zeros."
+)
+COLUMNS = {
+    "KL(target‖q)": "Kullback-Leibler divergence between the target and the method's distribution q, nats, exact; "
+    "infinite if q gives no mass to some valid number",
+    "KL(q(·|valid)‖target)": "the divergence in the other direction, for q restricted to valid answers, nats",
+    "valid": "mass of q on valid answers",
+    "training tokens": "tokens that the network read during training",
+}
+
+
 def report(results: Results) -> str:
-    """The table, and a sentence a claim."""
+    """The tables and the claims."""
 
     def rows(cells: tuple[str, ...]) -> list[list[str]]:
         return [
@@ -140,9 +154,14 @@ def report(results: Results) -> str:
     paper = [["the paper's language model", "3.37", "", "", ""], ["the paper's GFlowNet", "0.0000975", "", "", ""]]
     optimum = [["exact optimum", "0", "0", "100%", ""]]
     uniform = (PRIOR, GFLOWNET, MATCHED, REWARD, SUPERVISED, WEIGHTED)
-    text = "Target: uniform on 0..100; KL in nats, exact.\n\n" + markdown(header, paper + rows(uniform) + optimum)
-    text += "\nTarget: the language model conditioned on validity.\n\n" + markdown(header, rows((VALID,)) + optimum)
-    text += "\nTarget: uniform between bounds that no training prompt had; means over 16 test pairs.\n\n"
+    text = opening(QUESTION, f"{SETTING} The importance sampler has {DRAWS:,} weighted draws.", COLUMNS)
+    text += "The target of the first table is uniform on 0..100:\n\n" + markdown(
+        header, paper + rows(uniform) + optimum
+    )
+    text += "\nThe target is the language model conditioned on validity:\n\n" + markdown(
+        header, rows((VALID,)) + optimum
+    )
+    text += "\nThe target is uniform between two bounds; means over 16 pairs of bounds that no training prompt had:\n\n"
     text += markdown(header, rows((BOUNDS, LIKELIHOOD)) + optimum) + "\n"
 
     def worst(cell: str, key: str = "forward") -> float:
@@ -153,30 +172,31 @@ def report(results: Results) -> str:
 
     prior, far = worst(PRIOR), mean(r["reverse"] for r in results[REWARD])
     text += verdict(
-        "The language model's numbers are far from uniform (KL 3.37)", prior > 1,
-        f"Here {prior:.2f}, by the corpus's design.",
+        "the language model's numbers are far from uniform (the paper: KL 3.37)", prior > 1,
+        f"The KL is {prior:.2f}; the corpus was designed so.",
     )  # fmt: skip
     text += verdict(
-        "After GFlowNet tuning the KL is 9.75e-5 (here: at most 1e-4, and 99.5% valid, for every seed)",
+        "after GFlowNet tuning the KL is at most 1e-4 and 99.5% is valid, for every seed (the paper: KL 9.75e-5)",
         worst(GFLOWNET) <= 1e-4 and least(GFLOWNET) >= 0.995,
-        f"Largest KL {worst(GFLOWNET):.1e}, least valid {100 * least(GFLOWNET):.3f}%.",
+        f"The largest KL of a seed is {worst(GFLOWNET):.1e}, the smallest valid mass {100 * least(GFLOWNET):.3f}%.",
     )  # fmt: skip
     text += verdict(
-        "PPO learns to be valid and stays skewed", least(REWARD) > 0.95 and far > 0.5,
-        f"For the reward alone {100 * least(REWARD):.2f}% valid or more, among the valid a KL of {far:.2f}; "
-        f"with the KL penalty that matches the target it is {worst(MATCHED):.2g} at most.",
+        "PPO for the reward only learns to be valid and stays far from uniform", least(REWARD) > 0.95 and far > 0.5,
+        f"At least {100 * least(REWARD):.2f}% is valid, and the KL of the valid answers is {far:.2f}. With the matched "
+        f"KL penalty, KL(target‖q) is at most {worst(MATCHED):.2g}.",
     )  # fmt: skip
     text += verdict(
-        "It carries over to unseen bounds (ours: KL at most 0.01, and 99.5% valid)",
+        "the GFlowNet generalises to unseen bounds (our claim: KL at most 0.01 and 99.5% valid)",
         worst(BOUNDS) <= 0.01 and least(BOUNDS) >= 0.995,
-        f"Largest mean KL of a seed {worst(BOUNDS):.4f}, least valid {100 * least(BOUNDS):.2f}%; maximum likelihood on "
-        f"exact draws in as many steps, with a quarter of the draws: {worst(LIKELIHOOD):.4f}.",
+        f"The largest mean KL of a seed is {worst(BOUNDS):.4f}, the smallest valid mass {100 * least(BOUNDS):.2f}%. "
+        f"Maximum likelihood on exact draws, with as many steps and a quarter of the draws, has "
+        f"{worst(LIKELIHOOD):.4f}.",
     )  # fmt: skip
     return text
 
 
 def plot(results: Results, path: Path) -> None:
-    """A row of bars a method, of its first seed: the probability of every number; the line is uniform."""
+    """The probability of every number for each method, first seed; the line is the uniform distribution."""
     from matplotlib.figure import Figure
 
     cells = [cell for cell, runs in results.items() if "q" in runs[0]]

@@ -1,6 +1,6 @@
-"""Runs the units of studies that no file has yet, and writes the page of those that have one.
+"""Runs the units of work that have no file yet, and writes a page from the units that have one.
 
-Every unit of work (a study's cell and a seed) is one JSON file; the same command goes on where an interrupted one was.
+Every unit of work (a study's cell and a seed) is one JSON file. The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lmppl import files
 
 from .study import Figures, Headline, Results, Study, Told, markdown
 
-Kept = dict[tuple[str, int], Figures]  # the file of a cell and a seed
+Kept = dict[tuple[str, int], Figures]  # the content of the file of a cell and a seed
 
 
 def path_of(study: Study, cell: str, seed: int, runs: Path) -> Path:
@@ -29,7 +29,7 @@ def path_of(study: Study, cell: str, seed: int, runs: Path) -> Path:
 
 
 def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Sequence[Any]) -> str:
-    """Run one cell of a package's study with one seed and keep what it found."""
+    """Run one cell of a package's study with one seed, and write its figures to a file."""
     import torch
     import transformers
 
@@ -48,7 +48,7 @@ def unit(package: str, name: str, cell: str, seed: int, runs: Path, given: Seque
 
 
 def kept_of(study: Study, seeds: int, runs: Path) -> Kept:
-    """The files of a study that are there."""
+    """The contents of a study's files, as far as they exist."""
     return {
         (cell, seed): json.loads(path.read_text())
         for cell in study.cells
@@ -58,23 +58,24 @@ def kept_of(study: Study, seeds: int, runs: Path) -> Kept:
 
 
 def section(study: Study, kept: Kept, seeds: int) -> tuple[str, Results]:
-    """What a study's figures rest on, and the figures that its report gets."""
+    """A sentence on how many seeds have run, and the figures that the study's report gets."""
     of = {cell: [seed for seed in range(seeds) if (cell, seed) in kept] for cell in study.cells}
-    if study.paired:  # a seed that lacks a cell waits
+    if study.paired:  # a seed without all cells is left out
         complete = [seed for seed in range(seeds) if all((cell, seed) in kept for cell in study.cells)]
-        text = f"Not complete: {len(complete)} of {seeds} seeds.\n\n" if len(complete) < seeds else ""
+        text = f"Not complete: {len(complete)} of {seeds} seeds have run.\n\n" if len(complete) < seeds else ""
         of = dict.fromkeys(study.cells, complete)
     elif all(len(there) == seeds for there in of.values()):
         text = f"{seeds} seeds.\n\n"
     else:
-        text = "Not complete: " + ", ".join(f"{cell} {len(there)}" for cell, there in of.items())
-        text += f" of {seeds} seeds.\n\n"
+        counts = {len(there) for there in of.values()}
+        which = counts.pop() if len(counts) == 1 else "; ".join(f"{cell} {len(there)}" for cell, there in of.items())
+        text = f"Not complete. Seeds that have run, of {seeds}: {which}.\n\n"
     found = {cell: [kept[cell, seed]["found"] | {"seed": seed} for seed in there] for cell, there in of.items()}
     return text, {cell: runs for cell, runs in found.items() if runs}
 
 
 def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: Path) -> None:
-    """Write the page from the files that are there."""
+    """Write the page from the files that exist."""
     sections, headlines, seconds, known, told = [], [], 0.0, {}, Told()
     for study in studies:
         kept = kept_of(study, seeds, runs)
@@ -98,7 +99,7 @@ def page(studies: Sequence[Study], preamble: str, seeds: int, runs: Path, out: P
 
 
 def claims(sections: Sequence[str]) -> str:
-    """Which claims were seen, as one table: a row for each section that has a `study.verdict`."""
+    """A table of which claims were seen, with a row for each section that has a `study.verdict`."""
     rows = []
     for text in sections:
         title = text.partition("\n")[0].removeprefix("## ")
@@ -110,7 +111,7 @@ def claims(sections: Sequence[str]) -> str:
 
 
 def first_table(headlines: Sequence[tuple[Study, Headline]]) -> str:
-    """The headlines of studies as one table."""
+    """A table of the headlines of studies."""
     rows = [
         (study.title.partition(":")[0], measured, paper, here, str(seeds))
         for study, headline in headlines
@@ -120,7 +121,7 @@ def first_table(headlines: Sequence[tuple[Study, Headline]]) -> str:
 
 
 def costs(kept: Kept) -> str:
-    """A sentence on tokens and processor seconds, where units count their tokens."""
+    """A sentence on tokens and processor time, for studies that count their tokens."""
     scored = [k["found"]["scored"] for k in kept.values() if "scored" in k["found"]]
     if not scored:
         return ""
@@ -142,7 +143,7 @@ def options(doc: str | None, studies: Sequence[Study], *, seeds: int, jobs: int,
 
 
 def chosen(parser: argparse.ArgumentParser, a: argparse.Namespace, studies: Sequence[Study]) -> list[Study]:
-    """The studies that ``--only`` names; the command ends where it names another."""
+    """The studies that ``--only`` names; an unknown name ends the command."""
     names = a.only.split(",") if a.only else [s.name for s in studies]
     if unknown := set(names) - {s.name for s in studies}:
         parser.error(f"--only: no experiment is called {', '.join(sorted(unknown))}")
@@ -150,9 +151,9 @@ def chosen(parser: argparse.ArgumentParser, a: argparse.Namespace, studies: Sequ
 
 
 def run(package: str, preamble: str, a: argparse.Namespace, chosen: Sequence[Study], given: Sequence[Any] = ()) -> None:
-    """Run what is left of the chosen studies, write the page of all, and exit with 1 where a unit failed.
+    """Run the units of the chosen studies that have no file yet, write the page of all, exit with 1 if a unit failed.
 
-    :param given: what a study's ``run`` gets besides cell, seed and whether it is short.
+    :param given: further arguments of a study's ``run``, after cell, seed and ``short``.
     """
     todo = [
         (package, study.name, cell, seed, a.runs, given)

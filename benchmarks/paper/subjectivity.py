@@ -1,6 +1,6 @@
-"""Subjectivity (Hu et al. 2024, section 4.3): labels by way of a latent reason, from 10, 20 or 50 examples.
+"""Subjectivity (Hu et al. 2024, section 4.3): labels through a latent reason, learnt from 10, 20 or 50 examples.
 
-Each seed draws its own examples, the same for every method: six sets of 10, two of 20 and two of 50; a control takes
+Each seed draws its own examples, the same for every method: six sets of 10, two of 20 and two of 50.  The control uses
 four of the sets of 10.
 """
 
@@ -23,12 +23,12 @@ from lmppl.models import Recipe
 from lmppl.models.programs.subjectivity import Subjectivity, allowed_words
 from lmppl.models.uncertainty import RATE, climb
 
-from .study import Figures, Results, Study, markdown, paired, spread, verdict
+from .study import Figures, Results, Study, markdown, opening, paired, spread, verdict
 
-DRAWS = {"10": 6, "20": 2, "50": 2, "control": 4}  # sets of examples a seed
-BATCH = 10  # labels a step
+DRAWS = {"10": 6, "20": 2, "50": 2, "control": 4}  # sets of examples per seed
+BATCH = 10  # labels per step
 PARTICLES = 16
-SAMPLES = 32  # reasons a prediction averages over
+SAMPLES = 32  # reasons that a prediction averages over
 TEST_SENTENCES = 300
 ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 # Chosen on validation sentences and on examples that no seed of the study draws: docs/subjectivity.md.
@@ -43,21 +43,22 @@ PAPER = {
     "GFlowNet": ("71.4", "81.1", "87.7"),
     "GFlowNet + EM": ("75.2", "78.7", "89.9"),
 }
+QUESTION = "Does a latent reason z between a sentence x and its label y help to learn labels from few examples?"
 
 
 def examples(seed: int, count: int, draw: int) -> list[Sentence]:
-    """The draw's labelled sentences."""
+    """The labelled sentences of a draw."""
     return Random(f"{seed} {count} {draw}").sample(embedded.data("subjectivity", "train"), count)
 
 
 class Setup:
-    """One draw: the language model, the examples and the sentences to predict."""
+    """One draw: the language model, the examples, and the sentences to predict."""
 
     def __init__(
         self, seed: int, count: int, draw: int, *, short: bool = False, idle: bool = False, test: str = "test"
     ):
         torch.manual_seed(seed * 1009 + draw)
-        self.lm = LanguageModel.embedded("subjectivity")  # fresh, so that adapters do not pile up
+        self.lm = LanguageModel.embedded("subjectivity")  # a fresh one, so that adapters do not accumulate
         self.allowed = allowed_words(self.lm, IDLE) if idle else "reasons"
         self.count, self.short, self.seed = count, short, seed * 100 + draw
         self.sentences = examples(seed, count, draw)
@@ -67,7 +68,7 @@ class Setup:
         self.x_test, self.y_test = self.task().encode(unseen)
 
     def task(self, guide: LanguageModel | None = None, p: LanguageModel | None = None) -> Subjectivity:
-        """Both factors, p(z | x) and p(y | x, z), are p's."""
+        """The model, in which both factors, p(z | x) and p(y | x, z), belong to p."""
         return Subjectivity(p or self.lm, guide, reads="x", max_tokens=2, allowed=self.allowed)
 
     def adapter(self) -> LanguageModel:
@@ -80,23 +81,23 @@ class Setup:
         return 2 if self.short else steps
 
     def climb(self, p: LanguageModel, steps: int, objective: Callable[[Tensor, Tensor], Tensor], clip: float) -> None:
-        """Raise an objective (B,) of the batches over p's parameters, the learning rate decaying to zero."""
+        """Maximise an objective (B,) of the batches over p's parameters; the learning rate falls to zero."""
         climb(p, objective, self.batches, steps, clip)
 
     # -- measures ------------------------------------------------------------------------------------------------------
 
     def accuracy(self, probabilities: Tensor) -> float:
-        """Of (C, B)."""
+        """The share of right labels, for probabilities (C, B)."""
         return (probabilities.argmax(0) == self.y_test).float().mean().item()
 
     def judged(self, task: Subjectivity, sampler: str) -> Figures:
-        """Accuracy by averaging over reasons and by vote."""
+        """Accuracy by the average over reasons and by their vote."""
         found: Prediction = task.predict(self.x_test, sampler, SAMPLES)
         return {"average": self.accuracy(found.probabilities), "vote": self.accuracy(found.vote)}
 
     @torch.no_grad()
     def fit_of(self, task: Subjectivity, guide: bool) -> Figures:
-        """Nats a label, exactly: log p(y | x), the guide's ELBO and the gap between them."""
+        """Exact log p(y | x), the guide's ELBO and the gap between them, nats per label."""
         log_joint = task.log_joint(self.x, self.y).double()  # (156, B)
         likelihood = log_joint.logsumexp(0).mean().item()
         if not guide:
@@ -110,7 +111,7 @@ class Setup:
 
 
 def supervised(s: Setup) -> Figures:
-    """An adapter trained on log p(y | x), no reason."""
+    """An adapter trained on log p(y | x), without reasons."""
     p = s.adapter()
     task = s.task(p=p)
 
@@ -124,7 +125,7 @@ def supervised(s: Setup) -> Figures:
 
 
 def gflownet(s: Setup, p: LanguageModel) -> tuple[Subjectivity, GFlowNet]:
-    """A guide q(z | x) of the posteriors p(z | x, y) of the examples, p as it is."""
+    """A guide q(z | x) trained on the posteriors p(z | x, y) of the examples, with p frozen."""
     q = s.adapter()
     task = s.task(q, p)
     trainer = GFlowNet(task.model, task.guide, optimizer=s.adam(q), num_particles=PARTICLES)
@@ -133,7 +134,7 @@ def gflownet(s: Setup, p: LanguageModel) -> tuple[Subjectivity, GFlowNet]:
 
 
 def gflownet_em(s: Setup, task: Subjectivity, trainer: GFlowNet) -> list[Figures]:
-    """Rounds of EM after it; each round's log, nats a label of its batch."""
+    """Rounds of EM after GFlowNet training; the log of each round, nats per label of its batch."""
     em = VariationalEM(
         task.model, task.guide, trainer, s.adam(task.lm), e_steps=E_STEPS, num_particles=PARTICLES, clip=1.0
     )
@@ -143,7 +144,7 @@ def gflownet_em(s: Setup, task: Subjectivity, trainer: GFlowNet) -> list[Figures
 
 
 def exact_em(s: Setup) -> Subjectivity:
-    """Gradient steps on log p(y | x), summed over all reasons: by Fisher's identity exact E-steps and M-steps."""
+    """Gradient steps on log p(y | x), summed over all reasons: EM with an exact E-step, by Fisher's identity."""
     p = s.adapter()
     task = s.task(p=p)
     s.climb(p, s.steps(ROUNDS[s.count]), task.log_likelihood, 1.0)
@@ -152,7 +153,7 @@ def exact_em(s: Setup) -> Subjectivity:
 
 @torch.no_grad()
 def prompting(s: Setup) -> Figures:
-    """The language model as it is: plainly, with the examples that have room in its context, and by way of reasons."""
+    """The untrained language model: without examples, with those that fit in its context, and through reasons."""
     task = s.task()
     shown = task.examples(s.sentences, FEW_SHOT_TOKENS)
     by_reasons = s.judged(task, "prior")
@@ -182,7 +183,7 @@ def of_draw(seed: int, count: int, draw: int, *, short: bool = False, idle: bool
 
 
 def run(cell: str, seed: int, short: bool = False) -> Figures:
-    """A list with an entry a draw, by method."""
+    """For each method, a list with one entry per draw."""
     idle, count = cell == "control", 10 if cell == "control" else int(cell)
     draws = [of_draw(seed, count, d, short=short, idle=idle) for d in range(1 if short else DRAWS[cell])]
     return {method: [draw[method] for draw in draws] for method in draws[0]}
@@ -192,7 +193,7 @@ CELLS = tuple(DRAWS)
 METHODS = {
     "zero-shot": "zero-shot, no reason",
     "few-shot": "few-shot, no reason",
-    "reasons": "zero-shot by way of reasons",
+    "reasons": "zero-shot, through reasons",
     "supervised": "supervised",
     "GFlowNet": "GFlowNet",
     "GFlowNet + EM": "GFlowNet + EM",
@@ -201,19 +202,19 @@ METHODS = {
 
 
 def pooled(results: Results, cell: str, method: str) -> list[Figures]:
-    """Every draw of every seed."""
+    """The figures of every draw of every seed."""
     return [draw for seed in results[cell] for draw in seed[method]] if method in results[cell][0] else []
 
 
 def difference(results: Results, cell: str, method: str, other: str = "supervised") -> tuple[float, float, str]:
-    """Points of accuracy ahead, paired by draw, with the half-width of its 95% interval."""
+    """By how many points a method is ahead, paired by draw, half of the 95% interval, and both in words."""
     ours, theirs = ([100 * d["average"] for d in pooled(results, cell, m)] for m in (method, other))
     gain, half = paired(ours, theirs)
     return gain, half, f"{gain:+.1f} ± {half:.1f} points over {len(ours)} paired draws"
 
 
 def rounds_of(draws: list[Figures]) -> str:
-    """A table of some rounds, means over draws."""
+    """A table of some rounds of EM, means over draws."""
     count = len(draws[0]["rounds"])
     shown = sorted({0, count // 6, count // 3, 2 * count // 3, count - 1})
     return markdown(
@@ -226,7 +227,7 @@ def rounds_of(draws: list[Figures]) -> str:
 
 
 def report(results: Results) -> str:
-    """Accuracy by method and number of labels, the fit, and the claims."""
+    """Accuracy by method and number of labels, the fit on the examples, and the claims."""
     rows = []
     for method, title in METHODS.items():
         row = [title]
@@ -238,7 +239,7 @@ def report(results: Results) -> str:
         rows.append(row)
     table = markdown(["method", *(f"{c} labels: paper / ours" for c in CELLS[:3]), "control, 10 labels"], rows)
     votes = markdown(
-        ["method, 10 labels", "by average", "by vote", "log p(y∣x), nats a label", "ELBO", "gap"],
+        ["method, 10 labels", "by average", "by vote", "log p(y∣x)", "ELBO", "gap"],
         [
             [
                 m,
@@ -252,14 +253,26 @@ def report(results: Results) -> str:
     )
     em = pooled(results, "10", "GFlowNet + EM")
     by_prior = spread(em, "prior average", 1, 100)
-    text = (
-        "Test accuracy in percent on unseen sentences, standard deviation over draws of the examples in brackets. "
-        "GFlowNet rows predict by reasons of the guide q(z|x), which never sees y of a test sentence, and exact EM by "
-        f"those of p(z|x); every prediction averages over {SAMPLES} reasons. EM moves p(z|x) and p(y|x, z). In the "
-        "control the reasons are words that say nothing.\n\n"
-        f"{table}\n{votes}\nGFlowNet + EM predicts {by_prior} with reasons of p(z|x) instead. "
-        f"The context has room for {mean(d['shown'] for d in pooled(results, '10', 'few-shot')):.0f} examples, at 20 "
-        "and 50 labels too.\n\n"
+    text = opening(
+        QUESTION,
+        f"Data: {TEST_SENTENCES} test sentences; 10, 20 or 50 labelled examples, drawn several times for each seed, "
+        "the same for all methods. GFlowNet rows draw reasons from the guide q(z|x), which never sees the label of a "
+        f"test sentence; exact EM draws them from p(z|x). Every prediction averages over {SAMPLES} reasons. EM trains "
+        "p(z|x) and p(y|x, z). Exact EM sums over all reasons instead of drawing them. Few-shot prompts have room for "
+        f"{mean(d['shown'] for d in pooled(results, '10', 'few-shot')):.0f} examples, also where there are 20 or 50 "
+        "labels.",
+        {
+            "10, 20, 50 labels": "test accuracy in percent, the paper's and ours; in brackets the standard deviation "
+            "over draws of the examples",
+            "control": "our accuracy if the only reasons allowed are words that say nothing about the label",
+        },
+    )
+    text += (
+        f"{table}\n"
+        "With 10 labels, predictions by the average over reasons or by their vote, and the fit on the examples. log "
+        "p(y∣x) is exact, in nats per label; the ELBO is the guide's bound of it, and the gap is their difference:\n\n"
+        f"{votes}\nWith reasons drawn from p(z|x) instead of the guide, GFlowNet + EM has an accuracy of "
+        f"{by_prior}.\n\n"
     )
     at10, at50, control = (difference(results, c, "GFlowNet + EM") for c in ("10", "50", "control"))
     exact10, exact50, exact_control = (difference(results, c, "exact EM") for c in ("10", "50", "control"))
@@ -269,28 +282,31 @@ def report(results: Results) -> str:
         for c in CELLS[:3]
     ]
     text += (
-        "GFlowNet + EM by round, 10 labels, nats a label; the likelihood is a bound by 16 particles:\n\n"
-        + rounds_of(em)
-        + "\n"
+        f"GFlowNet + EM by round, 10 labels, nats per label. The likelihood is estimated from below by {PARTICLES} "
+        "particles:\n\n" + rounds_of(em) + "\n"
     )
     text += verdict(
         "GFlowNet + EM is ahead of supervised fine-tuning at 10 labels (hypothesis: by 5 points)",
         at10[0] - at10[1] > 0,
-        f"{at10[2]}{'' if at10[0] >= 5 else ', less than 5'}; exact EM {exact10[2]}.",
+        f"{at10[2]}{'' if at10[0] >= 5 else ', less than 5'}. Exact EM: {exact10[2]}.",
     )
     text += verdict(
-        "they are level at 50 labels", abs(at50[0]) <= max(at50[1], 2.0), f"{at50[2]}; exact EM {exact50[2]}."
+        "GFlowNet + EM and supervised fine-tuning are level at 50 labels",
+        abs(at50[0]) <= max(at50[1], 2.0),
+        f"{at50[2]}. Exact EM: {exact50[2]}.",
     )
-    text += verdict("EM adds to the GFlowNet alone at 10 labels", against[0] - against[1] > 0, f"{against[2]}.")
     text += verdict(
-        "without information in the reason the advantage vanishes",
+        "GFlowNet + EM is ahead of the GFlowNet alone at 10 labels", against[0] - against[1] > 0, f"{against[2]}."
+    )
+    text += verdict(
+        "with reasons that say nothing, GFlowNet + EM and exact EM are not ahead of supervised fine-tuning",
         control[0] - control[1] <= 0 and exact_control[0] - exact_control[1] <= 0,
-        f"Control: {control[2]}; exact EM {exact_control[2]}.",
+        f"{control[2]}. Exact EM: {exact_control[2]}.",
     )
     text += verdict(
-        "GFlowNet + EM ends within 0.05 nats a label of exact EM",
+        "GFlowNet + EM ends within 0.05 nats per label of exact EM",
         max(lag) <= 0.05,
-        "Largest shortfall of log p(y|x) over draws: "
+        "The largest difference in log p(y|x) of a draw: "
         + ", ".join(f"{x:+.3f} at {c}" for x, c in zip(lag, CELLS[:3], strict=True))
         + " labels.",
     )

@@ -1,4 +1,4 @@
-"""What the studies of explicit targets measure: a sampler of texts beside the enumerated target."""
+"""Measures of the studies of explicit targets: samplers of texts compared with the enumerated target."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from lmppl.models import EXPERIMENTS, Experiment
 
 from .study import Figures
 
-PARTICLES = 64  # of the guide; the others get as many tokens a query
+PARTICLES = 64  # of the guide; the other samplers get as many tokens per query
 REPETITIONS = 4
 PPO_RATE = 3e-4  # four updates on the same draws; chosen of 1e-4 and 3e-4 on another seed of the random number
 
 
 def mean(x: torch.Tensor) -> float | None:
-    """The mean, None where it is not finite."""
+    """The mean, or None if it is not finite."""
     found = float(x.double().mean())
     return found if found < float("inf") else None
 
 
 def programs(e: Experiment) -> Any:
-    """The object whose methods the programs are."""
+    """The object of which the two programs are methods."""
     return e.model.__self__
 
 
 @cache
 def enumerated(name: str, observations: int | None, **options: Any) -> Enumerated:
-    """The exact target of an experiment's first test observations (None: all); once a process."""
+    """The exact target of an experiment's first test observations (None: all); computed once per process."""
     e = EXPERIMENTS[name](**options)
     return e.exact.run(*(given[:observations] for given in e.test))
 
 
 def power(exact: Enumerated, temperature: float) -> Enumerated:
-    """The same texts, their joint to the power 1 / temperature."""
+    """The same texts with their joint probability to the power 1 / temperature."""
     log_weights = exact.log_weights / temperature
     return replace(exact, log_weights=log_weights, log_evidence=log_weights.logsumexp(0))
 
 
 def ppo(e: Experiment, matched: bool = False, **options: Any) -> PolicyGradient:
-    """PPO on the guide: for the reward alone, or with the KL penalty whose optimum is the target."""
+    """PPO on the guide: for the reward only, or with the KL penalty for which the optimum is the target."""
     reward: dict[str, Any] = {"reward": "likelihood", "kl": 1.0} if matched else {"reward": "joint", "kl": 0.0}
     given = {"optimizer": e.optimizer(PPO_RATE), "num_particles": e.recipe.particles} | reward | options
     return PolicyGradient(e.model, e.guide, algorithm="ppo", **given)
@@ -57,9 +57,9 @@ def ppo(e: Experiment, matched: bool = False, **options: Any) -> PolicyGradient:
 
 @torch.no_grad()
 def of_density(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> Figures:
-    """A guide's density: TV, its mass on the target's support, and the share of the target's modes that it has.
+    """TV of a guide's distribution to the target, its mass on the target's support, and perplexities of both.
 
-    ``perplexity`` is exp of the entropy of the guide's distribution on the support: how many texts it is worth.
+    ``perplexity`` is exp of the entropy of the guide's distribution on the support: its effective number of texts.
     """
     quality = density_quality(exact, guide, args, {})
     q = log_q_on_support(exact, guide, args).exp()
@@ -72,7 +72,7 @@ def of_density(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> Figur
 
 
 def log_q_on_support(exact: Posterior, guide: Program, args: tuple[Any, ...]) -> torch.Tensor:
-    """log q of the support's texts, (K, B); -inf at padding."""
+    """log q of the texts of the support, (K, B); -inf at padding."""
     run = trace(guide, args, {}, Substitute(exact.values), nesting=1, particles=exact.num_particles)
     node = next(n for n in run.nodes.values() if n["type"] == "sample" and n["name"] in exact.values)
     log_q = node["fn"].log_prob(node["value"])
@@ -85,7 +85,7 @@ def perplexity(p: torch.Tensor) -> torch.Tensor:
 
 
 def of_draws(exact: Posterior, run: Callable[[], Posterior]) -> Figures:
-    """Weighted draws, averaged over repetitions: their TV, ESS/N, and the error of the log evidence."""
+    """TV of weighted draws, ESS/N and the error of the log evidence, means over repetitions."""
     answers = [run() for _ in range(REPETITIONS)]
     alive = [a for a in answers if bool((a.log_weights.amax(0) > -torch.inf).all())]
     return {
@@ -97,7 +97,7 @@ def of_draws(exact: Posterior, run: Callable[[], Posterior]) -> Figures:
 
 
 def trained(e: Experiment, method: str, steps: int, seed: int, exact: Posterior, args: tuple[Any, ...]) -> Figures:
-    """A guide trained by "GFlowNet" or "PPO" (for the reward alone): its density, and importance sampling from it."""
+    """Train a guide by "GFlowNet" or "PPO" (reward only), and measure its distribution and its weighted draws."""
     trainer = e.gflownet() if method == "GFlowNet" else ppo(e, floor=18.0)
     trainer.fit(e.batches, steps, seed=seed, progress=False)
     draws = of_draws(exact, lambda: trainer.run(*args, num_particles=PARTICLES))
@@ -105,7 +105,7 @@ def trained(e: Experiment, method: str, steps: int, seed: int, exact: Posterior,
 
 
 def untrained(e: Experiment, exact: Posterior, args: tuple[Any, ...]) -> dict[str, Figures]:
-    """The language model itself, importance sampling and SMC from it, at the tokens that the guide's query costs."""
+    """The language model itself, importance sampling and SMC from it, at the cost in tokens of a query of the guide."""
     completion = programs(e).completion
 
     def prior(x: torch.Tensor, *given: torch.Tensor) -> None:

@@ -1,12 +1,12 @@
-"""Trees of thoughts beside chains: every algorithm against the exact posterior, and answers at equal tokens.
+"""Trees of thoughts and chains: every algorithm compared with the exact posterior, and answers at equal tokens.
 
-Not an experiment of the paper.  The claims are this package's own, written down after a pilot on seed 100.
+Not an experiment of the paper.  The claims are our own, and were written down after a pilot on seed 100.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,13 +27,13 @@ from lmppl.models.experiment import Experiment
 from lmppl.models.thoughts import EVERY, RECIPE, Judge, encode, experiment, small_answers, small_questions, sums
 from lmppl.models.thoughts import Asked as Given
 
-from .study import Figures, Results, Study, markdown, spread, verdict
+from .study import Figures, Results, Study, markdown, meanings, opening, spread, verdict
 from .targets import programs
 
 SAMPLERS, GFLOWNET, SEARCHED, BOUNDS = "samplers", "GFlowNet", "searched", "bounds"
-BUDGETS = 150, 400  # tokens a question of the small world; to enumerate it takes some 740
+BUDGETS = 150, 400  # tokens per question of the small world; its enumeration takes about 740
 LARGE_BUDGETS = 100, 300, 1000
-CHAIN_BUDGET = 1000  # of Metropolis, which costs most a particle
+CHAIN_BUDGET = 1000  # for Metropolis, the most expensive per particle
 SIZES = 2, 8, 32
 CHAIN_SIZES, TREE_SIZES = (1, 4, 16, 64), (1, 3, 10, 30)
 REPETITIONS = 2
@@ -44,6 +44,13 @@ TREES, WEIGHED, SMC_TREES = "trees as they are", "trees, weighed", "trees, SMC"
 ASKED = PLAIN, CHAINS, SMC_CHAINS, TREES, WEIGHED, SMC_TREES
 CELLS = SAMPLERS, GFLOWNET, *ASKED, SEARCHED, BOUNDS
 BOUNDED = 2  # questions
+FOUND = (  # in the first lines of docs/results.md
+    "right votes with {thoughts_few} tokens per question: trees {thoughts_vote_trees}, plain chains "
+    "{thoughts_vote_chains}. Error of the mass on the right answer with {thoughts_few}, {thoughts_some} and "
+    "{thoughts_many} tokens: weighted trees {thoughts_error_trees}, SMC over chains {thoughts_error_smc}. An "
+    "unweighted search with {thoughts_children} children is not the posterior: TV {thoughts_search} ({thoughts_seeds} "
+    "seeds)"
+)
 IMPORTANCE = "importance sampling"
 GUIDED, SMC_GUIDED = "importance, GFlowNet's guide", "SMC, GFlowNet's guide"
 PARTICLES = 16, 64
@@ -55,12 +62,12 @@ def lm() -> LanguageModel:
 
 
 def small(e: Experiment | None = None, children: tuple[float, ...] = (0.5, 0.5)) -> TreeOfThoughts:
-    """The small world's trees, or its chains."""
+    """The programs of the small world: its trees, or with one child its chains."""
     return programs(e) if e is not None else TreeOfThoughts(**sums(lm()), children=children)
 
 
 def large(children: int) -> TreeOfThoughts:
-    """Sums of four operands and any digits, trees of so many children."""
+    """The programs of the large world, sums of four operands with all digits; trees with this number of children."""
     return TreeOfThoughts(**sums(lm(), digits=EVERY, steps=3), children=[0.0] * (children - 1) + [1.0])
 
 
@@ -76,7 +83,7 @@ def _asked(count: int) -> list[Any]:
 
 
 def chosen(posterior: Posterior, d: int) -> Tensor:
-    """The path's thought at level d, (N, B, L)."""
+    """The thought of the path at level d, (N, B, L)."""
     samples = posterior.samples
     if f"expand {d}" not in samples:
         return samples[f"thought {d}.1"]
@@ -87,7 +94,7 @@ def chosen(posterior: Posterior, d: int) -> Tensor:
 
 
 def paths(posterior: Posterior, steps: int) -> list[dict[str, float]]:
-    """Of every question, the distribution of the path."""
+    """The distribution of the path for every question."""
     told = [lm().decode(chosen(posterior, d)) for d in range(1, steps + 1)]
     found: list[dict[str, float]] = [{} for _ in told[0][0]]
     for n, weights in enumerate(posterior.probabilities.tolist()):
@@ -106,14 +113,14 @@ def distance(p: dict[str, float], q: dict[str, float]) -> float:
 
 @cache
 def truth(questions: int) -> tuple[list[dict[str, float]], Tensor]:
-    """Exact: the path of every test question, and the log evidence."""
+    """The exact distribution of the path for every test question, and the log evidence."""
     task = small(children=(1.0,))
     exact = Enumeration(task.model).run(*encode(lm(), small_answers()[2][:questions]))
     return paths(exact, 2), exact.log_evidence
 
 
 def measured(algorithm: Algorithm, args: tuple[Tensor, ...], sizes: tuple[int, ...], repetitions: int) -> Figures:
-    """With so many particles: tokens a question, the path's total variation, and the error of log Z."""
+    """Tokens per question, total variation of the path and error of log Z, for these numbers of particles."""
     exact, log_z = truth(len(args[0]))
     meter, found = Meter(Query(algorithm.model, algorithm.guide, args).networks), []
     for n in sizes:
@@ -143,7 +150,7 @@ def samplers(task: TreeOfThoughts) -> dict[str, Algorithm]:
 
 
 def alone(task: TreeOfThoughts, weighted: bool = True) -> Callable[[Tensor], None]:
-    """A tree without the answer."""
+    """The tree as a program without the answer."""
 
     def program(x: Tensor) -> None:
         with pyro.plate("questions", len(x)):
@@ -153,7 +160,7 @@ def alone(task: TreeOfThoughts, weighted: bool = True) -> Callable[[Tensor], Non
 
 
 def results_of(posterior: Posterior, x: Tensor, steps: int) -> Tensor:
-    """What the path's sums come to, (N, B)."""
+    """The result of the path, (N, B)."""
     first = text.map(lambda s: int(s.split()[1]), x, lm())
     return first + sum(
         text.map(lambda s: int(s.replace(" ", "")), chosen(posterior, d), lm()) for d in range(1, steps + 1)
@@ -161,7 +168,7 @@ def results_of(posterior: Posterior, x: Tensor, steps: int) -> Tensor:
 
 
 def answers(algorithm: Algorithm, questions: int, sizes: tuple[int, ...], repetitions: int) -> list[Figures]:
-    """With so many particles: the mass on the right answer, and how often the answer with most mass is right."""
+    """Mass on the right answer, and how often the answer with most mass is right, for these numbers of particles."""
     asked, x = _asked(questions), large_questions(questions)
     right, meter, found = torch.tensor([q.answer for q in asked]), Meter([lm().network]), []
     for n in sizes:
@@ -194,10 +201,10 @@ def askers() -> dict[str, Algorithm]:
 
 @torch.no_grad()
 def searched(questions: int) -> Figures:
-    """Exact: the path of a search of K children, for the small and the large world; K = None: the posterior's.
+    """The exact path of a search with K children, for the small and the large world; K = None is the posterior.
 
-    A judge has two scores, so that of K children m are found right, binomially, and one of those is taken with
-    probability m / (m + (K - m) e^doubt).
+    A judge has two scores.  So the number m of the K children that are judged right is binomial, and one of these is
+    chosen with probability m / (m + (K - m) e^doubt).
     """
     found: Figures = {}
     for name, task, asked in (
@@ -246,7 +253,7 @@ def searched(questions: int) -> Figures:
 
 
 def _followed(task: TreeOfThoughts, told: str, d: int) -> str:
-    """What is told with a thought, in strings."""
+    """The text so far with a thought and what follows it, in strings."""
     assert task.after is not None
     told += task.after(told)
     told += task.marks[d == task.steps]
@@ -254,7 +261,7 @@ def _followed(task: TreeOfThoughts, told: str, d: int) -> str:
 
 
 def _taken(number: int | None, good: float, doubt: float) -> dict[bool, float]:
-    """By how much a search of so many children prefers what is found right, or not; None: the posterior."""
+    """The factor of thoughts that are judged right, and of the others, for this number of children."""
     if number is None:
         return {True: 1.0, False: doubt}
     if not 0 < good < 1:
@@ -265,7 +272,7 @@ def _taken(number: int | None, good: float, doubt: float) -> dict[bool, float]:
 
 
 def bounds(questions: int, short: bool) -> Figures:
-    """Trees of four children, three levels, the answer observed: bounds by SMC, and the chain's exact evidence."""
+    """Bounds of the evidence of large trees with the answer observed, by SMC, and the exact evidence, the chain's."""
     asked = _asked(questions)
     args = encode(lm(), [Given(q.x, str(q.answer)) for q in asked])
     exact = Enumeration(large(1).model, max_support=10_000).run(*args)
@@ -285,7 +292,7 @@ def bounds(questions: int, short: bool) -> Figures:
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """One cell; everything is drawn from the seed."""
+    """Run one cell; all draws follow from the seed."""
     questions, repetitions = (2, 1) if short else (16, REPETITIONS)
     sizes, few = SIZES[: 2 if short else None], 2 if short else None
     pyro.set_rng_seed(seed)
@@ -314,7 +321,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def at(curve: list[Figures], key: str, tokens: float) -> float:
-    """A figure of a curve at so many tokens a question, linear in their logarithm between the runs."""
+    """A figure of a curve at this number of tokens per question, linear in its logarithm between the runs."""
     xs, ys = [math.log(p["tokens"]) for p in curve], [p[key] for p in curve]
     x = min(max(math.log(tokens), xs[0]), xs[-1])
     i = max(1, next((i for i, right in enumerate(xs) if right >= x), len(xs) - 1))
@@ -323,7 +330,7 @@ def at(curve: list[Figures], key: str, tokens: float) -> float:
 
 
 def with_errors(results: Results) -> dict[str, list[list[Figures]]]:
-    """Of the large world: each way to answer, its curve by seed, with the root mean square error of the mass."""
+    """The curves of every method of the large world by seed, with the root mean square error of the mass."""
     exact, found = results[SEARCHED][0]["large"]["None"]["right"], dict[str, list[list[Figures]]]()
     for name in ASKED:
         found[name] = []
@@ -341,24 +348,31 @@ def of_seeds(values: list[float], digits: int = 3) -> str:
 
 
 def curves(results: Results) -> dict[str, list[list[Figures]]]:
-    """Of each sampler of the small world, its curve by seed."""
+    """The curve of every sampler of the small world by seed."""
     found = {name: [r[name]["curve"] for r in results[SAMPLERS]] for name in results[SAMPLERS][0] if name != "seed"}
     trained = {name: [r[name]["curve"] for r in results[GFLOWNET]] for name in (GUIDED, SMC_GUIDED)}
     return found | trained
 
 
 def report(results: Results) -> str:
-    """The tables, and a sentence a claim."""
+    """The tables and the claims."""
     drawn, asked = curves(results), with_errors(results)
     training = average(r["training"] for r in results[GFLOWNET])
-    text = (
-        "Not an experiment of the paper ([thoughts.md](thoughts.md)). A sum is worked out step by step; a step is a "
-        "sign and a digit of the arithmetic LM, and a judge who is right in 85% says of each whether it is right. "
-        "*Small world*: sums of three operands from 1 to 3, and answers that somebody gave, wrong in half of them; "
-        "trees of two levels and one child or two. The exact posterior of the path is known, and so is the evidence. "
-        "Total variation of the path, and error of log Z, at so many tokens a question (to enumerate all takes 740), "
-        "between runs of 2, 8 and 32 "
-        f"particles. The GFlowNet's training took {round(training):,} tokens.\n\n"
+    text = opening(
+        "Do trees of thoughts estimate the posterior and the answer better than chains of thoughts, at the same number "
+        "of tokens?",
+        "This is not an experiment of the paper ([thoughts.md](thoughts.md)). A sum is solved step by step. A step, or "
+        "thought, is a sign and a digit drawn by the arithmetic language model. A judge says of every step whether it "
+        "is right; the judge is right in 85%. The path of a tree is the sequence of chosen thoughts.\n\n"
+        "*Small world.* Target: the posterior of the path, given an answer; it is known exactly, and so is the "
+        "evidence. Data: sums of three operands from 1 to 3, with answers that somebody gave, half of them wrong; "
+        f"trees have two levels and one or two children. Training of the GFlowNet read {round(training):,} tokens. "
+        "Enumerating everything takes 740 tokens per question.",
+        {
+            "TV": "total variation between the path and the target, mean over questions, at this number of tokens per "
+            f"question, interpolated between runs of {SIZES[0]}, {SIZES[1]} and {SIZES[2]} particles",
+            "error of log Z": "absolute error of the log evidence, nats; empty if the algorithm has no estimate",
+        },
     )
     rows = []
     for name, runs in drawn.items():
@@ -369,30 +383,48 @@ def report(results: Results) -> str:
     text += markdown(header, rows)
     exact = results[SEARCHED][0]["large"]
     text += (
-        "\n*Large world*: sums of four operands from 0 to 9 whose answer is wanted, trees of three levels and four "
-        "children (20 thoughts each: some 10^17 trees), against chains at equal tokens. *Vote*: how often the result "
-        "with most weight is right; *mass*: the weight of the right result; *error*: root mean square, of that mass "
-        "against the exact posterior's "
-        f"({average(exact['None']['right']):.2f}; its vote {exact['None']['vote']:.2f}).\n\n"
+        "\n*Large world.* Target: the posterior of the answer, exact. Data: sums of four operands from 0 to 9 without "
+        f"an answer; trees have three levels and {CHILDREN} children, of 20 possible thoughts each (about 10^17 "
+        "trees). Rows:\n\n"
     )
-    header, rows = ["answers by"], [[name] for name in asked]
+    described = {
+        PLAIN: "the language model, without the judge",
+        CHAINS: "importance sampling: the judge's scores are weights",
+        SMC_CHAINS: "SMC, which resamples after every step",
+        TREES: "a search: the judge chooses among the children, and nothing is weighted",
+        WEIGHED: "importance sampling with the weights that make the tree's path a draw of the posterior",
+        SMC_TREES: "SMC with these weights",
+    }
+    text += meanings(described) + "\nColumns, at each number of tokens per question:\n\n"
+    text += meanings(
+        {
+            "vote": "how often the answer with the largest weight is right; "
+            f"{exact['None']['vote']:.2f} for the exact posterior",
+            "mass": f"weight of the right answer; {average(exact['None']['right']):.2f} for the exact posterior",
+            "error": "root mean square error of this mass, compared with the exact posterior",
+        }
+    )
+    text += "\n"
+    header, rows = ["method"], [[name] for name in asked]
     for b in LARGE_BUDGETS:
-        header += [f"{b} tokens: vote", "mass", "error"]
+        header += [f"{b} tokens: vote", f"{b}: mass", f"{b}: error"]
         for row in rows:
             row += [of_seeds([at(c, "vote", b) for c in asked[row[0]]], 2)]
             row += [of_seeds([at(c, "mass", b) for c in asked[row[0]]], 2)]
             row += [of_seeds([at(c, "error", b) for c in asked[row[0]]])]
     text += markdown(header, rows)
     text += (
-        "\nExactly: the path that a search of K children finds, beside the posterior (no answer observed); K = 1 is "
-        "the language model.\n\n"
+        "\nThe path that an unweighted search finds, compared with the posterior, both without an answer. All figures "
+        "are exact. One child is the language model itself:\n\n"
     )
     rows = [
         [str(k), *(f"{results[SEARCHED][0][w][str(k)]['tv']:.3f}" for w in ("small", "large"))]
         + [f"{average(exact[str(k)]['right']):.2f}", f"{exact[str(k)]['vote']:.2f}"]
         for k in NUMBERS
     ]
-    text += markdown(["children", "TV, small world", "TV, large", "mass on the right result, large", "vote"], rows)
+    text += markdown(
+        ["children", "TV, small world", "TV, large world", "mass on the right answer, large", "vote, large"], rows
+    )
     runs = results[BOUNDS]
     known_to = "; ".join(
         f"{p['particles']} particles {of_seeds([r['curve'][i]['lower'] for r in runs])} to "
@@ -400,54 +432,57 @@ def report(results: Results) -> str:
         for i, p in enumerate(runs[0]["curve"])
     )
     text += (
-        f"\nBounds of the large trees' log evidence, answer observed, {BOUNDED} questions, less the exact one, which "
-        f"is the chain's: {known_to} nats.\n\n"
+        f"\nBounds of the log evidence of large trees with the answer observed, minus the exact value, which equals "
+        f"the chain's; nats, {BOUNDED} questions: {known_to}.\n\n"
     )
     return text + claims(results, drawn, asked)
 
 
 def claims(results: Results, drawn: dict[str, list[list[Figures]]], asked: dict[str, list[list[Figures]]]) -> str:
-    """What was expected, and whether it was seen."""
+    """The verdict on every claim."""
     alone = [results[SEARCHED][0]["large"][str(k)]["tv"] for k in NUMBERS]
 
     def of(name: str, key: str) -> list[float]:  # by budget
         return [average(at(c, key, b) for c in asked[name]) for b in LARGE_BUDGETS]
 
-    def told(values: list[float], digits: int = 3) -> str:
+    def listed(values: list[float], digits: int = 3) -> str:
         return ", ".join(f"{x:.{digits}f}" for x in values)
 
     tokens = ", ".join(map(str, LARGE_BUDGETS)) + " tokens"
     text = verdict(
-        "a search that is not weighted is no posterior: it comes closer with every child more, and is still away by a "
-        "TV of 0.05 with 64 of them, since it looks one level ahead",
+        "an unweighted search is not the posterior: more children bring it closer, but with 64 of them the TV is still "
+        "at least 0.05",
         alone[-1] >= 0.05 and all(a > b for a, b in zip(alone, alone[1:], strict=False)),
-        "Large world, " + ", ".join(f"K = {k}: {tv:.3f}" for k, tv in zip(NUMBERS, alone, strict=True)) + ".",
+        "TV in the large world, by the number of children: "
+        + ", ".join(f"{k}: {tv:.3f}" for k, tv in zip(NUMBERS, alone, strict=True))
+        + ". The search looks only one level ahead.",
     )
     trees, chains, smc = (of(name, "error") for name in (WEIGHED, CHAINS, SMC_CHAINS))
     text += verdict(
-        "weighted, a tree of four children estimates the posterior better than chains that are weighted at their end, "
-        "at every budget",
+        "weighted trees of four children estimate the posterior better than chains weighted at the end, at every "
+        "number of tokens",
         all(a < b for a, b in zip(trees, chains, strict=True)),
-        f"Error of the mass at {tokens}: trees {told(trees)}, chains {told(chains)}.",
+        f"Error of the mass at {tokens}: trees {listed(trees)}; chains {listed(chains)}.",
     )
     text += verdict(
-        "it buys nothing beside SMC over the steps of chains: SMC's error is no larger at any budget",
+        "weighted trees are not better than SMC over chains: the error of SMC is not larger at any number of tokens",
         all(a <= b for a, b in zip(smc, trees, strict=True)),
-        f"SMC: {told(smc)}; SMC of trees: {told(of(SMC_TREES, 'error'))}.",
+        f"Error of the mass at {tokens}: SMC over chains {listed(smc)}; weighted trees {listed(trees)}; SMC over trees "
+        f"{listed(of(SMC_TREES, 'error'))}.",
     )
     plain, searches = of(PLAIN, "vote"), of(TREES, "vote")
     text += verdict(
-        "for the vote, trees are better than plain chains with few tokens, and worse with many: the judge's mistakes "
-        "are always the same, the language model's cancel",
+        "unweighted trees vote right more often than plain chains with few tokens, and less often with many",
         searches[0] > plain[0] and searches[-1] < plain[-1],
-        f"Votes at {tokens}: plain chains {told(plain, 2)}; trees {told(searches, 2)}; trees, weighed "
-        f"{told(of(WEIGHED, 'vote'), 2)}.",
+        f"Right votes at {tokens}: plain chains {listed(plain, 2)}; trees {listed(searches, 2)}; weighted trees "
+        f"{listed(of(WEIGHED, 'vote'), 2)}. The reason for this claim: the judge's mistakes are always the same, "
+        "while those of the language model cancel.",
     )
     site, branch = (average(at(c, "tv", CHAIN_BUDGET) for c in drawn[f"Metropolis, a {x}"]) for x in ("site", "branch"))
     text += verdict(
-        "Metropolis that regrows a branch is closer to the posterior than one site at a time",
+        "Metropolis that redraws a branch is closer to the posterior than Metropolis that redraws one site",
         branch < site,
-        f"TV at {CHAIN_BUDGET} tokens {branch:.3f} and {site:.3f}.",
+        f"TV at {CHAIN_BUDGET} tokens: {branch:.3f} and {site:.3f}.",
     )
     amortised, prior, resampled = (
         average(at(c, "tv", BUDGETS[0]) for c in drawn[x]) for x in (GUIDED, IMPORTANCE, "SMC")
@@ -455,15 +490,39 @@ def claims(results: Results, drawn: dict[str, list[list[Figures]]], asked: dict[
     text += verdict(
         "with few tokens a trained guide is closer to the posterior than importance sampling and SMC from the prior",
         amortised < min(prior, resampled),
-        f"TV at {BUDGETS[0]} tokens {amortised:.3f}, {prior:.3f} and {resampled:.3f}; by 32 draws before training "
-        f"{average(r['untrained']['curve'][0]['tv'] for r in results[GFLOWNET]):.3f}, after it "
-        f"{average(c[-1]['tv'] for c in drawn[GUIDED]):.3f}.",
+        f"TV at {BUDGETS[0]} tokens: {amortised:.3f}, {prior:.3f} and {resampled:.3f}. With {SIZES[-1]} draws of the "
+        f"guide it is {average(r['untrained']['curve'][0]['tv'] for r in results[GFLOWNET]):.3f} before training and "
+        f"{average(c[-1]['tv'] for c in drawn[GUIDED]):.3f} after it.",
     )
     return text
 
 
+def told(results: Results) -> dict[str, str]:
+    """The figures of `FOUND`."""
+    if not {SEARCHED, *ASKED} <= results.keys():
+        return {}
+    asked = with_errors(results)
+
+    def of(name: str, key: str, budgets: Sequence[int], digits: int) -> str:
+        return ", ".join(f"{average(at(c, key, b) for c in asked[name]):.{digits}f}" for b in budgets)
+
+    few, some, many = LARGE_BUDGETS
+    return {
+        "thoughts_seeds": str(len(asked[TREES])),
+        "thoughts_few": str(few),
+        "thoughts_some": str(some),
+        "thoughts_many": f"{many:,}",
+        "thoughts_vote_trees": of(TREES, "vote", [few], 2),
+        "thoughts_vote_chains": of(PLAIN, "vote", [few], 2),
+        "thoughts_error_trees": of(WEIGHED, "error", LARGE_BUDGETS, 3),
+        "thoughts_error_smc": of(SMC_CHAINS, "error", LARGE_BUDGETS, 3),
+        "thoughts_children": str(NUMBERS[-1]),
+        "thoughts_search": f"{results[SEARCHED][0]['large'][str(NUMBERS[-1])]['tv']:.2f}",
+    }
+
+
 def plot(results: Results, path: Path) -> None:
-    """The small world's TV; the large world's error and vote against tokens; what a search finds against K."""
+    """TV of the small world, error and vote of the large world, by tokens; the path of a search, by children."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 7.4), layout="constrained")
@@ -490,7 +549,7 @@ def plot(results: Results, path: Path) -> None:
         fourth.plot(NUMBERS, [exact[str(k)][key] for k in NUMBERS], "o-", ms=4, label=f"search: {label}")
     fourth.plot(NUMBERS, [average(exact[str(k)]["right"]) for k in NUMBERS], "o-", ms=4, label="search: P(right)")
     fourth.axhline(average(exact["None"]["right"]), color="C2", lw=0.8, ls=":", label="posterior: P(right)")
-    fourth.set(xscale="log", xlabel="children", ylim=(0, 1.02), title="exactly: the path that a search finds")
+    fourth.set(xscale="log", xlabel="children", ylim=(0, 1.02), title="the path that a search finds, exact")
     for axis in (first, second, third, fourth):
         axis.legend(fontsize=7, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
@@ -498,4 +557,4 @@ def plot(results: Results, path: Path) -> None:
         figure.savefig(fresh, dpi=110)
 
 
-STUDY = Study("thoughts", "Thoughts: what a tree buys beside a chain", CELLS, run, report, plot, paired=False)
+STUDY = Study("thoughts", "Thoughts: trees and chains", CELLS, run, report, plot, paired=False, told=told)

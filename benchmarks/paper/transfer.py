@@ -1,6 +1,6 @@
-"""Transfer across tasks: one guide for many posteriors, what it is worth on others, and guides put together.
+"""Transfer across tasks: one guide for many posteriors, the same guide on new tasks, and combined guides.
 
-Not an experiment of the paper.  The claims are this package's own, written down before the seeds ran.
+Not an experiment of the paper.  The claims are our own, and were written down before the seeds ran.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lmppl.inference.judging.quality import draw_quality
 from lmppl.models import Experiment
 from lmppl.models.transfer import FAMILIES, RECIPE, TRAINED, Told, embedded_tasks, experiment
 
-from .study import Figures, Results, Study, markdown, spread, verdict
+from .study import Figures, Results, Study, markdown, meanings, opening, spread, verdict
 from .targets import mean, programs
 
 MANY, SCRATCH, SINGLE = "guide of four families", "from scratch", "guides of endings"
@@ -35,13 +35,19 @@ KINDS = "seen", "new"
 TARGETS = {"two endings": ("two endings", False), "new words": ("lexical", True)}  # to be learned
 ENOUGH = 0.05  # total variation
 STEPS = {MANY: 300, SINGLE: 60, "on": 60}
-LOOK = 10  # steps between looks at the distance
-TASKS = 6  # of each set that is tested
+LOOK = 10  # steps between two measurements of the distance
+TASKS = 6  # test tasks of each set
 PARTICLES, REPETITIONS = 64, 2
 STARTS = {SCRATCH: SCRATCH, SINGLE: "guide of infilling", MANY: MANY}
 PROMPT, PARTS = "guide of four families, told both", "it, told one and the other: product over the prior"
 COMPOSED = "mixture of guides", "product of guides over the prior", "product of guides", "sum of adapters, told both"
 ALONE = "language model", "guide of even endings", "guide of odd endings"
+SHOWN = {PARTS: "guide of four families, asked twice: product over the prior"}  # names of the records, in plain words
+FOUND = (  # in the first lines of docs/results.md
+    "TV of one guide: {transfer_least} to {transfer_most} on four families of tasks, {transfer_words} on new words. On "
+    "two endings, which it was not trained on: {transfer_described} if it reads both, {transfer_composed} if it is "
+    "asked twice and the answers are multiplied and divided by the prior ({transfer_seeds} seeds)"
+)
 
 
 class Truth:
@@ -55,7 +61,7 @@ class Truth:
         self.exact: Enumerated = e.exact.run(*self.args)
 
     def tv(self, fn: Any) -> float:
-        """The total variation of texts fn, a mean over tasks; all texts are scored, from their common beginnings on."""
+        """The total variation of a distribution over texts, mean over tasks, from the log-probability of every text."""
         q, p = scored(fn, self.exact.samples["z"]).exp(), self.exact.probabilities.double()
         return float((((q - p).abs().sum(0) + 1 - q.sum(0)) / 2).mean())
 
@@ -76,9 +82,9 @@ def scored(fn: Any, z: Tensor) -> Tensor:
 
 
 def proposed(of: Truth, fn: Any) -> Figures:
-    """What a proposal fn is worth: its total variation and ESS / N, both exact, and draws corrected by u.
+    """Measures of a proposal fn: total variation and ESS / N, both exact, and of draws with weights e^u.
 
-    k-hat is a mean over the tasks where it is defined, None where it is nowhere.
+    k-hat is a mean over the tasks where it is defined, None if it is defined for no task.
     """
     log_q, p = scored(fn, of.exact.samples["z"]), of.exact.probabilities.double()
     second = torch.where(p > 0, 2 * p.log() - log_q, -torch.inf).logsumexp(0)  # log E_q (p / q)^2
@@ -101,16 +107,16 @@ def proposed(of: Truth, fn: Any) -> Figures:
 
 
 def posed(e: Experiment, told: Sequence[Told], seed: int) -> Experiment:
-    """The experiment with these tasks to train on."""
+    """The experiment with these tasks as training data."""
     args = programs(e).encode([t.task for t in told])
     demonstrations = (*args, {"z": [*zip(*(t.z for t in told), strict=True)]})
     return replace(e, batches=e.recipe.batches(*args, seed=seed), demonstrations=demonstrations)
 
 
 def learned(start: Path | None, target: str, seed: int, short: bool) -> Figures:
-    """Learn a target from a saved guide (None: a fresh one): tokens until it is near enough, and the way there.
+    """Learn a target from a saved guide (None: a fresh one): tokens until the TV is `ENOUGH`, and the TV on the way.
 
-    The learning rate rises and falls as in any training, over ``STEPS["on"]`` steps.
+    The learning rate rises and falls over ``STEPS["on"]`` steps, as in every training.
     """
     family, new = TARGETS[target]
     of = truth(family, new, 2 if short else TASKS)
@@ -132,7 +138,7 @@ def learned(start: Path | None, target: str, seed: int, short: bool) -> Figures:
 
 
 def trained(families: Sequence[str], steps: int, seed: int, parity: int | None = None) -> tuple[Experiment, int]:
-    """A guide trained on families, and the tokens that it took; of verbs that are even or odd in the chain alone."""
+    """A guide trained on families, and the training tokens; ``parity`` leaves only every other verb of the chain."""
     e = experiment(seed=seed, families=families, recipe=replace(RECIPE, steps=steps))
     if parity is not None:
         tasks = [t for f in families for t in embedded_tasks(f, "train") if number(t.task.y) % 2 == parity]
@@ -143,18 +149,18 @@ def trained(families: Sequence[str], steps: int, seed: int, parity: int | None =
 
 
 def number(ending: str) -> int:
-    """Which verb of the chain an ending has.  Of the two that a thing lets happen one is even."""
+    """The number of an ending's verb in the chain.  One of the two verbs that can happen to a thing is even."""
     return VERBS.index(ending.split()[1])
 
 
 def told_one(e: Experiment, of: Truth, parity: int) -> Any:
-    """What a guide proposes that is told of two endings the even or the odd one."""
+    """The proposal of a guide that reads only one of two endings, the even or the odd one."""
     tasks = [t._replace(y=t.y if number(t.y) % 2 == parity else t.v, v="") for t in of.tasks]
     return programs(e).proposal(*programs(e).encode(tasks))
 
 
 def run(cell: str, seed: int, short: bool) -> Figures:
-    """Train what a cell starts from, look at what it is worth as it is, and learn the targets from there."""
+    """Train the guide that a cell starts from, measure it, and learn the targets from it."""
     count, steps = 2 if short else TASKS, 2 if short else STEPS.get(cell, 0)
     found: Figures = {"scored": 0, "proposals": {}}
     if cell == SCRATCH:
@@ -189,7 +195,7 @@ def run(cell: str, seed: int, short: bool) -> Figures:
 
 
 def learn(start: Path | None, found: Figures, seed: int, short: bool) -> Figures:
-    """All targets from a start."""
+    """Learn every target from a start."""
     ways = {target: learned(start, target, seed, short) for target in TARGETS}
     return {
         "learned": ways,
@@ -199,15 +205,15 @@ def learn(start: Path | None, found: Figures, seed: int, short: bool) -> Figures
 
 
 def over_prior(one: Any, other: Any, prior: Any) -> TextProduct:
-    """The product of two posteriors' next tokens over those of their prior."""
+    """The product of two posteriors' next-token probabilities, divided by those of their prior."""
     return TextProduct([one, other, prior], torch.tensor([1.0, 1.0, -1.0]))
 
 
 @torch.no_grad()
 def summed(e: Experiment, guides: Sequence[LanguageModel]) -> LanguageModel:
-    """A view of the experiment's language model whose weights are the base's plus all of these adapters' differences.
+    """A view of the experiment's language model with the sum of these adapters.
 
-    Of LoRA that is an adapter of all their ranks together: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2.
+    For LoRA this is one adapter with all their ranks: [B_1 B_2] [A_1; A_2] = B_1 A_1 + B_2 A_2.
     """
     own, count = e.recipe.adapter, len(guides)
     adapter = own | {"r": own["r"] * count, "lora_alpha": own["lora_alpha"] * count}
@@ -223,7 +229,7 @@ def summed(e: Experiment, guides: Sequence[LanguageModel]) -> LanguageModel:
 
 
 def composed(results: Results) -> dict[str, list[Figures]]:
-    """What every proposal for an ending and words was worth, over seeds."""
+    """The figures of every proposal for two endings, one per seed."""
     known: dict[str, list[Figures]] = {}
     for cell in CELLS:
         for found in results[cell]:
@@ -233,7 +239,7 @@ def composed(results: Results) -> dict[str, list[Figures]]:
 
 
 def tokens_of(results: Results, target: str) -> dict[str, list[int | None]]:
-    """Tokens to learn a target from every start; None where it was not learned."""
+    """Tokens to learn a target from every start; None if it was not learned."""
     return {cell: [found["learned"][target]["tokens"] for found in results[cell]] for cell in STARTS}
 
 
@@ -246,14 +252,22 @@ def amount(values: Sequence[int | None], least: int) -> str:
 
 
 def report(results: Results) -> str:
-    """The tables, and a sentence a claim."""
-    text = (
-        "Not an experiment of the paper ([transfer.md](transfer.md)). Tasks leave blank what is not known of a text: "
-        "its beginning, what follows it, another thing that might have followed, a word that it has, a temperature. "
-        "One guide reads a description of that and is trained on four families of blanks; *two endings* at once are a "
-        "fifth, which it is not trained on. *New*: verbs (16 of 96), words (8 of 32) and temperatures (2 of 6) that no "
-        f"training task has. Total variation (TV) is exact, over all 2,368 texts, on {TASKS} tasks of unseen stories "
-        "for each column.\n\n"
+    """The tables and the claims."""
+    text = opening(
+        "Can one guide serve many posteriors, if it reads a description of the task? And can guides be combined "
+        "without training?",
+        "This is not an experiment of the paper ([transfer.md](transfer.md)). A task asks for a text of which "
+        "something is known: what comes before it, what follows it, another thing that might have followed it, a word "
+        "in it, or a temperature. Families of tasks differ in what is known. One guide reads a description of the task "
+        "and is trained on four families; *two endings* at once is a fifth family, on which it is not trained. Target: "
+        f"the posterior of each task, exact over all 2,368 texts. Data: {TASKS} tasks of unseen stories for each "
+        "column.",
+        {
+            "language model": "total variation (TV) of the untrained language model to the target, mean over tasks",
+            "guide": "TV of the trained guide",
+            "seen": "tasks with verbs, words and temperatures of the training tasks",
+            "new": "tasks with verbs (16 of 96), words (8 of 32) and temperatures (2 of 6) that no training task has",
+        },
     )
     zero = [found["zero-shot"] for found in results[MANY]]
     prior = [found["prior"] for found in results[MANY]]
@@ -263,7 +277,7 @@ def report(results: Results) -> str:
         for family in FAMILIES
     ]
     text += markdown(["family", *(f"{of}, {kind}" for kind in KINDS for of in ("language model", "guide"))], rows)
-    text += f"\nTraining tokens of the guide: {round(average(f['trained'] for f in results[MANY])):,}.\n\n"
+    text += f"\nThe guide's training read {round(average(f['trained'] for f in results[MANY])):,} tokens.\n\n"
     rows = []
     for target in TARGETS:
         for cell, start in STARTS.items():
@@ -272,19 +286,30 @@ def report(results: Results) -> str:
             first, last = ([{"tv": run["way"][i][1]} for run in runs] for i in (0, -1))
             tokens = amount([run["tokens"] for run in runs], least)
             rows.append([target, start, spread(first, "tv"), spread(last, "tv"), tokens])
-    text += f"Learning a target, until its TV is {ENOUGH:g} or for {STEPS['on']} steps of the same tasks:\n\n"
-    text += markdown(["target", "from", "TV at the start", "TV at the end", "tokens to get there"], rows) + "\n"
     text += (
-        "Proposals for two endings, of which nothing was trained on two; even and odd are every other verb. ESS/N of "
-        "weights p/q, exact; k-hat of "
-        f"{4 * PARTICLES} draws; the TV of {PARTICLES} draws corrected by u (exact draws: "
-        f"{spread(results[MANY], 'exact draws')}), and the error of their log Z, nats:"
-        "\n\n"
+        f"Training on a target, from three starts, until the TV is {ENOUGH:g} or for {STEPS['on']} steps. The last "
+        f"column has the training tokens to a TV of {ENOUGH:g}, or how many seeds came so near:\n\n"
     )
+    text += markdown(["target", "from", "TV at the start", "TV at the end", f"tokens to TV {ENOUGH:g}"], rows) + "\n"
+    text += (
+        "Proposals q for two endings. No guide was trained on two endings; the guides of even and of odd endings were "
+        "each trained on every other verb.\n\n"
+    )
+    text += meanings(
+        {
+            "TV of q": "total variation between q and the target, exact",
+            "ESS/N": "effective sample size of weights p/q as a share of N, exact",
+            "k-hat": f"Pareto k-hat of {4 * PARTICLES} draws; undefined if it was so in a seed",
+            "TV, weighted": f"total variation of {PARTICLES} draws with weights p/q; exact draws have "
+            f"{spread(results[MANY], 'exact draws')}",
+            "error of log Z": f"absolute error of the log evidence by {PARTICLES} draws, nats",
+        }
+    )
+    text += "\n"
     of = composed(results)
     rows = [
         [
-            name,
+            SHOWN.get(name, name),
             spread(runs, "tv"),
             spread(runs, "ess"),
             "undefined" if any(r["khat"] is None for r in runs) else spread(runs, "khat", 2),
@@ -293,25 +318,25 @@ def report(results: Results) -> str:
         ]
         for name, runs in of.items()
     ]
-    text += markdown(["proposal", "TV of q", "ESS/N", "k-hat", "TV, corrected", "error of log Z"], rows) + "\n"
+    text += markdown(["proposal", "TV of q", "ESS/N", "k-hat", "TV, weighted", "error of log Z"], rows) + "\n"
     return text + claims(results, zero, of)
 
 
 def claims(results: Results, zero: list[Figures], of: dict[str, list[Figures]]) -> str:
-    """A verdict each."""
+    """The verdict on every claim."""
     text = ""
 
     def largest(kind: str, families: Sequence[str] = TRAINED) -> dict[str, float]:
         return {f: max(z[f"{f}, {kind}"] for z in zero) for f in families}
 
     def said(found: dict[str, float]) -> str:
-        return ", ".join(f"{name} {x:.3f}" for name, x in found.items()) + " (the largest of a seed)."
+        return "The largest TV of a seed: " + ", ".join(f"{name} {x:.3f}" for name, x in found.items()) + "."
 
     seen, new, both = largest("seen"), largest("new"), largest("seen", ["two endings"])
     text += verdict("one guide serves the four families (TV at most 0.05)", max(seen.values()) <= 0.05, said(seen))
-    text += verdict("and what none of its training tasks had (TV at most 0.1)", max(new.values()) <= 0.1, said(new))
+    text += verdict("it serves new verbs, words and temperatures (TV at most 0.1)", max(new.values()) <= 0.1, said(new))
     text += verdict(
-        "it serves a combination that it never saw, by its description alone (TV at most 0.1)",
+        "it serves two endings, which it was not trained on, from their description (TV at most 0.1)",
         both["two endings"] <= 0.1, said(both),
     )  # fmt: skip
     for target in TARGETS:
@@ -320,10 +345,11 @@ def claims(results: Results, zero: list[Figures], of: dict[str, list[Figures]]) 
         }
         less = all(m < min(s, o) for m, s, o in zip(tokens[MANY], tokens[SCRATCH], tokens[SINGLE], strict=True))
         text += verdict(
-            f"{target}: from the guide of four families it takes fewer tokens than from scratch or infilling",
+            f"{target}: training from the guide of four families takes fewer tokens than from scratch or infilling",
             less,
-            "; ".join(
-                f"{STARTS[cell]} " + ", ".join("not in time" if t == float("inf") else f"{t:,}" for t in ts)
+            f"Tokens to a TV of {ENOUGH:g}, by seed. "
+            + "; ".join(
+                f"{STARTS[cell]}: " + ", ".join("not reached" if t == float("inf") else f"{t:,}" for t in ts)
                 for cell, ts in tokens.items()
             )
             + ".",
@@ -331,23 +357,38 @@ def claims(results: Results, zero: list[Figures], of: dict[str, list[Figures]]) 
     least = {name: min(r["ess"] for r in runs) for name, runs in of.items()}
     mixture, product, _, weights = COMPOSED
     text += verdict(
-        "two guides that were trained apart are together a proposal for both conditions: the product over the prior "
-        "has ESS/N of 0.5 or more, above the mixture's",
+        "two guides that were trained separately make a proposal for both conditions: their product over the prior has "
+        "an ESS/N of at least 0.5, larger than that of their mixture",
         least[product] >= 0.5 and all(a["ess"] > b["ess"] for a, b in zip(of[product], of[mixture], strict=True)),
-        f"Smallest of a seed: product {least[product]:.3f}, mixture {least[mixture]:.3f}, "
+        f"The smallest ESS/N of a seed: product {least[product]:.3f}, mixture {least[mixture]:.3f}, "
         + ", ".join(f"{name} {least[name]:.2g}" for name in ALONE)
         + ".",
     )
     text += verdict(
-        "adding the adapters' weights does as well as half of the product's ESS/N",
+        "the sum of the adapters' weights has at least half of the product's ESS/N",
         all(a["ess"] >= b["ess"] / 2 for a, b in zip(of[weights], of[product], strict=True)),
-        f"Smallest {least[weights]:.3f}.",
+        f"Its smallest ESS/N of a seed is {least[weights]:.3f}.",
     )
     return text
 
 
+def told(results: Results) -> dict[str, str]:
+    """The figures of `FOUND`."""
+    zero = [found["zero-shot"] for found in results[MANY]]
+    seen = [average(z[f"{family}, seen"] for z in zero) for family in TRAINED]
+    parts = composed(results)[PARTS]
+    return {
+        "transfer_seeds": str(len(zero)),
+        "transfer_least": f"{min(seen):.3f}",
+        "transfer_most": f"{max(seen):.3f}",
+        "transfer_words": f"{average(z['lexical, new'] for z in zero):.3f}",
+        "transfer_described": f"{average(z['two endings, seen'] for z in zero):.3f}",
+        "transfer_composed": f"{average(r['tv'] for r in parts):.3f}",
+    }
+
+
 def plot(results: Results, path: Path) -> None:
-    """Zero-shot distances, the way to two targets from three starts, and what proposals are worth."""
+    """TV of the guide on every family, ESS/N of proposals, and TV during training on two targets from three starts."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -363,7 +404,7 @@ def plot(results: Results, path: Path) -> None:
             left.plot([at] * len(zero), [z[name] for z in zero], "k.", ms=3)
     left.set_xticks(range(len(FAMILIES)), [f if f in TRAINED else f"{f}\n(not trained)" for f in FAMILIES], fontsize=8)
     left.set(ylabel="TV to the exact posterior", ylim=(0, 1))
-    left.set_title("One guide as it is, by its description; lines: language model", fontsize=9, loc="left")
+    left.set_title("One guide that reads the task; lines: language model", fontsize=9, loc="left")
     told = {"title": "verbs, words, T", "title_fontsize": 8}
     left.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(0.15, 0.72), **told)
     names = composed(results)
@@ -375,8 +416,8 @@ def plot(results: Results, path: Path) -> None:
         right.text(worth + 0.015, i, f"TV {average(r['tv'] for r in runs):.2f}", va="center", fontsize=8)
     right.set_yticks(range(len(names)), list(names), fontsize=8)
     right.invert_yaxis()
-    right.set(xlim=(0, 1.1), xlabel="ESS/N for two endings; nothing was trained on two")
-    right.set_title("Guides put together, corrected by u", fontsize=9, loc="left")
+    right.set(xlim=(0, 1.1), xlabel="ESS/N for two endings; no guide was trained on two")
+    right.set_title("Combined guides", fontsize=9, loc="left")
     colours = dict(zip(STARTS, ("tab:gray", "tab:green", "tab:blue"), strict=True))
     for axis, target in zip(below.subplots(1, 2, sharey=True), TARGETS, strict=True):
         for cell, start in STARTS.items():
@@ -385,7 +426,7 @@ def plot(results: Results, path: Path) -> None:
                 axis.plot([t / 1000 for t in tokens], tv, color=colours[cell], lw=1.2, label=start if not j else None)
         axis.axhline(ENOUGH, color="k", lw=0.8, ls="--")
         axis.set(xlabel="thousand training tokens", ylim=(0, 1))
-        axis.set_title(f"Learning a target: {target}", fontsize=9, loc="left")
+        axis.set_title(f"Training on a target: {target}", fontsize=9, loc="left")
     below.axes[0].set_ylabel("TV to the exact posterior")
     below.axes[0].legend(fontsize=8, frameon=False)
     for axis in figure.axes:
@@ -394,4 +435,4 @@ def plot(results: Results, path: Path) -> None:
         figure.savefig(fresh, dpi=120)
 
 
-STUDY = Study("transfer", "Transfer: one guide for many posteriors", CELLS, run, report, plot)
+STUDY = Study("transfer", "Transfer: one guide for many posteriors", CELLS, run, report, plot, told=told)

@@ -1,7 +1,7 @@
-"""The paper's experiments on a pretrained language model and its own data; `python -m benchmarks.paper_pretrained`.
+"""The paper's experiments on a pretrained language model and its data; `python -m benchmarks.paper_pretrained`.
 
-A study's ``run(cell, seed, short, lm, data)`` gets a language model of its own, so that adapters do not pile up, and
-the folder of data.
+``run(cell, seed, short, lm, data)`` of a study gets a fresh language model, so that adapters do not accumulate, and the
+folder of data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import arithmetic, continuation, grpo, infilling, random_number, subjecti
 
 @dataclass(frozen=True)
 class Place:
-    """Where the checkpoint is, where the data are, and what computes."""
+    """The checkpoint, the folder of data, and the device."""
 
     lm: Path
     data: Path | None = None
@@ -25,7 +25,7 @@ class Place:
 
 
 def on_checkpoint(study: Study) -> Study:
-    """The study as a runner calls it, ``run(cell, seed, short, place)``; the tokens of each unit are counted."""
+    """The study as the runner calls it, ``run(cell, seed, short, place)``; it counts the tokens of each unit."""
 
     def run(cell: str, seed: int, short: bool, place: Place) -> Figures:
         lm = LanguageModel.from_pretrained(place.lm, device=place.device)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.paper_pretrained --lm "$(python -m lmppl.pretrained smollm2)" --data ../shared/data
 
-Every unit of work (a study's cell and a seed) is one JSON file under --runs: the committed records, from which the page
-is made, unless another folder is named. The same command runs what is not there yet. What a study costs is in its file.
+Every unit of work (a study's cell and a seed) is one JSON file under --runs. By default these are the committed
+records, from which the page is made. The same command runs the units that have no file yet. The cost of a study is in
+its file.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ The paper's experiments (Hu et al. 2024) on SmolLM2-135M-Instruct and the paper'
 
 {headline}
 {claims}
-How far they can be trusted:
+How to read this page, and how far the figures can be trusted:
 
-- Figures are means over at most {seeds} seeds; each section says what it rests on. One number in brackets is the
-  standard deviation over seeds. ± and ranges are 95% intervals over test sentences, prompts or questions of these very
-  runs. They do not include how much another training would differ.
-- The paper's models are others, and larger.
+- Each section says what was asked, the setting and what each column means. Then come tables and verdicts: a claim, and
+  whether it was seen.
+- Figures are means over at most {seeds} seeds; each section says how many have run. A single number in brackets is the
+  standard deviation over seeds.
+- ± and ranges are 95% intervals over the test sentences, prompts or questions of these runs. They do not include the
+  differences between trainings.
+- The paper's models are larger, and other ones.
 - Prompts and recipes were chosen on training data and on seeds from 100 on, before a test sentence was read and before
-  the seeds of this page ran. One cell is an exception, and its section says so: longer EM was planned after the others
-  had been read.
+  the seeds of this page ran. The exception is longer EM, which was planned after the other figures had been read.
 
-Written by `make paper-pretrained`. All of it took {hours:.1f} core-hours. Results where the exact optimum is known, on
-small language models: [results.md](results.md).
+Written by `make paper-pretrained` in {hours:.1f} core-hours. Results on small language models, where the exact optimum
+is known: [results.md](results.md).
 
 """
 

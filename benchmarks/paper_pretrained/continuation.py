@@ -1,19 +1,20 @@
-r"""Tempered continuation (Hu et al. 2024, section 4.1): web sentences, likelihood of the base model against diversity.
+r"""Tempered continuation (Hu et al. 2024, section 4.1) on web sentences: likelihood and diversity.
 
-The target is p(z|x)^(1/T): z are at most 20 tokens up to a ".", which the limit sets where it has not come.  p is the
-base model without special tokens and line breaks, its mass shared among the others: after a plain prompt a chat model
-begins a turn of the user's.  log p(z|x) is p's, the stop included, once a text, whoever wrote it; *mean* is over texts
-and prompts, *best* the largest of a prompt's, over prompts.  Diversity is the mean normalised edit distance, in tokens,
-between a prompt's texts.
+The target is p(z|x)^(1/T).  A text z has at most 20 tokens and ends with ".", which the limit adds if it has not come
+before.  p is the base model without special tokens and without tokens with line breaks, and their mass is shared among
+the others: after a plain prompt a chat model would begin a turn of the user.  log p(z|x) is always p's, whatever method
+wrote the text, and includes the stop.  *mean* is the mean over texts and prompts, *best* the largest of a prompt, mean
+over prompts.  Diversity is the mean normalised edit distance, in tokens, between the texts of a prompt.
 
-Prompts are lines of prompts.txt of 8 to 24 tokens in a fixed order: 12 to test on, 12 to choose on, 1,000 to train on.
-No exact target is to be had: what certifies a guide is the gap between the importance estimate of log Z and the ELBO,
-ESS/N and k-hat, prompt by prompt.  "Power sampling" is Metropolis' regrowing of suffixes on the base model, nothing
-trained (Karan and Du 2025, arXiv 2510.14901), "SMC" the base model's proposals weighed and resampled token by token.
+Prompts are lines of prompts.txt with 8 to 24 tokens, in a fixed order: 12 for the test, 12 for choices, 1,000 for
+training.  No exact target is known.  A guide is judged by the gap between the importance estimate of log Z and the
+ELBO, by ESS/N and by k-hat, for each prompt.  "Power sampling" is Metropolis sampling on the base model that redraws
+suffixes, without training (Karan and Du 2025, arXiv 2510.14901).  "SMC" weighs and resamples the proposals of the base
+model after every token.
 
-Cost: a step of 2 x 8 texts is some 800 tokens and 7 to 9.5 processor seconds; a temperature of 100 steps took 13 to
-16 minutes, the usual decoding 11, power sampling and SMC 38: a seed is an hour and three quarters.  With seed 100 and
-six prompts to choose on, 100 steps at T = 0.9 came to a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
+Cost: a step of 2 x 8 texts reads about 800 tokens and takes 7 to 9.5 processor seconds.  A temperature of 100 steps
+took 13 to 16 minutes, the usual decoding 11, power sampling and SMC 38: a seed takes an hour and three quarters.  With
+seed 100 and six of the prompts for choices, 100 steps at T = 0.9 ended at a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper import continuation as embedded
-from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, spread, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, spread, verdict
 from lmppl import LanguageModel
 from lmppl.inference import SMC, GFlowNet, MetropolisHastings, Posterior
 from lmppl.models import PRETRAINED, Continuation, decoding, measures
@@ -41,7 +42,7 @@ from lmppl.text import length
 TEMPERATURES = (0.95, 0.9, 0.85, 0.8)
 FIRST = 0.9  # the temperature of the headline
 LIMIT = {"max_tokens": 20}
-TEST, TRAIN, DRAWS, PARTICLES, MOVES = 12, 1000, 16, 64, 10  # texts are draws; particles certify
+TEST, TRAIN, DRAWS, PARTICLES, MOVES = 12, 1000, 16, 64, 10  # draws are shown; particles judge the guide
 SHORTEST, LONGEST = 8, 24  # tokens of a prompt
 RECIPE = replace(PRETRAINED, steps=100)
 GUIDE, BY_TOKEN, POWER, SEQUENTIAL = embedded.GUIDE, embedded.BY_TOKEN, "power sampling", "SMC"
@@ -49,14 +50,14 @@ CELLS = ("decoding", POWER, *(f"T={t:g}" for t in TEMPERATURES))
 
 
 def plain_tokens(lm: LanguageModel) -> Tensor:
-    """All tokens but special ones and those with a line break: BoolTensor (V,)."""
+    """All tokens except special ones and those with a line break: BoolTensor (V,)."""
     special = {*lm.tokenizer.all_special_ids, *lm.tokenizer.added_tokens_decoder}
     plain = [i not in special and "\n" not in lm.decode(torch.tensor([i])) for i in range(lm.vocab_size)]
     return torch.tensor(plain, device=lm.device)
 
 
 def prompts(lm: LanguageModel, data: Path) -> tuple[list[str], list[str], list[str]]:
-    """To train on, to choose on and to test on."""
+    """Prompts for training, for choices and for the test."""
     lines = read_prompts(data / "prompts" / "prompts.txt")
     count = length(lm.encode(lines))
     fitting = [x for x, n in zip(lines, count.tolist(), strict=True) if SHORTEST <= n <= LONGEST]
@@ -66,7 +67,7 @@ def prompts(lm: LanguageModel, data: Path) -> tuple[list[str], list[str], list[s
 
 
 def measured(task: Continuation, x: Tensor, family: str, setting: str, z: Tensor, **more: Any) -> Figures:
-    """A row: texts z (n, B, E) for the prompts x, figures prompt by prompt and their means."""
+    """A row of the table: measures of the texts z (n, B, E) for each of the prompts x, and their means."""
     lm, distance = task.lm, measures.edit_distance(z)
     log_p = decoding.log_likelihood(lm, x, z, **task.text)
     each = {"log_likelihood": log_p.mean(0), "best": log_p.amax(0), "distance": distance}
@@ -79,7 +80,7 @@ def measured(task: Continuation, x: Tensor, family: str, setting: str, z: Tensor
 
 
 def certified(posterior: Posterior) -> Figures:
-    """What says how far weighted draws are from the target: means over prompts."""
+    """Measures of the distance of weighted draws from the target, means over prompts."""
     u = posterior.log_weights + torch.tensor(float(posterior.num_particles)).log()
     gap = posterior.log_evidence - u.mean(0)
     return {
@@ -89,7 +90,7 @@ def certified(posterior: Posterior) -> Figures:
 
 
 def usual(task: Continuation, x: Tensor, n: int) -> list[Figures]:
-    """The usual decoding methods."""
+    """Rows of the usual decoding methods."""
     lm, allowed = task.lm, task.text["allowed"]
     barred = (~allowed).nonzero()[:, 0].tolist()
 
@@ -107,7 +108,7 @@ def usual(task: Continuation, x: Tensor, n: int) -> list[Figures]:
 
 
 def untrained(task: Continuation, x: Tensor, t: float, n: int, moves: int, particles: int) -> list[Figures]:
-    """Metropolis moves from the base model's draws, and SMC, for one temperature."""
+    """Rows of Metropolis moves that begin at draws of the base model, and of SMC, for one temperature."""
     lm, args = task.lm, (x, torch.full((len(x),), t))
     before = lm.network.tokens_scored
     z = MetropolisHastings(task.model, num_chains=n, num_samples=1, warmup=moves).run(*args).samples["z"]
@@ -122,7 +123,7 @@ def untrained(task: Continuation, x: Tensor, t: float, n: int, moves: int, parti
 def trained(
     lm: LanguageModel, parts: Sequence[Sequence[str]], t: float, seed: int, steps: int, progress: bool = False
 ) -> tuple[Continuation, GFlowNet]:
-    """A guide of one temperature."""
+    """A guide trained for one temperature, and its trainer."""
     task = Continuation(lm, RECIPE.guide_lm(lm, seed), allowed=plain_tokens(lm), **LIMIT)
     x, _ = task.encode(parts[0], t)
     batches: Callable[[int], tuple[Tensor, ...]] = RECIPE.batches(x, torch.full((len(x),), t), seed=seed)
@@ -133,7 +134,7 @@ def trained(
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
-    """Texts for unseen prompts by the usual decoding, by sampling without training, or by a guide."""
+    """Texts for unseen prompts by the usual decoding, by sampling without training, or by a trained guide."""
     parts = prompts(lm, data)
     held = parts[2][:2] if short else parts[2]
     n = 4 if short else DRAWS
@@ -157,30 +158,53 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
 
 
 def report(results: Results) -> str:
-    """The table, what certifies it, and the claims."""
+    """The tables and the claims."""
     rows = embedded.gathered(results)
-    return tables(rows) + "\n" + "".join(claims(rows))
+    text = opening(
+        embedded.QUESTION,
+        f"Target: p(z|x)^(1/T), the rest z of a web sentence after its beginning x, at most {LIMIT['max_tokens']} "
+        f"tokens. It is not known exactly. Data: {TEST} prompts that no guide was trained on, {DRAWS} texts each. "
+        f"*{GUIDE}*: one guide for each temperature.",
+        COLUMNS,
+    )
+    return text + tables(rows) + "\n" + "".join(claims(rows))
+
+
+COLUMNS = {
+    "mean log p(z∣x)": "log-probability of the texts under the base model, nats, mean over texts and prompts, whatever "
+    "method wrote them",
+    "best": "the same, for the most likely of a prompt's texts",
+    "edit distance": "mean distance in tokens between two texts of a prompt, from 0 (equal) to 1",
+    "distinct": "share of different texts among those of a prompt",
+    "tokens": "mean length of the texts",
+}
 
 
 def tables(rows: embedded.Rows) -> str:
-    """The table, and what certifies weighted draws."""
-    text = (
-        f"{TEST} unseen prompts, {DRAWS} texts each; log p(z|x) in nats under the base model.\n\n"
-        + markdown(
-            ("method", "setting", "mean log p(z∣x)", "best", "edit distance", "distinct", "tokens", "seeds"),
-            [
-                (family, setting, *(spread(runs, key, 2) for key in ("log_likelihood", "best", "distance", "distinct")),
-                 spread(runs, "words", 1), str(len(runs)))
-                for (family, setting), runs in rows.items()
-            ],
-        )
+    """The table of texts, and that of the distances of weighted draws from the target."""
+    text = markdown(
+        ("method", "setting", "mean log p(z∣x)", "best", "edit distance", "distinct", "tokens", "seeds"),
+        [
+            (family, setting, *(spread(runs, key, 2) for key in ("log_likelihood", "best", "distance", "distinct")),
+             spread(runs, "words", 1), str(len(runs)))
+            for (family, setting), runs in rows.items()
+        ],
     )  # fmt: skip
     sure = {key: runs for key, runs in rows.items() if "gap" in runs[0]}
     if sure:
-        text += "\nHow far weighted draws are from the target p(z∣x)^(1/T), means over prompts:\n\n" + markdown(
-            ("draws", "T", "log Z - ELBO", "sd(u)", "ESS/N", "prompts with k-hat < 0.7"),
+        text += (
+            "\nHow far weighted draws are from the target, means over prompts. log Z - ELBO estimates KL(q, target) of "
+            "the distribution q of the draws. Its log Z is the largest estimate in this table at the same T: draws "
+            "that miss most of the target estimate log Z too low, and their weights do not show it. sd(u) is the "
+            "standard deviation of the log weights: 0 if q is the target, and also if all draws are one text. ESS/N is "
+            "the effective sample size as a share of the draws. Pareto k-hat below 0.7 means that averages by these "
+            "weights can be trusted, as far as the draws reach.\n\n"
+        )
+        text += markdown(
+            ("draws", "T", "estimate of log Z", "log Z - ELBO", "sd(u)", "ESS/N", "prompts with k-hat < 0.7"),
             [
-                (family, setting.removeprefix("T = "), *(spread(runs, key, 2) for key in ("gap", "sd", "ess")),
+                (family, setting.removeprefix("T = "), spread(runs, "log_z", 2), spread(distances(rows, runs), "kl", 2),
+                 *(spread(runs, key, 2) for key in ("sd", "ess")),
                  f"{100 * mean(k < 0.7 for r in runs for k in r['khat']):.0f}%")
                 for (family, setting), runs in sure.items()
             ],
@@ -188,44 +212,55 @@ def tables(rows: embedded.Rows) -> str:
     return text
 
 
+def distances(rows: embedded.Rows, runs: Sequence[Figures]) -> list[Figures]:
+    """log Z - ELBO of each run, with the largest estimate of log Z of all methods at the same temperature."""
+    log_z = max(mean(r["log_z"] for r in of) for of in rows.values() if shares(of[0], runs[0]))
+    return [{"kl": log_z - (r["log_z"] - r["gap"])} for r in runs]
+
+
+def shares(run: Figures, other: Figures) -> bool:
+    """Whether a run's draws are weighted for the same target."""
+    return "gap" in run and run["setting"] == other["setting"]
+
+
 def claims(rows: embedded.Rows) -> list[str]:
     """A verdict on each claim whose cells have run."""
     said = []
     there = [t for t in TEMPERATURES if (GUIDE, f"T = {t:g}") in rows]
     both = [t for t in there if (BY_TOKEN, f"T = {t:g}") in rows]
-    for key, words in (("log_likelihood", "on average"), ("best", "in the best of a prompt's texts")):
+    for key, which in (("log_likelihood", "on average"), ("best", "for the best text of a prompt")):
         ahead, listed = [], []
         for t in both:
             difference, half = by_prompt(rows[GUIDE, f"T = {t:g}"], rows[BY_TOKEN, f"T = {t:g}"], key)
             ahead.append(difference > half)
             listed.append(f"{difference:+.2f} ± {half:.2f} at {t:g}")
         if both:
-            claim = f"a tempered sequence is more likely than one of tempered tokens at the same T, {words}"
-            said.append(verdict(claim, all(ahead), f"Nats, 95% intervals over prompts: {', '.join(listed)}."))
+            claim = f"at the same T, GFlowNet texts are more likely than those of token temperature, {which}"
+            because = f"Differences in nats, with 95% intervals over prompts: {', '.join(listed)}."
+            said.append(verdict(claim, all(ahead), because))
     if both:
         guides = [merged(rows[GUIDE, f"T = {t:g}"]) for t in both]
-        behind, listed = [], []
+        compared: dict[str, list[str]] = {"behind": [], "ahead": [], "beyond": []}
         for (family, setting), runs in rows.items():
             if family in (GUIDE, POWER, SEQUENTIAL):
                 continue
             other = merged(runs)
             at = embedded.diversity_at(guides, other["log_likelihood"])
             word = "beyond" if at is None else "behind" if other["distance"] < at else "ahead"
-            behind.append(word == "behind")
-            listed.append(f"{family} {setting}".strip() + f" {word}")
+            compared[word].append(f"{family} {setting}".strip())
+        listed = ". ".join(f"{embedded.WORDS[word]}: {'; '.join(names)}" for word, names in compared.items() if names)
         claim = "at equal likelihood the GFlowNet's texts are more diverse than those of the usual decoding"
-        said.append(verdict(claim, all(behind), f"Means over prompts and seeds, no interval: {'; '.join(listed)}."))
+        because = f"Diversity is the edit distance, mean over prompts and seeds, without an interval. {listed}."
+        said.append(verdict(claim, not compared["ahead"] and not compared["beyond"], because))
     if there:
-        worst = max(mean(r["gap"] for r in rows[GUIDE, f"T = {t:g}"]) for t in there)
-        because = f"The largest mean gap between the estimate of log Z and the ELBO is {worst:.2f} nats."
-        said.append(
-            verdict("the guides sample the tempered sequences (asked here: a gap of 0.1)", worst < 0.1, because)
-        )
+        worst = max(mean(r["kl"] for r in distances(rows, rows[GUIDE, f"T = {t:g}"])) for t in there)
+        because = f"The largest mean of log Z - ELBO is {worst:.2f} nats."
+        said.append(verdict("the guides sample the target (log Z - ELBO less than 0.1 nats)", worst < 0.1, because))
     return said
 
 
 def by_prompt(ours: Sequence[Figures], theirs: Sequence[Figures], key: str) -> tuple[float, float]:
-    """The mean difference, prompt by prompt, each the mean over seeds; with its 95% half-width."""
+    """The mean difference over prompts of means over seeds, and half of its 95% interval."""
     a, b = ([mean(values) for values in zip(*(r["each"][key] for r in runs), strict=True)] for runs in (ours, theirs))
     return paired(a, b)
 

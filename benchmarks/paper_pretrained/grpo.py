@@ -1,21 +1,22 @@
-r"""The peers' way of training: TRL's GRPO on the target and the budget of the GFlowNets of two of these studies.
+r"""The peers' way of training: TRL's GRPO with the targets and the budgets of GFlowNets of two of these studies.
 
-The reward is the log of the GFlowNet's unnormalised target: log p(z|x) / T of continuation at T = 0.9, and log p(z|x) +
-log p(y|x,z) of subjectivity with 50 labels; see `grpo_worker`.  Equal are prompts, barred tokens, stops and limits, the
-adapter, the learning rate, which is constant, the norm of a clipped gradient, and the texts drawn: 2 prompts x 8 texts
-a step, as many steps.  All else is TRL's default: advantages are rewards less the group's mean over its standard
-deviation (so that T cancels), the loss is a mean over tokens, beta = 0, so that nothing holds the policy to the
-language model, and each draw is used once.  The optimum is one text, the likeliest.
+The reward is the log of the GFlowNet's unnormalised target: log p(z|x) / T of continuation at T = 0.9, and log
+p(z|x) + log p(y|x,z) of subjectivity with 50 labels; see `grpo_worker`.  The same for both: prompts, barred tokens,
+stops and limits, the adapter, the constant learning rate, the norm at which gradients are clipped, 2 prompts x 8
+texts per step, and the number of steps.  All else is TRL's default: advantages are rewards minus the mean of the
+group, divided by its standard deviation (so that T cancels); the loss is a mean over tokens; beta = 0, so that
+nothing holds the policy close to the language model; and each draw is used once.  The optimum is one text, the most
+likely one.
 
-*Matched*: the reward less log q(z|x), not scaled, which makes the expected reward the ELBO.  What is then left of GRPO
-is the policy gradient with the group's mean as baseline, and its optimum is the GFlowNet's target.
+*Matched*: the reward minus log q(z|x), not scaled, so that the expected reward is the ELBO.  What is left of GRPO is
+the policy gradient with the group's mean as baseline, and its optimum is the GFlowNet's target.
 
-TRL is installed beside torch and transformers of this repository's versions in .venv-trl when a unit first needs it,
-and is a process of its own (`grpo_worker`), whose adapter is loaded and measured here as the guides are.
+TRL is installed in .venv-trl, with this repository's versions of torch and transformers, when a unit first needs
+it.  It runs as a process of its own (`grpo_worker`).  Its adapter is loaded and measured here as the guides are.
 
-Cost: a step of 2 x 8 texts took 17 to 22 processor seconds on continuation, 23 where matched, and 18 on subjectivity:
-by these some 35, 40 and 10 minutes a seed, one core-hour and a half.  With seed 100 and six prompts to choose on, 20
-steps of GRPO came to texts of 3 tokens, of which 39% were distinct, and a gap of 6 nats.
+Cost: a step of 2 x 8 texts took 17 to 22 processor seconds on continuation, 23 if matched, and 18 on subjectivity.  By
+these, the cells take about 35, 40 and 10 minutes per seed, one and a half core-hours.  With seed 100 and six of the
+prompts for choices, 20 steps of GRPO ended at texts of 3 tokens, of which 39% were distinct, and at a gap of 6 nats.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, spread, verdict
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, meanings, opening, spread, verdict
 from benchmarks.peers import ON_ONE_PROCESSOR, ROOT, Unavailable, interpreter
 from lmppl import LanguageModel
 from lmppl.inference import Importance
@@ -50,7 +51,7 @@ CELLS = ("continuation", "continuation, matched", "subjectivity")
 
 
 def adapter(lm: LanguageModel, seed: int, **task: Any) -> tuple[LanguageModel, Figures]:
-    """What TRL made of this task: the language model with the adapter, and what it took."""
+    """Train an adapter by TRL: the language model with the adapter, and the cost of the training."""
     recipe = task.pop("recipe")
     given = {
         "lm": str(lm.model.name_or_path), "seed": seed, "device": lm.device.type, "adapter": recipe.adapter,
@@ -70,7 +71,7 @@ def adapter(lm: LanguageModel, seed: int, **task: Any) -> tuple[LanguageModel, F
 
 
 def continuing(lm: LanguageModel, data: Path, seed: int, short: bool, matched: bool) -> Figures:
-    """Texts for the prompts of the study of continuation, and what certifies them."""
+    """Texts for the prompts of the study of continuation, and their distance from the target."""
     parts, allowed = continuation.prompts(lm, data), continuation.plain_tokens(lm)
     target = Target(int(lm.token_id(".")), continuation.LIMIT["max_tokens"], temperature=TEMPERATURE)
     recipe = replace(continuation.RECIPE, steps=2 if short else continuation.RECIPE.steps)
@@ -87,7 +88,7 @@ def continuing(lm: LanguageModel, data: Path, seed: int, short: bool, matched: b
 
 
 def labelling(lm: LanguageModel, data: Path, seed: int, short: bool) -> Figures:
-    """Labels by way of reasons, of the sentences of the study of subjectivity."""
+    """Labels through reasons, for the sentences of the study of subjectivity."""
     s = subjectivity.Setup(LABELS, seed, short, lm, data)
     plain, prompts = s.task(), subjectivity.PROMPTS
     labels = plain.label_texts
@@ -108,7 +109,7 @@ def labelling(lm: LanguageModel, data: Path, seed: int, short: bool) -> Figures:
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
-    """What GRPO's policy draws, measured as the GFlowNet's draws are."""
+    """Draws of GRPO's policy, measured as the draws of the GFlowNet."""
     if cell == "subjectivity":
         found = labelling(lm, data, seed, short)
     else:
@@ -119,29 +120,41 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
 # -- the section ------------------------------------------------------------------------------------------------------
 
 
+QUESTION = "How does GRPO, the usual way to train for a reward, compare with the GFlowNet on the same targets?"
+SETTING = (
+    "TRL's GRPO gets the log of the GFlowNet's unnormalised target as reward, and as many draws and steps. Its optimum "
+    "is the most likely text. *Matched* subtracts log q(z|x) from the reward, so that its optimum is the GFlowNet's "
+    "target. Data: prompts and sentences of the sections above."
+)
+
+
 def report(results: Results) -> str:
-    """The tables of the two studies with GRPO's rows, what it took, and the claims."""
-    text, said = "", []
+    """The tables of both studies with GRPO's rows, its cost, and the claims."""
+    text, said = opening(QUESTION, SETTING, {}).rstrip("\n") + "\n\n", []
     texts = {cell: results[cell] for cell in CELLS[:2] if cell in results}
     if texts:
         beside = f"continuation: T={TEMPERATURE:g}"
         rows = continuation.embedded.gathered(texts | {beside: results.get(beside, [])})
-        text += continuation.tables(rows) + "\n"
+        text += f"Texts for the prompts of the section on continuation:\n\n{meanings(continuation.COLUMNS)}\n"
+        text += continuation.tables(rows)
+        shown = [f"- {family}: {' / '.join(z.strip() for z in of[0]['texts'])}\n" for (family, _), of in rows.items()]
+        text += f"\nThree texts of the first prompt:\n\n{''.join(shown)}\n"
         said += continuation_claims(rows)
     if "subjectivity" in results:
         runs = subjectivity.together(results["subjectivity"], results.get(f"subjectivity: {LABELS}", []))
         methods = [m for m in ("supervised", "GFlowNet", GRPO) if m in runs[0]["methods"]]
         text += (
-            f"\n{subjectivity.TEST} test sentences a seed, those of the section on subjectivity; *distinct* is the "
-            "share of distinct reasons among the ten of a sentence, and among one of each sentence.\n\n"
+            f"The {subjectivity.TEST} test sentences of each seed are those of the section on subjectivity, and so are "
+            "the columns. *Distinct, one sentence*: share of different reasons among the ten of a sentence. *Distinct, "
+            "all*: the same among one reason of each sentence.\n\n"
         )
         text += markdown(
-            (*subjectivity.HEADER, "distinct, of ten", "of sentences'"),
+            (*subjectivity.HEADER, "distinct, one sentence", "distinct, all"),
             [[*subjectivity.row(LABELS, runs, m), *variety(runs, m)] for m in methods],
         )
         said += subjectivity_claims(runs)
     took = {cell: [r["took"] for r in results[cell]] for cell in CELLS if cell in results}
-    text += "\nWhat TRL took, and the mean reward of its first and last ten steps:\n\n" + markdown(
+    text += "\nThe cost of TRL's training, and the mean reward of its first and last ten steps:\n\n" + markdown(
         ("cell", "processor seconds", "tokens of prompts and texts", "first rewards", "last rewards"),
         [
             (cell, spread(of, "seconds", 0), f"{mean(t['tokens'] for t in of):,.0f}",
@@ -153,7 +166,7 @@ def report(results: Results) -> str:
 
 
 def variety(runs: Sequence[Figures], method: str) -> list[str]:
-    """The share of distinct reasons among a sentence's ten, and among one reason of each sentence of a seed."""
+    """The share of different reasons among the ten of a sentence, and among one reason of every sentence."""
     of = [r["methods"][method] for r in runs if "reasons" in r["methods"][method]]
     among = [r["distinct"] for r in of if "distinct" in r]
     across = [len(set(r["reasons"])) / len(r["reasons"]) for r in of]
@@ -161,39 +174,40 @@ def variety(runs: Sequence[Figures], method: str) -> list[str]:
 
 
 def continuation_claims(rows: continuation.embedded.Rows) -> list[str]:
-    """Whether the reward alone gives likelier texts and fewer, and whether the matched reward mends it."""
+    """Whether the reward only gives more likely and less diverse texts, and what the matched reward changes."""
     setting, said = f"T = {TEMPERATURE:g}", []
     plain, matched, guide = (rows.get((f, setting)) for f in (GRPO, MATCHED, continuation.GUIDE))
     for ours, name in ((guide, continuation.GUIDE), (matched, MATCHED)):
         if plain and ours:
             likelier, by = continuation.by_prompt(plain, ours, "log_likelihood")
             wider, half = continuation.by_prompt(plain, ours, "distance")
-            claim = f"GRPO's texts are likelier and less diverse than those of {name}"
-            because = f"{likelier:+.2f} ± {by:.2f} nats, {wider:+.2f} ± {half:.2f} of edit distance, over prompts."
+            claim = f"GRPO's texts are more likely and less diverse than those of {name}"
+            because = f"{likelier:+.2f} ± {by:.2f} nats and {wider:+.2f} ± {half:.2f} of edit distance, over prompts."
             said.append(verdict(claim, likelier > by and wider < -half, because))
     if plain and guide:
-        gaps = [mean(r["gap"] for r in runs) for runs in (plain, guide)]
+        gaps = [mean(r["kl"] for r in continuation.distances(rows, runs)) for runs in (plain, guide)]
         because = f"log Z - ELBO is {gaps[0]:.2f} nats, the GFlowNet's {gaps[1]:.2f}."
-        said.append(verdict("GRPO's policy is further from the tempered sequences", gaps[0] > gaps[1], because))
+        said.append(verdict("GRPO's policy is further from the target than the GFlowNet", gaps[0] > gaps[1], because))
     return said
 
 
 def subjectivity_claims(runs: Sequence[Figures]) -> list[str]:
-    """Whether it labels less well."""
+    """Whether its labels are less accurate than the GFlowNet's."""
     if "GFlowNet" not in runs[0]["methods"]:
         return []
     gain, half = subjectivity.difference(runs, GRPO, "GFlowNet")
     because = f"{gain:+.1f} ± {half:.1f} points on {sum(len(r['y']) for r in runs)} sentences."
-    return [verdict(f"GRPO labels less well than the GFlowNet at {LABELS} labels", gain < -half, because)]
+    return [verdict(f"GRPO is less accurate than the GFlowNet at {LABELS} labels", gain < -half, because)]
 
 
 def headline(results: Results) -> Headline:
-    """Distance to the target and diversity of the texts, at the temperature of both."""
+    """Distance from the target and diversity of the texts, at the temperature that both have."""
     beside = results.get(f"continuation: T={TEMPERATURE:g}")
     if "continuation" not in results or not beside:
         return []
-    runs = [[found["rows"][0] for found in of] for of in (beside, results["continuation"])]
-    here = "; ".join(", ".join(spread(rows, key, 2) for key in ("gap", "distinct")) for rows in runs)
+    rows = continuation.embedded.gathered({"guide": beside, GRPO: results["continuation"]})
+    runs = [[r | found for r, found in zip(of, continuation.distances(rows, of), strict=True)] for of in rows.values()]
+    here = "; ".join(", ".join(spread(of, key, 2) for key in ("kl", "distinct")) for of in runs)
     measured = f"log Z - ELBO, distinct texts of {continuation.GUIDE}; TRL's {GRPO}, T = {TEMPERATURE:g}"
     return [(measured, "", here, min(map(len, runs)))]
 

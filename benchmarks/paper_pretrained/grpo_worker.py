@@ -1,17 +1,17 @@
-r"""TRL's side of the study `grpo`, run by the interpreter of an environment of its own: no lmppl here.
+r"""TRL's side of the study `grpo`, run by the interpreter of its own environment, which has no lmppl.
 
     .venv-trl/bin/python benchmarks/paper_pretrained/grpo_worker.py FOLDER
 
-task.json in the folder says what to train and on what; the folder gets the adapter, in PEFT's layout, and figures.json.
-The reward of a text z after the prompt x, and of its label y where the task has labels, is
+task.json in the folder has the training task and its data.  The worker writes the adapter, in PEFT's layout, and
+figures.json into the folder.  The reward of a text z after the prompt x, and of its label y if the task has labels, is
 
 .. math:: \log p(z \mid x) / T + \log p(y \mid x, z)
 
-under the network without its adapter.  *Matched*: less log q(z | x) of the network that is trained, whose mean is then
-largest where q is proportional to the exponential of the first.
+under the network without its adapter.  *Matched* subtracts log q(z | x) of the network that is trained; the mean of
+this reward is largest if q is proportional to the exponential of the first reward.
 
-Barred tokens get a bias in the output layer, so that who draws, who trains and who rewards share their mass alike.  A
-text ends at its stop, TRL's eos here, or at the limit, where lmppl's stop is certain and so costs nothing.
+Barred tokens get a bias in the output layer.  So sampling, training and reward all share their mass in the same way.  A
+text ends at its stop, which is TRL's eos here, or at the limit.  There lmppl's stop is certain and so has no cost.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-BARRED = -1e4  # a logit whose probability is 0, and finite, so that an entropy is one
+BARRED = -1e4  # a logit with probability 0; it is finite, so that entropies are finite
 Ids = list[int]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What log p(z | x) / T + log p(y | x, z) needs, as token ids."""
+    """The parameters of log p(z | x) / T + log p(y | x, z), as token ids."""
 
     stop: int
     limit: int  # tokens before the stop, at most
     least: int = 0  # tokens before the stop, at least
     temperature: float = 1.0
     then: tuple[int, ...] = ()  # between z and y
-    labels: tuple[int, ...] = ()  # what y may be, a token each; none: no y
+    labels: tuple[int, ...] = ()  # the possible labels, one token each; empty: no y
 
     def ended(self, z: Ids) -> Ids:
         """A text with its stop."""
@@ -49,7 +49,7 @@ class Target:
 
 
 def bar(model: Any, barred: Ids) -> None:
-    """Give these tokens no probability, whoever asks."""
+    """Give these tokens no probability in every pass of the model."""
     layer = model.get_output_embeddings()
     bias = torch.zeros(len(layer.weight), dtype=layer.weight.dtype, device=layer.weight.device)
     bias[barred] = BARRED
@@ -84,7 +84,7 @@ def log_target(model: Any, target: Target, x: Sequence[Ids], z: Sequence[Ids], y
 
 
 def train(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Train an adapter by GRPO, as TRL has it but for what is said here; what it took, and each step's mean reward."""
+    """Train an adapter by TRL's GRPO; the cost, and the mean reward of each step."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer

@@ -1,19 +1,24 @@
-r"""Infilling (Hu et al. 2024, section 4.2, Table 2): the middle of a story that the model itself has told.
+r"""Infilling (Hu et al. 2024, section 4.2, Table 2): the middle of a story that the model itself has written.
 
-Stories are drawn by `tell.py`, seed 0, and kept in stories.jsonl: a lead, x, z and y, three sentences of at most 20
-tokens up to a ".", which the limit sets where it has not come, each drawn from p given what stands before it.  p is the
-base model without special tokens and line breaks.  So the middle that was told is a draw of the posterior p(z | x, y)
-itself, and evidence comes from both sides, in nats a story:
+Stories are drawn by `tell.py`, seed 0, and kept in stories.jsonl: a lead, then x, z and y, three sentences of at
+most 20 tokens that end with ".", which the limit adds if it has not come before.  Each sentence is drawn from p given
+the text before it.  p is the base model without special tokens and without line breaks.  So the middle of a stored
+story is a draw of the posterior p(z | x, y), and the evidence has bounds from both sides, in nats per story:
 
 .. math:: E_q[\log p(z, y) - \log q(z)] = \log p(y) - KL(q, p), \quad
-          E_p[\log p(z, y) - \log q(z)] = \log p(y) + KL(p, q),
+          E_p[\log p(z, y) - \log q(z)] = \log p(y) + KL(p, q).
 
-the first over the method's draws, the second over the middles that were told; their difference is the sum of both KLs,
-0 at the posterior alone.  BLEU-4 and GLEU-4 are of all middles against the ones that were told.  There is no BERTScore:
-no encoder is at hand.
+The first is a mean over the draws of the method, the second over the stored middles.  Their difference is the sum of
+both KLs; it is 0 only at the posterior.  BLEU-4 and GLEU-4 compare all draws with the stored middles.  There is no
+BERTScore, because no encoder is available.
 
-What a guide continues was chosen on the 16 stories to choose on, before any training: KL(q, p) + KL(p, q) by 8 draws
-each, seed 100, in nats; the language model that does not know the end has 8.3.
+The cells "..., hand-written" measure the same methods, trained in the same way, on stories of the embedded grammar
+(`lmppl.embedded.data("stories", "test")`: "Tom went to the kitchen. He found the small knife. He sharpened it.") after
+one sentence of introduction.  SmolLM2 did not write their middles, so they are not draws of its posterior: there is an
+ELBO and an estimate of log p(y), but no upper bound.  Nothing was chosen on these stories.
+
+The template that a guide continues was chosen on the 16 stories for choices, before any training, by KL(q, p) + KL(p,
+q) in nats, from 8 draws each, seed 100.  The language model that does not know the end has 8.3.
 
     {y} / / {x}                                            9.2  taken
     Later:{y} / {x}                                        9.3
@@ -21,22 +26,23 @@ each, seed 100, in nats; the language model that does not know the end has 8.3.
     A story that goes on with this sentence:{y} / / {x}   11.1
     Ending:{y} / Beginning:{x} / Middle:                  23.8  18.2 after three examples: "prompting"
 
-What trains was chosen on the same stories and by the same sum, after the first of these templates, 16 draws each:
+The training was chosen on the same stories and by the same sum, with the first of these templates, from 16 draws each:
 
-    supervised, 16 told middles a step: 12 steps at 1e-4   8.4  taken
-                                        24 steps           8.5
-                                        100 at 5e-4       41    (200 told middles are learnt by heart)
-    GFlowNet, 2 x 8 draws a step: 100 steps at 1e-3        9.5
-        after 24 steps of supervised, 25 at 3e-4           8.8
-                                      50                   9.5
-        told middles in its replay buffer, 25 at 3e-4      8.7
-                                           50              8.7  taken
+    supervised, 16 stored middles per step: 12 steps at 1e-4   8.4  taken
+                                            24 steps           8.5
+                                            100 at 5e-4       41    (200 stored middles are learnt by heart)
+    GFlowNet, 2 x 8 draws per step: 100 steps at 1e-3          9.5
+        after 24 steps of supervised, 25 at 3e-4               8.8
+                                      50                       9.5
+        stored middles in its replay buffer, 25 at 3e-4        8.7
+                                             50                8.7  taken
 
-One of eight draws is then the story's told middle, a draw of the posterior.  No line is nearer than the language model
-that does not know the end, so what the studies can show is how far these are from it.
+With the buffer, one of eight draws is the stored middle of the story, a draw of the posterior.  No line is closer to
+the posterior than the language model that does not know the end.  So the study can only show how far each method is
+from it.
 
-Cost, by the pilots: a supervised step 10 processor seconds, a step of the GFlowNet 8 to 10, and measuring 2 minutes on
-16 stories: a seed is some 30 minutes.
+Cost, by the pilots: a supervised step takes 10 processor seconds, a step of the GFlowNet 8 to 10, and measuring 16
+stories 2 minutes: a seed takes about 30 minutes.
 """
 
 from __future__ import annotations
@@ -54,8 +60,9 @@ import torch
 from pyro import condition, poutine
 from torch import Tensor
 
-from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, spread, verdict
-from lmppl import LanguageModel
+from benchmarks.paper.infilling import QUESTION
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, spread, verdict
+from lmppl import LanguageModel, embedded
 from lmppl.distributions import Completion
 from lmppl.embedded import Story
 from lmppl.inference import SMC, GFlowNet, Importance, Posterior, Replay, SupervisedFineTuning, few_shot
@@ -68,16 +75,19 @@ from .continuation import plain_tokens
 STORIES = Path(__file__).with_name("stories.jsonl")
 LEAD = "This is a short story for children. Once upon a time, there was"
 LIMIT = {"max_tokens": 20, "stop": "."}
-TEMPLATE = "{y}\n\n{x}"  # what a guide continues; `ASKING` is what is asked after examples
+TEMPLATE = "{y}\n\n{x}"  # the prompt of a guide; `ASKING` is the prompt after examples
 TRAIN, HELD_OUT, TEST, DRAWS, SHOTS = 200, 16, 24, 16, 3
 RECIPE = replace(PRETRAINED, steps=50, learning_rate=3e-4)
 TOLD_BATCH, TOLD_STEPS, TOLD_RATE = 16, 12, 1e-4
 PRIOR, ASKED, TOLD, GUIDE, SEQUENTIAL = "language model", "prompting", "supervised", "GFlowNet", "SMC with the guide"
-CELLS = (PRIOR, ASKED, TOLD, GUIDE)
+METHODS = (PRIOR, ASKED, TOLD, GUIDE)
+WRITTEN = {f"{method}, hand-written": method for method in METHODS}  # cells
+CELLS = (*METHODS, *WRITTEN)
+WRITTEN_TEST, WRITTEN_LEAD = 16, "This is a short story for children. "
 
 
 class Told(Infilling):
-    """Infilling of stories whose three sentences have one law."""
+    """Infilling of stories whose three sentences have the same distribution given the text before."""
 
     def __init__(self, lm: LanguageModel, guide_lm: LanguageModel | None = None, template: str = TEMPLATE):
         super().__init__(lm, guide_lm, template=template, allowed=plain_tokens(lm), **LIMIT)
@@ -90,7 +100,7 @@ class Told(Infilling):
             return z
 
     def prior(self, x: Tensor, y: Tensor) -> Tensor:
-        """z ~ LM(x): a guide that does not know the end."""
+        """z ~ LM(x), a guide that does not know the end."""
         with pyro.plate("stories", len(x)):
             return pyro.sample("z", self.sentence(x))
 
@@ -99,13 +109,18 @@ class Told(Infilling):
 
 
 def stories(path: Path = STORIES) -> tuple[list[Story], list[Story], list[Story]]:
-    """To train on, to choose on and to test on."""
+    """Stories for training, for choices and for the test."""
     told = [Story(**json.loads(line)) for line in path.read_text().splitlines()]
     return told[HELD_OUT + TEST :], told[TEST : HELD_OUT + TEST], told[:TEST]
 
 
+def written() -> list[Story]:
+    """The hand-written test stories."""
+    return [s._replace(x=WRITTEN_LEAD + s.x) for s in embedded.data("stories", "test")[:WRITTEN_TEST]]
+
+
 def trained(cell: str, lm: LanguageModel, train: list[Story], seed: int, short: bool) -> tuple[Told, Any]:
-    """The programs of a method, trained where it is one that trains, and the trainer."""
+    """The programs of a method, after training if the method trains, and the trainer."""
     if cell == ASKED:
         shots = [({"x": s.x, "y": s.y}, s.z) for s in Random(seed).sample(train, min(SHOTS, len(train)))]
         return Told(lm, lm, few_shot(ASKING, shots, "\n")), None
@@ -138,7 +153,7 @@ def trained(cell: str, lm: LanguageModel, train: list[Story], seed: int, short: 
 
 
 def log_joint(program: Program, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """A program's log-density of middles z (n, B, E) and what it observes: (n, B)."""
+    """The log-density under a program of middles z (n, B, E) and of its observations: (n, B)."""
     trace = poutine.trace(condition(program, {"z": z})).get_trace(x, y)
     trace.compute_log_prob()
     log_prob: Tensor = sum(trace.nodes[name]["log_prob"] for name in ("z", "y") if name in trace.nodes)
@@ -147,9 +162,9 @@ def log_joint(program: Program, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measured(task: Told, program: Program, test: list[Story], posterior: Posterior, z: Tensor, name: str) -> Figures:
-    """The measures of middles z (n, B, E), drawn by a method whose weighted draws are these."""
+    """The measures of middles z (n, B, E) of a method, and of its weighted draws, the posterior."""
     lm, (x, y) = task.lm, task.encode(test)
-    told = lm.encode([s.z for s in test])[None]  # one middle a story
+    told = lm.encode([s.z for s in test])[None]  # one middle per story
     u = posterior.log_weights + torch.tensor(float(posterior.num_particles)).log()
     above = (log_joint(task.model, x, y, told) - log_joint(program, x, y, told))[0]
     story, reference = (measures.story_log_likelihood(lm, x, each, y) for each in (z, told))
@@ -166,9 +181,11 @@ def measured(task: Told, program: Program, test: list[Story], posterior: Posteri
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path | None = None) -> Figures:
-    """Middles of unseen stories by one method, and by SMC with it where it is the GFlowNet."""
+    """Draw middles of unseen stories by one method; for the GFlowNet also by SMC with its guide."""
     train, _, test = stories()
+    test = written() if cell in WRITTEN else test
     test, n = (test[:2], 4) if short else (test, DRAWS)
+    cell = WRITTEN.get(cell, cell)
     task, trainer = trained(cell, lm, train, seed, short)
     program = task.prior if cell == PRIOR else task.guide
     args = task.encode(test)
@@ -186,45 +203,94 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path | None 
 
 
 def report(results: Results) -> str:
-    """The table, and a sentence a claim."""
+    """The tables and the claims."""
+    runs, by_hand = ({cell: of for cell, of in results.items() if (cell in WRITTEN) == w} for w in (False, True))
+    text = of_told(by_method(runs)) if runs else ""
+    return text + (of_written(by_method(by_hand)) if by_hand else "")
+
+
+def by_method(results: Results) -> dict[str, list[Figures]]:
+    """The rows of each method, one per seed."""
     runs: dict[str, list[Figures]] = {}
     for found in (found for cell in results.values() for found in cell):
         for row in found["rows"]:
             runs.setdefault(row["name"], []).append(row | {"seed": found["seed"]})
+    return runs
+
+
+def of_written(runs: dict[str, list[Figures]]) -> str:
+    """The table of the hand-written stories."""
+    seeds = max(map(len, runs.values()))
     text = (
-        f"{TEST} unseen stories, {DRAWS} middles each; nats a story. *ELBO* and *upper bound* enclose log p(y|x), "
-        "their difference is KL(q,p) + KL(p,q); *wins* is how often the base model finds the story likelier than with "
-        "the middle that was told, of which a draw of the posterior has about a half.\n\n"
+        f"\nThe same methods, trained on the model's own stories, on {WRITTEN_TEST} hand-written stories "
+        f"({seeds} seed{'s' if seeds > 1 else ''}), {DRAWS} middles for each story. The written middles are not draws "
+        "of the posterior, so there is no upper bound.\n\n"
     )
     text += markdown(
-        ("method", "ELBO", "estimate", "upper bound", "ESS/N", "BLEU-4", "GLEU-4", "log p(x z y)", "wins",
-         "distinct", "seeds"),
+        ("method", "ELBO", "estimate", *HEADS, "a middle of the first story", "seeds"),
         [
-            (name, *(f"{mean(mean(r[key]) for r in rows):.2f}" for key in ("below", "log_z", "above")),
-             *(spread(rounded(rows, key, digits), key, digits) for key, digits in COLUMNS), str(len(rows)))
+            (name, *(f"{mean(mean(r[key]) for r in rows):.2f}" for key in ("below", "log_z")), *figures(rows),
+             rows[0]["shown"][0].strip().replace("|", "\\|"), str(len(rows)))
             for name, rows in runs.items()
         ],
     )  # fmt: skip
     told = mean(r["told"] for rows in runs.values() for r in rows)
-    return text + f"\nWith the middles that were told log p(x z y) is {told:.2f}.\n\n" + "".join(claims(runs))
+    return text + f"\nWith the written middles log p(x z y) is {told:.2f}.\n"
+
+
+def of_told(runs: dict[str, list[Figures]]) -> str:
+    """The table of the stories that the model has written, and the claims."""
+    text = opening(
+        QUESTION,
+        "Target: the posterior p(z|x, y) of the middle z, given the beginning x and the end y. Data: stories that the "
+        f"base model has written itself, so that their own middles are draws of the posterior; {TEST} of them that no "
+        f"method was trained on, {DRAWS} middles for each story. Log-probabilities are in nats, means over stories.",
+        {
+            "ELBO, upper bound": "two bounds of log p(y|x); their difference is KL(q,p) + KL(p,q) between the method's "
+            "distribution q and the posterior p, and 0 only if q is the posterior",
+            "estimate": "the importance estimate of log p(y|x) by the method's draws",
+            "ESS/N": "effective sample size of the weighted draws, as a share of N",
+            "BLEU-4, GLEU-4": "overlap of words between the draws and the story's own middle; larger is closer",
+            "log p(x z y)": "log-probability of the whole story under the base model",
+            "wins": "share of the draws with which the base model finds the story more likely than with its own "
+            "middle; about a half for draws of the posterior",
+            "distinct": "share of different texts among the draws for a story",
+        },
+    )
+    text += markdown(
+        ("method", "ELBO", "estimate", "upper bound", *HEADS, "seeds"),
+        [
+            (name, *(f"{mean(mean(r[key]) for r in rows):.2f}" for key in ("below", "log_z", "above")),
+             *figures(rows), str(len(rows)))
+            for name, rows in runs.items()
+        ],
+    )  # fmt: skip
+    told = mean(r["told"] for rows in runs.values() for r in rows)
+    return text + f"\nWith the stories' own middles log p(x z y) is {told:.2f}.\n\n" + "".join(claims(runs))
+
+
+def figures(rows: list[Figures]) -> list[str]:
+    """The columns that are in both tables."""
+    return [spread(rounded(rows, key, digits), key, digits) for key, digits in COLUMNS]
 
 
 def rounded(rows: list[Figures], key: str, digits: int) -> list[Figures]:
-    """A figure as it is shown: a BLEU of no common four words is 1e-78."""
+    """A figure rounded as it is shown, because BLEU without four common words is 1e-78."""
     return [{key: round(r[key], digits)} for r in rows]
 
 
+HEADS = ("ESS/N", "BLEU-4", "GLEU-4", "log p(x z y)", "wins", "distinct")
 COLUMNS = (("ess", 2), ("bleu", 3), ("gleu", 3), ("story", 2), ("wins", 2), ("distinct", 2))
 
 
 def claims(runs: dict[str, list[Figures]]) -> list[str]:
-    """A verdict on each claim whose methods have run, story by story, each the mean over seeds."""
+    """A verdict on each claim whose methods have run, from means over seeds for each story."""
     said = []
     for theirs in (PRIOR, ASKED, TOLD):
         if GUIDE in runs and theirs in runs:
             gain, half = paired(between(runs[theirs]), between(runs[GUIDE]))
-            because = f"The sum of both KLs is {gain:+.2f} ± {half:.2f} nats a story less."
-            said.append(verdict(f"the GFlowNet is nearer to the posterior than {NAMES[theirs]}", gain > half, because))
+            because = f"KL(q,p) + KL(p,q) differs by {-gain:+.2f} ± {half:.2f} nats per story; less is closer."
+            said.append(verdict(f"the GFlowNet is closer to the posterior than {NAMES[theirs]}", gain > half, because))
             said.append(in_bleu(runs, theirs))
     return said
 
@@ -233,30 +299,33 @@ NAMES = {PRIOR: "the language model that does not know the end", ASKED: ASKED, T
 
 
 def in_bleu(runs: dict[str, list[Figures]], theirs: str) -> str:
-    """A verdict on BLEU-4, which is one number a seed: from two seeds on, by the interval of their differences."""
+    """A verdict on BLEU-4, one number per seed: with at least two seeds, by the interval of the differences."""
     ours, other = ({r["seed"]: r["bleu"] for r in runs[name]} for name in (GUIDE, theirs))
     pairs = [(ours[seed], other[seed]) for seed in ours if seed in other]
     if not pairs:
         return ""
     gain, half = paired(*zip(*pairs, strict=True))
-    because = f"{gain:+.3f}" + (f" ± {half:.3f}, over {len(pairs)} seeds." if len(pairs) > 1 else ", of one seed.")
-    return verdict(f"GFlowNet ahead of {NAMES[theirs]} in BLEU-4", gain > half if len(pairs) > 1 else None, because)
+    many = len(pairs) > 1
+    because = f"The difference is {gain:+.3f}" + (
+        f" ± {half:.3f} over {len(pairs)} seeds." if many else " with one seed."
+    )
+    return verdict(f"the GFlowNet is ahead of {NAMES[theirs]} in BLEU-4", gain > half if many else None, because)
 
 
 def between(runs: list[Figures]) -> list[float]:
-    """The sum of both KLs, story by story, the mean over seeds."""
+    """KL(q, p) + KL(p, q) of each story, mean over seeds."""
     each = [[a - b for a, b in zip(r["above"], r["below"], strict=True)] for r in runs]
     return [mean(story) for story in zip(*each, strict=True)]
 
 
 def headline(results: Results) -> Headline:
-    """How far the methods are from the posterior."""
+    """The distances of the methods from the posterior."""
     shown = [name for name in (PRIOR, ASKED, TOLD, GUIDE) if name in results]
     if GUIDE not in shown:
         return []
     here = [f"{mean(between([r['rows'][0] for r in results[name]])):.1f}" for name in shown]
     seeds = min(len(results[name]) for name in shown)
-    return [(f"KL(q, p) + KL(p, q), nats a story, of {', '.join(shown)}", "", ", ".join(here), seeds)]
+    return [(f"KL(q, p) + KL(p, q), nats per story, of {', '.join(shown)}", "", ", ".join(here), seeds)]
 
 
 STUDY = Study("infilling", "Infilling", CELLS, run, report, paired=False, headline=headline)

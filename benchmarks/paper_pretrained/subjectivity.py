@@ -1,8 +1,8 @@
-"""Subjectivity (Hu et al. 2024, section 4.3, Table 3) on the paper's sentences: labels by way of a reason.
+"""Subjectivity (Hu et al. 2024, section 4.3, Table 3) on the paper's sentences: labels through a latent reason.
 
-The plan, frozen before a test sentence was read.  Prompts were chosen on 60 sentences of train.jsonl that are in no
-file of few labels, 30 of each label (the first of each in the order of `random.Random(0).shuffle`).  Without a reason,
-accuracy plainly and with the odds moved to their median, and the area under the curve:
+The plan was frozen before a test sentence was read.  Prompts were chosen on 60 sentences of train.jsonl that are in no
+file of few labels, 30 of each label (the first of each in the order of `random.Random(0).shuffle`).  Without a reason:
+accuracy, accuracy after subtracting the median log-odds, and the area under the curve:
 
     {x} This sentence is [objective, subjective]                                             0.50  0.63  0.63
     Sentence:{x} / This sentence is from a [plot, review]                                    0.50  0.67  0.76
@@ -16,26 +16,26 @@ accuracy plainly and with the odds moved to their median, and the area under the
     Sentence:{x} / Plot or opinion? [Plot, Opinion]                                          0.55  0.53  0.57
     Sentence:{x} / Plot or opinion? It is about words, so it is the [plot, opinion]          0.53  0.50  0.56
 
-The one that needs no calibration was taken, since p(y | x, z) has none.  By way of four reasons {z}, on 30 of them:
+The prompt that needs no calibration was taken, because p(y | x, z) has none.  With four reasons {z}, on 30 sentences:
 
     Sentence:{x} / This sentence is about{z}, so it is from a movie [plot, review]           0.63  0.73  0.78  taken
     Sentence:{x} / It talks about{z}, which is what you find in a movie [plot, review]       0.53  0.67  0.76
     Sentence:{x} / Summary:{z}. This sentence is from a movie [plot, review]                 0.63  0.60  0.63
 
-Differences of 0.1 are within the noise of so few.  Steps and learning rates were set on paper, by what they cost.
+With so few sentences, differences of 0.1 are noise.  Steps and learning rates were chosen by their cost, without a run.
 
-A seed has its own 100 of the 1,000 test sentences, for all methods and numbers of labels the same; the labelled
-sentences are those of the paper's files, so that a seed changes the adapters, the draws and the test sentences, not
-the labels.  Three seeds are some 300 sentences: an accuracy of 0.7 then has a 95% interval of 5 points either way, a
-difference of methods that disagree on a fifth of the sentences one of 5 points too.
+Each seed has its own 100 of the 1,000 test sentences, the same for all methods and numbers of labels.  The labelled
+sentences are those of the paper's files.  So a seed changes the adapters, the draws and the test sentences, but not the
+labelled ones.  Three seeds are about 300 sentences.  An accuracy of 0.7 then has a 95% interval of 5 points on either
+side, and so has the difference of two methods that disagree on a fifth of the sentences.
 
-Cost, on paper: a token takes 135M parameters x 2 / 50 GFLOP/s = 5 ms, and 10 where few rows are drawn.  A test
-sentence with its prompt has about 50 tokens, which are read once by whoever draws ten reasons and once by p(y | x, z),
-beside 10 x 5 tokens drawn and 10 x 8 read: 2 s (with four reasons 0.8 s and 131 tokens were measured), 0.3 s without a
-reason, 2 s after 400 tokens of examples.  A step of 2 x 8 reasons takes 8 s, a round of EM 16 s, a supervised step of 4
-labels 4 s.  So a number of labels takes 160 (supervised) + 190 (GFlowNet) + 260 (EM) + 100 x (2 + 2 + 2 + 0.3) s, and a
-seed of all three with the untrained methods an hour.  Measured: 550 s a number of labels and 130 s without any, so half
-an hour a seed.
+Planned cost: a token takes 135M parameters x 2 / 50 GFLOP/s = 5 ms, and 10 ms if few rows are drawn.  A test sentence
+with its prompt has about 50 tokens.  They are read once to draw ten reasons and once by p(y | x, z); in addition
+10 x 5 tokens are drawn and 10 x 8 are read.  This takes 2 s (with four reasons 0.8 s and 131 tokens were measured),
+0.3 s without a reason, and 2 s after 400 tokens of examples.  A step of 2 x 8 reasons takes 8 s, a round of EM 16 s, a
+supervised step of 4 labels 4 s.  So each number of labels takes 160 (supervised) + 190 (GFlowNet) + 260 (EM)
++ 100 x (2 + 2 + 2 + 0.3) s, and a seed of all three with the untrained methods takes an hour.  Measured cost: 550 s for
+each number of labels and 130 s for the untrained methods, half an hour for a seed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, paired, verdict
-from benchmarks.paper.subjectivity import PAPER
+from benchmarks.paper.study import Figures, Headline, Results, Study, markdown, opening, paired, verdict
+from benchmarks.paper.subjectivity import PAPER, QUESTION
 from lmppl import LanguageModel
 from lmppl.embedded import Sentence
 from lmppl.inference import GFlowNet, SupervisedFineTuning, VariationalEM
@@ -70,8 +70,8 @@ PROMPTS: dict[str, Any] = {
 COUNTS = ("10", "20", "50")  # of labels
 LONGER = {f"{n}, longer EM": n for n in COUNTS}  # cells
 CELLS = ("untrained", *COUNTS, *LONGER)
-TEST, REASONS = 100, 10  # sentences a seed, reasons of each
-UNLABELLED = 32  # training sentences that the untrained methods are calibrated on
+TEST, REASONS = 100, 10  # test sentences per seed, reasons per sentence
+UNLABELLED = 32  # training sentences for the calibration of the untrained methods
 FEW_SHOT_TOKENS = 400
 GUIDE_STEPS, ROUNDS, SUPERVISED_STEPS, SUPERVISED_BATCH = 24, 16, 40, 4
 GUIDE_RATE, RATE = PRETRAINED.learning_rate, 5e-4
@@ -82,12 +82,12 @@ HEADER = ("labels", "method", "paper", "accuracy", "paired", "vote", "ECE", "log
 
 
 class Setup:
-    """The language model, labelled sentences and the sentences to predict of a cell and a seed."""
+    """The language model, the labelled sentences and the test sentences of a cell and a seed."""
 
     def __init__(
         self, cell: str, seed: int, short: bool, lm: LanguageModel, data: Path, sentences: range | None = None
     ):
-        """``sentences``: which of the shuffled test sentences; None: the seed's own hundred."""
+        """``sentences``: a range of the shuffled test sentences; None: the hundred of this seed."""
         self.lm, self.seed, self.short = lm, seed, short
         few = {n: read(data / "subj" / f"train.{n}.jsonl") for n in COUNTS}
         known = {s.text for sentences in few.values() for s in sentences}
@@ -102,7 +102,7 @@ class Setup:
         self.x, self.y = self.task().encode(self.test)
 
     def task(self, guide: LanguageModel | None = None, p: LanguageModel | None = None) -> Subjectivity:
-        """Both factors, p(z | x) and p(y | x, z), are p's; the guide reads x alone."""
+        """The model, whose factors p(z | x) and p(y | x, z) both belong to p; the guide reads only x."""
         return Subjectivity(p or self.lm, guide, labels=tuple(WORDS.values()), reads="x", **PROMPTS)
 
     def adapter(self) -> LanguageModel:
@@ -116,15 +116,15 @@ class Setup:
         return 1 if self.short else steps
 
     def batches(self, size: int) -> Any:
-        """Labelled sentences in turn, so many a step."""
+        """Batches of ``size`` labelled sentences, in turn."""
         recipe = replace(PRETRAINED, observations=size)
         return recipe.batches(*self.task().encode(self.labelled), seed=self.seed)
 
     @torch.no_grad()
     def by_reasons(self, task: Subjectivity, sampler: str, x: Tensor | None = None) -> Figures:
-        """p(subjective) of the test sentences averaged over reasons, the share of reasons that vote so, one reason.
+        """For each test sentence p(subjective), averaged over reasons, the share of reasons that vote for it, a reason.
 
-        *distinct* is the share of distinct ones among a sentence's reasons, the mean over sentences.
+        *distinct* is the share of distinct reasons among those of a sentence, mean over sentences.
         """
         x = self.x if x is None else x
         fn = task.prior(x) if sampler == "prior" else task.proposal(x)
@@ -141,18 +141,18 @@ class Setup:
 
 
 def read(path: Path) -> list[Sentence]:
-    """Sentences with the labels' words; a space before a sentence is its own."""
+    """Sentences with their labels as words; each sentence begins with a space."""
     return [Sentence(f" {s.text}", WORDS[s.label], "") for s in read_sentences(path)]
 
 
 def calibrated(p: Sequence[float], unlabelled: Sequence[float]) -> list[float]:
-    """Log-odds less their median on sentences whose labels nobody looked at: half of them are called subjective."""
+    """Probabilities after subtracting the median log-odds of unlabelled sentences, so that half are "subjective"."""
     middle = torch.tensor(unlabelled, dtype=torch.float64).logit().median()
     return (torch.tensor(p, dtype=torch.float64).logit() - middle).sigmoid().tolist()
 
 
 def untrained(s: Setup) -> dict[str, Figures]:
-    """The language model as it is, plainly and by way of reasons, and with its odds moved to the middle."""
+    """The untrained language model, without and with reasons, and both after calibration."""
     task = s.task()
     x = task.encode(Random(s.seed).sample(s.unlabelled, 2 if s.short else UNLABELLED))[0]
     plainly, reasons = s.directly(task), s.by_reasons(task, "prior")
@@ -165,7 +165,7 @@ def untrained(s: Setup) -> dict[str, Figures]:
 
 
 def trained(s: Setup) -> dict[str, Figures]:
-    """What becomes of so many labels."""
+    """The methods that learn from labelled sentences."""
     plain = s.task()
     found = {"few-shot": s.directly(plain, plain.examples(s.labelled, FEW_SHOT_TOKENS))}
 
@@ -180,7 +180,7 @@ def trained(s: Setup) -> dict[str, Figures]:
 
 
 def longer(s: Setup) -> dict[str, Figures]:
-    """EM that is shown as many sentences as supervised fine-tuning."""
+    """EM that reads as many labelled sentences as supervised fine-tuning."""
     task, trainer = guided(s)
     em = VariationalEM(
         task.model, task.guide, trainer, adam(task.lm, RATE), num_particles=M_PARTICLES, m_steps=M_STEPS, clip=1.0
@@ -190,7 +190,7 @@ def longer(s: Setup) -> dict[str, Figures]:
 
 
 def guided(s: Setup) -> tuple[Subjectivity, GFlowNet]:
-    """Both factors under a fresh adapter, and a guide that samples their reasons, with its trainer."""
+    """A model with a fresh adapter, its trained guide, and the trainer."""
     p, q = s.adapter(), s.adapter()
     task = s.task(q, p)
     trainer = GFlowNet(task.model, task.guide, optimizer=adam(q, GUIDE_RATE), num_particles=s.particles)
@@ -199,7 +199,7 @@ def guided(s: Setup) -> tuple[Subjectivity, GFlowNet]:
 
 
 def supervised(s: Setup) -> Subjectivity:
-    """An adapter trained on log p(y | x) of the labelled sentences, no reason."""
+    """An adapter trained on log p(y | x) of the labelled sentences, without reasons."""
     p = s.adapter()
     told = s.task(p=p)
     tuning = SupervisedFineTuning(
@@ -214,7 +214,7 @@ def adam(lm: LanguageModel, rate: float) -> torch.optim.Optimizer:
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
-    """Every method's p(subjective) of each test sentence, which is named by its line."""
+    """p(subjective) of each test sentence by every method; a sentence is named by its line in the file."""
     s = Setup(LONGER.get(cell, cell), seed, short, lm, data)
     methods = untrained(s) if cell == "untrained" else longer(s) if cell in LONGER else trained(s)
     found: Figures = {"lines": s.lines, "y": s.y.tolist(), "methods": methods}
@@ -222,7 +222,7 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
 
 
 def shown(s: Setup, method: Figures) -> list[list[str]]:
-    """The first reasons that led to the right label and to the wrong one: rows of a table."""
+    """The first reasons that led to a right label and to a wrong one, as rows of a table."""
     hits, rows = right(method["p"], s.y.tolist()), []
     for hit, name in ((1.0, "right"), (0.0, "wrong")):
         for i in [i for i, h in enumerate(hits) if h == hit][:SHOWN]:
@@ -235,24 +235,24 @@ def shown(s: Setup, method: Figures) -> list[list[str]]:
 
 
 def right(p: Sequence[float], y: Sequence[int]) -> list[float]:
-    """1 where the likelier label is the true one, 0 where it is not, 1/2 where both are as likely."""
+    """1 if the more likely label is the true one, 0 if it is not, 1/2 if both are equally likely."""
     return hits(*forecast(p, y)).tolist()
 
 
 def forecast(p: Sequence[float], y: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Both labels' probabilities (2, B) and the true labels (B,)."""
+    """The probabilities of both labels (2, B) and the true labels (B,)."""
     subjective = torch.tensor(p, dtype=torch.float64)
     return torch.stack([1 - subjective, subjective]), torch.tensor(y)
 
 
 def pooled(runs: Sequence[Figures], method: str, key: str = "p") -> tuple[list[float], list[int]]:
-    """What a method says of the sentences of all seeds, and their labels."""
+    """A method's figures for the sentences of all seeds, and the labels of the sentences."""
     said = [q for r in runs for q in r["methods"][method][key]]
     return said, [label for r in runs for label in r["y"]]
 
 
 def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures]:
-    """Runs on the same test sentences, with the methods of both; without theirs, ours alone."""
+    """Runs on the same test sentences, with the methods of both; only ours if there is no such run of theirs."""
     of = {tuple(r["lines"]): r["methods"] for r in theirs}
     both = [r | {"methods": of[tuple(r["lines"])] | r["methods"]} for r in ours if tuple(r["lines"]) in of]
     return both or list(ours)
@@ -260,15 +260,23 @@ def together(ours: Sequence[Figures], theirs: Sequence[Figures]) -> list[Figures
 
 def report(results: Results) -> str:
     """Accuracy and calibration by method and number of labels, reasons, and the claims."""
-    text = (
-        f"{TEST} test sentences a seed; accuracy in percent with its 95% interval over sentences, *paired* that of the "
-        "difference to supervised fine-tuning on the same sentences; *vote* is the accuracy of ten reasons' majority, "
-        "ECE the calibration error in ten bins, the log score in nats a sentence. Labelled sentences are the paper's "
-        "files, the same for every seed. Calibrated: log-odds less their median over "
-        f"{UNLABELLED} unlabelled training sentences. Labelled sentences that training was shown, with repetitions: "
-        f"supervised {SUPERVISED_STEPS * SUPERVISED_BATCH}, GFlowNet {GUIDE_STEPS * PRETRAINED.observations}, and EM "
-        f"after it {ROUNDS * PRETRAINED.observations}, longer EM {LONGER_ROUNDS * LONGER_BATCH}. Longer EM was "
-        "planned when the others had been read, on other sentences.\n\n"
+    text = opening(
+        QUESTION,
+        f"Data: {TEST} test sentences for each seed. The labelled sentences are the paper's files, the same for every "
+        "seed. *Exact-prior chains* draw reasons from the untrained p(z|x). *Calibrated*: the median log-odds of "
+        f"{UNLABELLED} unlabelled training sentences is subtracted. Labelled sentences that training read, with "
+        f"repetitions: supervised {SUPERVISED_STEPS * SUPERVISED_BATCH}, GFlowNet "
+        f"{GUIDE_STEPS * PRETRAINED.observations}, EM after it {ROUNDS * PRETRAINED.observations}, longer EM "
+        f"{LONGER_ROUNDS * LONGER_BATCH}. Longer EM was planned after the other figures, on other sentences, had been "
+        "read.",
+        {
+            "paper": "the paper's accuracy in percent",
+            "accuracy": "right labels in percent, with the 95% interval over sentences",
+            "paired": "difference to supervised fine-tuning on the same sentences, with its 95% interval",
+            "vote": f"accuracy in percent by the majority vote of {REASONS} reasons",
+            "ECE": "expected calibration error in ten bins; 0 is best",
+            "log score": "mean log-probability of the true label, nats per sentence; 0 is best, a coin has -0.69",
+        },
     )
     shorter = {cell: runs for cell, runs in results.items() if cell not in LONGER}
     rows = [row(cell, runs, method) for cell, runs in shorter.items() for method in runs[0]["methods"]]
@@ -276,19 +284,19 @@ def report(results: Results) -> str:
     text += markdown(HEADER, sorted(rows, key=lambda r: [*shorter, *COUNTS].index(r[0]))) + "\n"
     for cell in COUNTS:
         if cell in results:
-            text += f"Reasons of GFlowNet + EM, {cell} labels, the first seed:\n\n"
+            text += f"Reasons of GFlowNet + EM with {cell} labels, first seed, and whether the label was right:\n\n"
             text += markdown(("", "label", "sentence", "a reason"), results[cell][0]["shown"]) + "\n"
             return text + "".join(claims(results))
     return text
 
 
 def with_longer(results: Results) -> dict[str, list[Figures]]:
-    """By number of labels, the runs of longer EM with all methods of their seeds."""
+    """The runs of longer EM by number of labels, with all methods of their seeds."""
     return {n: together(results[cell], results.get(n, [])) for cell, n in LONGER.items() if cell in results}
 
 
 def accuracy(runs: Sequence[Figures], method: str) -> tuple[float, float]:
-    """In per cent, with the half-width of its 95% interval over sentences."""
+    """The accuracy in percent and half of its 95% interval over sentences."""
     hits = [100 * h for h in right(*pooled(runs, method))]
     return paired(hits, [0.0] * len(hits))
 
@@ -309,7 +317,7 @@ def row(cell: str, runs: Sequence[Figures], method: str) -> list[str]:
 
 
 def difference(runs: Sequence[Figures], method: str, other: str) -> tuple[float, float]:
-    """Points of accuracy ahead on the same sentences, with the half-width of the 95% interval."""
+    """By how many points a method is ahead on the same sentences, and half of the 95% interval."""
     ours, theirs = ([100 * h for h in right(*pooled(runs, m))] for m in (method, other))
     return paired(ours, theirs)
 

@@ -1,4 +1,4 @@
-"""Stories that a language model tells, for the study of infilling.
+"""Draws stories from a language model for the study of infilling.
 
 python -m benchmarks.paper_pretrained.tell --lm "$(python -m lmppl.pretrained smollm2)"    # stories.jsonl
 """
@@ -21,7 +21,7 @@ from .infilling import HELD_OUT, STORIES, TEST, TRAIN
 
 @torch.no_grad()
 def tell(lm: LanguageModel, count: int, seed: int) -> list[Story]:
-    """Distinct stories that the model draws, except those of which a part, or the whole, is spelt with other tokens."""
+    """Distinct stories drawn from the model, without those whose parts or whole encode to other tokens than drawn."""
     torch.manual_seed(seed)
     task, told = infilling.Told(lm), dict[str, Story]()
     while len(told) < count:

@@ -1,22 +1,23 @@
 r"""Does SmolLM2 know when it does not know?  Uncertainty of its labels, by chains and by adapters.
 
-The plan, frozen before a figure of it was seen.  The sentences, prompts and labels of `subjectivity`; no prompt or
-recipe is chosen here.  A score, the entropy of an answer in nats, is to find that answer's own errors: AUROC, with the
-95% percentile interval of 2,000 resamples of the test sentences, which is that of this very model or these adapters.
+The plan was frozen before a figure of it was seen.  Sentences, prompts and labels are those of `subjectivity`; no
+prompt and no recipe is chosen here.  A score, for example the entropy of an answer in nats, should find the errors of
+that answer.  It is measured by AUROC, with the 95% percentile interval of 2,000 resamples of the test sentences; so
+the interval holds for this model and these adapters.
 
-- *untrained*: seed s has its own third of 150 test sentences: the direct answer, and `REASONS` chains of p(z | x), the
-  p(y | x, z) of each kept, so that entropy = expected entropy + chain information.
-- *supervised, 10 labels*: seed s is a member of an ensemble, an adapter that `subjectivity.supervised` trained from
-  first weights and in an order of its own on the same ten labels; its direct answers on all 150 sentences.
+- *untrained*: each seed has its own third of 150 test sentences.  It has the direct answer and `REASONS` chains of
+  p(z | x); p(y | x, z) of each chain is kept, so that entropy = expected entropy + chain information.
+- *supervised, 10 labels*: each seed is a member of an ensemble, an adapter trained by `subjectivity.supervised` on the
+  same ten labels, with its own first weights and its own order.  It has its direct answers on all 150 sentences.
 
-Beside them, as the records of `subjectivity` have them, on a hundred sentences of each seed's own: the untrained
-model's direct answers and chains; and at 10 labels, an adapter a seed, direct answers of supervised ones, and chains of
-guides before and after EM.
+The table also has figures from the records of `subjectivity`, on a hundred sentences for each seed: direct answers and
+chains of the untrained model; and with 10 labels, one adapter for each seed, direct answers of supervised adapters and
+chains of guides before and after EM.
 
-Expected, as on the embedded sentences: chains know their errors better than the direct answer does; the ensemble
-better than one member; and no part of the entropy better than their sum.
+We expected, as on the embedded sentences: chains know their errors better than the direct answer does; the ensemble
+does so better than one member; and no part of the entropy is better than their sum.
 
-Cost, on paper: a third of the sentences 50 x (2 + 0.3) s, an adapter 160 s and 150 x 0.3 s for its answers: 15 minutes.
+Planned cost: a third of the sentences 50 x (2 + 0.3) s, an adapter 160 s and 150 x 0.3 s for its answers: 15 minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.paper.study import Figures, Results, Study, markdown, verdict
+from benchmarks.paper.study import Figures, Results, Study, markdown, opening, verdict
 from lmppl import LanguageModel
 from lmppl.inference import Ensemble, Prediction
 from lmppl.models.forecasts import auroc, hits, selective_accuracy
@@ -36,13 +37,13 @@ from .subjectivity import REASONS, WORDS, Setup, forecast, pooled, supervised
 
 UNTRAINED, MEMBERS = "untrained", "supervised, 10 labels"
 CELLS = (UNTRAINED, MEMBERS)
-SENTENCES, PARTS = 150, 3  # test sentences, and seeds among which they are shared
+SENTENCES, PARTS = 150, 3  # test sentences, and the number of seeds that share them
 RESAMPLES = 2000
 HEADER = ("answer", "score", "sentences", "accuracy", "AUROC of its errors", "accuracy of the surer half")
 
 
 def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Figures:
-    """p(subjective) of sentences that are named by their lines: of the direct answer, and of every chain."""
+    """p(subjective) of sentences, named by their lines in the file, by the direct answer and by every chain."""
     count = 6 if short else SENTENCES
     share = count // PARTS
     part = seed % PARTS
@@ -60,19 +61,19 @@ def run(cell: str, seed: int, short: bool, lm: LanguageModel, data: Path) -> Fig
 
 
 def of_chains(runs: Sequence[Figures]) -> tuple[Ensemble, Tensor]:
-    """The chains of all thirds, as a prediction whose members are one, and the true labels."""
+    """The chains of all thirds as the prediction of an ensemble of one member, and the true labels."""
     subjective = torch.cat([torch.tensor(r["chains"], dtype=torch.float64) for r in runs], 1)  # (N, B)
     return Ensemble.of([prediction(subjective)]), truth(runs)
 
 
 def of_members(runs: Sequence[Figures]) -> tuple[Ensemble, Tensor]:
-    """The adapters' direct answers, a member each, and the true labels; all seeds have the same sentences."""
+    """The direct answers of the adapters, one member each, and the true labels; all have the same sentences."""
     members = [prediction(torch.tensor([r["direct"]], dtype=torch.float64)) for r in runs]
     return Ensemble.of(members), truth(runs[:1])
 
 
 def prediction(subjective: Tensor) -> Prediction:
-    """Of p(subjective) by chain (N, B)."""
+    """A prediction from p(subjective) of each chain, (N, B)."""
     log_p = torch.stack([1 - subjective, subjective]).log()
     return Prediction(list(WORDS.values()), log_p, torch.zeros_like(subjective).log_softmax(0))
 
@@ -82,12 +83,12 @@ def truth(runs: Sequence[Figures]) -> Tensor:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Of (C, B), in nats."""
+    """Entropy of probabilities (C, B), nats."""
     return -torch.xlogy(probabilities, probabilities).sum(0)
 
 
 def interval(scores: Sequence[Tensor], wrong: Sequence[Tensor]) -> tuple[float, float, float]:
-    """An AUROC, or the first less the second of two, and its 95% interval over resamples of the sentences."""
+    """An AUROC, or the difference of two, and its 95% interval over resamples of the sentences."""
     g = torch.Generator().manual_seed(0)
     found = []
     for n in range(RESAMPLES + 1):
@@ -101,7 +102,7 @@ def interval(scores: Sequence[Tensor], wrong: Sequence[Tensor]) -> tuple[float, 
 
 
 class Answer:
-    """What is answered, how unsure it is by each score, and where it is wrong."""
+    """An answer's scores of uncertainty, and where it is right."""
 
     def __init__(self, probabilities: Tensor, y: Tensor, scores: dict[str, Tensor] | None = None):
         self.right = hits(probabilities, y)
@@ -117,7 +118,7 @@ class Answer:
         return 1 - self.right
 
     def rows(self, name: str) -> list[list[str]]:
-        """A row of the table for each score."""
+        """The rows of the table, one for each score."""
         said = []
         for score, values in self.scores.items():
             area, low, high = interval([values], [self.wrong])
@@ -129,14 +130,14 @@ class Answer:
 
 
 def ahead(claim: str, ours: tuple[Answer, str], theirs: tuple[Answer, str]) -> str:
-    """A verdict by the difference of two AUROCs on the same sentences, each answer's of its own errors."""
+    """A verdict by the difference of two AUROCs on the same sentences, each for the errors of its own answer."""
     (a, of_a), (b, of_b) = ours, theirs
     area, low, high = interval([a.scores[of_a], b.scores[of_b]], [a.wrong, b.wrong])
     said = f"AUROC {area:+.2f}, {low:+.2f} to {high:+.2f}, on {len(a.right)} sentences."
     return verdict(claim, low > 0, said)
 
 
-RECORDED = {  # cell of the study of subjectivity: its direct answer, and others, with what they are called here
+RECORDED = {  # cells of the study of subjectivity; their methods, the direct answer first, and the names used here
     "untrained": {
         "zero-shot": "untrained, direct",
         "exact-prior chains": f"untrained, {REASONS} chains",
@@ -152,7 +153,7 @@ RECORDED = {  # cell of the study of subjectivity: its direct answer, and others
 
 
 def recorded(results: Results) -> dict[str, Answer]:
-    """What the records of subjectivity say, all seeds."""
+    """The answers in the records of subjectivity, of all seeds."""
     return {
         name: Answer(*forecast(*pooled(runs, method)))
         for cell, methods in RECORDED.items()
@@ -162,7 +163,7 @@ def recorded(results: Results) -> dict[str, Answer]:
 
 
 def report(results: Results) -> str:
-    """What each answer's uncertainty finds of its own errors, and the claims."""
+    """How well each answer's uncertainty finds its own errors, and the claims."""
     answers, said = recorded(results), ""
     for cell, method in (("untrained", "exact-prior chains"), ("10", "GFlowNet + EM")):
         if f"subjectivity: {cell}" in results:
@@ -183,12 +184,22 @@ def report(results: Results) -> str:
         said += ahead("an ensemble of adapters knows its errors better than one of them", entropy, (one, "entropy"))
         said += ahead("parameter information finds errors better than entropy", parameters, entropy)
     rows = [row for name, answer in answers.items() for row in answer.rows(name)]
-    return (
-        "Does an answer's uncertainty find its own errors? Entropy of the labels' probabilities averaged over chains "
-        "or adapters, and where each chain or adapter was kept its parts ([uncertainty.md](uncertainty.md)); 95% "
-        "intervals over test sentences. Rows of 300 sentences are from the records of subjectivity, a hundred a seed "
-        f"with its own adapter.\n\n{markdown(HEADER, rows)}\n{said}"
+    text = opening(
+        "Does the uncertainty of an answer find the errors of that answer?",
+        "Data: the task of the section on subjectivity. Rows with 300 sentences are from its records, a hundred "
+        "sentences and one adapter for each seed. For the other rows every chain or adapter was kept, so that the "
+        "entropy can be split into parts ([uncertainty.md](uncertainty.md)).",
+        {
+            "score": "the measure of uncertainty: the entropy of the labels' probabilities, averaged over chains or "
+            "adapters, or a part of it",
+            "accuracy": "right labels in percent",
+            "AUROC of its errors": "probability that a wrong answer has a larger score than a right one, with the 95% "
+            "interval over test sentences; 0.5 is chance",
+            "accuracy of the surer half": "right labels in percent among the half of the sentences with the smallest "
+            "scores",
+        },
     )
+    return f"{text}{markdown(HEADER, rows)}\n{said}"
 
 
 STUDY = Study(

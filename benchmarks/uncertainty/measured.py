@@ -1,4 +1,4 @@
-"""What one draw of labels comes to: members, their predictions, and what their uncertainty finds."""
+"""The figures of one draw of labels: members, their predictions, and what their uncertainty finds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BETWEEN = 60  # points of a curve that are kept
 
 
 class Sentences:
-    """Test sentences first, then those that the corpus cannot have, and how to judge what is said of them."""
+    """Test sentences, then sentences that the corpus cannot have, and the measures of predictions for them."""
 
     def __init__(self, s: Setup, short: bool):
         test = data("subjectivity", "test")[: 32 if short else TEST_SENTENCES]
@@ -51,7 +51,7 @@ class Sentences:
             self.groups[rule] = slice(start, start + len(texts))
 
     def forecast(self, probabilities: Tensor) -> Figures:
-        """How good they are on the test sentences, and how well 1 - max p finds their errors."""
+        """Measures of probabilities on the test sentences, and of how well 1 - max p finds their errors."""
         p = probabilities[:, : self.count]
         right, unsure = hits(p, self.y), 1 - p.amax(0)
         found = {

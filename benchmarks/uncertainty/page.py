@@ -7,19 +7,19 @@ from statistics import mean
 
 from lmppl.embedded.subjectivity import STRANGE
 
-from ..paper.study import Figures, Results, markdown, paired, spread, verdict
+from ..paper.study import Figures, Results, markdown, meanings, paired, spread, verdict
 from .measured import FEW
 
 CAPTION = (
-    "The picture. Left: accuracy by how many sentences are answered, the surest first, 10 labels; votes are "
-    "unanimous on most sentences and cannot order those. Right: what the entropy of the answer by all chains of "
-    "five adapters is made of, for test sentences that it gets right, that it gets wrong and of kinds without a "
-    "label, and for three sorts of impossible sentences. Means over seeds."
+    "The picture, with 10 labels, means over seeds. Left: accuracy by the share of sentences that are answered, the "
+    "surest first. Votes are unanimous on most sentences and cannot order these. Right: the parts of the entropy of "
+    "the answer by all chains of five adapters, for test sentences that are answered rightly, answered wrongly, or of "
+    "kinds without a label, and for three sorts of impossible sentences."
 )
 FORECAST = {
     "accuracy": ("accuracy", 1, 100),
     "calibration": ("ECE", 3, 1),
-    "ECE by chance": ("of it by chance", 3, 1),
+    "ECE by chance": ("ECE by chance", 3, 1),
     "brier": ("Brier", 3, 1),
     "log score": ("log score", 3, 1),
     "errors": ("AUROC of errors", 3, 1),
@@ -27,6 +27,38 @@ FORECAST = {
     "half": ("accuracy on the surer half", 1, 100),
 }
 FINDS = {"errors": "errors", "AURC": "AURC", "unlearnt": "unlearnt kinds"} | {rule: rule for rule in STRANGE}
+
+
+FIRST = (
+    "Each prediction on 300 test sentences. Its uncertainty is 1 - max p. The number in brackets is the standard "
+    "deviation over seeds.\n\n"
+)
+FIRST_COLUMNS = {
+    "accuracy": "right labels in percent",
+    "ECE": "expected calibration error; 0 is best",
+    "ECE by chance": "the ECE that 300 answers drawn from the forecast itself would have",
+    "Brier": "mean squared error of the probabilities, from 0 to 2",
+    "log score": "mean log-probability of the true label, nats; infinite if all votes for a sentence are wrong",
+    "AUROC of errors": "probability that a wrong answer is less certain than a right one; 0.5 is chance",
+    "AURC": "mean share of errors over all coverages; lower is better",
+    "accuracy on the surer half": "right labels in percent among the half of the sentences with the least uncertainty",
+}
+SECOND = (
+    "What each score finds. The scores are those of the prediction by all chains of five adapters; a row that names "
+    "another prediction has the scores and the errors of that one. With two labels, entropy and 1 - max p put "
+    "sentences in the same order.\n\n"
+)
+SECOND_COLUMNS = {
+    "errors": "AUROC of the prediction's errors",
+    "AURC": "mean share of errors over all coverages",
+    "unlearnt kinds": "AUROC of test sentences of kinds without a label ({share:.0f}% with 10 labels) among all test "
+    "sentences",
+    "three kinds, word order, idle words": "AUROC of impossible sentences, compared with test sentences",
+}
+THIRD = (
+    "Information parts estimated from few chains of each of five adapters, 10 labels, nats: the mean over test "
+    "sentences, and the root mean square error of the estimate for one sentence.\n\n"
+)
 
 
 def forecasts(results: Results, cell: str) -> list[list[str]]:
@@ -39,7 +71,7 @@ def forecasts(results: Results, cell: str) -> list[list[str]]:
 
 
 def found_by(results: Results, cell: str) -> list[list[str]]:
-    """Rows of the second table: the ensemble's scores, and others'."""
+    """Rows of the second table: scores of the ensemble and of other predictions."""
     runs = results[cell]
     said = {name: [f["ensemble"]["scores"][name] for f in runs] for name in runs[0]["ensemble"]["scores"]}
     said["one adapter: entropy"] = [f["one"]["scores"]["entropy"] for f in runs]
@@ -56,7 +88,7 @@ def found_by(results: Results, cell: str) -> list[list[str]]:
 def estimates(results: Results, cell: str) -> str:
     """The third table: informations from few chains."""
     runs = [f["few"] for f in results[cell]]
-    header, rows = ["chains a member", *map(str, FEW), "all"], []
+    header, rows = ["chains per member", *map(str, FEW), "all"], []
     for name in ("chain_information", "parameter_information"):
         for how, title in (("split", "plug-in"), ("jackknife", "jackknife")):
             for key in ("mean", "error"):
@@ -69,7 +101,7 @@ def estimates(results: Results, cell: str) -> str:
 
 
 def ahead(claim: str, ours: list[Figures], theirs: list[Figures], key: str = "errors") -> str:
-    """A verdict by paired differences of an AUROC; of errors AURC is told too."""
+    """A verdict by paired differences of an AUROC; for errors, AURC is shown too."""
     d, half = paired([f[key] for f in ours], [f[key] for f in theirs])
     because = f"AUROC {d:+.3f} ± {half:.3f}"
     if key == "errors":
@@ -78,7 +110,7 @@ def ahead(claim: str, ours: list[Figures], theirs: list[Figures], key: str = "er
 
 
 def claims(results: Results) -> str:
-    """What was expected, and whether it was seen."""
+    """The verdict on every claim."""
     said = ""
     for cell in ("10", "50"):
         five = [f["ensemble"]["forecast"] for f in results[cell]]
@@ -87,7 +119,7 @@ def claims(results: Results) -> str:
         for ours, theirs, claim in (
             (one, known["direct, one adapter"], "than the direct answer, an adapter each"),
             (five, known["direct, five adapters"], "than direct answers, five adapters each"),
-            (one, known["votes of 32 chains"], "averaged than by votes of 32"),
+            (one, known["votes of 32 chains"], "by their average than by 32 votes"),
             (five, one, "with five adapters than with one"),
         ):
             said += ahead(f"chains know their errors better {claim}, {cell} labels", ours, theirs)
@@ -115,15 +147,9 @@ def report(results: Results) -> str:
         finds += f"{cell} labels:\n\n" + markdown(["score", *FINDS.values()], found_by(results, cell)) + "\n"
     share = mean(f["unlearnt"] for f in results["10"])
     return (
-        "Each prediction on 300 test sentences, its uncertainty 1 - max p; standard deviation over seeds in brackets. "
-        "Log scores in nats; *infinite* where a vote gives the truth nothing. *By chance*: the ECE that 300 answers "
-        "drawn from the forecast itself would have. AURC, the mean share of errors over all coverages, is better where "
-        f"lower.\n\n{table}What each score finds, all of the prediction by all chains of five adapters: AUROC of its "
-        f"errors, their AURC, AUROC of kinds without a label ({100 * share:.0f}% of the test sentences at 10 labels) "
-        f"among the test sentences, and of impossible sentences beside them. A row that names another prediction has "
-        f"the errors of that one. With two labels entropy and 1 - max p put sentences in one order.\n\n{finds}"
-        "The informations from few chains of each of five adapters, 10 labels, nats: the mean over test sentences, and "
-        f"the error of a sentence's.\n\n{estimates(results, '10')}\n{claims(results)}\n{CAPTION}\n"
+        f"{FIRST}{meanings(FIRST_COLUMNS)}\n{table}{SECOND}"
+        f"{meanings(SECOND_COLUMNS).format(share=100 * share)}\n{finds}"
+        f"{THIRD}{estimates(results, '10')}\n{claims(results)}\n{CAPTION}\n"
     )
 
 

@@ -84,13 +84,17 @@ def test_a_cell_that_fails_stops_no_other_and_the_page_says_what_lacks(run, caps
     status, page = run("broken", "heads", seeds=1)
     assert status and "this cell fails" in capsys.readouterr().err
     assert RUNS == [("broken", 0), ("heads", 0)]
-    assert "Not complete: 0 of 1 seeds." in page and "| heads |" not in page
+    assert "Not complete: 0 of 1 seeds have run." in page and "| heads |" not in page
 
 
 def test_a_study_that_is_not_paired_shows_what_there_is_of_each_cell(run):
     run("heads", seeds=2, paired=False)
     _, page = run("broken", "heads", seeds=2, paired=False)
-    assert "Not complete: broken 0, heads 2 of 2 seeds." in page and "| heads |" in page and "| broken |" not in page
+    assert (
+        "Not complete. Seeds that have run, of 2: broken 0; heads 2." in page
+        and "| heads |" in page
+        and "| broken |" not in page
+    )
     assert "2 seeds." in run("heads", seeds=2, paired=False)[1] and RUNS == []
 
 

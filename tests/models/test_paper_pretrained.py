@@ -125,13 +125,15 @@ def told(monkeypatch):
     monkeypatch.setitem(infilling.LIMIT, "max_tokens", 3)
     stories = tell(lm, 12, 0)
     monkeypatch.setattr(infilling, "stories", lambda: (stories[4:], stories[2:4], stories[:2]))
+    monkeypatch.setattr(infilling, "written", lambda: stories[2:4])
     return lm, stories
 
 
 def test_infilling_runs_on_any_language_model(told):
     results = of(infilling.STUDY, told[0])
     text = states(infilling.STUDY, results)
-    assert all(f"| {name} |" in text for name in (*infilling.CELLS, infilling.SEQUENTIAL))
+    assert all(text.count(f"| {name} |") == 2 for name in (*infilling.METHODS, infilling.SEQUENTIAL))
+    assert text.count("hand-written stories (1 seed)") == 1
     states(infilling.STUDY, {cell: results[cell] for cell in ("supervised", "GFlowNet")})
 
 
@@ -393,9 +395,10 @@ def test_grpos_reward_is_the_joint_of_reason_and_label(network):
 
 
 def test_the_report_of_grpo_compares_with_the_other_studies():
-    def texts(family, log_p, distance, gap):
+    def texts(family, log_p, distance, log_z, gap):
         each = {"log_likelihood": [log_p, log_p - 1], "best": [log_p + 1, log_p], "distance": [distance, distance]}
         row = {"family": family, "setting": "T = 0.9", "distinct": 0.5, "words": 9.0, "gap": gap, "sd": 1.0, "ess": 0.5}
+        row |= {"log_z": log_z, "texts": [f"what {family} writes."]}
         means = {key: sum(values) / 2 for key, values in each.items()}
         return {"rows": [row | means | {"khat": [0.1, 0.9], "each": each}], "took": took}
 
@@ -406,17 +409,19 @@ def test_the_report_of_grpo_compares_with_the_other_studies():
 
     took = {"seconds": 60.0, "tokens": 1000, "rewards": [-30.0] * 10 + [-20.0] * 10}
     results = {
-        "continuation": [texts("GRPO", -10.0, 0.2, 9.0)],
-        "continuation: T=0.9": [texts("GFlowNet", -30.0, 0.8, 1.0)],
-        "continuation: decoding": [texts("greedy", -5.0, 0.0, 0.0)],  # is not among the rows
+        "continuation": [texts("GRPO", -10.0, 0.2, -12.0, 0.0)],  # all draws are one text, and agree with one another
+        "continuation: T=0.9": [texts("GFlowNet", -30.0, 0.8, -3.0, 1.0)],
+        "continuation: decoding": [texts("greedy", -5.0, 0.0, 0.0, 0.0)],  # is not among the rows
         "subjectivity": [labels("GRPO", (1, 0, 0, 0)), labels("GRPO", (1, 1, 1, 1), lines=(4, 5, 6, 7))],
         "subjectivity: 50": [labels("GFlowNet", (1, 1, 1, 0))],
     }
     text = states(grpo.STUDY, results)
-    assert "**seen**. +20.00 ± 0.00 nats, -0.60 ± 0.00 of edit distance" in text
+    assert "**seen**. +20.00 ± 0.00 nats and -0.60 ± 0.00 of edit distance" in text
     assert "log Z - ELBO is 9.00 nats, the GFlowNet's 1.00." in text
     assert "-50.0 ± 91.9 points on 4 sentences" in text  # of the seed that both have
     assert "| 0.25 | 0.50 |" in text and "| -30.00 | -20.00 |" in text and "greedy" not in text
+    assert "| GRPO | 0.9 | -12.00 | 9.00 |" in text and "- GRPO: what GRPO writes.\n" in text
+    assert grpo.STUDY.headline(results)[0][2] == "1.00, 0.50; 9.00, 0.50"
     for cell in grpo.CELLS:
         if cell in results:  # of what there is
             grpo.STUDY.report({cell: results[cell]})
@@ -454,7 +459,8 @@ def test_every_story_is_one_that_the_pretrained_model_may_tell(smollm2_lm):
     """Its sentences are those tokens again, none of them barred: no density of one is zero."""
     task = infilling.Told(smollm2_lm)
     limit, stop, allowed = *infilling.LIMIT.values(), task.text["allowed"]
-    for sentence in (sentence for part in infilling.stories() for story in part for sentence in (story.z, story.y)):
+    stories = (*infilling.stories(), infilling.written())
+    for sentence in (sentence for part in stories for story in part for sentence in (story.z, story.y)):
         z = smollm2_lm.encode(sentence)
         assert smollm2_lm.decode(z[-1:]) == stop and len(z) <= limit + 1 and bool(allowed[z].all()), sentence
         assert smollm2_lm.token_id(stop) not in z[:-1].tolist(), sentence
@@ -489,7 +495,7 @@ def test_infillings_bleu_is_compared_seed_by_seed():
         return {name: [{"seed": seed, "bleu": b} for seed, b in bleu.items()] for name, bleu in of.items()}
 
     one = runs(GFlowNet={0: 0.3, 1: 0.1}, prompting={1: 0.05})
-    assert "not testable here**. +0.050, of one seed." in infilling.in_bleu(one, infilling.ASKED)
+    assert "not testable here**. The difference is +0.050 with one seed." in infilling.in_bleu(one, infilling.ASKED)
     two = runs(GFlowNet={0: 0.3, 2: 0.2}, prompting={2: 0.1, 1: 9.0, 0: 0.2})
-    assert "**seen**. +0.100 ± 0.000, over 2 seeds." in infilling.in_bleu(two, infilling.ASKED)
+    assert "**seen**. The difference is +0.100 ± 0.000 over 2 seeds." in infilling.in_bleu(two, infilling.ASKED)
     assert infilling.in_bleu(runs(GFlowNet={0: 0.3}, prompting={1: 0.1}), infilling.ASKED) == ""

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ... import text
 from ..core import programs
 from ..core.arguments import at_least
+from ..core.impossible import why_impossible
 from ..core.programs import Node, Program, SiteMismatch, Substitute
 from ..core.query import Pair, Query
 from ..core.sites import is_terminable, lm_of, text_of, texts_of
@@ -256,26 +256,9 @@ def _why_impossible(node: Node, latent: bool) -> str:
         )
     if site is None:
         return f"probability zero under every particle (zero evidence); {RARE}"
-    value = node["value"]
-    most = site.max_tokens
-    if site.fn.stop.numel():
-        if not bool(site.ending(value).ended.all()):
-            string = " or a stop string" if site.stops.strings is not None else ""
-            return (
-                f"the observed text does not end with its stop token{string}, so the evidence is zero; encode it with "
-                "lm.encode(..., stop=...), or observe how the text begins with stop=None, max_tokens=length(y)"
-            )
-        if bool((text.length(value) - 1 > most).any()):
-            return (
-                f"the observed text has up to {int(text.length(value).max()) - 1} tokens before its stop, more than "
-                f"max_tokens={int(most.max())}; raise max_tokens"
-            )
-        return "probability zero under every particle (zero evidence): tokens after its first stop, or not allowed"
-    if bool((text.length(value) != most).any()):
-        if site.stop_argument:
-            return "a text ends with its stop string or has max_tokens tokens; encode it with lm.encode(..., stop=...)"
-        return "without a stop, a text has exactly max_tokens tokens; pass max_tokens=length(y)"
-    return "probability zero under every particle (zero evidence); check allowed"
+    return why_impossible(node) or (
+        "probability zero under every particle (zero evidence): allowed= or a tool rules out one of its tokens"
+    )
 
 
 def _train(report: Report, query: Query, weighted: Weighted, steps: int, learning_rate: float) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ... import markup
-from ...files import claim, new_figure, save_figure, writing
+from ...files import claim, new_figure, plain, save_figure, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -244,7 +244,7 @@ class Comparison:
             if 0 < algorithms < len(rows):
                 axis.axhline(algorithms - 0.5, color="0.5", linewidth=0.8, linestyle="--")
             axis.set_title(title, fontsize=9)
-            axis.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=8)
+            axis.set_yticks(range(len(rows)), [plain(row.name) for row in rows], fontsize=8)
             axis.margins(x=0.25)
             axis.set_ylim(bars[panel // wide] - 0.4, -0.6)  # bars of one height, the first at the top
             axis.spines[["top", "right"]].set_visible(False)
@@ -269,7 +269,7 @@ class Comparison:
                 points = [p for p in self.curves if p.name == name and _is_finite(getattr(p, key))]
                 if points:
                     x, y = [getattr(p, cost) for p in points], [getattr(p, key) for p in points]
-                    axis.plot(x, y, "o-", ms=3, lw=1, label=name, color=f"C{i}")
+                    axis.plot(x, y, "o-", ms=3, lw=1, label=plain(name), color=f"C{i}")
             axis.set(xscale="log", yscale="log", xlabel=f"{self.unit} per query", title=title)
             axis.spines[["top", "right"]].set_visible(False)
             axis.legend(frameon=False, fontsize=7)

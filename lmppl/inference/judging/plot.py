@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...files import new_figure
+from ...files import new_figure, plain
 from ..posterior.posterior import Posterior
 from .calibration import Calibration
 from .drift import Drift
@@ -41,7 +41,7 @@ def _positions(axis: Any, calibration: Calibration) -> None:
         longest = max(longest, len(x))
         grid = torch.linspace(0, 1, 201, dtype=x.dtype)
         share = torch.searchsorted(x, grid, right=True) / max(1, len(x))
-        axis.plot(grid, share - grid, label=name, linewidth=1.2)
+        axis.plot(grid, share - grid, label=plain(name), linewidth=1.2)
     band = 1.63 / max(1, longest) ** 0.5  # Kolmogorov's 99%
     axis.axhspan(-band, band, color="0.9", zorder=0)
     axis.axhline(0, color="0.5", linewidth=0.8)
@@ -91,4 +91,4 @@ def _lengths(axis: Any, drift: Drift) -> None:
         axis.bar((torch.arange(longest + 1) + shift).tolist(), share.tolist(), width=0.4, label=label)
     axis.legend(fontsize=7, frameon=False)
     axis.set_xlabel("tokens", fontsize=8)
-    axis.set_title(drift.name, fontsize=9)
+    axis.set_title(plain(drift.name), fontsize=9)

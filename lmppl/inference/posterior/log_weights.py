@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
+
+NAMED = 5  # plate elements in a message
 
 
 class ZeroEvidence(ValueError):
@@ -26,16 +29,24 @@ class ZeroEvidence(ValueError):
     """
 
 
+def no_particle(where: Sequence[str] = (), why: Sequence[str] = ()) -> str:
+    """The message of `ZeroEvidence`: at which plate elements, and why observed texts are impossible, if they are."""
+    named = [f" at {', '.join(where[:NAMED])}"] if any(where) else []
+    named += [f" and {len(where) - NAMED} more elements"] if len(where) > NAMED else []
+    reason = "; ".join(why) or (
+        "the observation or a factor rules all of them out; use more particles, a better guide, or check that observed "
+        "texts end with their stop token"
+    )
+    return f"every particle has probability zero under the model{''.join(named)}: {reason}"
+
+
 def normalised(log_weights: Tensor) -> Tensor:
     """Weights that sum to one over axis 0.
 
     :raises ZeroEvidence: if all weights of a plate element are zero.
     """
     if bool((log_weights.amax(0) == -torch.inf).any()):
-        raise ZeroEvidence(
-            "every particle has probability zero under the model: the observation or a factor rules all of them out; "
-            "use more particles, a better guide, or check that observed texts end with their stop token"
-        )
+        raise ZeroEvidence(no_particle())
     return log_weights.softmax(0)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...files import plain
 from ...markup import visible
 from ..core.arguments import all_particles
 from .html import is_discrete
-from .log_weights import normalised
 from .values import moments, values
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def draw(posterior: Posterior, site: str | None, index: Index, ax: Axes | None) 
     numbers = posterior.samples[site][all_particles((*element, *within))]
     if numbers.dim() > 1:
         return _means(posterior, site, numbers, element, ax)
-    return _histogram(site, numbers, normalised(posterior.log_weights[all_particles(element)]), ax)
+    return _histogram(site, numbers, posterior._normalised(element), ax)
 
 
 def _probabilities(posterior: Posterior, site: str, index: Index, ax: Axes | None) -> Axes:
@@ -99,4 +99,4 @@ def _label(value: object) -> str:
     """A value as the label of its bar: long texts are cut, control characters named, and dollars start no formula."""
     shown = visible(str(value).replace("\n", "⏎"), keep="")
     shown = shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
-    return (shown or "(empty)").replace("$", r"\$")
+    return plain(shown or "(empty)")

@@ -16,13 +16,14 @@ from torch import Tensor
 from ...distributions import Table
 from ..core import programs
 from ..core.arguments import all_particles, at_least, is_path, one_of, plate_element
+from ..core.impossible import impossible_texts
 from ..core.plates import Plates
 from ..core.programs import Program
 from ..core.query import Query
 from ..core.resampling import SCHEMES
 from ..core.sites import lm_of, text_of
 from ..core.weights import text_log_probs
-from .log_weights import ZeroEvidence, effective_sample_size, normalised, pareto_khat
+from .log_weights import ZeroEvidence, effective_sample_size, no_particle, normalised, pareto_khat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +47,7 @@ class Sites:
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends the texts; may be empty
     query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
+    impossible: Callable[[], list[str]] = field(default=list, repr=False)  # why observed texts are, if they are
     dependent: bool = False  # particles may be copies of, or descend from, the same one: weights give no error
 
 
@@ -113,6 +115,7 @@ class Posterior:
             {name: site.stop_argument for name, site in texts.items()},
             query,
             None if model is None and query and query.guide else scorer(model or trace, list(texts)),
+            lambda: impossible_texts(model or trace),
         )
         return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites)
 
@@ -144,7 +147,17 @@ class Posterior:
 
         :raises ZeroEvidence: if all weights of a plate element are zero.
         """
-        return normalised(self.log_weights)
+        return self._normalised()
+
+    def _normalised(self, element: tuple[int, ...] = (), dtype: torch.dtype | None = None) -> Tensor:
+        """Normalised weights of one element of the kept plates, (N,); of all elements if it is ()."""
+        try:
+            return normalised(self.log_weights[all_particles(element)].to(dtype or self.log_weights.dtype))
+        except ZeroEvidence:
+            zero = [element] if element else (self.log_weights.amax(0) == -torch.inf).nonzero().tolist()
+            names = [name or "plate" for name in self.sites.plates.names]
+            where = [" ".join(f"{name} {i}" for name, i in zip(names, at, strict=True)) for at in zero]
+            raise ZeroEvidence(no_particle(where, self.sites.impossible())) from None
 
     @property
     def ess(self) -> Tensor:
@@ -195,7 +208,7 @@ class Posterior:
         if not isinstance(values, Tensor) or not values.dim() or len(values) != self.num_particles:
             raise ValueError(f"values: expected a tensor of {self.num_particles} particles, got {values!r}")
         element = plate_element(index, self.log_weights.shape[1:])
-        weights = normalised(self.log_weights[all_particles(element)].double()).to(values.device)
+        weights = self._normalised(element, torch.float64).to(values.device)
         weights = weights.view(-1, *[1] * (values.dim() - 1))
         f = torch.where(weights > 0, values.double(), 0.0)
         return weights * (f - (weights * f).sum(0))
@@ -276,7 +289,7 @@ class Posterior:
         names = [site] if isinstance(site, str) else list(site)
         element, columns = self._columns(names, index)
         total: dict[Any, float] = {}
-        weights = normalised(self.log_weights[all_particles(element)])
+        weights = self._normalised(element)
         for key, p in zip(zip(*columns, strict=True), weights.tolist(), strict=True):
             if p > 0:
                 total[key] = total.get(key, 0.0) + p

@@ -270,7 +270,7 @@ def _run(
     kept: set[str] = set()
     dependent = False
     if sampler is None:
-        normalised(posterior.log_weights)
+        _ = posterior.probabilities  # raises ZeroEvidence
         known = {name: _deeper(value, nesting - own.nesting) for name, value in posterior.values.items()}
         kept = carried(posterior.sites.query, query, known, keep, site)
     if kept:

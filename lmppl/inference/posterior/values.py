@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.arguments import all_particles, plate_element
-from .log_weights import normalised
+from ..core.arguments import plate_element
 
 if TYPE_CHECKING:
     from .posterior import Index, Posterior
@@ -37,7 +36,7 @@ def values(posterior: Posterior, site: str, index: Index = None, most: int | Non
     rows: dict[Any, list[int]] = {}
     for n, key in enumerate(keys):
         rows.setdefault(key, []).append(n)
-    weights = normalised(posterior.log_weights[all_particles(element)].double()).tolist()
+    weights = posterior._normalised(element, torch.float64).tolist()
     total = {key: sum(weights[n] for n in of) for key, of in rows.items()}
     possible = sorted((key for key in rows if total[key] > 0), key=lambda key: -total[key])
     shown = possible[:most]
@@ -55,7 +54,7 @@ def values(posterior: Posterior, site: str, index: Index = None, most: int | Non
 def moments(posterior: Posterior, numbers: Tensor, index: Index = None) -> Moments:
     """Mean and standard deviation, (...) each, of ``numbers`` (N, ...) of the particles of one plate element."""
     element = plate_element(index, posterior.log_weights.shape[1:])
-    weights = normalised(posterior.log_weights[all_particles(element)].double()).to(numbers.device)
+    weights = posterior._normalised(element, torch.float64).to(numbers.device)
     weights = weights.view(-1, *[1] * (numbers.dim() - 1))
     possible = torch.where(weights > 0, numbers.double(), 0.0)  # numbers of weight zero may be infinite
     mean = (weights * possible).sum(0)

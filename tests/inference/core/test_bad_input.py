@@ -12,7 +12,7 @@ from tiny import flat_lm
 from lmppl import LanguageModel, constraints, text
 from lmppl.adapters import CheckpointError
 from lmppl.distributions import Completion, NextToken
-from lmppl.inference import Importance
+from lmppl.inference import SMC, Importance
 from lmppl.inference.core.programs import SiteMismatch
 from lmppl.inference.posterior.posterior import ZeroEvidence
 from lmppl.inference.training.gflownet import PooledVarGrad, SubTB, Tempered, VarGrad
@@ -182,15 +182,50 @@ def test_zero_evidence(lm):
                 use()
 
 
-def test_an_observation_without_its_stop_has_no_probability(lm):
+EOS = 0
+IMPOSSIBLE = {  # a possible observation, an impossible one, the site's options
+    "no stop": ([2, EOS], [2, PAD], {}, "does not end with its stop token"),
+    "the stop inside": ([2, 3, EOS, PAD], [2, EOS, 3, EOS], {}, "goes on after its first stop"),
+    "too long": ([2, 3, EOS, PAD], [2, 3, 2, EOS], {}, "up to 3 tokens before its stop, more than max_tokens=2"),
+    "too short": ([2, 3, EOS], [2, EOS, PAD], {"min_tokens": 2}, "only 1 token.* before its stop, fewer than min_.*=2"),
+    "not so long": ([2, 3], [2, PAD], {"stop": None}, "exactly max_tokens tokens"),
+    "another stop": ([2, 3], [2, EOS], {"stop": 3}, r"does not end with its stop token \('b'\)"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+@pytest.mark.parametrize("algorithm", [Importance, SMC])
+def test_an_observation_that_no_latent_explains_is_named_with_its_element(lm, case, algorithm):
+    possible, impossible, options, said = IMPOSSIBLE[case]
+    y = torch.tensor([possible, impossible])
+
     def model():
-        z = pyro.sample("z", Completion(lm, PROMPT[0], max_tokens=2))
-        pyro.sample("y", Completion(lm, lm.join(PROMPT[0], z), max_tokens=2), obs=torch.tensor([2]))
+        with pyro.plate("stories", 2):
+            z = pyro.sample("z", Completion(lm, PROMPT, max_tokens=2))
+            pyro.sample("y", Completion(lm, lm.join(PROMPT, z), max_tokens=2, **options), obs=y)
+
+    posterior = algorithm(model, num_particles=4).run()
+    assert posterior.log_evidence[1] == -torch.inf and posterior.log_evidence[0].isfinite()
+    assert posterior.table("z", 0)
+    for use in (lambda: posterior.table("z", 1), posterior.resample, posterior.to_arviz):
+        with pytest.raises(ZeroEvidence, match=f"at stories 1: site 'y': .*{said}"):
+            use()
+
+
+def test_a_masked_observation_may_be_of_any_form(lm):
+    """Whether a text counts is said by the masks; a text that does not is no reason."""
+    nothing = torch.tensor([[2, PAD], [EOS, PAD]])
+
+    def model():
+        with pyro.plate("stories", 2):
+            z = pyro.sample("z", Completion(lm, PROMPT, max_tokens=2))
+            with pyro.poutine.mask(mask=torch.tensor([False, True])):
+                pyro.sample("y", Completion(lm, lm.join(PROMPT, z), max_tokens=1), obs=nothing)
+            pyro.factor("never", torch.tensor([-torch.inf, 0.0]))
 
     posterior = Importance(model, num_particles=4).run()
-    assert posterior.log_evidence == -torch.inf
-    with pytest.raises(ZeroEvidence, match="stop token"):
-        posterior.table("z")
+    with pytest.raises(ZeroEvidence, match="at stories 0: the observation or a factor"):
+        posterior.table("z", 0)
 
 
 def test_nan_anywhere_is_an_error_of_its_site(lm):

@@ -6,6 +6,7 @@ import json
 import math
 from functools import partial
 
+import pyro
 import pytest
 import torch
 from accelerate.logging import get_logger
@@ -13,6 +14,8 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from tasks import Task
 
+from lmppl import text
+from lmppl.distributions import Completion
 from lmppl.inference import EarlyStopping, Enumeration, StopTraining
 from lmppl.inference.training.loop.verdict import verdict
 
@@ -239,6 +242,27 @@ GOOD = {"held_out_sd_u": 0.1, "held_out_ess": 0.95, "held_out_impossible": 0.0}
 )
 def test_the_verdict(found, before, said):
     assert verdict(GOOD | found, [GOOD | x for x in before]).startswith(said)
+
+
+@pytest.mark.parametrize("rare", [False, True])
+def test_fit_says_whether_lost_modes_were_looked_for(caplog, rare):
+    """Not where the guide draws what explains the observation and the model almost never does."""
+    task = Task()
+    wanted = task.lm.encode("ff", stop="eos")
+
+    def model(x, y):
+        with pyro.plate("stories", len(x)):
+            z = pyro.sample("z", Completion(task.lm, x, max_tokens=2, temperature=0.2))
+            pyro.factor("seen", 60.0 * text.equal(z, wanted) if rare else torch.zeros(()))
+
+    def guide(x, y):
+        with pyro.plate("stories", len(x)):
+            pyro.sample("z", Completion(task.q, x, max_tokens=2, allowed=wanted.unique()))
+
+    task.model, task.guide = model, guide if rare else task.guide
+    history = task.gflownet(num_particles=8).fit([task.args], 2, held_out=task.args, **QUIET)
+    assert ("held_out_missed" in history[-1]) != rare
+    assert ("not checked for lost modes" in caplog.text) == rare
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...core import programs
 from ...core.arguments import at_least, instance_of, is_number
+from ...core.impossible import impossible_texts
 from ...core.programs import Program, Substitute, Values
 from ...core.query import Query
 from ...core.sites import is_terminable
@@ -153,13 +154,16 @@ class Objective(pyro.infer.ELBO):
         :returns: a `Balance` for each text site that is cut, one site at a time; one in all where whole samples are
             compared.
         """
-        query, n = Query(model, guide, args, kwargs, self.nesting(model, guide, args, kwargs)), self.num_particles
+        query, n = self._query(model, guide, args, kwargs), self.num_particles
         with torch.no_grad():
             drawn = query.trace(guide, Substitute(values), particles=n)
             check_axes_once(query, lambda: query.at(values, particles=n).matched())
         texts = [name for name, node in programs.latents(drawn).items() if is_terminable(node["fn"])]
         sites = texts if self.uses_prefixes and texts else [None]
         return [balance(query, drawn, n, site, self.prefixes) for site in sites]
+
+    def _query(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Query:
+        return Query(model, guide, args, kwargs, self.nesting(model, guide, args, kwargs))
 
     def nesting(self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """How many axes the plates take: as given, or found once for each pair of programs.
@@ -201,19 +205,23 @@ class Objective(pyro.infer.ELBO):
             from.
         """
         found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
-        self._remember(found)
+        if self._remember(found):
+            for why in impossible_texts(self._query(model, guide, args, kwargs).sketches[-1]):
+                self._say_once(f"an observation teaches nothing, because no latent explains it: {why}")
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
         found = [replace(b, identifies=identified) for b in found]
         losses = [self.reduce(self.residual(b), b).mean() for b in found]
         return torch.stack(losses).mean(), found
 
-    def _remember(self, found: list[Balance]) -> None:
-        """Keeps the share of draws that are impossible."""
+    def _remember(self, found: list[Balance]) -> bool:
+        """Keeps the share of draws that are impossible; returns whether an observation has no possible draw."""
         dead = [whole(b) == -torch.inf for b in found]
         share = distributed.total(distributed.share() * sum(d.double().mean().item() for d in dead) / len(dead))
-        if not distributed.everywhere(not any(bool(d.all(0).any()) for d in dead)):  # one has no possible draw
+        none = any(bool(d.all(0).any()) for d in dead)
+        if not distributed.everywhere(not none):
             share = 1.0
         self.memory.impossible = max(self.memory.impossible, share)
+        return none
 
     def loss_and_balances(
         self, model: Program, guide: Program, *args: Any, **kwargs: Any

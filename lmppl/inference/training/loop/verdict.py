@@ -33,6 +33,11 @@ REMEDY = (
     "with more particles, or by Linex; see docs/constrained.md"
 )
 
+UNCHECKED = (
+    "too few of the model's own draws explain the held-out observations. lmppl.inference.diagnose makes more of them; "
+    "fit(exact_sample=...) uses a draw of the posterior"
+)
+
 
 @torch.no_grad()
 def judge(query: Query, num_particles: int = 128, *, thorough: bool = False) -> dict[str, float]:
@@ -173,8 +178,10 @@ def reasons(found: Mapping[str, float]) -> list[str]:
 
 
 def warn(name: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Warns where training has not found the posterior."""
+    """Warns where training has not found the posterior, or where it is not known whether the guide has lost modes."""
     recent = [metrics["impossible"] for metrics in history[-10:] if "impossible" in metrics]
     found = {**history[-1], **({"impossible": sum(recent) / len(recent)} if recent else {})}
     if why := reasons(found):
         logger.warning("%s: the guide is not the posterior: %s. %s", name, ", ".join(why), REMEDY)
+    elif "verdict" in found and "held_out_missed" not in found:
+        logger.warning("%s: the guide was not checked for lost modes: %s", name, UNCHECKED)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tasks import Task
 
+from lmppl import text
 from lmppl.distributions import Completion
 from lmppl.inference import Enumeration, GFlowNet, PooledVarGrad, VarGrad
 from lmppl.inference.judging.quality import density_quality
@@ -28,6 +29,27 @@ def test_training_reaches_the_exact_posterior():
     posterior = gflownet.run(*task.args, num_particles=2000)
     error = (posterior.log_evidence - exact.log_evidence).abs()
     assert bool((error < 5 * (1 / posterior.ess - 1 / 2000).clamp(min=1e-4).sqrt()).all())  # sd of log mean weight
+
+
+def test_an_observation_that_no_latent_explains_is_told_once_and_teaches_nothing(caplog):
+    task = Task()
+    (x, y), wrong = task.args, task.lm.encode(["cab", "ed"])  # without a stop
+    both = torch.stack([y[0], text.pad(wrong, y.shape[-1])[1]])
+    values = {"z": task.q_of(x, y).sample(torch.Size([8]))}
+    for objective in (VarGrad(num_particles=8), PooledVarGrad(num_particles=8)):
+        caplog.clear()
+        found, alone = (
+            [
+                *torch.autograd.grad(
+                    objective.loss_at(task.model, task.guide, given, {}, z)[0] * n, task.q.trainable_parameters()
+                )
+            ]
+            for given, z, n in (((x, both), values, 2), ((x[:1], y[:1]), {"z": values["z"][:, :1]}, 1))
+        )
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(found, alone, strict=True))
+        objective.loss(task.model, task.guide, x, both)
+        (said,) = [r.getMessage() for r in caplog.records]
+        assert "teaches nothing" in said and "site 'y': the observed text does not end with its stop token" in said
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path):
