@@ -134,5 +134,6 @@ def _batch(fn: Any, value: Any, name: str) -> torch.Size:
 def _twice(name: str) -> str:
     return (
         f"site {name!r}: the program has two sites of this name; give each its own name, in a loop for instance "
-        f'pyro.sample(f"{name}_{{i}}", ...)'
+        f'pyro.sample(f"{name}_{{i}}", ...). A plate that is entered twice has to be one object, '
+        f'plate = pyro.plate("{name}", ...)'
     )

@@ -5,8 +5,8 @@ A vectorised run gives every site the shape (prefix, particle, *plates).  The pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pyro
@@ -15,6 +15,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from ...stop_strings import Ending
 from .arguments import at_least
 from .explained import PARTICLES, PREFIXES, check_shapes, explained, refuse_own_names
 from .python_values import no_python_values
-from .sites import Site, lm_of, text_of, unmasked
+from .sites import Site, innermost, lm_of, text_of, unmasked
 
 Program = Callable[..., Any]
 Node = dict[str, Any]
@@ -51,15 +52,29 @@ class SiteMismatch(ValueError):
 
 
 class Substitute(Messenger):
-    """Gives latent sites and subsamples the values of a dict; the rest of their messages is unchanged."""
+    """Gives latent sites and subsamples the values of a dict; the rest of their messages is unchanged.
 
-    def __init__(self, values: Mapping[str, Tensor]):
+    ``drawn`` is the trace that the values are from, if there is one: its sites must have as many event axes.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], drawn: Trace | None = None):
         super().__init__()
-        self.values = values
+        self.values, self.drawn = values, Trace() if drawn is None else drawn
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
+            if msg["name"] in self.drawn.nodes and not site_is_subsample(msg):
+                _same_event(msg["name"], msg["fn"], self.drawn.nodes[msg["name"]]["fn"])
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def _same_event(name: str, model: Any, guide: Any) -> None:
+    """Raises SiteMismatch if a value of the guide's distribution has other axes than one of the model's."""
+    if model.event_dim != guide.event_dim:
+        kinds = [f"{type(innermost(fn)).__name__} with {fn.event_dim} event axes" for fn in (guide, model)]
+        raise SiteMismatch(
+            f"guide: the site {name!r} is a {kinds[0]}, the model's a {kinds[1]}; give both the same form"
+        )
 
 
 class Draw(Messenger):
@@ -124,7 +139,7 @@ def trace(
     """
     with ExitStack() as stack:
         stack.enter_context(explained())
-        stack.enter_context(poutine.block(hide_fn=lambda msg: msg["type"] == "sample"))
+        stack.enter_context(_apart())
         for handler in handlers:
             stack.enter_context(handler)
         stack.enter_context(Unmasked())
@@ -136,6 +151,18 @@ def trace(
     refuse_own_names(found)
     check_shapes(found, nesting, particles, prefixes)
     return found
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Hides sites from the handlers outside, and the plates outside from the choice of axes; not parameters."""
+    occupied = list(_DIM_ALLOCATOR._stack)
+    _DIM_ALLOCATOR._stack.clear()
+    try:
+        with poutine.block(hide_fn=lambda msg: msg["type"] == "sample"):
+            yield
+    finally:
+        _DIM_ALLOCATOR._stack[:] = occupied
 
 
 def latents(trace: Trace) -> dict[str, Node]:
@@ -186,20 +213,21 @@ def sketches(programs: list[Program], args: tuple[Any, ...], kwargs: dict[str, A
 
     No network runs, and the random state is unchanged.
     """
-    found, known = [], dict[str, Tensor]()
+    found, known, drawn = [], dict[str, Tensor](), Trace()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for program in programs:
             with (
                 explained(),
-                poutine.block(hide_fn=lambda msg: msg["type"] == "sample"),
+                _apart(),
                 Sketch(),
-                Substitute(known),
+                Substitute(known, drawn),
                 Unmasked(),
                 no_python_values(),
             ):
                 found.append(poutine.trace(program).get_trace(*args, **kwargs))
             refuse_own_names(found[-1])
             known |= values(found[-1])
+            drawn = found[-1]
     return found
 
 

@@ -113,7 +113,7 @@ class Query:
         if self.guide is None:
             return Pair(self, proposal, proposal, particles)
         with torch.no_grad():
-            target = self.trace(self.model, Substitute(programs.values(proposal)), **shape)
+            target = self.trace(self.model, Substitute(programs.values(proposal), proposal), **shape)
         return Pair(self, proposal, target, particles)
 
     def at(self, values: Mapping[str, Tensor], *, particles: int, prefixes: int | None = None) -> Pair:

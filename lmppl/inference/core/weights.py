@@ -24,6 +24,7 @@ from ...distributions.protocols import PrefixScores
 from ...engine.asking import Asking, asking, together
 from ...shapes import broadcast_shapes
 from . import programs
+from .auxiliary import is_transformed, lacking, log_uniform
 from .plates import Plates
 from .programs import Node
 from .query import Pair, Query
@@ -138,8 +139,14 @@ def weigh(query: Query, num_particles: int) -> Weighted:
 
 
 def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, computed before."""
-    return log_density(pair.model, plates), log_density_of_latents(pair.proposal, plates, known)
+    """log p and log q of a pair's values, (prefix, particle, *kept); ``known``: log q by site, computed before.
+
+    An auxiliary site of the guide that the model lacks is uniform there.
+    """
+    alone = lacking(pair.proposal, pair.model.nodes)
+    log_r = log_uniform(alone, plates, transformed=is_transformed(pair.proposal))
+    log_p = log_density(pair.model, plates)
+    return log_p + log_r.to(log_p.device), log_density_of_latents(pair.proposal, plates, known)
 
 
 def log_density_of_latents(guide: Trace, plates: Plates, known: dict[str, Tensor] | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -197,6 +198,7 @@ class Trainer(Sampler, ABC):
         :returns: the metrics of the update, "loss" and "grad_norm" among them.
         :raises FloatingPointError: where the loss or its gradient is not finite; the parameters are then unchanged.
         :raises ValueError: where the optimiser holds parameters of the model, or not all of the guide's.
+        :raises RuntimeError: inside ``torch.no_grad()`` or ``torch.inference_mode()``.
         """
         self._steps += 1
         return self._counted(self._query(*args, **kwargs), self._steps - 1)
@@ -211,6 +213,11 @@ class Trainer(Sampler, ABC):
 
     def _counted(self, query: Query, step: int) -> dict[str, float]:
         """`update` with this process's part of a batch; counts the tokens."""
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "step and fit: they need gradients, which are off here; call them outside torch.no_grad() and "
+                "torch.inference_mode()"
+            )
         query, both = replace(query, max_plate_nesting=self.max_plate_nesting), (query.model, query.guide)
         with distributed.shard(query.args, self._plate(query, self._called)) as own:
             query = replace(query, args=own)

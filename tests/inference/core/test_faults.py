@@ -147,6 +147,16 @@ def test_the_same_name_twice(run):
 
 
 @pytest.mark.parametrize("run", GUIDED)
+def test_a_guide_that_draws_a_number_for_a_text(run):
+    def q():
+        with pyro.plate("data", 3):
+            pyro.sample("z", dist.Categorical(torch.ones(5)))
+
+    with pytest.raises(ValueError, match="guide: the site 'z' is a Categorical with 0 event axes, the model's a Com"):
+        RUNS[run](plated(), q)
+
+
+@pytest.mark.parametrize("run", GUIDED)
 def test_a_guide_without_the_models_plate(run):
     def bare():
         pyro.sample("z", Completion(Q, X, max_tokens=2))
@@ -206,3 +216,24 @@ def test_an_observation_that_does_not_fit():
                     "smc": lambda n=n: SMC(model, num_particles=n),
                     "metropolis": lambda n=n: MetropolisHastings(model, num_chains=n, num_samples=2),
                 }[run]().run()
+
+
+# -- inference inside a program --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_program_may_run_an_algorithm_inside_its_plates(run):
+    def author():
+        with pyro.plate("letters", 2):
+            z = pyro.sample("z", Completion(P, X[:2], max_tokens=1))
+            pyro.factor("long", 0.5 * text.length(z))
+
+    known = Enumeration(author).run().log_evidence.sum()
+
+    def found(strength):
+        pyro.set_rng_seed(0)
+        result = RUNS[run](plated(lambda z: strength() * text.length(z)), guide)
+        return result["loss"] if isinstance(result, dict) else result.log_weights.tolist()
+
+    inside = found(lambda: Enumeration(author).run().log_evidence.sum())
+    assert inside == found(lambda: known)

@@ -18,7 +18,19 @@ from torch import Tensor
 
 from lmppl import LanguageModel
 from lmppl.distributions import Completion
-from lmppl.inference import DetailedBalance, Enumeration, GFlowNet, Importance, PooledVarGrad, Replay, SubTB, VarGrad
+from lmppl.inference import (
+    SMC,
+    DetailedBalance,
+    Enumeration,
+    GFlowNet,
+    Importance,
+    MetropolisHastings,
+    PooledVarGrad,
+    Replay,
+    SiteMismatch,
+    SubTB,
+    VarGrad,
+)
 from lmppl.text import PAD, equal
 
 OBJECTIVES = [SubTB, DetailedBalance, VarGrad, PooledVarGrad]
@@ -377,3 +389,89 @@ def test_training_with_a_backward_policy_reaches_the_posterior(lm):
     assert set(posterior.samples) == {"z"}
     error = (posterior.log_evidence - log_q.flatten(1).logsumexp(-1)).abs()
     assert (error < 5 * (1 / posterior.ess - 1 / 50).clamp(min=1e-4).sqrt()).all()
+
+
+@pytest.mark.parametrize("backward", [True, False])
+@pytest.mark.parametrize("a_is", ["text", "category"])
+def test_an_auxiliary_site_leaves_the_evidence_as_it_is(lm, a_is, backward):
+    """Under the optimal guide every weight is the evidence; with no r in the model a is uniform."""
+    model, guide, log_q = with_auxiliary(lm, a_is, backward=backward)
+    log_evidence = Enumeration(with_auxiliary(lm, a_is, backward=False)[0]).run().log_evidence
+    log_q = log_q - log_q.flatten(1).logsumexp(-1)[:, None, None]
+
+    def optimal():
+        guide(log_q.logsumexp(-1), log_q)
+
+    for algorithm in (
+        Importance(model, optimal, 8),
+        SMC(model, optimal, 8, ess_threshold=0),
+        SMC(model, optimal, 8, ess_threshold=0, twist="stop"),
+    ):
+        posterior = algorithm.run()
+        assert torch.allclose(posterior.log_weights.exp() * 8, log_evidence.exp().expand(8, 2), rtol=1e-9), algorithm
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_smc_resamples_with_an_auxiliary_site(lm, backward):
+    model, guide, log_q = with_auxiliary(lm, "category", backward=backward)
+    log_evidence = Enumeration(with_auxiliary(lm, "category", backward=False)[0]).run().log_evidence
+    pyro.set_rng_seed(0)
+    smc = SMC(model, lambda: guide(torch.zeros_like(log_q[..., 0]), 0.5 * log_q), 64, ess_threshold=1.0)
+    ratio = torch.stack([(smc.run().log_evidence - log_evidence).exp() for _ in range(30)])
+    assert ((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 30**0.5).all()
+    assert (ratio.std(0) / 30**0.5 < 0.05).all()
+
+
+def test_an_auxiliary_site_whose_values_are_not_equally_many(lm):
+    """z is 0 or 1; a has one value at z = 0, and three at z = 1."""
+    of_z = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+
+    def model():
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.25, dtype=torch.float64)))
+
+    def guide():
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+        pyro.sample("a", dist.Categorical(of_z[z.long()]), infer=AUXILIARY)
+
+    pyro.set_rng_seed(0)
+    for algorithm in (Importance(model, guide, 20_000), SMC(model, guide, 20_000)):
+        posterior = algorithm.run()
+        assert abs(float(posterior.log_evidence)) < 5 * (1 / float(posterior.ess) - 1 / 20_000) ** 0.5
+        assert dict(posterior.table("z"))[1.0] == pytest.approx(0.25, abs=0.02)
+    chains = MetropolisHastings(model, guide, num_chains=2000, num_samples=4, warmup=20, moves="independence").run()
+    assert dict(chains.table("z"))[1.0] == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2000) ** 0.5)
+
+
+@pytest.mark.parametrize("fn", [dist.Normal(0.0, 1.0), dist.Poisson(1.0)])
+@pytest.mark.parametrize("algorithm", [Importance, SMC, MetropolisHastings])
+def test_an_auxiliary_site_over_which_nothing_is_uniform_is_named(lm, fn, algorithm):
+    def model(backward):
+        z = pyro.sample("z", Completion(lm, X[0], **LIMITS))
+        if backward:
+            pyro.sample("a", fn, infer=AUXILIARY)
+        pyro.sample("y", Completion(lm, lm.join(X[0], z), max_tokens=2), obs=Y[0])
+
+    def guide(backward):
+        pyro.sample("a", fn, infer=AUXILIARY)
+        pyro.sample("z", Completion(lm, X[0], **LIMITS))
+
+    algorithm(model, guide).run(True)
+    with pytest.raises(SiteMismatch, match="auxiliary site 'a' is not in the model"):
+        algorithm(model, guide).run(False)
+
+
+@pytest.mark.parametrize("algorithm", [Importance, SMC])
+def test_pyros_guides_of_continuous_sites_transform_an_auxiliary_one(algorithm):
+    """log k is Gaussian before and after x is seen, and the guide draws it from its posterior as a; k = exp a."""
+
+    def model():
+        k = pyro.sample("k", dist.LogNormal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.LogNormal(k.log(), 1.0), obs=torch.tensor(2.0, dtype=torch.float64))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(torch.tensor(2.0).double().log() / 2, 0.5**0.5), infer=AUXILIARY)
+        pyro.sample("k", dist.Delta(a.exp(), log_density=-a))
+
+    log_evidence = dist.LogNormal(torch.zeros(()).double(), 2**0.5).log_prob(torch.tensor(2.0).double())
+    posterior = algorithm(model, guide, 16).run()
+    assert torch.allclose(posterior.log_weights.exp() * 16, log_evidence.exp().expand(16), rtol=1e-6)

@@ -333,3 +333,12 @@ def test_what_a_callback_adds_is_logged_whatever_it_is(tmp_path):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             fit(Task(), checkpoint=tmp_path / "c", **wrong)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_where_gradients_are_off_says_so(kind, off):
+    task = Task()
+    trainer = kind(task.model, task.guide, optimizer=adam(task.q.trainable_parameters()))
+    with off(), pytest.raises(RuntimeError, match="torch.no_grad"):
+        trainer.step(*batch_of(kind, task))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ....distributions.arguments import refuse_nan
 from ...core import programs
+from ...core.auxiliary import is_transformed, lacking, log_uniform
 from ...core.partial import Pause, advance, is_grown, keep_first, only, too_long
 from ...core.plates import kept_plates
 from ...core.programs import Node, Program, SiteMismatch
@@ -159,17 +160,19 @@ class State:
     def _take_in(self, target: Trace, drawn: set[str]) -> bool:
         """Multiplies the weights by p/q of the sites that the model has met since; returns whether any changed.
 
-        ``drawn``: the guide's latent sites up to this place; its auxiliary sites contribute 1/q.
+        ``drawn``: the guide's latent sites up to this place.  Auxiliary sites that the model lacks enter here, too.
         """
         self.target = target
-        auxiliary = {n for n in drawn if self.proposal.nodes[n]["infer"].get("is_auxiliary")}
-        fresh = (set(target.nodes) | auxiliary) - self.seen
+        alone = lacking(only(self.proposal, drawn), self.query.sketches[-1].nodes)
+        fresh = (set(target.nodes) | set(alone)) - self.seen
         self.seen |= fresh
         new, own = only(target, fresh), only(self.proposal, fresh)
         if self.smc.guide is None:
             increment = log_weight_of_prior(new, self.plates)[0]
         else:
-            log_p = log_density(new, self.plates)[0].to(self.log_weights.device)
+            entering = {name: node for name, node in alone.items() if name in fresh}
+            log_r = log_uniform(entering, self.plates, transformed=is_transformed(self.query.sketches[0]))
+            log_p = (log_density(new, self.plates) + log_r)[0].to(self.log_weights.device)
             increment = log_ratio(log_p, log_density_of_latents(own, self.plates)[0])
         for name, node in programs.latents(own).items():
             self._miss(name, node["fn"])
