@@ -29,6 +29,11 @@ def lacking(proposal: Trace, model: Container[str]) -> dict[str, Node]:
     return {name: node for name, node in own if node["infer"].get("is_auxiliary") and name not in model}
 
 
+def log_lacking(proposal: Trace, model: Container[str], plates: Plates) -> Tensor:
+    """`log_uniform` of the auxiliary sites that the model lacks."""
+    return log_uniform(lacking(proposal, model), plates, transformed=is_transformed(proposal))
+
+
 def is_transformed(proposal: Trace) -> bool:
     """Whether latent sites are functions of others, as in Pyro's ``AutoContinuous``: q(a) is then their density."""
     return any(isinstance(innermost(node["fn"]), Delta) for node in programs.latents(proposal).values())

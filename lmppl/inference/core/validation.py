@@ -16,6 +16,7 @@ from .programs import Node, Substitute
 from .query import Pair, Query
 from .sites import innermost, prompt_of
 
+CHECKED = 2  # particles that are run alone
 _KNOWN: WeakSet[Any] = WeakSet()  # programs that have been checked
 
 
@@ -42,25 +43,37 @@ class AxesError(ValueError):
 
 @torch.no_grad()
 def check_axes(pair: Pair) -> None:
-    """Under Pyro's validation, runs the last particle alone and compares its sites with the vectorised run.
+    """Under Pyro's validation, runs a few particles alone and compares their sites with the vectorised run.
 
-    A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  Text sites are
+    A bare ``.sum()`` over particles broadcasts silently; here it raises AxesError with the site's name.  The particles
+    have different latent values, because the largest of all, for instance, is also its own ``.max()``.  Text sites are
     compared by their prompts, which needs no pass through the network.
     """
     query, n = pair.query, pair.particles
     if not is_validation_enabled() or n == 1:
         return
     own = programs.latents(pair.proposal)
-    alone_values = {k: v[-1:] if k in own else v for k, v in pair.values.items()}
-    alone = query.trace(query.model, Substitute(alone_values), particles=1)
-    for name, node in programs.scored(pair.model).items():
-        other = programs.scored(alone).get(name)
-        if other is None or not _same(node, other, query.nesting):
-            raise AxesError(
-                f"model: site {name!r} is not written for a particle axis: the density of the last of {n} particles "
-                "changes when this particle is run alone. Keep every axis on the left: sum with .sum(-1), not .sum(), "
-                "and build prompts with lm.join or lm.fill"
-            )
+    for one in _different([v for k, v in pair.values.items() if k in own], n):
+        alone_values = {k: _only(v, one, n) if k in own else v for k, v in pair.values.items()}
+        alone = query.trace(query.model, Substitute(alone_values), particles=1)
+        for name, node in programs.scored(pair.model).items():
+            other = programs.scored(alone).get(name)
+            if other is None or not _same(node, other, query.nesting, one, n):
+                raise AxesError(
+                    f"model: site {name!r} is not written for a particle axis: the density of one of {n} particles "
+                    "changes when this particle is run alone. Keep every axis on the left: sum with .sum(-1), not "
+                    ".sum(), and build prompts with lm.join or lm.fill"
+                )
+
+
+def _different(values: list[Tensor], n: int) -> list[int]:
+    """The last particle, and others with other latent values; `CHECKED` at most."""
+    rows = [v.reshape(n, -1).double() for v in values if len(v) == n]
+    if not rows:
+        return [n - 1]
+    kinds = torch.unique(torch.cat(rows, 1), dim=0, return_inverse=True)[1].tolist()
+    last = {kind: i for i, kind in enumerate(kinds)}
+    return sorted(last.values(), reverse=True)[:CHECKED]
 
 
 def check_axes_once(query: Query, pair: Callable[[], Pair]) -> None:
@@ -71,21 +84,26 @@ def check_axes_once(query: Query, pair: Callable[[], Pair]) -> None:
         _KNOWN.add(program)
 
 
-def _same(node: Node, alone: Node, nesting: int) -> bool:
+def _same(node: Node, alone: Node, nesting: int, one: int, n: int) -> bool:
+    """Whether a site is the same for particle ``one`` of n as when it is run alone."""
     among, single = prompt_of(node["fn"]), prompt_of(alone["fn"])
     if among is not None and single is not None:
         right = nesting + max(1, node["fn"].event_dim)
-        among = _last(among.expand(*innermost(node["fn"]).batch_shape, -1), right)
-        single = _last(single.expand(*innermost(alone["fn"]).batch_shape, -1), right)
+        among = _of_particle(among.expand(*innermost(node["fn"]).batch_shape, -1), right, one, n)
+        single = _of_particle(single.expand(*innermost(alone["fn"]).batch_shape, -1), right, 0, 1)
         return bool(text.equal(among, single).all())
     try:
-        among = _last(node["fn"].log_prob(node["value"]), nesting)
-        single = _last(alone["fn"].log_prob(alone["value"]), nesting)
+        among = _of_particle(node["fn"].log_prob(node["value"]), nesting, one, n)
+        single = _of_particle(alone["fn"].log_prob(alone["value"]), nesting, 0, 1)
         return torch.allclose(among, single, rtol=1e-3, atol=1e-4, equal_nan=True)
     except RuntimeError:  # shapes that do not broadcast count as a difference
         return False
 
 
-def _last(x: Tensor, right: int) -> Tensor:
-    """The last particle of (particle, *right axes); a tensor without a particle axis is the same for all particles."""
-    return x[-1:] if x.dim() > right else x[None]
+def _of_particle(x: Tensor, right: int, one: int, n: int) -> Tensor:
+    """One particle of (particle, *right axes); a tensor without a particle axis is the same for all particles."""
+    return _only(x, one, n) if x.dim() > right else x[None]
+
+
+def _only(x: Tensor, one: int, n: int) -> Tensor:
+    return x[one : one + 1] if len(x) == n else x[-1:]

@@ -24,7 +24,7 @@ from ...distributions.protocols import PrefixScores
 from ...engine.asking import Asking, asking, together
 from ...shapes import broadcast_shapes
 from . import programs
-from .auxiliary import is_transformed, lacking, log_uniform
+from .auxiliary import log_lacking
 from .plates import Plates
 from .programs import Node
 from .query import Pair, Query
@@ -143,8 +143,7 @@ def pair_densities(pair: Pair, plates: Plates, known: dict[str, Tensor] | None =
 
     An auxiliary site of the guide that the model lacks is uniform there.
     """
-    alone = lacking(pair.proposal, pair.model.nodes)
-    log_r = log_uniform(alone, plates, transformed=is_transformed(pair.proposal))
+    log_r = log_lacking(pair.proposal, pair.model.nodes, plates)
     log_p = log_density(pair.model, plates)
     return log_p + log_r.to(log_p.device), log_density_of_latents(pair.proposal, plates, known)
 
@@ -290,7 +289,9 @@ def balance(
             if other is not None and other.terminable:
                 scores, extra = _scores_among(programs.scored(model_trace), site, other, value)
                 extra |= {site: other.lift(_at(scores.log_probs, where))}
+        log_r = log_lacking(guide_trace, model_trace.nodes, plates)
         log_p = log_density(model_trace, plates, known=extra)
+        log_p = log_p + log_r.to(log_p.device)
         full = broadcast_shapes(log_q.shape, log_p.shape, (P, num_particles, *plates.sizes))
         if where is None:
             last = torch.ones(full, dtype=torch.bool, device=log_p.device)

@@ -442,6 +442,26 @@ def test_an_auxiliary_site_whose_values_are_not_equally_many(lm):
     assert dict(chains.table("z"))[1.0] == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2000) ** 0.5)
 
 
+def test_training_has_the_same_target_where_values_are_not_equally_many():
+    """The loss is zero where q(z) = p(z) and a is uniform over its values given z; not where q(a, z) = c p(z)."""
+    few = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+
+    def model():
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.25, dtype=torch.float64)))
+
+    def guide_of(one):
+        def guide():
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(one, dtype=torch.float64)))
+            pyro.sample("a", dist.Categorical(few[z.long()]), infer=AUXILIARY)
+
+        return guide
+
+    pyro.set_rng_seed(0)
+    objective = VarGrad(num_particles=32)
+    assert abs(objective.loss(model, guide_of(0.25))) < 1e-9
+    assert objective.loss(model, guide_of(0.5)) > 0.1  # of three values each as likely as the only one: 3 x 1/4 to 3/4
+
+
 @pytest.mark.parametrize("fn", [dist.Normal(0.0, 1.0), dist.Poisson(1.0)])
 @pytest.mark.parametrize("algorithm", [Importance, SMC, MetropolisHastings])
 def test_an_auxiliary_site_over_which_nothing_is_uniform_is_named(lm, fn, algorithm):

@@ -169,6 +169,19 @@ def test_one_factor_outside_a_plate_makes_the_weights_joint():
         Importance(total_without_axis, num_particles=7).run()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_largest_value_over_particles_is_found_though_one_particle_has_it(seed):
+    """Run alone, a particle with the largest value has the same density as among others; one with a smaller has not."""
+
+    def model():
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.1, 0.9])))
+        pyro.factor("largest", -k.max().double())
+
+    pyro.set_rng_seed(seed)
+    with pytest.raises(AxesError, match="'largest'"):
+        Importance(model, num_particles=64).run()
+
+
 @torch.no_grad()
 def test_subsampling_is_divided_out_along_kept_plates_and_refused_elsewhere():
     chosen = torch.tensor([2, 0])

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .... import randomness, text
 from ...core import programs
-from ...core.auxiliary import is_transformed, lacking, log_uniform
+from ...core.auxiliary import log_lacking
 from ...core.partial import only
 from ...core.plates import Plates
 from ...core.programs import Draw, Node, Sketch, Substitute, Values
@@ -180,8 +180,7 @@ def _density(pair: Pair, plates: Plates, known: Values) -> Density:
         raise ValueError("model: it has no latent site, so there is nothing to sample")
     known = text_log_probs(programs.scored(target), besides=known) | known
     prior = log_density(only(target, set(latent)), plates, known=known)
-    alone = lacking(proposal, target.nodes)
-    prior = prior + log_uniform(alone, plates, transformed=is_transformed(proposal)).to(prior.device)
+    prior = prior + log_lacking(proposal, target.nodes, plates).to(prior.device)
     for name, node in latent.items():  # an element that the model masks follows q
         site = text_of(node["fn"])
         mask = node["mask"] if site is None else site.there(node["mask"])
