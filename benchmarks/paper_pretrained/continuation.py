@@ -198,18 +198,24 @@ def tables(rows: embedded.Rows) -> str:
             "that miss most of the target estimate log Z too low, and their weights do not show it. sd(u) is the "
             "standard deviation of the log weights: 0 if q is the target, and also if all draws are one text. ESS/N is "
             "the effective sample size as a share of the draws. Pareto k-hat below 0.7 means that averages by these "
-            "weights can be trusted, as far as the draws reach.\n\n"
+            "weights can be trusted, as far as the draws reach. SMC resamples, so its final weights say nothing of "
+            "this.\n\n"
         )
         text += markdown(
             ("draws", "T", "estimate of log Z", "log Z - ELBO", "sd(u)", "ESS/N", "prompts with k-hat < 0.7"),
             [
-                (family, setting.removeprefix("T = "), spread(runs, "log_z", 2), spread(distances(rows, runs), "kl", 2),
-                 *(spread(runs, key, 2) for key in ("sd", "ess")),
-                 f"{100 * mean(k < 0.7 for r in runs for k in r['khat']):.0f}%")
+                (family, setting.removeprefix("T = "), spread(runs, "log_z", 2),
+                 *([""] * 4 if family == SEQUENTIAL else far(rows, runs)))
                 for (family, setting), runs in sure.items()
             ],
         )  # fmt: skip
     return text
+
+
+def far(rows: embedded.Rows, runs: Sequence[Figures]) -> list[str]:
+    """Columns: log Z - ELBO, sd(u), ESS/N, and the share of prompts with a small k-hat."""
+    khat = f"{100 * mean(k < 0.7 for r in runs for k in r['khat']):.0f}%"
+    return [spread(distances(rows, runs), "kl", 2), *(spread(runs, key, 2) for key in ("sd", "ess")), khat]
 
 
 def distances(rows: embedded.Rows, runs: Sequence[Figures]) -> list[Figures]:

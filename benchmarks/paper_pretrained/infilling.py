@@ -229,7 +229,7 @@ def of_written(runs: dict[str, list[Figures]]) -> str:
     text += markdown(
         ("method", "ELBO", "estimate", *HEADS, "a middle of the first story", "seeds"),
         [
-            (name, *(f"{mean(mean(r[key]) for r in rows):.2f}" for key in ("below", "log_z")), *figures(rows),
+            (name, *(evidence(name, rows, key) for key in ("below", "log_z")), *figures(name, rows),
              rows[0]["shown"][0].strip().replace("|", "\\|"), str(len(rows)))
             for name, rows in runs.items()
         ],
@@ -248,7 +248,8 @@ def of_told(runs: dict[str, list[Figures]]) -> str:
         {
             "ELBO, upper bound": "two bounds of log p(y|x); their difference is KL(q,p) + KL(p,q) between the method's "
             "distribution q and the posterior p, and 0 only if q is the posterior",
-            "estimate": "the importance estimate of log p(y|x) by the method's draws",
+            "estimate": "the importance estimate of log p(y|x) by the method's draws, or that of SMC, which resamples: "
+            "its final weights give neither bounds nor an effective sample size",
             "ESS/N": "effective sample size of the weighted draws, as a share of N",
             "BLEU-4, GLEU-4": "overlap of words between the draws and the story's own middle; larger is closer",
             "log p(x z y)": "log-probability of the whole story under the base model",
@@ -260,8 +261,8 @@ def of_told(runs: dict[str, list[Figures]]) -> str:
     text += markdown(
         ("method", "ELBO", "estimate", "upper bound", *HEADS, "seeds"),
         [
-            (name, *(f"{mean(mean(r[key]) for r in rows):.2f}" for key in ("below", "log_z", "above")),
-             *figures(rows), str(len(rows)))
+            (name, *(evidence(name, rows, key) for key in ("below", "log_z", "above")), *figures(name, rows),
+             str(len(rows)))
             for name, rows in runs.items()
         ],
     )  # fmt: skip
@@ -269,9 +270,15 @@ def of_told(runs: dict[str, list[Figures]]) -> str:
     return text + f"\nWith the stories' own middles log p(x z y) is {told:.2f}.\n\n" + "".join(claims(runs))
 
 
-def figures(rows: list[Figures]) -> list[str]:
-    """The columns that are in both tables."""
-    return [spread(rounded(rows, key, digits), key, digits) for key, digits in COLUMNS]
+def evidence(name: str, rows: list[Figures], key: str) -> str:
+    """A bound of log p(y|x), or the estimate; the final weights of SMC, after resamplings, give the estimate only."""
+    return "" if name == SEQUENTIAL and key != "log_z" else f"{mean(mean(r[key]) for r in rows):.2f}"
+
+
+def figures(name: str, rows: list[Figures]) -> list[str]:
+    """The columns that both tables have."""
+    shown = [spread(rounded(rows, key, digits), key, digits) for key, digits in COLUMNS]
+    return ["", *shown[1:]] if name == SEQUENTIAL else shown
 
 
 def rounded(rows: list[Figures], key: str, digits: int) -> list[Figures]:
