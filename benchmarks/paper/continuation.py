@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -256,7 +257,7 @@ def plot(results: Results, path: Path, far: float = FAR) -> None:
     below = {key: point for key, point in points.items() if point[1] < best - far}
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axis = figure.subplots()
-    for family, marker in zip(dict.fromkeys(family for family, _ in rows), "sPXDov^*", strict=False):
+    for family, marker in zip(dict.fromkeys(family for family, _ in rows), cycle("sPXDov^*dhp<>")):
         mine = sorted(point for key, point in points.items() if key[0] == family and key not in below)
         if mine:
             axis.plot(*zip(*mine, strict=True), marker=marker, ms=5, lw=0.9, alpha=0.85, label=family)

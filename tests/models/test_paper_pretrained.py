@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from paths import SHARED
 from pyro import condition, poutine
 from transformers import AutoModelForCausalLM
@@ -106,6 +107,16 @@ def test_continuation_runs_on_any_language_model(beginnings):
     assert all(f"| {family} |" in text for family in ("greedy", "nucleus", "power sampling", "SMC", "GFlowNet"))
     states(continuation.STUDY, {cell: results[cell] for cell in ("decoding", "T=0.9")})
     states(continuation.STUDY, {"T=0.9": results["T=0.9"]})
+
+
+def test_the_picture_has_every_method(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *args, **kwargs: (drawn.append(f), save(f, *args, **kwargs)))
+    names = [f"method {i}" for i in range(15)]
+    rows = [{"family": name, "setting": "", "distance": i / 15, "log_likelihood": -i} for i, name in enumerate(names)]
+    continuation.STUDY.plot({"decoding": [{"rows": rows}]}, tmp_path / "picture.png")
+    assert [t.get_text() for t in drawn[0].axes[0].get_legend().get_texts()] == names
 
 
 def test_texts_of_a_continuation_have_plain_tokens_alone(beginnings):
