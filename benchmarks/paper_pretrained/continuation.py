@@ -13,8 +13,8 @@ suffixes, without training (Karan and Du 2025, arXiv 2510.14901).  "SMC" weighs 
 model after every token.
 
 Cost: a step of 2 x 8 texts reads about 800 tokens and takes 7 to 9.5 processor seconds.  A temperature of 100 steps
-took 13 to 16 minutes, the usual decoding 11, power sampling and SMC 38: a seed takes an hour and three quarters.  With
-seed 100 and six of the prompts for choices, 100 steps at T = 0.9 ended at a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
+took 9 to 13 minutes, the usual decoding 11, power sampling and SMC 26: a seed takes an hour and a half.  With seed 100
+and six of the prompts for choices, 100 steps at T = 0.9 ended at a gap of 1.4 nats and ESS/N 0.3 of 16 draws.
 """
 
 from __future__ import annotations
