@@ -14,8 +14,8 @@ the policy gradient with the group's mean as baseline, and its optimum is the GF
 TRL is installed in .venv-trl, with this repository's versions of torch and transformers, when a unit first needs
 it.  It runs as a process of its own (`grpo_worker`).  Its adapter is loaded and measured here as the guides are.
 
-Cost: the three cells took 14, 28 and 5 minutes for a seed.  With seed 100 and six of the prompts for choices, 20 steps of
-GRPO ended at texts of 3 tokens, of which 39% were distinct.
+Cost: the three cells took 14, 28 and 5 minutes for a seed.  With seed 100 and six of the prompts for choices, 20 steps
+of GRPO ended at texts of 3 tokens, of which 39% were distinct.
 """
 
 from __future__ import annotations
