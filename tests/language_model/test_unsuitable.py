@@ -95,6 +95,20 @@ def test_what_is_no_causal_language_model_is_refused_each_time(kind):
             LanguageModel(model, tiny_tokenizer(V))
 
 
+@pytest.mark.parametrize("error", [AssertionError, ImportError, AttributeError])
+def test_a_model_that_cannot_run_here_yet_may_be_wrapped(error):
+    """It may be moved to the device of its kernels afterwards."""
+    model = llama()
+
+    def kernel(*_: Any) -> None:
+        raise error("no such kernel")
+
+    model.register_forward_pre_hook(kernel)
+    lm = LanguageModel(model, tiny_tokenizer(V))
+    with pytest.raises(error, match="no such kernel"):
+        Completion(lm, torch.tensor([[2, 3]]), max_tokens=1).sample()
+
+
 def test_a_masked_language_model_stays_one():
     lm = masked_lm("bert")
     with pytest.raises(ValueError, match="MaskedLanguageModel"):

@@ -2,15 +2,17 @@
 
 A guide may draw a value that only helps it: ``pyro.sample("a", fn, infer={"is_auxiliary": True})``.  The weight of
 (a, z) is then p(z, observed) r(a | z) / q(a, z) for some density r, which the model gives by a site of the same name.
-Without such a site r is 1 / K, with K values of positive probability, so that the evidence is that of the model.
+Without such a site r is 1 / K, with K values of positive probability.  The evidence is then that of the model if the
+guide can draw each z with each of the K values.  If it draws some z with some values only, the model has to give r.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Independent
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
@@ -49,25 +51,28 @@ def log_uniform(nodes: dict[str, Node], plates: Plates, *, transformed: bool = F
     for node in nodes.values():
         if transformed and not node["fn"].support.is_discrete:
             continue
-        log_r = scale_and_mask(-_count(node).double().log(), 1.0, node["mask"])
+        log_r = scale_and_mask(-_log_count(node["name"], node["fn"]), 1.0, node["mask"])
         total = total + plates.reduce(log_r.expand(node["fn"].batch_shape))
     return total
 
 
-def _count(node: Node) -> Tensor:
-    """How many values a site can have, for each element of its batch."""
-    fn = node["fn"]
+def _log_count(name: str, fn: Any) -> Tensor:
+    """The logarithm of how many values a site can have, for each element of its batch."""
+    if isinstance(fn, Independent):
+        several = fn.reinterpreted_batch_ndims
+        single = _log_count(name, fn.base_dist).expand(fn.base_dist.batch_shape)
+        return single.flatten(-several).sum(-1) if several else single
     try:
         support = fn.enumerate_support(expand=False)
     except (NotImplementedError, ValueError):
         support = None
     if support is None or len(support) > MOST_VALUES:
         raise SiteMismatch(
-            f"guide: its auxiliary site {node['name']!r} is not in the model, and it has no list of at most "
+            f"guide: its auxiliary site {name!r} is not in the model, and it has no list of at most "
             f"{MOST_VALUES} values, over which it would be uniform there; give the model this site too, after the "
-            f'latent sites that it depends on: pyro.sample("{node["name"]}", r, infer={{"is_auxiliary": True}}), with '
+            f'latent sites that it depends on: pyro.sample("{name}", r, infer={{"is_auxiliary": True}}), with '
             "any distribution r"
         )
     probability = fn.log_prob(support).exp()
     count: Tensor = (probability > 1.5 * torch.finfo(probability.dtype).eps).sum(0)  # torch's Categorical has eps for 0
-    return count
+    return count.double().log()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -11,19 +13,29 @@ from .programs import Node
 from .sites import Site, lm_of, text_of
 
 
-def impossible_texts(model: Trace) -> list[str]:
-    """A sentence for each observed site with a text that is impossible whatever the latents are."""
-    observed = {name: node for name, node in programs.scored(model).items() if node["is_observed"]}
-    return [f"site {name!r}: {why}" for name, node in observed.items() if (why := why_impossible(node))]
+def observed_texts(model: Trace) -> dict[str, Node]:
+    """The observed sites of a trace that are texts."""
+    return {n: s for n, s in programs.scored(model).items() if s["is_observed"] and text_of(s["fn"]) is not None}
 
 
-def why_impossible(node: Node) -> str | None:
+def impossible_texts(observed: Mapping[str, Node], where: Tensor | None = None) -> list[str]:
+    """A sentence for each of these sites with a text that is impossible whatever the latents are.
+
+    ``where`` (*plate axes) says which elements are looked at; None means all.
+    """
+    return [f"site {name!r}: {why}" for name, node in observed.items() if (why := why_impossible(node, where))]
+
+
+def why_impossible(node: Node, where: Tensor | None = None) -> str | None:
     """What is wrong with the lengths or the stops of a site's texts, and what to do; None if nothing is found."""
     site, value = text_of(node["fn"]), node["value"]
     if site is None or not isinstance(value, Tensor):
         return None
     ending, length, most, least = site.ending(value), text.length(value), site.max_tokens, site.min_tokens
-    counts = site.there(node["mask"])
+    mask = node["mask"]
+    if where is not None:
+        mask = where.to(value.device) if mask is None else where.to(value.device) & mask
+    counts = site.there(mask)
 
     def any_of(wrong: Tensor) -> bool:
         return bool((wrong if counts is None else wrong & counts).any())

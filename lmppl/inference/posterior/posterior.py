@@ -16,9 +16,9 @@ from torch import Tensor
 from ...distributions import Table
 from ..core import programs
 from ..core.arguments import all_particles, at_least, is_path, one_of, plate_element
-from ..core.impossible import impossible_texts
+from ..core.impossible import impossible_texts, observed_texts
 from ..core.plates import Plates
-from ..core.programs import Program
+from ..core.programs import Node, Program
 from ..core.query import Query
 from ..core.resampling import SCHEMES
 from ..core.sites import lm_of, text_of
@@ -47,7 +47,7 @@ class Sites:
     stops: dict[str, list[int | str]] = field(default_factory=dict, repr=False)  # what ends the texts; may be empty
     query: Query | None = field(default=None, repr=False)
     score: Callable[[], dict[str, Tensor]] | None = field(default=None, repr=False)  # see `Posterior.text_log_probs`
-    impossible: Callable[[], list[str]] = field(default=list, repr=False)  # why observed texts are, if they are
+    observed: dict[str, Node] = field(default_factory=dict, repr=False)  # texts; kept where all weights are zero
     dependent: bool = False  # particles may be copies of, or descend from, the same one: weights give no error
 
 
@@ -107,6 +107,7 @@ class Posterior:
         nodes = {n: node for n, node in programs.latents(trace).items() if not node["infer"].get("is_auxiliary")}
         texts = {name: site for name, node in nodes.items() if (site := text_of(node["fn"])) is not None}
         lms = {name: lm for name, site in texts.items() if (lm := lm_of(site.fn)) is not None}
+        log_evidence = log_weights.logsumexp(0)
         sites = Sites(
             plates,
             {name: node["fn"].event_dim for name, node in nodes.items()},
@@ -115,9 +116,9 @@ class Posterior:
             {name: site.stop_argument for name, site in texts.items()},
             query,
             None if model is None and query and query.guide else scorer(model or trace, list(texts)),
-            lambda: impossible_texts(model or trace),
+            observed_texts(model or trace) if bool((log_evidence == -torch.inf).any()) else {},
         )
-        return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_weights.logsumexp(0), sites)
+        return cls({n: node["value"] for n, node in nodes.items()}, log_weights, log_evidence, sites)
 
     def __repr__(self) -> str:
         """One line: the sites, the number of particles, and the plates."""
@@ -154,10 +155,15 @@ class Posterior:
         try:
             return normalised(self.log_weights[all_particles(element)].to(dtype or self.log_weights.dtype))
         except ZeroEvidence:
-            zero = [element] if element else (self.log_weights.amax(0) == -torch.inf).nonzero().tolist()
-            names = [name or "plate" for name in self.sites.plates.names]
-            where = [" ".join(f"{name} {i}" for name, i in zip(names, at, strict=True)) for at in zero]
-            raise ZeroEvidence(no_particle(where, self.sites.impossible())) from None
+            plates, zero = self.sites.plates, self.log_weights.amax(0) == -torch.inf
+            if element:
+                zero = torch.zeros_like(zero)
+                zero[element] = True
+            names = [name or "plate" for name in plates.names]
+            elements = zero.nonzero().tolist()
+            where = [" ".join(f"{name} {i}" for name, i in zip(names, at, strict=True)) for at in elements]
+            why = impossible_texts(self.sites.observed, plates.spread(zero[None])[0])
+            raise ZeroEvidence(no_particle(where, why)) from None
 
     @property
     def ess(self) -> Tensor:

@@ -212,6 +212,20 @@ def test_an_observation_that_no_latent_explains_is_named_with_its_element(lm, ca
             use()
 
 
+def test_a_text_is_no_reason_at_another_element(lm):
+    def model():
+        with pyro.plate("stories", 2):
+            z = pyro.sample("z", Completion(lm, PROMPT, max_tokens=2))
+            y = torch.tensor([[2, PAD], [2, EOS]])
+            pyro.sample("y", Completion(lm, lm.join(PROMPT, z), max_tokens=1), obs=y)
+            pyro.factor("never", torch.tensor([0.0, -torch.inf]))
+
+    posterior = Importance(model, num_particles=4).run()
+    for element, why in (0, "site 'y': the observed text does not end"), (1, "the observation or a factor"):
+        with pytest.raises(ZeroEvidence, match=f"at stories {element}: {why}"):
+            posterior.table("z", element)
+
+
 def test_a_masked_observation_may_be_of_any_form(lm):
     """Whether a text counts is said by the masks; a text that does not is no reason."""
     nothing = torch.tensor([[2, PAD], [EOS, PAD]])

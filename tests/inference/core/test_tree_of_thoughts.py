@@ -442,6 +442,23 @@ def test_an_auxiliary_site_whose_values_are_not_equally_many(lm):
     assert dict(chains.table("z"))[1.0] == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2000) ** 0.5)
 
 
+@pytest.mark.parametrize("algorithm", [Importance, SMC])
+def test_the_values_of_an_auxiliary_vector_are_counted_along_each_axis(algorithm):
+    """Uniform in the guide, as it is in the model, so that every weight is the evidence."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.25, dtype=torch.float64)))
+        pyro.factor("f", 0 * z - 1.0)
+
+    def guide():
+        pyro.sample("a", dist.Bernoulli(torch.full((2, 3), 0.5, dtype=torch.float64)).to_event(2), infer=AUXILIARY)
+        pyro.sample("b", dist.Categorical(torch.ones(2, 5, dtype=torch.float64)).to_event(1), infer=AUXILIARY)
+        pyro.sample("z", dist.Bernoulli(torch.tensor(0.25, dtype=torch.float64)))
+
+    posterior = algorithm(model, guide, 8).run()
+    assert torch.allclose(posterior.log_weights + torch.tensor(8.0).double().log(), torch.tensor(-1.0).double())
+
+
 def test_training_has_the_same_target_where_values_are_not_equally_many():
     """The loss is zero where q(z) = p(z) and a is uniform over its values given z; not where q(a, z) = c p(z)."""
     few = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from five_sigma import within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plate_of_three import P, Q, X, Y
@@ -180,6 +183,48 @@ def test_a_largest_value_over_particles_is_found_though_one_particle_has_it(seed
     pyro.set_rng_seed(seed)
     with pytest.raises(AxesError, match="'largest'"):
         Importance(model, num_particles=64).run()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_largest_value_is_found_at_a_site_that_differs_less_often_than_another(seed):
+    def model():
+        pyro.sample("m", dist.Normal(0.0, 1.0))
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.2, 0.8])))
+        pyro.factor("largest", -k.max().double())
+
+    pyro.set_rng_seed(seed)
+    with pytest.raises(AxesError, match="'largest'"):
+        Importance(model, num_particles=64).run()
+
+
+def test_a_model_may_estimate_its_own_density():
+    """p(y) of an inner model, estimated anew in each run; the mean of the outer evidence is p(y) nonetheless."""
+
+    def inner():
+        z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.5).double()))
+        pyro.factor("y", torch.where(z == 1, 0.9, 0.1).double().log())
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", Importance(inner, num_particles=4).run().log_evidence + 0.0 * a)
+
+    pyro.set_rng_seed(0)
+    runs = torch.stack([Importance(model, num_particles=3).run().log_evidence.exp() for _ in range(400)])
+    within(runs, 0.5, sharp=0.05)
+
+
+def test_a_posterior_of_positive_evidence_holds_no_traces():
+    """A guide's posterior needs none of the model's tensors."""
+    seen = []
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.factor("f", f := 2 * a)
+        seen.append(weakref.ref(f))
+
+    posterior = Importance(model, lambda: pyro.sample("a", dist.Normal(0.0, 1.0)), num_particles=3).run()
+    gc.collect()
+    assert posterior.num_particles == 3 and not any(f() is not None and f().dim() and len(f()) == 3 for f in seen)
 
 
 @torch.no_grad()

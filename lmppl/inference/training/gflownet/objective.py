@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core import programs
 from ...core.arguments import at_least, instance_of, is_number
-from ...core.impossible import impossible_texts
+from ...core.impossible import impossible_texts, observed_texts
 from ...core.programs import Program, Substitute, Values
 from ...core.query import Query
 from ...core.sites import is_terminable
@@ -206,7 +206,7 @@ class Objective(pyro.infer.ELBO):
         """
         found = [_with_rewards(b) for b in self.balances(model, guide, args, kwargs, values)]
         if self._remember(found):
-            for why in impossible_texts(self._query(model, guide, args, kwargs).sketches[-1]):
+            for why in impossible_texts(observed_texts(self._query(model, guide, args, kwargs).sketches[-1])):
                 self._say_once(f"an observation teaches nothing, because no latent explains it: {why}")
         identified = distributed.everywhere(all(b.identifies and _empty_is_possible(b) for b in found))
         found = [replace(b, identifies=identified) for b in found]
