@@ -106,8 +106,9 @@ class Network(Passes):
         config.base_model_name_or_path = config.base_model_name_or_path or self.model.name_or_path
         _refuse(config)
         if getattr(config, "target_modules", None) == "all-linear":
-            own = config.exclude_modules or []
-            config.exclude_modules = own if isinstance(own, str) else [*own, *self._unadaptable()] or None
+            own = getattr(config, "exclude_modules", None) or []
+            if not isinstance(own, str) and (others := self._unadaptable()):
+                config.exclude_modules = [*own, *others]
         before = {p: p.requires_grad for p in self.model.parameters()}
         done = False
         try:

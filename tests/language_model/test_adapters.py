@@ -172,6 +172,16 @@ def test_adapters_of_different_kinds_live_together(order, tmp_path):
     assert torch.equal(logits(LanguageModel.from_pretrained(tmp_path / "lm")), logits(lm))
 
 
+@pytest.mark.parametrize("kind", [peft.GloraConfig, peft.OSFConfig])
+def test_all_linear_needs_no_setting_of_modules_that_are_left_out(kind, tmp_path):
+    assert not hasattr(kind(), "exclude_modules")
+    lm = tiny_lm("llama")
+    view = adapted(lm, 1, kind(target_modules="all-linear"))
+    assert not torch.equal(logits(view), logits(lm)) and torch.equal(logits(lm), logits(tiny_lm("llama")))
+    view.save_pretrained(tmp_path)
+    assert torch.equal(logits(lm.with_adapter(tmp_path)), logits(view))
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # peft alone, on GPT-2
 def test_an_adapter_is_saved_for_peft_and_loads_back(lm, tmp_path):
     adapted(lm, 1)
