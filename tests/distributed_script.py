@@ -37,6 +37,7 @@ from lmppl.inference import (
     VariationalEM,
 )
 from lmppl.inference.processes.distributed import world
+from lmppl.text import PAD
 
 SIZE = {"max_tokens": 2}
 ADAM = torch.optim.Adam
@@ -317,6 +318,8 @@ def refused(out: Path) -> dict[str, Any]:
             z = pyro.sample("z", Completion(task.p, x, **SIZE))
             pyro.sample("y", Completion(task.p, task.p.join(x, z), **SIZE), obs=y)
 
+    unended = y.clone()
+    unended[4] = torch.tensor([3] + [PAD] * (y.shape[1] - 1))
     cases: dict[str, Callable[[], Any]] = {
         "few": lambda: task.gflownet().step(x[:1], y[:1]),
         "lengths": lambda: task.gflownet().step(x, y[:3]),
@@ -326,6 +329,7 @@ def refused(out: Path) -> dict[str, Any]:
         "shared": lambda: Sharded(Importance(shared)).run(torch.tensor([2, 3, 4, 2, 3]), y),
         "stranger": lambda: stranger.step(x, y),
         "algorithm": lambda: Sharded(loose),
+        "zero": lambda: Sharded(Importance(task.model, num_particles=3)).run(x, unended).table("z", 4),
     }
     said = {}
     for name, case in cases.items():

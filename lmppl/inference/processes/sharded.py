@@ -145,7 +145,7 @@ def gathered(posterior: Posterior, args: tuple[Any, ...]) -> Posterior:
             kind = Posterior
     others = {f.name: others[f.name] for f in fields(kind) if f.name in others}
     sites, whole = posterior.sites, replace(plates, sizes=(own.total, *plates.sizes[1:]))
-    sites = replace(sites, plates=whole, query=sites.query and replace(sites.query, args=args))
+    sites = replace(sites, plates=whole, observed={}, query=sites.query and replace(sites.query, args=args))
     return kind(values=values, sites=sites, **others)
 
 

@@ -121,6 +121,7 @@ def test_what_cannot_be_shared_out_is_refused(two):
         "shared": "batches: model and guide read other texts",
         "stranger": "optimizer: it holds 1 parameter (a tensor of shape (5,)), but none of the guide's own",
         "algorithm": "algorithm: expected one with .model and .run, got Parameter",
+        "zero": "at data 4: the observation or a factor",
     }
     for results in both:
         assert results["refused"].keys() == expected.keys()
