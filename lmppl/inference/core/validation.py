@@ -79,9 +79,9 @@ def _is_random(pair: Pair, name: str, one: int) -> bool:
 
 def _different(values: list[Tensor], n: int) -> list[int]:
     """The last particle, and the one that differs from it at the most sites, if any does."""
-    sites = [v.reshape(n, v[0].numel()) for v in values if len(v) == n]
-    differs = sum(((v != v[-1]).any(1).long().cpu() for v in sites), torch.zeros(n, dtype=torch.long))
-    return [n - 1, int(differs.argmax())] if differs.any() else [n - 1]
+    differs = [(v != v[-1]).reshape(n, v[0].numel()).any(1).cpu() for v in values if len(v) == n]
+    most = torch.stack(differs).sum(0) if differs else None
+    return [n - 1] if most is None or not most.any() else [n - 1, int(most.argmax())]
 
 
 def check_axes_once(query: Query, pair: Callable[[], Pair]) -> None:
