@@ -3,7 +3,8 @@
 A guide may draw a value that only helps it: ``pyro.sample("a", fn, infer={"is_auxiliary": True})``.  The weight of
 (a, z) is then p(z, observed) r(a | z) / q(a, z) for some density r, which the model gives by a site of the same name.
 Without such a site r is 1 / K, with K values of positive probability.  The evidence is then that of the model if the
-guide can draw each z with each of the K values.  If it draws some z with some values only, the model has to give r.
+guide can draw each z with each of the K values.  If it draws some z with some values only, the model has to give r:
+`check_axes` finds this among the particles that are drawn.
 """
 
 from __future__ import annotations

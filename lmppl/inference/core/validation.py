@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from ... import text
 from . import programs
-from .programs import Node, Substitute
+from .auxiliary import is_transformed, lacking
+from .plates import Plates
+from .programs import Node, SiteMismatch, Substitute
 from .query import Pair, Query
 from .sites import innermost, prompt_of
 
@@ -52,6 +56,7 @@ def check_axes(pair: Pair) -> None:
     query, n = pair.query, pair.particles
     if not is_validation_enabled() or n == 1:
         return
+    _check_reach(pair)
     own = programs.latents(pair.proposal)
     for one in _different([v for k, v in pair.values.items() if k in own], n):
         alone_values = {k: _only(v, one, n) if k in own else v for k, v in pair.values.items()}
@@ -65,6 +70,39 @@ def check_axes(pair: Pair) -> None:
                     "changes when this particle is run alone. Keep every axis on the left: sum with .sum(-1), not "
                     ".sum(), and build prompts with lm.join or lm.fill"
                 )
+
+
+def _check_reach(pair: Pair) -> None:
+    """Raises SiteMismatch where an auxiliary site that the model lacks decides which values other latents can have.
+
+    Such a site counts as uniform in the model, which needs that each of its values can go with the other latents.  So
+    the guide's density is computed once more, with the auxiliary values of each particle given to the next one.
+    """
+    alone, own, n = lacking(pair.proposal, pair.model.nodes), programs.latents(pair.proposal), pair.particles
+    if not alone or is_transformed(pair.proposal):
+        return
+    moved = {k: pair.values[k].roll(1, 0) for k in alone if len(pair.values[k]) == n}
+    again = programs.latents(pair.query.trace(pair.query.proposal, Substitute({**pair.values, **moved}), particles=n))
+    plates = pair.plates()
+    possible = torch.ones((), dtype=torch.bool)
+    for name in alone:  # the moved value is one of the values that are counted for this particle
+        possible = ~_is_zero(again[name], plates) & possible.to(again[name]["value"].device)
+    for name in own.keys() - alone.keys():
+        if bool((_is_zero(again[name], plates) & ~_is_zero(own[name], plates) & possible).any()):
+            raise SiteMismatch(
+                f"guide: some values of its auxiliary sites {list(alone)}, which the model lacks, rule out a value of "
+                f"{name!r} that others allow, so they cannot be uniform there; give the model these sites, after the "
+                'latent sites that they depend on: pyro.sample(name, r, infer={"is_auxiliary": True})'
+            )
+
+
+def _is_zero(node: Node, plates: Plates) -> Tensor:
+    """Whether a site's density is zero, (prefix, particle, *kept); torch's Categorical has eps in place of zero."""
+    fn = node["fn"]
+    log_q = fn.log_prob(node["value"])
+    is_text = fn.event_dim or not fn.has_enumerate_support
+    zero = log_q == -torch.inf if is_text else log_q <= math.log(1.5 * torch.finfo(log_q.dtype).eps)
+    return plates.reduce(scale_and_mask(zero.double(), 1.0, node["mask"])) > 0
 
 
 def _is_random(pair: Pair, name: str, one: int) -> bool:

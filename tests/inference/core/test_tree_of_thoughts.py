@@ -459,6 +459,32 @@ def test_the_values_of_an_auxiliary_vector_are_counted_along_each_axis(algorithm
     assert torch.allclose(posterior.log_weights + torch.tensor(8.0).double().log(), torch.tensor(-1.0).double())
 
 
+@pytest.mark.parametrize("algorithm", [Importance, SMC, MetropolisHastings])
+def test_an_auxiliary_site_that_decides_where_the_others_can_be_is_refused(algorithm):
+    """With r = 1/2 the evidence would be 1/2, and right if every value of a can go with every z."""
+    disjoint, overlapping = torch.tensor([[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], [[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]])
+
+    def model():
+        with pyro.plate("data", 40):  # of many sites in a plate the density is small without being zero
+            pyro.sample("w", dist.Bernoulli(torch.tensor(0.5)))
+        pyro.sample("z", dist.Categorical(torch.tensor([0.25, 0.25, 0.5])))
+
+    def guide_of(table):
+        def guide():
+            a = pyro.sample("a", dist.Bernoulli(torch.tensor(0.5)), infer=AUXILIARY)
+            with pyro.plate("data", 40):
+                pyro.sample("w", dist.Bernoulli(0.4 + 0.2 * a))
+            pyro.sample("z", dist.Categorical(table[a.long()]))
+
+        return guide
+
+    pyro.set_rng_seed(0)
+    number = {"num_chains" if algorithm is MetropolisHastings else "num_particles": 64}
+    algorithm(model, guide_of(overlapping), **number).run()
+    with pytest.raises(SiteMismatch, match="auxiliary sites \\['a'\\].*'z'"):
+        algorithm(model, guide_of(disjoint), **number).run()
+
+
 def test_training_has_the_same_target_where_values_are_not_equally_many():
     """The loss is zero where q(z) = p(z) and a is uniform over its values given z; not where q(a, z) = c p(z)."""
     few = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
